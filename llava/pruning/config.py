@@ -1,0 +1,175 @@
+"""PruningConfig: which method, how many tokens, which options. Plain JSON in and out."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from llava.pruning.errors import PruningError, unknown
+from llava.pruning.methods.base import PruningMethod
+from llava.pruning.registry import get_method
+
+BUDGETS = ("keep_tokens", "keep_ratio")
+# Words of other tools. The first two say what is removed, we say what is kept.
+ALIASES = ("pruning_ratio", "reduction_ratio", "visual_token_num")
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """One pruning setting, checked when it is made.
+
+    Attributes:
+        method: a registered name, see `list_methods()`.
+        keep_tokens: visual tokens of one image that reach the language model, >= 1.
+        keep_ratio: alternatively a share in (0, 1] of the image's own tokens; an image of N
+            tokens keeps round(keep_ratio * N), at least 1.
+        options: options of the method, by field name of its class.
+
+    Exactly one budget is required (`none` needs no budget). Raises PruningError otherwise, and for
+    unknown methods and options.
+    """
+
+    method: str = "none"
+    keep_tokens: int | None = None
+    keep_ratio: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pruner: PruningMethod = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        cls = get_method(self.method)
+        object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "pruner", _build(cls, self.options))
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) == 2:
+            raise PruningError("give keep_tokens or keep_ratio, not both")
+        if not given and cls.budgeted:
+            raise PruningError(
+                f"{self.method!r} needs a budget: keep_tokens=64 or keep_ratio=0.111"
+            )
+        if self.keep_tokens is not None:
+            object.__setattr__(self, "keep_tokens", _token_count(self.keep_tokens))
+        if self.keep_ratio is not None:
+            object.__setattr__(self, "keep_ratio", _share("keep_ratio", self.keep_ratio))
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+    def num_kept(self, n: int) -> int:
+        """Tokens an image of `n` tokens keeps: a pure function, known before any feature is."""
+        if self.keep_tokens is not None:
+            budget = self.keep_tokens
+        elif self.keep_ratio is not None:
+            budget = max(1, round(self.keep_ratio * n))
+        else:
+            budget = n
+        return self.pruner.num_kept(n, budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: `from_dict(config.to_dict()) == config`."""
+        data: dict[str, Any] = {"method": self.method}
+        for name in BUDGETS:
+            if getattr(self, name) is not None:
+                data[name] = getattr(self, name)
+        if self.options:
+            data["options"] = dict(self.options)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:
+        """Read `to_dict()` output, or the same with another tool's budget word (one warning)."""
+        allowed = ("method", *BUDGETS, "options", *ALIASES)
+        for key in data:
+            if key not in allowed:
+                raise unknown("pruning setting", key, allowed)
+        options = data.get("options") or {}
+        if not isinstance(options, Mapping):
+            raise PruningError(f"options must be a mapping, got {type(options).__name__}")
+        return cls(data.get("method", "none"), **_budget(data), options=options)
+
+    @classmethod
+    def of(cls, method: str, **settings: Any) -> PruningConfig:
+        """`PruningConfig.of("zoo", keep_tokens=64, seed=1)`: budget and options side by side."""
+        budget = {key: settings.pop(key) for key in (*BUDGETS, *ALIASES) if key in settings}
+        return cls(method, **_budget(budget), options=settings)
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["directions=32", "fusion=sum"]` -> `{"directions": 32, "fusion": "sum"}`.
+
+    A value is read as JSON where it is JSON (numbers, true, false, null), as `None`/`True`/`False`
+    in Python's spelling, otherwise as text. Raises PruningError for an item without `=` and for a
+    key given twice.
+    """
+    python_words = {"None": None, "True": True, "False": False}
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise PruningError(f"an option is written key=value, got {pair!r}")
+        if key in options:
+            raise PruningError(f"option {key!r} is given twice")
+        if text in python_words:
+            options[key] = python_words[text]
+            continue
+        try:
+            options[key] = json.loads(text)
+        except json.JSONDecodeError:
+            options[key] = text
+    return options
+
+
+def _build(cls: type[PruningMethod], options: Mapping[str, Any]) -> PruningMethod:
+    known = [f.name for f in fields(cls) if f.init]
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of {cls.name!r}:", name, known)
+    return cls(**options)
+
+
+def _budget(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The budget entries of `data` in our own words, other tools' words converted."""
+    words = [key for key in (*BUDGETS, *ALIASES) if data.get(key) is not None]
+    if len(words) > 1:
+        raise PruningError(f"give one budget, got {' and '.join(words)}")
+    if not words or words[0] in BUDGETS:
+        return {key: data[key] for key in words}
+    (word,) = words
+    value = data[word]
+    if word == "visual_token_num":
+        budget: dict[str, Any] = {"keep_tokens": _token_count(value, word)}
+    else:
+        # The share removed is in [0, 1), so the share kept is in (0, 1].
+        budget = {"keep_ratio": 1.0 - _share(word, value, removed=True)}
+    ((ours, kept),) = budget.items()
+    warnings.warn(f"{word}={value} read as {ours}={kept:g}", stacklevel=4)
+    return budget
+
+
+def _token_count(value: Any, name: str = "keep_tokens") -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise PruningError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return count
+
+
+def _share(name: str, value: Any, removed: bool = False) -> float:
+    try:
+        share = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    inside = 0.0 <= share < 1.0 if removed else 0.0 < share <= 1.0
+    if not inside:
+        interval = "[0, 1)" if removed else "(0, 1]"
+        raise PruningError(f"{name} must be a share in {interval}, got {value!r}")
+    return share

@@ -1,0 +1,143 @@
+"""What we know about a projector: its structure, values cached for its weights, low-rank copies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+# Activations that act on every number by itself: their Jacobian is diagonal.
+ELEMENTWISE = (
+    nn.ELU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.LeakyReLU,
+    nn.Mish,
+    nn.ReLU,
+    nn.Sigmoid,
+    nn.SiLU,
+    nn.Softplus,
+    nn.Tanh,
+)
+
+Value = TypeVar("Value")
+
+
+class TwoLayer(NamedTuple):
+    """Projector M(x) = W2 act(W1 x + b1) + b2."""
+
+    first: nn.Linear
+    act: nn.Module
+    second: nn.Linear
+
+
+def two_layer(projector: nn.Module) -> TwoLayer | None:
+    """The parts of a Linear-activation-Linear projector, None for anything else."""
+    layers = _chain(projector)
+    if len(layers) != 3:
+        return None
+    first, act, second = layers
+    if type(first) is nn.Linear and type(second) is nn.Linear and type(act) in ELEMENTWISE:
+        return TwoLayer(first, act, second)
+    return None
+
+
+def linear_matrix(projector: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """[D, Dv] product matrix if the projector is a chain of Linear layers, else None."""
+    layers = _chain(projector)
+    if not layers or any(type(layer) is not nn.Linear for layer in layers):
+        return None
+    matrix = cast(nn.Linear, layers[0]).weight.to(dtype)
+    for layer in layers[1:]:
+        matrix = cast(nn.Linear, layer).weight.to(dtype) @ matrix
+    return matrix
+
+
+def _chain(projector: nn.Module) -> list[nn.Module]:
+    """The layers of a plain nn.Sequential, any other module as its own single layer."""
+    if isinstance(projector, nn.Sequential) and type(projector).forward is nn.Sequential.forward:
+        return list(projector)
+    return [projector]
+
+
+class WeightCache:
+    """Values computed from a module's weights; forgotten when the weights or the module change."""
+
+    def __init__(self) -> None:
+        self._entries: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, object]]] = (
+            WeakKeyDictionary()
+        )
+
+    def get(self, module: nn.Module, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """`compute()`, or what it returned last time for this module, key and these weights."""
+        entries = self._entries.setdefault(module, {})
+        state = _fingerprint(module)
+        if key not in entries or entries[key][0] != state:
+            entries[key] = (state, compute())
+        return cast(Value, entries[key][1])
+
+
+def _fingerprint(module: nn.Module) -> Hashable:
+    """Changes whenever a parameter is replaced or written to.
+
+    The storage address and the version counter see assignments and in-place updates; writes
+    through `.data` leave both alone, so the sum of the values is looked at as well.
+    """
+    return tuple(
+        (
+            p.data_ptr(),
+            0 if p.is_inference() else p._version,
+            p.dtype,
+            p.device,
+            float(p.detach().sum(dtype=torch.float64)),
+        )
+        for p in module.parameters()
+    )
+
+
+_low_rank_copies = WeightCache()
+
+
+def low_rank(projector: nn.Module, rank: int) -> nn.Module:
+    """A copy with the sensitivity of the rank-`rank` projector (ZOO-Prune, LLaVA-NeXT setting).
+
+    Every Linear weight W = U S V^T is cut to its `rank` largest singular values. In a
+    Linear-activation-Linear projector the last layer becomes S V^T alone: U has orthonormal
+    columns, so every ||J u|| stays what it is while the output shrinks from D to `rank`.
+    The copy serves sensitivities only; its outputs are not embeddings.
+    """
+
+    def build() -> nn.Module:
+        with torch.inference_mode(False), torch.no_grad():
+            return _truncated(projector, rank)
+
+    return _low_rank_copies.get(projector, rank, build)
+
+
+def _truncated(projector: nn.Module, rank: int) -> nn.Module:
+    parts = two_layer(projector)
+    if parts is not None:
+        first = copy.deepcopy(parts.first)
+        u, s, vh = _svd(first.weight, rank)
+        first.weight.data = (u * s) @ vh
+        _, s, vh = _svd(parts.second.weight, rank)
+        second = nn.Linear(vh.shape[1], vh.shape[0], bias=False, dtype=vh.dtype, device=vh.device)
+        second.weight.data = s[:, None] * vh
+        return nn.Sequential(first, copy.deepcopy(parts.act), second)
+    duplicate = copy.deepcopy(projector)
+    for module in duplicate.modules():
+        if isinstance(module, nn.Linear):
+            u, s, vh = _svd(module.weight, rank)
+            module.weight.data = (u * s) @ vh
+    return duplicate
+
+
+def _svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading `rank` singular triplets in float32 (float64 stays), all if there are fewer."""
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    return u[:, :rank], s[:rank], vh[:rank]

@@ -1,0 +1,257 @@
+"""Projector sensitivity: how strongly a visual token moves when it is nudged before the projector.
+
+ZOO-Prune, arXiv 2509.24837, eq. 2-4: S(i) = 1/m sum_j ||M(x_i + h u_j) - M(x_i - h u_j)||_2 / 2h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from llava.pruning.errors import PruningError
+from llava.pruning.importance.directions import direction_bank
+from llava.pruning.importance.projectors import TwoLayer, WeightCache, linear_matrix, two_layer
+
+ESTIMATORS = ("zeroth_order", "exact")
+CHUNK_BYTES = 256 * 2**20
+# Up to this input width an unknown projector is differentiated along every axis.
+BASIS_WIDTH = 256
+
+Function = Callable[[Tensor], Tensor]
+
+_quadratic_forms = WeightCache()
+
+
+def sensitivity(
+    projector: nn.Module,
+    features: Tensor,
+    *,
+    estimator: str = "zeroth_order",
+    directions: int | Tensor = 64,
+    step: float = 0.01,
+    seed: int = 0,
+) -> Tensor:
+    """Sensitivity of every token, [..., N] float32 (float64 if `features` are float64).
+
+    Args:
+        projector: any module that maps tokens [n, Dv] to [n, D], each by itself.
+        features: [..., N, Dv] tokens before the projector.
+        estimator: "zeroth_order", the paper's mean of central-difference norms; or "exact",
+            ||J||_F / sqrt(Dv): the root mean square of the same quantity over all directions, so
+            never below the paper's mean (Jensen) and free of step, seed and noise.
+        directions: how many directions to draw, or the directions themselves, [m, Dv].
+        step: h. Directions have unit norm, so h is the length of the nudge.
+        seed: of the drawn directions.
+
+    Everything is computed in float32 at least: in half precision the nudge is rounded away.
+    "exact" has a closed form for linear and Linear-activation-Linear projectors. Others are
+    differentiated in forward mode (by central differences where a layer does not support it), along
+    all Dv axes if Dv <= 256, beyond that along `directions`, an unbiased estimate of the square.
+
+    Every [N, Dv] row of the leading shape is scored by itself, so an image has the same scores bit
+    for bit alone and in a batch. Raises PruningError for wrong arguments.
+    """
+    if estimator not in ESTIMATORS:
+        raise PruningError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    if not step > 0:
+        raise PruningError(f"step must be positive, got {step}")
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    # Forward-mode derivatives and version counters do not exist in inference mode.
+    with torch.inference_mode(False), torch.no_grad(), _evaluating(projector):
+        bank = _bank(directions, seed, features).to(features.device, dtype)
+        score = _scorer(projector, estimator, bank, step, dtype)
+        # clone(): a fresh, aligned block of memory whatever the batch around the row looks like.
+        rows = [score(row.to(dtype).clone()) for row in features.detach().flatten(0, -3)]
+        if not rows:
+            return features.new_zeros(features.shape[:-1], dtype=dtype)
+        return torch.stack(rows).reshape(features.shape[:-1])
+
+
+def _bank(directions: int | Tensor, seed: int, features: Tensor) -> Tensor:
+    width = features.shape[-1]
+    if features.dim() < 2:
+        raise PruningError(f"features must be [..., N, Dv], got {list(features.shape)}")
+    if isinstance(directions, Tensor):
+        if directions.dim() != 2 or directions.shape[1] != width or len(directions) == 0:
+            raise PruningError(f"directions must be [m, {width}], got {list(directions.shape)}")
+        return directions
+    if directions < 1:
+        raise PruningError(f"directions must be at least 1, got {directions}")
+    return direction_bank(seed, width, directions)
+
+
+def _scorer(
+    projector: nn.Module, estimator: str, bank: Tensor, step: float, dtype: torch.dtype
+) -> Function:
+    """The cheapest correct way to score x [N, Dv] -> [N] for this projector."""
+    matrix = linear_matrix(projector, dtype)
+    if matrix is not None:
+        norms = (bank @ matrix.T).norm(dim=1)
+        root = matrix.norm() / matrix.shape[1] ** 0.5
+        constant = norms.mean() if estimator == "zeroth_order" else root
+        return lambda x: constant.expand(x.shape[0])
+    parts = two_layer(projector)
+    if estimator == "zeroth_order":
+        if parts is not None:
+            return _shared_bank(parts, bank, step)
+        return _black_box(projector, bank, step, dtype)
+    if parts is not None:
+        return _closed_form(projector, parts, dtype)
+    return _forward_mode(projector, bank, step, dtype)
+
+
+# --- zeroth order ---------------------------------------------------------------------------------
+
+
+def _black_box(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
+    """Eq. 4 as written, for any projector: two passes per token and direction."""
+    function = _in_dtype(projector, dtype)
+
+    def score(x: Tensor) -> Tensor:
+        return _norms(_difference(function, step), x, bank, _widest(projector, x)).mean(dim=1)
+
+    return score
+
+
+def _shared_bank(parts: TwoLayer, bank: Tensor, step: float) -> Function:
+    """Eq. 4 for M(x) = W2 act(W1 x + b1) + b2 with one bank for all tokens.
+
+    W1 (x + h u) + b1 = (W1 x + b1) + h W1 u, so the first layer runs once per token and once per
+    direction; b2 cancels, so the second layer runs once, on the difference of activations.
+    """
+    weight1, bias1, weight2 = _weights(parts, bank.dtype)
+    nudges = step * (bank @ weight1.T)  # [m, H]
+
+    def score(x: Tensor) -> Tensor:
+        hidden = nn.functional.linear(x, weight1, bias1)  # [N, H]
+
+        def move(at: Tensor, nudge: Tensor) -> Tensor:
+            return (parts.act(at + nudge) - parts.act(at - nudge)) @ weight2.T / (2 * step)
+
+        return _norms(move, hidden, nudges, max(weight2.shape)).mean(dim=1)
+
+    return score
+
+
+# --- exact ----------------------------------------------------------------------------------------
+
+
+def _closed_form(projector: nn.Module, parts: TwoLayer, dtype: torch.dtype) -> Function:
+    """||J||_F / sqrt(Dv) for M(x) = W2 act(W1 x + b1) + b2, one matrix product per token.
+
+    J = W2 diag(g) W1 with g = act'(W1 x + b1), hence ||J||_F^2 = g^T Q g with the fixed matrix
+    Q = (W2^T W2) o (W1 W1^T), o elementwise.
+    """
+    weight1, bias1, weight2 = _weights(parts, dtype)
+
+    def quadratic_form() -> Tensor:
+        return (weight2.T @ weight2) * (weight1 @ weight1.T)
+
+    q = _quadratic_forms.get(projector, dtype, quadratic_form)
+
+    def score(x: Tensor) -> Tensor:
+        hidden = nn.functional.linear(x, weight1, bias1)
+        _, g = torch.func.jvp(parts.act, (hidden,), (torch.ones_like(hidden),))
+        # Q is positive semidefinite; clamp what rounding leaves below zero.
+        return ((g @ q) * g).sum(dim=1).clamp_min(0).div(x.shape[1]).sqrt()
+
+    return score
+
+
+def _forward_mode(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
+    """||J||_F / sqrt(Dv) of any projector from directional derivatives J u."""
+    function = _in_dtype(projector, dtype)
+    width = bank.shape[1]
+    if width <= BASIS_WIDTH:
+        bank, dimensions = torch.eye(width, dtype=dtype, device=bank.device), width
+    else:
+        dimensions = bank.shape[0]  # E ||J u||^2 = ||J||_F^2 / Dv for unit u
+
+    def derivative(at: Tensor, direction: Tensor) -> Tensor:
+        return torch.func.jvp(function, (at,), (direction.expand_as(at).clone(),))[1]
+
+    def score(x: Tensor) -> Tensor:
+        widest = _widest(projector, x)
+        try:
+            norms = _norms(derivative, x, bank, widest)
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward" not in str(error) and "jvp" not in str(error):
+                raise
+            norms = _norms(_difference(function, step), x, bank, widest)
+        return norms.square().sum(dim=1).div(dimensions).sqrt()
+
+    return score
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+
+def _norms(move: Callable[[Tensor, Tensor], Tensor], x: Tensor, bank: Tensor, wide: int) -> Tensor:
+    """[N, m]: ||move(x_i, u_j)||, in chunks whose widest intermediate stays below 256 MiB.
+
+    move maps points [r, E] and directions [r, E] to vectors [r, D]; it holds up to four
+    intermediates of `wide` numbers a row at a time.
+    """
+    rows = max(1, CHUNK_BYTES // (4 * wide * x.element_size()))
+    lanes = min(len(bank), rows)
+    tokens = max(1, rows // lanes)
+    norms = x.new_empty(x.shape[0], len(bank))
+    for t in range(0, x.shape[0], tokens):
+        for j in range(0, len(bank), lanes):
+            at, direction = torch.broadcast_tensors(
+                x[t : t + tokens, None], bank[None, j : j + lanes]
+            )
+            shape = at.shape[:2]
+            moved = move(at.flatten(0, 1), direction.flatten(0, 1))
+            norms[t : t + tokens, j : j + lanes] = moved.norm(dim=1).view(shape)
+    return norms
+
+
+def _difference(function: Function, step: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Central difference (M(x + h u) - M(x - h u)) / 2h."""
+
+    def move(at: Tensor, direction: Tensor) -> Tensor:
+        nudge = step * direction
+        return (function(at + nudge) - function(at - nudge)) / (2 * step)
+
+    return move
+
+
+def _weights(parts: TwoLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+    bias = parts.first.bias
+    return (
+        parts.first.weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        parts.second.weight.to(dtype),
+    )
+
+
+def _in_dtype(projector: nn.Module, dtype: torch.dtype) -> Function:
+    """The projector as a function computing in `dtype`; the module itself stays as it is."""
+    state = {
+        name: value.detach().to(dtype) if value.is_floating_point() else value.detach()
+        for name, value in [*projector.named_parameters(), *projector.named_buffers()]
+    }
+    return lambda x: torch.func.functional_call(projector, state, (x,))
+
+
+def _widest(projector: nn.Module, x: Tensor) -> int:
+    """Numbers in the widest intermediate of one token."""
+    sides = [side for p in projector.parameters() for side in p.shape]
+    return max([x.shape[-1], *sides])
+
+
+@contextmanager
+def _evaluating(projector: nn.Module) -> Iterator[None]:
+    """Dropout in the projector would turn differences into noise and draw random numbers."""
+    training = [module for module in projector.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

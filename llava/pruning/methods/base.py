@@ -1,0 +1,160 @@
+"""The base class of all methods: what a method declares, and what it gets for free."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from llava.pruning.errors import PruningError
+from llava.pruning.tokens import VisualTokens
+
+
+class Picks(NamedTuple):
+    """Chosen tokens: `indices` LongTensor [T, K], pick order, -1 padded; `margins` [T, K]."""
+
+    indices: Tensor
+    margins: Tensor
+
+
+class Merged(NamedTuple):
+    """New tokens: `projected` [T, K, D], zero padded; `sources` BoolTensor [T, K, N]."""
+
+    projected: Tensor
+    sources: Tensor
+
+
+class Outcome(NamedTuple):
+    """What `PruningMethod.run` hands to the stage; exactly one of kept and merged is set."""
+
+    kept: Tensor | None
+    merged: Merged | None
+    margins: Tensor
+    score_seconds: float
+    select_seconds: float
+
+
+@dataclass(frozen=True)
+class PruningMethod:
+    """A method: frozen dataclass, its fields are its options with the published defaults.
+
+    A method that selects implements `choose`, usually on top of `importance`; one that merges
+    implements `merge`. Budget, padding, guards, raster order and trace are done here and in the
+    stage.
+
+    Flags (class attributes, the method table is generated from them):
+        name: registered name.
+        paper: where it was published, in a few words.
+        needs: inputs beyond the projected tokens: `features`, `projector`, or a key of
+            `VisualTokens.extras` that the pipeline collects only for methods naming it.
+        query_aware: whether the text of the prompt changes the choice.
+        merges: whether outputs are new vectors rather than some of the inputs.
+        fixed_count: whether the number of kept tokens is `num_kept`, whatever the content.
+        budgeted: whether a budget must be given.
+        stage: `pre_llm` or `decoder`.
+        fidelity: `golden` (equals stored outputs of the official code), `vectors` (equals an
+            independent reference of the published formulas), `sheet-only` (built from a
+            description), `reconstructed`.
+        control: a control experiment for tables, not a method anyone proposes.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    query_aware: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    fixed_count: ClassVar[bool] = True
+    budgeted: ClassVar[bool] = True
+    stage: ClassVar[str] = "pre_llm"
+    fidelity: ClassVar[str] = "sheet-only"
+    control: ClassVar[bool] = False
+
+    def importance(self, visual: VisualTokens) -> Tensor | None:
+        """[T, N] score of every token, higher is more important; None if the method has none."""
+        return None
+
+    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
+        """Pick counts[t] valid tokens of every tile t. counts: LongTensor [T] on the CPU."""
+        raise NotImplementedError(f"{type(self).__name__} selects: it must define choose()")
+
+    def merge(self, visual: VisualTokens, counts: Tensor) -> Merged:
+        """Make counts[t] new tokens from the valid ones of every tile t; keeps gradients."""
+        raise NotImplementedError(f"{type(self).__name__} merges: it must define merge()")
+
+    def num_kept(self, n: int, budget: int) -> int:
+        """Tokens an image of `n` tokens has after pruning to `budget`: a pure function."""
+        return min(n, budget)
+
+    def run(self, visual: VisualTokens, counts: list[int]) -> Outcome:
+        """Guard the inputs, score, select; indices come back sorted. Used by the stage."""
+        refuse_non_finite(visual)
+        wanted = torch.tensor(counts, dtype=torch.long)
+        start = time.perf_counter()
+        if self.merges:
+            merged = self.merge(visual, wanted)
+            seconds = time.perf_counter() - start
+            none = visual.projected.new_full(
+                (len(counts), max(counts)), torch.inf, dtype=torch.float32
+            )
+            return Outcome(None, merged, none, 0.0, seconds)
+        with torch.no_grad():
+            importance = self.importance(visual)
+            scored = time.perf_counter()
+            picks = self.choose(visual, importance, wanted)
+            kept = raster_order(picks.indices)
+            check_picks(self.name, kept, counts, visual)
+            done = time.perf_counter()
+        return Outcome(kept, None, picks.margins, scored - start, done - scored)
+
+
+def raster_order(indices: Tensor) -> Tensor:
+    """Sort every row of LongTensor [T, K] ascending; the -1 padding stays at the end."""
+    last = torch.iinfo(indices.dtype).max
+    ordered = indices.masked_fill(indices < 0, last).sort(dim=1).values
+    return ordered.masked_fill(ordered == last, -1)
+
+
+def refuse_non_finite(visual: VisualTokens) -> None:
+    """Raise PruningError if a valid token holds NaN or inf: every comparison would lie."""
+    for name in ("features", "projected"):
+        bad = ~getattr(visual, name).isfinite().all(dim=-1)
+        if visual.valid is not None:
+            bad = bad & visual.valid
+        if bad.any():
+            tile, token = bad.nonzero()[0].tolist()
+            raise PruningError(
+                f"{name} of tile {tile}, token {token} is NaN or inf "
+                f"({int(bad.sum())} such tokens); pruning would pick at random"
+            )
+
+
+def check_picks(name: str, kept: Tensor, counts: list[int], visual: VisualTokens) -> None:
+    """Raise PruningError unless every tile has exactly its count of distinct, valid tokens."""
+    total = visual.projected.shape[1]
+    real = kept >= 0
+    fits = kept.shape == (len(counts), max(counts)) and real.sum(dim=1).tolist() == counts
+    fits = fits and bool((kept < total).all())
+    fits = fits and not bool(((kept[:, 1:] == kept[:, :-1]) & real[:, 1:]).any())
+    if fits and visual.valid is not None:
+        fits = bool((visual.valid.gather(1, kept.clamp(min=0)) | ~real).all())
+    if not fits:
+        raise PruningError(
+            f"method {name!r} broke its contract: it must return {counts} distinct valid token "
+            f"indices below {total} for its {len(counts)} tiles"
+        )
+
+
+def unscored(rows: list[Tensor]) -> Picks:
+    """Picks from one LongTensor of indices per tile, for methods that rank nothing."""
+    indices = pad_sequence(rows, batch_first=True, padding_value=-1)
+    return Picks(indices, indices.new_full(indices.shape, torch.inf, dtype=torch.float32))
+
+
+def check_whole(name: str, value: object, at_least: int) -> None:
+    """Raise PruningError unless `value` is a whole number of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise PruningError(f"{name} must be a whole number of at least {at_least}, got {value!r}")

@@ -1,0 +1,38 @@
+"""DivPrune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llava.pruning.methods.base import Picks, PruningMethod
+from llava.pruning.registry import register
+from llava.pruning.selection.max_min import max_min_with_margins
+from llava.pruning.tokens import VisualTokens
+
+
+@register
+@dataclass(frozen=True)
+class DivPrune(PruningMethod):
+    """Keep the tokens that differ most from each other; nothing else counts.
+
+    Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025,
+    arXiv 2503.02175.
+
+        D_ij = 1 - cos(Z_i, Z_j)
+        first pick  argmax_i min_{j != i} D_ij              (the most isolated token)
+        then        argmax_i min_{j in P} D_ij, until |P| = k
+
+    Where the released code differs: it works in the model's half precision, can pick a token twice
+    when fewer than k are distinct, and reads only the first image of a batch. Here: float32, never
+    twice, every image. Both emit the kept tokens in raster order.
+    """
+
+    name: ClassVar[str] = "divprune"
+    paper: ClassVar[str] = "CVPR 2025, arXiv 2503.02175"
+    fidelity: ClassVar[str] = "golden"
+
+    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
+        return max_min_with_margins(visual.projected, counts, valid=visual.valid, first="isolated")

@@ -1,0 +1,79 @@
+"""ZOO-Prune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llava.pruning.errors import PruningError
+from llava.pruning.importance.projectors import low_rank
+from llava.pruning.importance.sensitivity import sensitivity
+from llava.pruning.methods.base import Picks, PruningMethod, check_whole
+from llava.pruning.registry import register
+from llava.pruning.selection.fusion import check_fusion, fuse
+from llava.pruning.tokens import VisualTokens
+
+
+@register
+@dataclass(frozen=True)
+class Zoo(PruningMethod):
+    """Keep tokens the projector reacts to strongly and that differ from each other.
+
+    Paper: ZOO-Prune, CVPR 2026, arXiv 2509.24837, algorithm 1.
+
+        u_1..u_m    unit-norm Gaussian directions, one bank for all tokens
+        S(i)        = 1/m sum_j ||M(x_i + h u_j) - M(x_i - h u_j)||_2 / 2h
+        S_hat       = (S - min S) / (max S - min S + 1e-8)
+        first pick  argmax_i S_hat(i)
+        then        argmax_i S_hat(i) * (1 - max_{j in P} cos(Z_i, Z_j)), until |P| = k
+
+    Where the released code differs: it works in half precision, where most of the step is rounded
+    away, and draws directions from the global generator. Here: float32 and a private seed. Its
+    "low-rank" projector for LLaVA-NeXT is cut before the weights are loaded, hence random;
+    `projector_rank` (128 there) is the truncated SVD of the trained weights.
+
+    Options: directions m, step h, seed; fusion `multiply` | `sum` | `sensitivity` | `diversity`;
+    projector_rank, None for the full projector.
+    """
+
+    name: ClassVar[str] = "zoo"
+    paper: ClassVar[str] = "CVPR 2026, arXiv 2509.24837"
+    needs: ClassVar[tuple[str, ...]] = ("features", "projector")
+    fidelity: ClassVar[str] = "vectors"
+
+    directions: int = 64
+    step: float = 0.01
+    seed: int = 0
+    fusion: str = "multiply"
+    projector_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("directions", self.directions, at_least=1)
+        check_whole("seed", self.seed, at_least=0)
+        check_fusion(self.fusion)
+        if self.projector_rank is not None:
+            check_whole("projector_rank", self.projector_rank, at_least=1)
+        if (
+            isinstance(self.step, bool)
+            or not isinstance(self.step, int | float)
+            or not self.step > 0
+        ):
+            raise PruningError(f"step must be a positive number, got {self.step!r}")
+
+    def importance(self, visual: VisualTokens) -> Tensor:
+        projector = visual.projector
+        if self.projector_rank is not None:
+            projector = low_rank(projector, self.projector_rank)
+        return sensitivity(
+            projector,
+            visual.features,
+            directions=self.directions,
+            step=self.step,
+            seed=self.seed,
+        )
+
+    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
+        assert importance is not None
+        return fuse(visual.projected, importance, counts, valid=visual.valid, fusion=self.fusion)

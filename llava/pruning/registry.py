@@ -1,0 +1,75 @@
+"""Name -> method class. Built-in files are found by themselves; others through entry points."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, TypeVar
+
+from llava.pruning.errors import PruningError, unknown
+
+if TYPE_CHECKING:
+    from llava.pruning.methods.base import PruningMethod
+
+ENTRY_POINT_GROUP = "llava.pruners"
+
+Method = TypeVar("Method", bound="type[PruningMethod]")
+
+_methods: dict[str, type[PruningMethod]] = {}
+_loaded = False
+
+
+def register(cls: Method) -> Method:
+    """Class decorator: make a `PruningMethod` subclass known under its `name`.
+
+    Raises PruningError if the class has no name or the name belongs to another class.
+    """
+    name = getattr(cls, "name", "")
+    if not name:
+        raise PruningError(f"{cls.__name__} needs a class attribute `name` to be registered")
+    taken = _methods.get(name)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (
+        cls.__module__,
+        cls.__qualname__,
+    ):
+        raise PruningError(f"pruning method {name!r} is already {taken.__module__}")
+    _methods[name] = cls
+    return cls
+
+
+def get_method(name: str) -> type[PruningMethod]:
+    """The class registered as `name`; PruningError naming the nearest names otherwise."""
+    _load()
+    if name not in _methods:
+        raise unknown("pruning method", name, _methods)
+    return _methods[name]
+
+
+def list_methods() -> list[str]:
+    """Registered names in alphabetical order, control methods last."""
+    _load()
+    return sorted(_methods, key=lambda name: (_methods[name].control, name))
+
+
+def _load() -> None:
+    """Import the built-in method files and the installed plug-ins, once."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    package = importlib.import_module("llava.pruning.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        _load_plugin(point.name, point.load)
+
+
+def _load_plugin(name: str, load: Callable[[], type[PruningMethod]]) -> None:
+    # A broken plug-in must not take the built-in methods down with it.
+    try:
+        register(load())
+    except Exception as error:
+        warnings.warn(f"pruning plug-in {name!r} is not available: {error}", stacklevel=2)

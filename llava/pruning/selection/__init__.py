@@ -1,0 +1,1 @@
+"""Which k tokens, given features and importance?"""

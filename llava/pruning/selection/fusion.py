@@ -1,0 +1,45 @@
+"""How ZOO-Prune joins importance and diversity, and the ablations of that choice."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llava.pruning.errors import PruningError
+from llava.pruning.importance.norm import min_max
+from llava.pruning.methods.base import Picks
+from llava.pruning.selection.max_min import max_min_with_margins
+from llava.pruning.selection.topk import top_k
+
+FUSIONS = ("multiply", "sum", "sensitivity", "diversity")
+
+
+def fuse(
+    z: Tensor,
+    importance: Tensor,
+    k: Tensor,
+    *,
+    valid: Tensor | None = None,
+    fusion: str = "multiply",
+) -> Picks:
+    """Pick k tokens a row by min-max normalised importance and max-min diversity.
+
+    Args:
+        z: [B, N, D] projected tokens.
+        importance: [B, N] raw importance.
+        k: LongTensor [B].
+        valid: BoolTensor [B, N] or None.
+        fusion: "multiply" (ZOO-Prune eq. 7), "sum" of the two, "sensitivity" (importance alone,
+            top-k), "diversity" (importance unused; the same as DivPrune).
+    """
+    if fusion == "diversity":
+        return max_min_with_margins(z, k, valid=valid, first="isolated")
+    weights = min_max(importance, valid)
+    if fusion == "sensitivity":
+        return top_k(weights, k, valid=valid)
+    return max_min_with_margins(z, k, weights=weights, valid=valid, combine=fusion)
+
+
+def check_fusion(fusion: str) -> None:
+    """Raise PruningError unless `fusion` is one of FUSIONS."""
+    if fusion not in FUSIONS:
+        raise PruningError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")

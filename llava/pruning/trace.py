@@ -1,0 +1,73 @@
+"""What one run of the pruning stage did, for logs, results and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PruningTrace:
+    """Record of one `prune_visual_tokens` call over T tiles.
+
+    Attributes:
+        method: registered name of the method.
+        kept: LongTensor [T, Kmax], kept token indices in raster order, padded with -1;
+            None for methods that merge.
+        margins: [T, Kmax] float, in **pick order**: score of the token picked minus the best
+            score passed over at that step. `inf` where there was no choice (padding, tiles kept
+            whole, methods that do not score). Two runs whose features differ by rounding can
+            only part at a pick with a small margin.
+        tokens_before, tokens_after: visual tokens of each image, without and with pruning.
+        score_seconds, select_seconds: wall clock on the host (on an accelerator: the time to
+            enqueue the work; `llava.eval` benchmarks synchronise around the stage).
+    """
+
+    method: str
+    kept: Tensor | None
+    margins: Tensor
+    tokens_before: list[int]
+    tokens_after: list[int]
+    score_seconds: float
+    select_seconds: float
+
+    @property
+    def first_margin(self) -> Tensor:
+        """[T] margin of each tile's first pick, `inf` where there was no choice."""
+        return self._edge(0)
+
+    @property
+    def last_margin(self) -> Tensor:
+        """[T] margin of each tile's last pick, `inf` where there was no choice."""
+        finite = self.margins.isfinite()
+        steps = torch.arange(self.margins.shape[1], device=self.margins.device)
+        last = torch.where(finite, steps, 0).amax(dim=1) if self.margins.shape[1] else None
+        return self._edge(last)
+
+    def _edge(self, step: int | Tensor | None) -> Tensor:
+        if self.margins.shape[1] == 0 or step is None:
+            return self.margins.new_full((self.margins.shape[0],), torch.inf)
+        if isinstance(step, int):
+            return self.margins[:, step]
+        return self.margins.gather(1, step[:, None])[:, 0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form; a margin without a choice is None."""
+
+        def plain(values: Tensor) -> list[float | None]:
+            return [value if value < float("inf") else None for value in values.tolist()]
+
+        kept = self.kept.tolist() if self.kept is not None else None
+        return {
+            "method": self.method,
+            "kept": [[i for i in row if i >= 0] for row in kept] if kept is not None else None,
+            "first_margin": plain(self.first_margin),
+            "last_margin": plain(self.last_margin),
+            "tokens_before": list(self.tokens_before),
+            "tokens_after": list(self.tokens_after),
+            "score_seconds": self.score_seconds,
+            "select_seconds": self.select_seconds,
+        }
