@@ -1,0 +1,352 @@
+"""Prompt templates of LLaVA.
+
+Checkpoints were trained on exactly these strings, so every template renders byte for byte what
+LLaVA renders (checked against recorded prompts in ``tests/goldens/llava/conversation``).
+"""
+
+import base64
+import dataclasses
+from collections.abc import Mapping
+from enum import Enum, auto
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.utils import UserInputError
+
+# Background of padded images: the CLIP channel means times 255, cut to integers.
+CLIP_MEAN_RGB = (122, 116, 104)
+MAX_IMAGE_SIDE = 1344
+
+
+class SeparatorStyle(Enum):
+    """How turns are joined; see ``Conversation.get_prompt``."""
+
+    SINGLE = auto()
+    TWO = auto()
+    MPT = auto()
+    PLAIN = auto()
+    LLAMA_2 = auto()
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A prompt template together with the messages said so far.
+
+    ``messages`` holds ``[role, message]`` pairs. A message is a string, ``None`` for the turn that
+    the model is to write, or a tuple ``(text, PIL image, mode)`` with mode ``Pad``, ``Default``,
+    ``Crop`` or ``Resize``. Messages before ``offset`` are the template's own example dialogue.
+    """
+
+    system: str
+    roles: tuple[str, str]
+    messages: Any
+    offset: int
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
+    sep: str = "###"
+    sep2: str | None = None
+    version: str = "Unknown"
+    skip_next: bool = False
+
+    def append_message(self, role: str, message: Any) -> None:
+        """Add one turn; ``None`` opens the turn the model is to write."""
+        self.messages = [*self.messages, [role, message]]
+
+    def copy(self) -> "Conversation":
+        """Return a copy whose messages can be changed without touching this template."""
+        return dataclasses.replace(self, messages=[list(pair) for pair in self.messages])
+
+    def get_prompt(self) -> str:
+        """Render the conversation.
+
+        Raises:
+            TypeError: an answered turn under a ``PLAIN`` template without a second separator (as
+                LLaVA does).
+            UserInputError: a ``LLAMA_2`` conversation that does not open with a user message.
+        """
+        turns = [(role, _text(message)) for role, message in self._with_image_first()]
+        match self.sep_style:
+            case SeparatorStyle.SINGLE:
+                return self._render_named(turns, (self.sep, self.sep))
+            case SeparatorStyle.TWO:
+                return self._render_named(turns, (self.sep, self.sep2))
+            case SeparatorStyle.MPT:
+                body = (role + text + self.sep if text else role for role, text in turns)
+                return self.system + self.sep + "".join(body)
+            case SeparatorStyle.PLAIN:
+                return self._render_plain(turns)
+            case SeparatorStyle.LLAMA_2:
+                return self._render_llama_2(turns)
+
+    def _with_image_first(self) -> list[tuple[str, Any]]:
+        """Messages with the image mark of a leading image message moved to the front."""
+        messages = [(role, message) for role, message in self.messages]
+        if not messages or not isinstance(messages[0][1], tuple):
+            return messages
+        role, first = messages[0]
+        text = first[0].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        if "mmtag" in self.version:
+            shown = (self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>")
+            return [shown, (self.roles[1], "Received."), (role, text), *messages[1:]]
+        return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"), *messages[1:]]
+
+    def _render_named(self, turns: list[tuple[str, str]], seps: tuple[str, str | None]) -> str:
+        prompt = self.system + seps[0]
+        for i, (role, text) in enumerate(turns):
+            # An open turn ends at the colon: the model writes the space itself.
+            prompt += f"{role}: {text}{seps[i % 2]}" if text else f"{role}:"
+        return prompt
+
+    def _render_plain(self, turns: list[tuple[str, str]]) -> str:
+        prompt = self.system
+        for i, (_, text) in enumerate(turns):
+            if not text:
+                continue
+            sep = (self.sep, self.sep2)[i % 2]
+            if sep is None:
+                raise TypeError("this plain template has no separator (sep2) to close an answer")
+            prompt += text + sep
+        return prompt
+
+    def _render_llama_2(self, turns: list[tuple[str, str]]) -> str:
+        prompt = ""
+        for i, (role, text) in enumerate(turns):
+            if i == 0 and (not text or role != self.roles[0]):
+                raise UserInputError(
+                    f"a {self.version} conversation must open with a message of "
+                    f"{self.roles[0]!r}; append one before rendering the prompt"
+                )
+            if not text:
+                continue
+            if i == 0 and self.system:
+                text = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n{text}"
+            if i % 2 == 0:
+                prompt += f"{self.sep}[INST] {text} [/INST]"
+            else:
+                prompt += f" {text} {self.sep2}"
+        # The tokenizer adds <s> itself. LLaVA strips a set of characters here, not a prefix.
+        return prompt.lstrip(self.sep)
+
+    def get_images(self, return_pil: bool = False) -> list[Any]:
+        """Images of the user's turns: PIL images, or PNG files as base64 text.
+
+        The longer side is brought down to at most 1344 pixels.
+        """
+        images = []
+        for _, message in self.messages[self.offset :: 2]:
+            if isinstance(message, tuple):
+                image = _prepare_image(message[1], message[2])
+                images.append(image if return_pil else _png_base64(image))
+        return images
+
+    def to_gradio_chatbot(self) -> list[list[str | None]]:
+        """``[user, assistant]`` pairs for a chat widget, images embedded as data URLs."""
+        pairs: list[list[str | None]] = []
+        for i, (_, message) in enumerate(self.messages[self.offset :]):
+            if isinstance(message, tuple):
+                data = _png_base64(_prepare_image(message[1], "Default"))
+                tag = f'<img src="data:image/png;base64,{data}" alt="user upload image" />'
+                message = tag + message[0].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+            if i % 2 == 0:
+                pairs.append([message, None])
+            else:
+                pairs[-1][1] = message
+        return pairs
+
+    def dict(self) -> dict[str, Any]:
+        """Plain data for logs; images are left out."""
+        return {
+            "system": self.system,
+            "roles": self.roles,
+            "messages": [
+                [role, message[0] if isinstance(message, tuple) else message]
+                for role, message in self.messages
+            ],
+            "offset": self.offset,
+            "sep": self.sep,
+            "sep2": self.sep2,
+        }
+
+
+def _text(message: Any) -> str:
+    if isinstance(message, tuple):
+        message = message[0]
+    return message or ""
+
+
+def _prepare_image(image: Image.Image, mode: str) -> Image.Image:
+    if mode == "Pad":
+        from llava.mm_utils import expand2square
+
+        image = expand2square(image.convert("RGB"), CLIP_MEAN_RGB)
+    elif mode == "Resize":
+        image = image.resize((336, 336))
+    elif mode not in ("Default", "Crop"):
+        raise UserInputError(
+            f"unknown image mode {mode!r}; use 'Pad', 'Default', 'Crop' or 'Resize'"
+        )
+    scale = MAX_IMAGE_SIDE / max(image.size)
+    if scale < 1:
+        width, height = image.size
+        image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))))
+    return image
+
+
+def _png_base64(image: Image.Image) -> str:
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+_CURIOUS_HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+_CURIOUS_USER = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_VISUAL_CONTENT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able "
+    "to understand the visual content that the user provides, and assist the user with a variety "
+    "of tasks using natural language.The visual content will be provided with the following "
+    "format: <Image>visual content</Image>."
+)
+_LLAMA_2_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+    "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, "
+    "toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased "
+    "and positive in nature.\n\nIf a question does not make any sense, or is not factually "
+    "coherent, explain why instead of answering something not correct. If you don't know the "
+    "answer to a question, please don't share false information."
+)
+_LLAVA_LLAMA_2_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
+_EXAMPLE_QUESTION = (
+    "What are the key differences between renewable and non-renewable energy sources?"
+)
+_EXAMPLE_ANSWER = (
+    "Renewable energy sources are those that can be replenished naturally in a relatively short "
+    "amount of time, such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy "
+    "sources, on the other hand, are finite and will eventually be depleted, such as coal, oil, "
+    "and natural gas. Here are some key differences between renewable and non-renewable energy "
+    "sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
+    "energy sources are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than "
+    "non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
+    "and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they "
+    "typically have lower operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more "
+    "remote locations than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to "
+    "different situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
+    "non-renewable sources are not, and their depletion can lead to economic and social "
+    "instability.\n"
+)
+
+
+def _template(
+    system: str,
+    roles: tuple[str, str],
+    style: SeparatorStyle,
+    sep: str,
+    sep2: str | None = None,
+    version: str = "Unknown",
+    example: tuple[tuple[str, str], ...] = (),
+) -> Conversation:
+    return Conversation(
+        system, roles, example, len(example), sep_style=style, sep=sep, sep2=sep2, version=version
+    )
+
+
+_HUMAN = ("Human", "Assistant")
+_USER = ("USER", "ASSISTANT")
+_CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+_EXAMPLE = (("Human", _EXAMPLE_QUESTION), ("Assistant", _EXAMPLE_ANSWER))
+_S = SeparatorStyle
+
+conv_vicuna_v0 = _template(_CURIOUS_HUMAN, _HUMAN, _S.SINGLE, "###", example=_EXAMPLE)
+conv_vicuna_v1 = _template(_CURIOUS_USER, _USER, _S.TWO, " ", "</s>", "v1")
+conv_llama_2 = _template(_LLAMA_2_SYSTEM, _USER, _S.LLAMA_2, "<s>", "</s>", "llama_v2")
+conv_mistral_instruct = _template("", _USER, _S.LLAMA_2, "", "</s>", "llama_v2")
+conv_chatml_direct = _template(
+    "<|im_start|>system\nAnswer the questions.", _CHATML, _S.MPT, "<|im_end|>", version="mpt"
+)
+conv_mpt = _template(
+    "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
+    "The assistant gives helpful and honest answers.",
+    _CHATML,
+    _S.MPT,
+    "<|im_end|>",
+    version="mpt",
+)
+conv_llava_plain = _template("", ("", ""), _S.PLAIN, "\n")
+conv_llava_v0 = _template(_CURIOUS_HUMAN, _HUMAN, _S.SINGLE, "###")
+conv_llava_v0_mmtag = _template(_VISUAL_CONTENT, _HUMAN, _S.SINGLE, "###", version="v0_mmtag")
+conv_llava_v1 = _template(_CURIOUS_HUMAN, _USER, _S.TWO, " ", "</s>", "v1")
+conv_llava_v1_mmtag = _template(_VISUAL_CONTENT, _USER, _S.TWO, " ", "</s>", "v1_mmtag")
+conv_llava_llama_2 = _template(_LLAVA_LLAMA_2_SYSTEM, _USER, _S.LLAMA_2, "<s>", "</s>", "llama_v2")
+
+conv_templates: dict[str, Conversation] = {
+    "default": conv_vicuna_v0,
+    "v0": conv_vicuna_v0,
+    "v1": conv_vicuna_v1,
+    "vicuna_v1": conv_vicuna_v1,
+    "llama_2": conv_llama_2,
+    "mistral_instruct": conv_mistral_instruct,
+    "chatml_direct": conv_chatml_direct,
+    "mistral_direct": conv_chatml_direct,
+    "plain": conv_llava_plain,
+    "v0_plain": conv_llava_plain,
+    "llava_v0": conv_llava_v0,
+    "v0_mmtag": conv_llava_v0_mmtag,
+    "llava_v1": conv_llava_v1,
+    "v1_mmtag": conv_llava_v1_mmtag,
+    "llava_llama_2": conv_llava_llama_2,
+    "mpt": conv_mpt,
+}
+
+# Trainers replace this global to choose the template of a run; read it through the module.
+default_conversation = conv_vicuna_v1
+
+
+def conv_mode_for(model_name: str, config: Any = None) -> str:
+    """Choose the template key for a model.
+
+    ``mm_conv_mode`` of the config wins; otherwise the name decides by LLaVA's rules.
+
+    Args:
+        model_name: the name as ``get_model_name_from_path`` gives it.
+        config: the model's config, as an object or a dict; may be None.
+
+    Raises:
+        UserInputError: ``mm_conv_mode`` names no template.
+    """
+    if isinstance(config, Mapping):
+        chosen = config.get("mm_conv_mode")
+    else:
+        chosen = getattr(config, "mm_conv_mode", None)
+    if chosen is not None:
+        if chosen not in conv_templates:
+            raise UserInputError(
+                f"mm_conv_mode {chosen!r} in config.json is no known template; "
+                f"use one of {', '.join(conv_templates)}"
+            )
+        return chosen
+    name = model_name.lower()
+    rules = {
+        "llama-2": "llava_llama_2",
+        "mistral": "mistral_instruct",
+        "v1.6-34b": "chatml_direct",
+        "v1": "llava_v1",
+        "mpt": "mpt",
+    }
+    return next((mode for part, mode in rules.items() if part in name), "llava_v0")

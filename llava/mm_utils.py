@@ -1,0 +1,249 @@
+"""Images and prompts on their way into a LLaVA model.
+
+The geometry of the multi-tile ("anyres") scheme lives here as pure functions of sizes.
+"""
+
+import ast
+import base64
+import math
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.utils import UserInputError
+
+Size = tuple[int, int]
+
+
+def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
+    """Choose the canvas that keeps the most of an image's pixels.
+
+    Args:
+        original_size: (width, height) of the image.
+        possible_resolutions: canvases as (width, height).
+
+    Returns:
+        The canvas with the most effective pixels, then the least waste; the first one wins a tie.
+    """
+    width, height = original_size
+    best: Size | None = None
+    best_rank = (-1, 0)
+    for canvas_w, canvas_h in possible_resolutions:
+        scale = min(canvas_w / width, canvas_h / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        rank = (effective, effective - canvas_w * canvas_h)
+        if best is None or rank > best_rank:
+            best, best_rank = (canvas_w, canvas_h), rank
+    if best is None:
+        raise UserInputError("no canvas to choose from: image_grid_pinpoints is empty")
+    return best
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
+    """Fit an image into (width, height) without distortion, centred on black."""
+    width, height = image.size
+    target_w, target_h = target_resolution
+    scale_w, scale_h = target_w / width, target_h / height
+    if scale_w < scale_h:
+        new_w, new_h = target_w, min(math.ceil(height * scale_w), target_h)
+    else:
+        new_w, new_h = min(math.ceil(width * scale_h), target_w), target_h
+    canvas = Image.new("RGB", (target_w, target_h), (0, 0, 0))
+    canvas.paste(image.resize((new_w, new_h)), ((target_w - new_w) // 2, (target_h - new_h) // 2))
+    return canvas
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Cut an image into square tiles of ``patch_size``, row by row."""
+    width, height = image.size
+    return [
+        image.crop((left, top, left + patch_size, top + patch_size))
+        for top in range(0, height, patch_size)
+        for left in range(0, width, patch_size)
+    ]
+
+
+def get_anyres_image_grid_shape(
+    image_size: Size, grid_pinpoints: str | Sequence[Size], patch_size: int
+) -> Size:
+    """Tiles of an image's best canvas as (columns, rows).
+
+    Args:
+        image_size: (width, height) of the image.
+        grid_pinpoints: canvases as (width, height), or a string holding that Python list.
+        patch_size: side of a tile in pixels.
+    """
+    if isinstance(grid_pinpoints, str):
+        grid_pinpoints = ast.literal_eval(grid_pinpoints)
+    width, height = select_best_resolution(image_size, grid_pinpoints)
+    return width // patch_size, height // patch_size
+
+
+def unpad_image(tensor: torch.Tensor, original_size: Size) -> torch.Tensor:
+    """Cut away what fitting an image into a canvas had padded.
+
+    Args:
+        tensor: [C, H, W] on the canvas.
+        original_size: (width, height) of the image before it was fitted.
+
+    Returns:
+        [C, rows, cols], a view.
+    """
+    height, width = tensor.shape[1:]
+    original_w, original_h = original_size
+    if original_w / original_h > width / height:
+        padding = (height - int(original_h * (width / original_w))) // 2
+        return tensor[:, padding : height - padding, :]
+    padding = (width - int(original_w * (height / original_h))) // 2
+    return tensor[:, :, padding : width - padding]
+
+
+def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
+    """Pad an image to a square, centred; a square image is returned as it is (same object)."""
+    width, height = pil_img.size
+    if width == height:
+        return pil_img
+    side = max(width, height)
+    canvas = Image.new(pil_img.mode, (side, side), background_color)
+    canvas.paste(pil_img, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+def process_images(
+    images: Sequence[Image.Image], image_processor: Any, model_cfg: Any
+) -> torch.Tensor | list[torch.Tensor]:
+    """Turn PIL images into the pixels a model was trained on.
+
+    ``model_cfg.image_aspect_ratio`` decides: ``"pad"`` pads to a square with the processor's mean
+    colour; None or anything else resizes the shorter side and crops the centre.
+
+    Args:
+        images: PIL images of any mode; they are converted to RGB.
+        image_processor: the tower's processor.
+        model_cfg: the model's config.
+
+    Returns:
+        float32 [B, 3, H, W], or a list of [3, H, W] where the shapes differ.
+
+    Raises:
+        UserInputError: the config asks for multi-tile ("anyres") images.
+    """
+    aspect = getattr(model_cfg, "image_aspect_ratio", None)
+    if isinstance(aspect, str) and aspect.startswith("anyres"):
+        raise UserInputError(
+            f"image_aspect_ratio {aspect!r} belongs to LLaVA-1.6, which this version does not "
+            "process; use a LLaVA-1.5 checkpoint, or set image_aspect_ratio to 'pad'"
+        )
+    images = [image.convert("RGB") for image in images]
+    if aspect == "pad":
+        background = tuple(int(mean * 255) for mean in image_processor.image_mean)
+        images = [expand2square(image, background) for image in images]
+    pixels = [
+        image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
+        for image in images
+    ]
+    if all(p.shape == pixels[0].shape for p in pixels):
+        return torch.stack(pixels)
+    return pixels
+
+
+def load_image_from_base64(image: str) -> Image.Image:
+    """Decode a base64 image file.
+
+    Raises:
+        UserInputError: the text does not hold an image.
+    """
+    try:
+        return Image.open(BytesIO(base64.b64decode(image)))
+    except (ValueError, OSError) as error:
+        raise UserInputError(
+            f"the base64 text does not hold an image ({error}); encode the bytes of an image file"
+        ) from error
+
+
+def tokenizer_image_token(
+    prompt: str,
+    tokenizer: Any,
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+    return_tensors: str | None = None,
+) -> list[int] | torch.Tensor:
+    """Tokenise a prompt that holds ``<image>`` marks.
+
+    The text between marks is tokenised piece by piece, as LLaVA did in training, so a piece may
+    begin with a space token that tokenising the whole text would not give.
+
+    Returns:
+        Token ids with ``image_token_index`` at every mark and one BOS at the front if the
+        tokenizer writes one; a list, or int64 [L] for ``return_tensors="pt"``.
+
+    Raises:
+        ValueError: another value of ``return_tensors``.
+    """
+    bos = tokenizer.bos_token_id
+    chunks = [tokenizer(chunk).input_ids for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    starts_with_bos = bool(chunks[0]) and bos is not None and chunks[0][0] == bos
+    ids: list[int] = [bos] if starts_with_bos else []
+    for i, chunk in enumerate(chunks):
+        if i:
+            ids.append(image_token_index)
+        ids.extend(chunk[1:] if starts_with_bos and chunk[:1] == [bos] else chunk)
+    if return_tensors is None:
+        return ids
+    if return_tensors == "pt":
+        return torch.tensor(ids, dtype=torch.long)
+    raise ValueError(f"unsupported tensor type: {return_tensors!r}; use 'pt' or None")
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Last part of a path; ``parent_checkpoint-N`` for a step checkpoint of a training run."""
+    parts = model_path.strip("/").split("/")
+    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
+        return f"{parts[-2]}_{parts[-1]}"
+    return parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stop once every row ends with one of the keywords.
+
+    Works on sequences with and without the prompt: generation from embeddings reports new tokens
+    only.
+
+    Args:
+        keywords: texts to stop at.
+        tokenizer: the model's tokenizer.
+        input_ids: the prompt, int64 [B, L].
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: torch.Tensor) -> None:
+        self.keywords = list(keywords)
+        self.tokenizer = tokenizer
+        self.prompt_ids = input_ids
+        self.keyword_ids: list[list[int]] = []
+        for keyword in self.keywords:
+            ids = list(tokenizer(keyword).input_ids)
+            if len(ids) > 1 and ids[0] == tokenizer.bos_token_id:
+                ids = ids[1:]
+            self.keyword_ids.append(ids)
+        self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
+
+    def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> bool:
+        """True when every row of int64 [B, L] ends with a keyword."""
+        return all(self._row_stops(row) for row in self._new_tokens(output_ids))
+
+    def _new_tokens(self, output_ids: torch.Tensor) -> torch.Tensor:
+        length = self.prompt_ids.shape[-1]
+        prompt = self.prompt_ids.to(output_ids.device)
+        head = output_ids[:, :length]
+        return output_ids[:, length:] if torch.equal(head, prompt) else output_ids
+
+    def _row_stops(self, row: torch.Tensor) -> bool:
+        tail = row[-self.max_keyword_len :].tolist() if self.max_keyword_len else []
+        if any(ids and tail[-len(ids) :] == ids for ids in self.keyword_ids):
+            return True
+        text = self.tokenizer.decode(tail, skip_special_tokens=True)
+        return any(keyword in text for keyword in self.keywords)

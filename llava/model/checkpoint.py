@@ -1,0 +1,159 @@
+"""Reading checkpoint folders: where they are, what they hold, what is wrong with them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llava.utils import UserInputError
+
+# LLaVA's files nest the CLIP model twice and keep an inner level that CLIPVisionModel has lost.
+TOWER_PREFIX = "model.vision_tower.vision_tower."
+TOWER_INNER = "vision_model."
+KEY_MAPPING = {
+    "^" + re.escape(TOWER_PREFIX + TOWER_INNER): TOWER_PREFIX,
+}
+
+# Single-file and index names in the order transformers prefers them.
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# Buffers that old checkpoints stored and the model computes itself.
+_DERIVED_KEY = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+
+
+def local_checkpoint(path: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; a hub name is downloaded first.
+
+    Raises:
+        UserInputError: neither a folder nor a model that the hub returns.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or str(path).count("/") != 1:
+        raise UserInputError(
+            f"{str(path)!r} is not a checkpoint folder; give a folder that holds config.json and "
+            "weights, or a hub name such as 'liuhaotian/llava-v1.5-7b'"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["*.json", "*.model", "*.safetensors", "*.bin"]
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        raise UserInputError(
+            f"{str(path)!r} is no local folder and the hub does not return it ({error}); check the "
+            "spelling and the network, or download the model and give its folder"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` as plain data: its ``model_type`` would mislead transformers' own reader.
+
+    Raises:
+        UserInputError: the file is missing or no JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserInputError(
+            f"{str(folder)!r} holds no config.json; give the folder of a complete checkpoint"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserInputError(
+            f"{str(file)!r} cannot be read ({error}); download or save it again"
+        ) from error
+    if not isinstance(config, dict):
+        raise UserInputError(f"{str(file)!r} holds no JSON object; download or save it again")
+    return config
+
+
+def checkpoint_keys(folder: Path) -> set[str]:
+    """Names of all weights in a folder, read without loading them.
+
+    Raises:
+        UserInputError: no weights, a missing shard, or a file that is damaged.
+    """
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return _file_keys(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _indexed_keys(index)
+    raise UserInputError(
+        f"{str(folder)!r} holds no weights (none of {', '.join(_WEIGHT_FILES)} nor their index "
+        "files); give the folder of a complete checkpoint"
+    )
+
+
+def _indexed_keys(index: Path) -> set[str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserInputError(
+            f"{str(index)!r} is damaged ({error!r}); download or save the checkpoint again"
+        ) from error
+    present: set[str] = set()
+    for shard in sorted(set(weight_map.values())):
+        file = index.parent / shard
+        if not file.is_file():
+            raise UserInputError(
+                f"{index.name} names {shard!r}, which is missing in {str(index.parent)!r}; "
+                "download the checkpoint again"
+            )
+        present |= _file_keys(file)
+    absent = sorted(set(weight_map) - present)
+    if absent:
+        raise UserInputError(
+            f"{index.name} names {len(absent)} weights that no file holds, for example "
+            f"{absent[0]!r}; download or save the checkpoint again"
+        )
+    return present
+
+
+def _file_keys(file: Path) -> set[str]:
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as handle:
+                return set(handle.keys())
+        # Tensors on the meta device: only names and shapes are read.
+        return set(torch.load(file, map_location="meta", weights_only=True))
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserInputError(
+            f"the weight file {str(file)!r} is damaged ({reason}); download or save it again"
+        ) from error
+    except Exception as error:  # unpickling errors share no base class
+        raise UserInputError(
+            f"the weight file {str(file)!r} is no plain weight file ({type(error).__name__}); "
+            "use a safetensors file or a .bin file that holds tensors only"
+        ) from error
+
+
+def check_loading(info: dict[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint that does not fill the model exactly: the rest would be random.
+
+    Args:
+        info: transformers' loading info.
+
+    Raises:
+        UserInputError: missing, unexpected or misshapen weights.
+    """
+    for kind, advice in (
+        ("missing", "the checkpoint is incomplete or its config.json describes another model"),
+        ("unexpected", "config.json describes a model that has no place for them"),
+        ("mismatched", "sizes in config.json differ from those of the weights"),
+    ):
+        names = sorted(
+            str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"]
+        )
+        names = [name for name in names if not _DERIVED_KEY.search(name)]
+        if names:
+            raise UserInputError(
+                f"{str(folder)!r} has {len(names)} {kind} weights, for example {names[0]!r}: "
+                f"{advice}; compare config.json with the weights or download both again"
+            )

@@ -1,0 +1,290 @@
+"""LLaVA on a Llama language model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+
+from llava.model.checkpoint import (
+    KEY_MAPPING,
+    TOWER_INNER,
+    TOWER_PREFIX,
+    check_loading,
+    checkpoint_keys,
+    local_checkpoint,
+    read_config,
+)
+from llava.model.llava_arch import (
+    Images,
+    LlavaMetaForCausalLM,
+    LlavaMetaModel,
+    padding_side,
+    tower_from_checkpoint,
+)
+from llava.model.multimodal_encoder.builder import is_portable, resolve_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import read_tower_config
+from llava.utils import UserInputError
+
+
+class LlavaConfig(LlamaConfig):
+    """Llama's config plus LLaVA's ``mm_*`` keys, which are kept as they are."""
+
+    model_type = "llava_llama"
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """Llama with a vision tower and a projector."""
+
+    config_class = LlavaConfig
+
+
+class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
+    """A Llama that reads images.
+
+    Weights on disk carry the names of LLaVA's own files, whatever they are called in memory.
+    """
+
+    config_class = LlavaConfig
+    # The tower is called block by block, so its parts must stay on one device.
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPVisionTower"]  # noqa: RUF012
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = LlavaLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_model(self) -> LlavaLlamaModel:
+        return self.model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        config: LlavaConfig | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a native checkpoint folder (or hub name), or a plain Llama to be made a LLaVA.
+
+        A tower that the checkpoint holds is loaded with it; otherwise the tower stays without
+        weights until ``get_vision_tower().load_model()``, which ``load_pretrained_model`` calls.
+        Keyword arguments are those of transformers.
+
+        Raises:
+            UserInputError: files missing or damaged, another kind of model, weights that do not
+                match the config.
+        """
+        folder = local_checkpoint(str(pretrained_model_name_or_path), kwargs.get("revision"))
+        keys = checkpoint_keys(folder)
+        if config is None:
+            config, kwargs = LlavaConfig.from_dict(
+                native_config(folder), return_unused_kwargs=True, **kwargs
+            )
+        tower_config = None
+        name = getattr(config, "mm_vision_tower", None)
+        if name and any(key.startswith(TOWER_PREFIX) for key in keys):
+            tower_config = read_tower_config(resolve_vision_tower(name, str(folder)), name)
+        with tower_from_checkpoint(tower_config):
+            model, info = super().from_pretrained(
+                str(folder),
+                *model_args,
+                config=config,
+                key_mapping=KEY_MAPPING,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
+        check_loading(info, folder)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save under the names of LLaVA's own files.
+
+        The vision tower's weights are written where they came with the checkpoint, where
+        ``config.unfreeze_mm_vision_tower`` says they may have changed, or where the tower was found
+        relative to the checkpoint and would not be found from the new folder; a folder with the
+        tower's description is then written beside them.
+        """
+        tower = self.get_vision_tower()
+        with_tower = tower is not None and tower.is_loaded and self._owns_tower()
+        state = self.state_dict() if state_dict is None else state_dict
+        named = {}
+        for key, value in state.items():
+            if key.startswith(TOWER_PREFIX):
+                if not with_tower:
+                    continue
+                inner = key.removeprefix(TOWER_PREFIX).removeprefix(TOWER_INNER)
+                key = TOWER_PREFIX + TOWER_INNER + inner
+            named[key] = value
+        # The names are final: transformers would translate them back to its own layout.
+        super().save_pretrained(
+            save_directory,
+            is_main_process=is_main_process,
+            state_dict=named,
+            save_original_format=False,
+            **kwargs,
+        )
+        if with_tower and is_main_process and not is_portable(tower):
+            tower.save_description(Path(save_directory) / tower.vision_tower_name)
+
+    def _owns_tower(self) -> bool:
+        tower = self.get_vision_tower()
+        unfrozen = bool(getattr(self.config, "unfreeze_mm_vision_tower", False))
+        return tower.from_checkpoint or unfrozen or not is_portable(tower)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        images: Images | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Llama's forward on the merged sequence of text and images.
+
+        Args:
+            input_ids: int64 [B, L] with IMAGE_TOKEN_INDEX at every image mark.
+            images: see ``encode_visual_tokens``; used only without ``inputs_embeds``.
+            image_sizes: (width, height) of the original images.
+
+        Returns:
+            transformers' output; logits have the merged length, which pruning shortens.
+        """
+        if inputs_embeds is None:
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids,
+                    position_ids,
+                    attention_mask,
+                    past_key_values,
+                    labels,
+                    images,
+                    image_sizes,
+                )
+            )
+        if attention_mask is None and position_ids is not None and inputs_embeds is not None:
+            # Positions without a mask would be read as several packed sequences.
+            attention_mask = position_ids.new_ones(inputs_embeds.shape[:2])
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate text about images, or from text alone.
+
+        Rows are always padded on the left, whatever the config says: a row padded on the right
+        would continue from its padding.
+
+        Args:
+            inputs: int64 [B, L] prompts with IMAGE_TOKEN_INDEX at every mark (also as
+                ``input_ids``). Give ``attention_mask`` where rows are padded.
+            images: see ``encode_visual_tokens``.
+
+        Returns:
+            The new tokens only, int64 [B, new], or transformers' dictionary of them.
+
+        Raises:
+            NotImplementedError: ``inputs_embeds`` was given.
+            UserInputError: no prompt, or images that do not match the marks.
+        """
+        if "inputs_embeds" in kwargs:
+            raise NotImplementedError("`inputs_embeds` is not supported; pass ids and images")
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None:
+            raise UserInputError("generate needs a prompt: pass ids of shape [B, L] as inputs")
+        position_ids = kwargs.pop("position_ids", None)
+        attention_mask = kwargs.pop("attention_mask", None)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        with padding_side("left"):
+            _, positions, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
+                input_ids, position_ids, attention_mask, None, None, images, image_sizes
+            )
+            if embeds is None:
+                # Text goes the same way, so that its rows are padded on the left too.
+                positions, mask, embeds, _ = self.splice_visual_tokens(
+                    None, input_ids, position_ids, attention_mask
+                )
+        if positions is not None:
+            kwargs["position_ids"] = positions
+        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+
+def native_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder that LlavaLlamaForCausalLM can hold, with the type corrected.
+
+    Released checkpoints call their type ``llava``, which transformers takes for its own class, so
+    the architecture decides.
+
+    Raises:
+        UserInputError: another architecture, or settings of a later LLaVA.
+    """
+    raw = read_config(folder)
+    check_architecture(raw, str(folder))
+    return {**raw, "model_type": LlavaConfig.model_type}
+
+
+def check_architecture(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config that describes another model.
+
+    Raises:
+        UserInputError: names what the checkpoint is and what to use instead.
+    """
+    architectures = config.get("architectures") or []
+    model_type = config.get("model_type")
+    is_llava = "LlavaLlamaForCausalLM" in architectures or model_type == "llava_llama"
+    is_base = model_type == "llama" and "text_config" not in config
+    if not (is_llava or is_base or (model_type == "llava" and "mm_vision_tower" in config)):
+        raise UserInputError(
+            f"{where!r} holds {', '.join(architectures) or 'an unnamed architecture'} (type "
+            f"{model_type!r}), not LlavaLlamaForCausalLM; give a checkpoint in LLaVA's own format "
+            "with a Llama language model, such as liuhaotian/llava-v1.5-7b"
+        )
+    aspect = str(config.get("image_aspect_ratio") or "")
+    merge = str(config.get("mm_patch_merge_type") or "flat")
+    if aspect.startswith("anyres") or merge != "flat":
+        raise UserInputError(
+            f"{where!r} is a LLaVA-1.6 checkpoint (image_aspect_ratio {aspect!r}, "
+            f"mm_patch_merge_type {merge!r}), which this version does not run; "
+            "use a LLaVA-1.5 checkpoint"
+        )
+
+
+AutoConfig.register(LlavaConfig.model_type, LlavaConfig)
+AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)

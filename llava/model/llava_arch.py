@@ -1,0 +1,350 @@
+"""What makes a language model a LLaVA: encode images, prune their tokens, splice them into text.
+
+    images -> encode_visual_tokens -> prune_visual_tokens -> splice_visual_tokens -> embeddings
+
+Each step is a method that may be called, replaced or patched alone.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mm_utils import unpad_image
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.splice import (
+    Row,
+    count_marks,
+    image_positions,
+    pad_rows,
+    share_images,
+    splice_row,
+    unpadded,
+)
+from llava.pruning.config import PruningConfig
+from llava.pruning.stage import prune_visual_tokens
+from llava.pruning.tokens import VisualTokens
+from llava.utils import UserInputError
+
+__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
+
+logger = logging.getLogger(__name__)
+
+Images = torch.Tensor | list[torch.Tensor]
+
+# Set while a checkpoint with tower weights of its own is loading: the constructor then builds the
+# tower, so that the loader fills it. A context variable, because transformers calls it for us.
+_tower_in_checkpoint: ContextVar[CLIPVisionConfig | None] = ContextVar(
+    "tower_in_checkpoint", default=None
+)
+_padding_side: ContextVar[str | None] = ContextVar("padding_side", default=None)
+
+
+@contextmanager
+def tower_from_checkpoint(config: CLIPVisionConfig | None) -> Iterator[None]:
+    """Models constructed inside build their vision tower from ``config``."""
+    token = _tower_in_checkpoint.set(config)
+    try:
+        yield
+    finally:
+        _tower_in_checkpoint.reset(token)
+
+
+@contextmanager
+def padding_side(side: str) -> Iterator[None]:
+    """Pad merged rows on ``side`` inside, whatever the config says; other threads do not see it."""
+    token = _padding_side.set(side)
+    try:
+        yield
+    finally:
+        _padding_side.reset(token)
+
+
+class LlavaMetaModel:
+    """Mixin of the inner model: owns the vision tower and the projector."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if getattr(config, "mm_vision_tower", None):
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+            self.mm_projector = build_vision_projector(config)
+            tower_config = _tower_in_checkpoint.get()
+            if tower_config is not None:
+                self.vision_tower.build(tower_config)
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        return getattr(self, "vision_tower", None)
+
+    def initialize_vision_modules(self, model_args: Any) -> None:
+        """Attach a tower and a projector to a language model, before training.
+
+        Args:
+            model_args: LLaVA's model arguments: ``vision_tower``, ``mm_vision_select_layer``,
+                ``mm_vision_select_feature``, ``mm_projector_type``, ``mm_patch_merge_type``,
+                ``pretrain_mm_mlp_adapter`` (a file whose keys contain ``mm_projector.``).
+        """
+        config = self.config
+        config.mm_vision_tower = model_args.vision_tower
+        config.mm_vision_select_layer = getattr(model_args, "mm_vision_select_layer", -2)
+        config.mm_vision_select_feature = getattr(model_args, "mm_vision_select_feature", "patch")
+        config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
+        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
+        config.use_mm_proj = True
+        if self.get_vision_tower() is None:
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+        self.vision_tower.load_model()
+        config.mm_hidden_size = self.vision_tower.hidden_size
+        if getattr(self, "mm_projector", None) is None:
+            self.mm_projector = build_vision_projector(config)
+        self.mm_projector.requires_grad_(True)
+        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        if adapter is not None:
+            weights = torch.load(adapter, map_location="cpu", weights_only=True)
+            marker = "mm_projector."
+            self.mm_projector.load_state_dict(
+                {k.split(marker, 1)[1]: v for k, v in weights.items() if marker in k}
+            )
+
+
+class LlavaMetaForCausalLM:
+    """Mixin of the causal language model: the way from images and ids to embeddings."""
+
+    def get_model(self) -> Any:
+        return self.model
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        return self.get_model().get_vision_tower()
+
+    @property
+    def pruning(self) -> PruningConfig | None:
+        """Active pruning settings; stored as plain JSON in ``config.mm_token_pruning``.
+
+        Accepts a PruningConfig, its dict form, or None for the unpruned model.
+        """
+        settings = getattr(self.config, "mm_token_pruning", None)
+        return None if settings is None else PruningConfig.from_dict(settings)
+
+    @pruning.setter
+    def pruning(self, value: PruningConfig | Mapping[str, Any] | None) -> None:
+        if isinstance(value, Mapping):
+            value = PruningConfig.from_dict(dict(value))
+        self.config.mm_token_pruning = None if value is None else value.to_dict()
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 3, H, W] to embeddings [B, N, hidden_size]."""
+        model = self.get_model()
+        features = model.get_vision_tower()(images)
+        return model.mm_projector(self._for_projector(features))
+
+    def encode_visual_tokens(
+        self, images: Images, image_sizes: list[tuple[int, int]] | None = None
+    ) -> VisualTokens:
+        """Encode every tile of every image once.
+
+        Args:
+            images: pixels [B, 3, H, W] (one tile an image), [B, T, 3, H, W], or a list of
+                [3, H, W] or [T, 3, H, W]. Tower features that were computed before are taken
+                too, as [B, N, mm_hidden_size] or a list of [N, mm_hidden_size]: the tower is
+                frozen, so a trainer may run it once.
+            image_sizes: (width, height) of the original images; one-tile images do not need it.
+
+        Returns:
+            VisualTokens, flat over tiles: features [T, N, Dv], projected [T, N, D].
+
+        Raises:
+            UserInputError: shapes that are none of these.
+        """
+        tiles, image_index = flatten_tiles(images)
+        self._check_merge(image_index)
+        projector = self.get_model().mm_projector
+        if tiles.ndim == 4:
+            # encode_images is what others patch, so it is called as it is and its projector tells
+            # which features it saw.
+            with _inputs_of(projector) as seen:
+                projected = self.encode_images(tiles)
+            features = torch.cat(seen)
+        else:
+            if tiles.shape[-1] != self.config.mm_hidden_size:
+                raise UserInputError(
+                    f"3-dimensional images are tower features [B, N, {self.config.mm_hidden_size}] "
+                    f"but have shape {tuple(tiles.shape)}; pixels need 4 dimensions [B, 3, H, W]"
+                )
+            features = self._for_projector(tiles)
+            projected = projector(features)
+        return VisualTokens(
+            features=features,
+            projected=projected,
+            projector=projector,
+            image_index=image_index.to(projected.device),
+            grid=self._grid(projected.shape[1]),
+            extras=self._extras(tiles),
+        )
+
+    def prune_visual_tokens(self, visual: VisualTokens) -> VisualTokens:
+        """Keep the tokens that the active settings keep; without settings nothing changes."""
+        config = self.pruning
+        return visual if config is None else prune_visual_tokens(visual, config)
+
+    def splice_visual_tokens(
+        self,
+        visual: VisualTokens | None,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """Insert visual tokens at the image marks of a batch.
+
+        Rows are freed of padding, spliced, cut to ``tokenizer_model_max_length`` and padded again
+        with zero embeddings on ``tokenizer_padding_side``.
+
+        Args:
+            visual: encoded, perhaps pruned images in the order of the marks; None for text only.
+            input_ids: int64 [B, L] with IMAGE_TOKEN_INDEX at every mark.
+            position_ids, attention_mask, labels: [B, L] or None.
+
+        Returns:
+            position_ids, attention_mask, inputs_embeds [B, L', D], labels; each of the others is
+            None where the caller gave None, and the mask keeps the caller's dtype.
+        """
+        ids = unpadded(input_ids, attention_mask)
+        targets = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
+        targets = unpadded(targets, attention_mask)
+        features = []
+        if visual is not None:
+            features = [visual.embeddings(i) for i in range(visual.num_images)]
+        shares = share_images(count_marks(ids), len(features))
+        embed = self.get_model().embed_tokens
+        rows = [
+            splice_row(row, target, [features[i] for i in share], embed)
+            for row, target, share in zip(ids, targets, shares, strict=True)
+        ]
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        if limit is not None:
+            longest = max(len(row.labels) for row in rows)
+            if longest > limit:
+                logger.warning("a prompt of %d tokens is cut to its first %d", longest, limit)
+            rows = [Row(row.embeds[:limit], row.labels[:limit]) for row in rows]
+        side = _padding_side.get() or getattr(self.config, "tokenizer_padding_side", "right")
+        batch = pad_rows(rows, side)
+        return (
+            None if position_ids is None else batch.positions.to(position_ids.dtype),
+            None if attention_mask is None else batch.mask.to(attention_mask.dtype),
+            batch.embeds,
+            None if labels is None else batch.labels,
+        )
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any,
+        labels: torch.Tensor | None,
+        images: Images | None,
+        image_sizes: list[tuple[int, int]] | None = None,
+    ) -> tuple[Any, Any, Any, Any, torch.Tensor | None, Any]:
+        """Replace ids with embeddings that contain the images.
+
+        Without a tower, without images, and in a decoding step (one token that is no image mark)
+        everything passes through and the embeddings are None.
+
+        Returns:
+            (None or input_ids, position_ids, attention_mask, past_key_values, inputs_embeds or
+            None, labels), with all lengths those of the merged sequence.
+
+        Raises:
+            UserInputError: image marks without images, or another number of images than marks.
+        """
+        decoding = input_ids.shape[1] == 1 and not bool((input_ids == IMAGE_TOKEN_INDEX).any())
+        if self.get_vision_tower() is None or images is None or decoding:
+            if not decoding and bool((input_ids == IMAGE_TOKEN_INDEX).any()):
+                raise UserInputError(
+                    "the prompt holds an <image> mark but no image can be shown: pass images=, and "
+                    "use a model with a vision tower"
+                )
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        visual = self.encode_visual_tokens(images, image_sizes)
+        if visual.extras:
+            visual.extras["image_position"] = image_positions(
+                unpadded(input_ids, attention_mask), visual.num_images
+            )
+        visual = self.prune_visual_tokens(visual)
+        position_ids, attention_mask, inputs_embeds, labels = self.splice_visual_tokens(
+            visual, input_ids, position_ids, attention_mask, labels
+        )
+        return None, position_ids, attention_mask, past_key_values, inputs_embeds, labels
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        side = self.get_vision_tower().num_patches_per_side
+        # With the class token among them, the tokens of a tile form no square.
+        return (side, side) if tokens == side * side else (1, tokens)
+
+    def _extras(self, tiles: torch.Tensor) -> dict[str, Any]:
+        """What the active method asked for beyond features and embeddings."""
+        config = self.pruning
+        if config is None or "image_digest" not in config.pruner.needs:
+            return {}
+        return {"image_digest": [tile_digest(tile) for tile in tiles]}
+
+    def _for_projector(self, features: torch.Tensor) -> torch.Tensor:
+        # Callers may hold pixels or cached features in another precision than the model.
+        weight = next(self.get_model().mm_projector.parameters(), None)
+        return features if weight is None else features.to(weight.device, weight.dtype)
+
+    def _check_merge(self, image_index: torch.Tensor) -> None:
+        merge = getattr(self.config, "mm_patch_merge_type", None) or "flat"
+        if merge != "flat" and len(image_index) > len(image_index.unique()):
+            raise UserInputError(
+                f"mm_patch_merge_type {merge!r} belongs to LLaVA-1.6, which this version does not "
+                "run; use a LLaVA-1.5 checkpoint, or give one tile for each image"
+            )
+
+
+def flatten_tiles(images: Images) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring every accepted form of ``images`` into one batch.
+
+    Returns:
+        Pixels [T, 3, H, W] or features [T, N, Dv], and the int64 [T] image of each tile.
+
+    Raises:
+        UserInputError: no images, shapes that do not fit together, or too few dimensions.
+    """
+    if isinstance(images, torch.Tensor) and images.ndim in (3, 4):
+        return images, torch.arange(len(images))
+    stacks = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
+    if not stacks or any(
+        s.ndim not in (3, 4) or s.shape[1:] != stacks[0].shape[1:] for s in stacks
+    ):
+        raise UserInputError(
+            "images must be pixels [B, 3, H, W], [B, T, 3, H, W] or a list of [3, H, W] or "
+            "[T, 3, H, W] tensors of one size (tower features: [B, N, C] or a list of [N, C]); "
+            f"got shapes {[tuple(image.shape) for image in images]}"
+        )
+    counts = torch.tensor([len(stack) for stack in stacks])
+    return torch.cat(stacks), torch.arange(len(stacks)).repeat_interleave(counts)
+
+
+def tile_digest(tile: torch.Tensor) -> int:
+    """A number that depends on the content of a tile only, not on its batch or device."""
+    data = tile.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,130 @@
+"""Putting visual embeddings into rows of text, and rows into a batch."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.utils import UserInputError
+
+
+class Row(NamedTuple):
+    """One merged sequence: embeds [L, D] and int64 labels [L]."""
+
+    embeds: torch.Tensor
+    labels: torch.Tensor
+
+
+class Batch(NamedTuple):
+    """Padded rows: embeds [B, L, D], labels [B, L], mask bool [B, L], positions int64 [B, L]."""
+
+    embeds: torch.Tensor
+    labels: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+
+def unpadded(rows: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Rows of [B, L] without their padding, wherever it is; without a mask all tokens count."""
+    if mask is None:
+        return list(rows)
+    return [row[keep] for row, keep in zip(rows, mask.bool(), strict=True)]
+
+
+def count_marks(rows: list[torch.Tensor]) -> list[int]:
+    """How many image marks every row of ids has."""
+    return [int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows]
+
+
+def share_images(marks: list[int], num_images: int) -> list[range]:
+    """Which images belong to which row.
+
+    Rows take images in order. A row without a mark takes one image that is not shown: batches of
+    LLaVA carry a dummy image there. A batch may also leave all dummies out.
+
+    Raises:
+        UserInputError: the number of images fits neither reading.
+    """
+    with_dummies = [max(1, k) for k in marks]
+    if num_images == sum(with_dummies):
+        takes = with_dummies
+    elif num_images == sum(marks):
+        takes = marks
+    else:
+        raise UserInputError(
+            f"the prompts hold {sum(marks)} <image> marks but {num_images} images were given; "
+            "give one image for each mark (rows without a mark may carry one dummy image each)"
+        )
+    shares, start = [], 0
+    for k in takes:
+        shares.append(range(start, start + k))
+        start += k
+    return shares
+
+
+def image_positions(rows: list[torch.Tensor], num_images: int) -> list[int]:
+    """For every image, how many images of its own prompt come before it."""
+    shares = share_images(count_marks(rows), num_images)
+    return [position for share in shares for position in range(len(share))]
+
+
+def splice_row(
+    ids: torch.Tensor, labels: torch.Tensor, images: list[torch.Tensor], embed: nn.Module
+) -> Row:
+    """Replace every image mark of a row by that image's embeddings.
+
+    Args:
+        ids: int64 [L], padding removed.
+        labels: int64 [L].
+        images: embeddings [N_i, D] for each mark; one extra for a row without a mark.
+        embed: the language model's embedding table.
+    """
+    at = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+    is_text = ids != IMAGE_TOKEN_INDEX
+    lengths = [b - a - 1 for a, b in zip([-1, *at], [*at, len(ids)], strict=True)]
+    texts = embed(ids[is_text]).split(lengths)
+    text_labels = labels[is_text].split(lengths)
+    if not at:
+        # The unseen dummy joins with length 0, so every rank has a gradient for the projector.
+        return Row(torch.cat([texts[0], *(_like(x[:0], texts[0]) for x in images)]), labels)
+    embeds, merged = [texts[0]], [text_labels[0]]
+    for image, text, label in zip(images, texts[1:], text_labels[1:], strict=True):
+        embeds += [_like(image, text), text]
+        merged += [label.new_full((len(image),), IGNORE_INDEX), label]
+    return Row(torch.cat(embeds), torch.cat(merged))
+
+
+def _like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return x.to(device=reference.device, dtype=reference.dtype)
+
+
+def pad_rows(rows: list[Row], side: str) -> Batch:
+    """Pad rows with zero embeddings to the longest one.
+
+    Args:
+        rows: merged sequences.
+        side: ``"left"`` or ``"right"``: where the padding goes.
+
+    Raises:
+        UserInputError: another side.
+    """
+    if side not in ("left", "right"):
+        raise UserInputError(f"tokenizer_padding_side is {side!r}; use 'left' or 'right'")
+    longest = max(len(row.labels) for row in rows)
+    embeds, labels = rows[0]
+    shape = (len(rows), longest)
+    batch = Batch(
+        embeds.new_zeros(*shape, embeds.shape[-1]),
+        labels.new_full(shape, IGNORE_INDEX),
+        torch.zeros(shape, dtype=torch.bool, device=labels.device),
+        torch.zeros(shape, dtype=torch.long, device=labels.device),
+    )
+    for i, row in enumerate(rows):
+        length = len(row.labels)
+        place = slice(longest - length, longest) if side == "left" else slice(0, length)
+        batch.embeds[i, place] = row.embeds
+        batch.labels[i, place] = row.labels
+        batch.mask[i, place] = True
+        batch.positions[i, place] = torch.arange(length, device=labels.device)
+    return batch

@@ -1,0 +1,17 @@
+"""Small helpers shared by the whole package."""
+
+
+class UserInputError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message says what is wrong and what would put it right, so command-line programs may print
+    it as it is, without a traceback.
+    """
+
+
+def disable_torch_init() -> None:
+    """Do nothing; kept because LLaVA scripts call it before loading a model.
+
+    It used to skip the costly default initialisation of layers. Loading now builds the model
+    without allocating weights at all, so there is nothing left to skip.
+    """
