@@ -12,7 +12,7 @@ COLUMNS = ("method", "needs", "query-aware", "merges", "fidelity", "paper")
 
 def method_table() -> list[tuple[str, ...]]:
     """One row per registered method, in the order of COLUMNS."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in list_methods():
         cls = get_method(name)
         needs = ", ".join(cls.needs) or "-"

@@ -48,9 +48,7 @@ class PruningConfig:
         if len(given) == 2:
             raise PruningError("give keep_tokens or keep_ratio, not both")
         if not given and cls.budgeted:
-            raise PruningError(
-                f"{self.method!r} needs a budget: keep_tokens=64 or keep_ratio=0.111"
-            )
+            raise PruningError(f"{self.method!r} needs keep_tokens= or keep_ratio=")
         if self.keep_tokens is not None:
             object.__setattr__(self, "keep_tokens", _token_count(self.keep_tokens))
         if self.keep_ratio is not None:

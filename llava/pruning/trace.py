@@ -41,7 +41,7 @@ class PruningTrace:
 
     @property
     def last_margin(self) -> Tensor:
-        """[T] margin of each tile's last pick, `inf` where there was no choice."""
+        """[T] margin of each tile's last pick that had a choice, `inf` where none had."""
         finite = self.margins.isfinite()
         steps = torch.arange(self.margins.shape[1], device=self.margins.device)
         last = torch.where(finite, steps, 0).amax(dim=1) if self.margins.shape[1] else None

@@ -154,7 +154,7 @@ def _closed_form(projector: nn.Module, parts: TwoLayer, dtype: torch.dtype) -> F
 
     def score(x: Tensor) -> Tensor:
         hidden = nn.functional.linear(x, weight1, bias1)
-        _, g = torch.func.jvp(parts.act, (hidden,), (torch.ones_like(hidden),))
+        g = torch.func.jvp(parts.act, (hidden,), (torch.ones_like(hidden),))[1]
         # Q is positive semidefinite; clamp what rounding leaves below zero.
         return ((g @ q) * g).sum(dim=1).clamp_min(0).div(x.shape[1]).sqrt()
 

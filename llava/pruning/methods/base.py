@@ -8,17 +8,10 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
+from llava.pruning.selection.picks import Picks
 from llava.pruning.tokens import VisualTokens
-
-
-class Picks(NamedTuple):
-    """Chosen tokens: `indices` LongTensor [T, K], pick order, -1 padded; `margins` [T, K]."""
-
-    indices: Tensor
-    margins: Tensor
 
 
 class Merged(NamedTuple):
@@ -146,12 +139,6 @@ def check_picks(name: str, kept: Tensor, counts: list[int], visual: VisualTokens
             f"method {name!r} broke its contract: it must return {counts} distinct valid token "
             f"indices below {total} for its {len(counts)} tiles"
         )
-
-
-def unscored(rows: list[Tensor]) -> Picks:
-    """Picks from one LongTensor of indices per tile, for methods that rank nothing."""
-    indices = pad_sequence(rows, batch_first=True, padding_value=-1)
-    return Picks(indices, indices.new_full(indices.shape, torch.inf, dtype=torch.float32))
 
 
 def check_whole(name: str, value: object, at_least: int) -> None:

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava.pruning.methods.base import Picks, PruningMethod
+from llava.pruning.methods.base import PruningMethod
 from llava.pruning.registry import register
 from llava.pruning.selection.max_min import max_min_with_margins
+from llava.pruning.selection.picks import Picks
 from llava.pruning.tokens import VisualTokens
 
 

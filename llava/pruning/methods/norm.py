@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import Picks, PruningMethod
+from llava.pruning.methods.base import PruningMethod
 from llava.pruning.registry import register
 from llava.pruning.selection.fusion import fuse
+from llava.pruning.selection.picks import Picks
 from llava.pruning.tokens import VisualTokens
 
 

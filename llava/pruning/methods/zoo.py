@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,9 +11,10 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.projectors import low_rank
 from llava.pruning.importance.sensitivity import sensitivity
-from llava.pruning.methods.base import Picks, PruningMethod, check_whole
+from llava.pruning.methods.base import PruningMethod, check_whole
 from llava.pruning.registry import register
 from llava.pruning.selection.fusion import check_fusion, fuse
+from llava.pruning.selection.picks import Picks
 from llava.pruning.tokens import VisualTokens
 
 
@@ -55,11 +57,7 @@ class Zoo(PruningMethod):
         check_fusion(self.fusion)
         if self.projector_rank is not None:
             check_whole("projector_rank", self.projector_rank, at_least=1)
-        if (
-            isinstance(self.step, bool)
-            or not isinstance(self.step, int | float)
-            or not self.step > 0
-        ):
+        if not isinstance(self.step, int | float) or not 0 < self.step < math.inf:
             raise PruningError(f"step must be a positive number, got {self.step!r}")
 
     def importance(self, visual: VisualTokens) -> Tensor:

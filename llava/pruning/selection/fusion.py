@@ -6,8 +6,8 @@ from torch import Tensor
 
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.norm import min_max
-from llava.pruning.methods.base import Picks
 from llava.pruning.selection.max_min import max_min_with_margins
+from llava.pruning.selection.picks import Picks
 from llava.pruning.selection.topk import top_k
 
 FUSIONS = ("multiply", "sum", "sensitivity", "diversity")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import Picks
+from llava.pruning.selection.picks import Picks
 
 
 def max_min(
@@ -146,14 +146,14 @@ def _greedy(
 
 def _first_score(similarity: Tensor, weights: Tensor, first: str | int) -> Tensor:
     """[n] score of the first pick."""
+    if isinstance(first, int):
+        score = torch.full_like(weights, -torch.inf)
+        score[first] = 0
+        return score
     if first == "importance":
         return weights
-    if first == "isolated":
-        itself = torch.eye(similarity.shape[0], dtype=torch.bool, device=similarity.device)
-        return 1 - similarity.masked_fill(itself, -1).amax(dim=1)
-    score = torch.full_like(weights, -torch.inf)
-    score[first] = 0
-    return score
+    itself = torch.eye(similarity.shape[0], dtype=torch.bool, device=similarity.device)
+    return 1 - similarity.masked_fill(itself, -1).amax(dim=1)
 
 
 def exclude(score: Tensor, taken: Tensor) -> Tensor:

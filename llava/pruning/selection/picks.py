@@ -1,0 +1,26 @@
+"""The result of a selection."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+class Picks(NamedTuple):
+    """Chosen tokens: `indices` LongTensor [T, K], pick order, -1 padded; `margins` [T, K].
+
+    A margin is the score of the token picked minus the best score passed over at that step, `inf`
+    where there was no choice.
+    """
+
+    indices: Tensor
+    margins: Tensor
+
+
+def unscored(rows: list[Tensor]) -> Picks:
+    """Picks from one LongTensor of indices per tile, for methods that rank nothing."""
+    indices = pad_sequence(rows, batch_first=True, padding_value=-1)
+    return Picks(indices, torch.full(indices.shape, torch.inf, device=indices.device))
