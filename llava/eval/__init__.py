@@ -1,0 +1,1 @@
+"""Evaluation: tasks and scorers in, per-sample records out, tables and plots computed from them."""

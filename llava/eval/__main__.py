@@ -1,0 +1,28 @@
+"""`python -m llava.eval COMMAND`: run comparisons and print what they found."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from llava.eval import quickstart, table_command
+from llava.utils import UserInputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it did its work, 2 with one line on stderr for unusable input."""
+    parser = argparse.ArgumentParser(prog="python -m llava.eval", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (quickstart, table_command):
+        module.add_command(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UserInputError as error:
+        print(f"llava.eval: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Arms: the settings that one run compares, planned before the first question is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+UNPRUNED = "none"
+Control = Literal["image", "tokens"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting. `name` is unique in a run and stands in every record.
+
+    `method` and `budget` (visual tokens kept per image) configure pruning. `image` says which image
+    the model is shown: the question's own, another question's, or none. `control` marks arms that
+    should lose, by their image or by their tokens. `unavailable` is why an arm cannot run.
+    """
+
+    name: str
+    label: str
+    method: str = UNPRUNED
+    budget: int | None = None
+    image: Literal["own", "other", "absent"] = "own"
+    control: Control | None = None
+    unavailable: str | None = None
+
+
+def plan_arms(
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    tokens: int,
+    impossible: Callable[[str, int], str | None],
+    one_image: bool = False,
+) -> tuple[Arm, ...]:
+    """The unpruned arm, every method at every budget below `tokens`, then the controls.
+
+    `tokens` is the number of visual tokens of an unpruned image: a budget that is not below it
+    changes nothing and is the unpruned arm already. `impossible(method, budget)` returns why a
+    method cannot keep exactly that many, or None; such an arm stays in the plan with its reason,
+    and is never replaced by a neighbouring budget. `one_image` rules out the shuffled control.
+    """
+    smaller = sorted({budget for budget in budgets if budget < tokens}, reverse=True)
+
+    def pruned(method: str, budget: int, control: Control | None = None) -> Arm:
+        reason = impossible(method, budget)
+        name = f"{method}@{budget}"
+        return Arm(name, method, method, budget, control=control, unavailable=reason)
+
+    named = [method for method in dict.fromkeys(methods) if method != UNPRUNED]
+    alone = "needs questions about two images" if one_image else None
+    return (
+        Arm(UNPRUNED, "none (unpruned)", budget=tokens),
+        *(pruned(method, budget) for method in named for budget in smaller),
+        *(pruned("least-sensitive", budget, "tokens") for budget in smaller),
+        Arm(
+            "shuffled-image",
+            "shuffled image",
+            image="other",
+            budget=tokens,
+            control="image",
+            unavailable=alone,
+        ),
+        Arm("no-image", "no image", image="absent", control="image"),
+    )

@@ -1,0 +1,33 @@
+"""Prompts of single questions, rendered with a model's own conversation template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+)
+from llava.conversation import conv_templates
+
+
+def image_mark(config: Any) -> str:
+    """The line that stands for the image at the start of the first turn."""
+    mark = DEFAULT_IMAGE_TOKEN
+    if getattr(config, "mm_use_im_start_end", False):
+        mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
+    return mark + "\n"
+
+
+def question_prompt(text: str, template: str, config: Any, with_image: bool = True) -> str:
+    """One user turn asking `text`, open for the answer; without the image mark if told so.
+
+    Some question files carry the mark in their text already; it is never doubled.
+    """
+    conversation = conv_templates[template].copy()
+    question = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+    mark = image_mark(config) if with_image else ""
+    conversation.append_message(conversation.roles[0], mark + question)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()

@@ -1,0 +1,289 @@
+"""The loop: every arm answers every question, batch by batch, side by side.
+
+A batch of images is encoded once. Then each arm prunes, splices, prefills and decodes the same
+batch before the next batch starts, in an order that rotates from batch to batch: whatever slows
+the machine down for a while slows all arms alike, and ratios taken within a batch stay fair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.eval.arms import UNPRUNED, Arm
+from llava.eval.generation import Decoded, Stopwatch, greedy_decode
+from llava.eval.prompts import question_prompt
+from llava.eval.provenance import hash_json
+from llava.eval.results import Record
+from llava.eval.scorers.exact_match import is_correct
+from llava.eval.tasks.question_file import Question, Task, other_images
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.llava_arch import padding_side
+from llava.pruning import PruningConfig, PruningError, VisualTokens, get_method, prune
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under test with what it takes to prompt it."""
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    template: str
+
+    def end_tokens(self) -> set[int]:
+        """Ids that end an answer, those `model.generate` stops at."""
+        ends = self.model.generation_config.eos_token_id
+        return set(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm's answers to one batch; times in ms for the whole batch."""
+
+    decoded: Decoded
+    texts: list[str]
+    tokens_in: list[int]
+    kept: list[str]
+    prune_ms: float | None = None
+    score_ms: float | None = None
+    select_ms: float | None = None
+    splice_ms: float | None = None
+
+
+class Runner:
+    """Answers the questions of `task` with `subject` under every arm."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        task: Task,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        seed: int,
+        run_key: str = "",
+    ) -> None:
+        self.subject = subject
+        self.task = task
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.run_key = run_key
+        starts = range(0, len(task.questions), batch_size)
+        self.batches = [task.questions[start : start + batch_size] for start in starts]
+        self.stand_ins = other_images(task.questions)
+
+    def run(self, arms: Sequence[Arm], first: int = 0) -> Iterator[tuple[list, list]]:
+        """Yield (answer records, timing records) of each batch from number `first` on."""
+        arms = [arm for arm in arms if arm.unavailable is None]
+        for number in range(first, len(self.batches)):
+            yield self._run_batch(number, arms, cold=number == first)
+
+    def encode(self, names: Sequence[str]) -> VisualTokens:
+        """Visual tokens of the named images, one image after the other."""
+        images = [self.task.load_image(name) for name in names]
+        config = self.subject.model.config
+        pixels = process_images(images, self.subject.image_processor, config)
+        with torch.inference_mode():
+            visual = self.subject.model.encode_visual_tokens(pixels, [i.size for i in images])
+        # All arms share this encoding, so it carries what any of them needs: `random` draws from
+        # the image itself, not from features that move with the batch they were computed in.
+        digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+        owners = visual.image_index.tolist()
+        return replace(visual, extras={"image_digest": [digests[owner] for owner in owners]})
+
+    @torch.inference_mode()
+    def prune_images(self, visual: VisualTokens, method: str, budget: int | None) -> VisualTokens:
+        """The model's pruning step on `visual` at this setting; PruningError if it refuses."""
+        config = None
+        if method != UNPRUNED:
+            seeded = any(option.name == "seed" for option in fields(get_method(method)))
+            options = {"seed": self.seed} if seeded else {}
+            config = PruningConfig(method, keep_tokens=budget, options=options)
+        with prune(self.subject.model, config):
+            return self.subject.model.prune_visual_tokens(visual)
+
+    def refusal(self, visual: VisualTokens, method: str, budget: int) -> str | None:
+        """Why `method` cannot keep `budget` tokens of the images in `visual`, or None if it can."""
+        try:
+            self.prune_images(visual, method, budget)
+        except PruningError as error:
+            return str(error)
+        return None
+
+    def _run_batch(
+        self, number: int, arms: Sequence[Arm], cold: bool
+    ) -> tuple[list[Record], list[Record]]:
+        questions = self.batches[number]
+        own = list(dict.fromkeys(question.image for question in questions))
+        others = [self.stand_ins[name] for name in own] if self.stand_ins else []
+        names = list(dict.fromkeys(own + others))
+        clock = Stopwatch(self.subject.model.device)
+        visual = self.encode(names)
+        encode_ms = clock.lap() / len(names)
+        outcomes: dict[str, Outcome] = {}
+        turn = number % len(arms)
+        for arm in [*arms[turn:], *arms[:turn]]:
+            outcomes[arm.name] = self._run_arm(arm, questions, names, visual)
+        answers, timings = [], []
+        for arm in arms:
+            outcome = outcomes[arm.name]
+            answers += self._answer_records(number, arm, questions, outcome)
+            times = _per_unit(outcome, len(own), len(questions))
+            line = {"batch": number, "arm": arm.name, "cold": cold, "encode_ms": encode_ms}
+            timings.append(line | times)
+        return answers, timings
+
+    def _run_arm(
+        self,
+        arm: Arm,
+        questions: Sequence[Question],
+        names: Sequence[str],
+        visual: VisualTokens,
+    ) -> Outcome:
+        if arm.image == "absent":
+            return self._answer(questions, None, {})
+        shown = [self._shown(arm, question) for question in questions]
+        needed = list(dict.fromkeys(shown))
+        # Only what this arm shows is pruned, each image once however many questions it has.
+        images = take_images(visual, [names.index(name) for name in needed])
+        clock = Stopwatch(self.subject.model.device)
+        pruned = self.prune_images(images, arm.method, arm.budget)
+        times = {"prune_ms": clock.lap(), "score_ms": 0.0, "select_ms": 0.0}
+        if pruned.trace is not None:
+            times["score_ms"] = 1000 * pruned.trace.score_seconds
+            times["select_ms"] = 1000 * pruned.trace.select_seconds
+        rows = take_images(pruned, [needed.index(name) for name in shown])
+        return self._answer(questions, rows, times)
+
+    @torch.inference_mode()
+    def _answer(
+        self, questions: Sequence[Question], visual: VisualTokens | None, times: dict[str, float]
+    ) -> Outcome:
+        """Splice `visual` (one image per question, None: text only) into the prompts and decode."""
+        ids, mask = self._prompts(questions, with_image=visual is not None)
+        clock = Stopwatch(ids.device)
+        with padding_side("left"):
+            positions, merged_mask, embeds, _ = self.subject.model.splice_visual_tokens(
+                visual, ids, torch.zeros_like(ids), mask
+            )
+        splice_ms = clock.lap()
+        text = (mask.bool() & (ids != IMAGE_TOKEN_INDEX)).sum(-1)
+        decoded = greedy_decode(
+            self.subject.model,
+            embeds,
+            merged_mask,
+            positions,
+            end_tokens=self.subject.end_tokens(),
+            max_new_tokens=self.max_new_tokens,
+        )
+        return Outcome(
+            decoded,
+            self.subject.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True),
+            (merged_mask.sum(-1) - text).tolist(),
+            _kept_digests(visual, len(questions)),
+            splice_ms=splice_ms,
+            **times,
+        )
+
+    def _prompts(self, questions: Sequence[Question], with_image: bool) -> tuple[Tensor, Tensor]:
+        """Token ids [B, L] and mask [B, L] of the prompts, padded (the splice pads anew)."""
+        model = self.subject.model
+        rows = [
+            tokenizer_image_token(
+                question_prompt(question.text, self.subject.template, model.config, with_image),
+                self.subject.tokenizer,
+            )
+            for question in questions
+        ]
+        longest = max(len(row) for row in rows)
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return ids.to(model.device), mask.to(model.device)
+
+    def _answer_records(
+        self, number: int, arm: Arm, questions: Sequence[Question], outcome: Outcome
+    ) -> Iterator[Record]:
+        rows = zip(questions, outcome.texts, outcome.tokens_in, outcome.kept, strict=True)
+        for question, text, tokens_in, kept in rows:
+            yield {
+                "answer_id": hash_json([self.run_key, arm.name, question.question_id])[:16],
+                "batch": number,
+                "arm": arm.name,
+                "question_id": question.question_id,
+                "index": question.index,
+                "family": question.family,
+                "image": question.image,
+                "shown": self._shown(arm, question),
+                "tokens_in": tokens_in,
+                "kept": kept,
+                "answer": text.strip(),
+                "correct": is_correct(text, question.answer),
+            }
+
+    def _shown(self, arm: Arm, question: Question) -> str | None:
+        if arm.image == "absent":
+            return None
+        if arm.image == "other" and self.stand_ins:
+            return self.stand_ins[question.image]
+        return question.image
+
+
+def take_images(visual: VisualTokens, images: Sequence[int]) -> VisualTokens:
+    """Visual tokens of the given images in that order, repeats allowed, numbered from 0."""
+    tiles = [visual.tiles_of(image) for image in images]
+    flat = [tile for group in tiles for tile in group]
+    owners = [position for position, group in enumerate(tiles) for _ in group]
+    rows = torch.tensor(flat, device=visual.projected.device)
+
+    def pick(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[rows.to(tensor.device)]
+
+    digests = visual.extras["image_digest"]
+    return replace(
+        visual,
+        features=pick(visual.features),
+        projected=pick(visual.projected),
+        image_index=torch.tensor(owners, device=visual.image_index.device),
+        valid=pick(visual.valid),
+        kept=pick(visual.kept),
+        sources=pick(visual.sources),
+        extras={"image_digest": [digests[tile] for tile in flat]},
+        trace=None,
+    )
+
+
+def _kept_digests(visual: VisualTokens | None, count: int) -> list[str]:
+    """Per question what was kept: "all", "none", or a short hash of indices (or of sources)."""
+    if visual is None:
+        return ["none"] * count
+    if visual.kept is None and visual.sources is None:
+        return ["all"] * count
+    tiles = [visual.tiles_of(image) for image in range(count)]
+    if visual.kept is not None:
+        chosen = [visual.kept[rows][visual.kept[rows] >= 0].tolist() for rows in tiles]
+    else:
+        chosen = [visual.sources[rows].nonzero().tolist() for rows in tiles]
+    return [hashlib.sha256(repr(indices).encode()).hexdigest()[:16] for indices in chosen]
+
+
+def _per_unit(outcome: Outcome, images: int, questions: int) -> dict[str, float | None]:
+    """Times of a batch per image (prune) and per question (the rest), in ms."""
+
+    def share(value: float | None, among: int) -> float | None:
+        return None if value is None else value / among
+
+    return {
+        "prune_ms": share(outcome.prune_ms, images),
+        "score_ms": share(outcome.score_ms, images),
+        "select_ms": share(outcome.select_ms, images),
+        "splice_ms": share(outcome.splice_ms, questions),
+        "prefill_ms": share(outcome.decoded.prefill_ms, questions),
+        "decode_ms": share(outcome.decoded.step_ms, questions),
+    }

@@ -1,0 +1,56 @@
+"""Means, standard errors and paired differences of per-question scores.
+
+Several questions may ask about one image, and their errors then move together. The standard errors
+here are therefore clustered by image; with one question per image they are the textbook
+sd / sqrt(n).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean of `n` scores and its standard error (NaN where fewer than two clusters exist)."""
+
+    mean: float
+    se: float
+    n: int
+
+
+def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """Mean of `values` [n] with a standard error that is robust to dependence within `clusters`.
+
+    With residuals e_i = x_i - mean and G clusters g:
+        se = sqrt(G / (G - 1) * sum_g (sum_{i in g} e_i)^2) / n
+    `clusters` [n] names the cluster (the image) of each value; None makes each value its own.
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError("no values to average")
+    names = range(n) if clusters is None else clusters
+    mean = math.fsum(values) / n
+    residuals: dict[Hashable, float] = defaultdict(float)
+    for name, value in zip(names, values, strict=True):
+        residuals[name] += value - mean
+    count = len(residuals)
+    if count < 2:
+        return Estimate(mean, math.nan, n)
+    squares = math.fsum(residual**2 for residual in residuals.values())
+    return Estimate(mean, math.sqrt(count / (count - 1) * squares) / n, n)
+
+
+def paired_difference(
+    values: Sequence[float], baseline: Sequence[float], clusters: Sequence[Hashable] | None = None
+) -> Estimate:
+    """Mean of `values - baseline` over the same questions, with the standard error of that mean.
+
+    Pairing removes what both runs share (how hard each question is), so this error is usually much
+    smaller than that of either accuracy.
+    """
+    pairs = zip(values, baseline, strict=True)
+    return mean_estimate([value - base for value, base in pairs], clusters)

@@ -1,0 +1,158 @@
+"""Markdown tables from result files, and the check that a README still shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.eval.arms import UNPRUNED
+from llava.eval.results import Record, ResultError, read_result, write_atomically
+
+BEGIN = "<!-- llava-tiny:begin -->"
+END = "<!-- llava-tiny:end -->"
+
+LEGEND = """\
+*tokens*: visual tokens spliced into the language model's input, counted there (lowest..highest over
+the questions where they differ). *accuracy*: exact match of the freely generated answer, in per
+cent, ± standard error clustered by image. *of unpruned*: that accuracy over the unpruned one.
+*difference*: paired by question, in points, ± its own standard error. *prune*: score + select +
+gather for one image, as a fraction of the unpruned prefill of one question. *prefill*: forward pass
+over the prompt up to the first new token, over the same for the unpruned model. Both are medians
+over batches of ratios taken within a batch, with all arms run one after another on that batch.
+`least-sensitive` keeps the tokens `zoo-exact` would rank last; `shuffled image` shows the model
+another question's image; `no image` removes the image from the prompt."""
+
+
+def render(result: Record) -> str:
+    """The main table, its legend and the table per question family, as Markdown."""
+    parts = [main_table(result), *notes(result), LEGEND, family_table(result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def notes(result: Record) -> list[str]:
+    """Why cells of the main table are empty, one paragraph each."""
+    rows = [row for row in result["rows"] if row["unavailable"]]
+    return [f"n/a: {row['label']} at {row['budget']}: {row['unavailable']}." for row in rows]
+
+
+def main_table(result: Record) -> str:
+    """One line per arm: tokens, accuracy, difference to the unpruned model, time ratios."""
+    header = [
+        "method",
+        "budget",
+        "tokens",
+        "accuracy",
+        "of unpruned",
+        "difference",
+        "prune",
+        "prefill",
+    ]
+    body = [_main_line(row) for row in result["rows"]]
+    return _markdown(header, body)
+
+
+def family_table(result: Record) -> str:
+    """One line per arm: accuracy per question family in per cent ± standard error."""
+    rows = [row for row in result["rows"] if not row["unavailable"]]
+    names = list(rows[0]["families"])
+    counts = rows[0]["families"]
+    header = ["method", "budget", *(f"{name} (n={counts[name]['n']})" for name in names)]
+    body = []
+    for row in rows:
+        cells = [row["families"][name] for name in names]
+        shown = [_percent(cell["accuracy"], cell["accuracy_se"]) for cell in cells]
+        body.append([row["label"], _count(row["budget"]), *shown])
+    return _markdown(header, body)
+
+
+def readme_section(result: Record) -> str:
+    """What the README shows of a tracked result file, conditions included."""
+    run = result["run"]
+    git = run["git"]
+    commit = git["commit"][:10] + (" (with local changes)" if git["dirty"] else "") if git else "?"
+    versions = run["versions"]
+    machine = run["machine"]
+    conditions = (
+        f"{result['questions']} questions about {result['images']} images, batch size "
+        f"{result['config']['batch_size']}, {machine['device']} with {machine['torch_threads']} "
+        f"thread(s), torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"commit {commit}. Made by `{run['command']}`."
+    )
+    return f"{conditions}\n\n{render(result)}"
+
+
+def readme_drift(readme: Path, result: Path) -> str | None:
+    """Why the section of `readme` between the markers is not what `result` renders to, or None."""
+    try:
+        _, section, _ = _split_readme(readme)
+    except ResultError as error:
+        return str(error)
+    if section != f"\n{readme_section(read_result(result))}":
+        return f"{readme} differs from {result}: run python -m llava.eval table --update-readme"
+    return None
+
+
+def update_readme(readme: Path, result: Path) -> None:
+    """Write the rendered `result` between the markers of `readme`."""
+    before, _, after = _split_readme(readme)
+    section = f"\n{readme_section(read_result(result))}"
+    write_atomically(readme, before + BEGIN + section + END + after)
+
+
+def _split_readme(readme: Path) -> tuple[str, str, str]:
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    section, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ResultError(f"{readme} has no section between {BEGIN} and {END}")
+    return before, section, after
+
+
+def _main_line(row: dict[str, Any]) -> list[str]:
+    start = [row["label"], _count(row["budget"])]
+    if row["unavailable"]:
+        return [*start, *["n/a"] * 6]
+    low, high = row["tokens_min"], row["tokens_max"]
+    difference = _percent(row["difference"], row["difference_se"], sign="+")
+    return [
+        *start,
+        str(low) if low == high else f"{low}..{high}",
+        _percent(row["accuracy"], row["accuracy_se"]),
+        "n/a" if row["relative"] is None else f"{100 * row['relative']:.1f} %",
+        _percent(row["difference"], row["difference_se"], sign="+")
+        if row["arm"] != UNPRUNED
+        else "—",
+        _ratio(row["prune_ratio"]),
+        _ratio(row["prefill_ratio"]),
+    ]
+
+
+def _percent(value: float, se: float | None, sign: str = "") -> str:
+    error = "n/a" if se is None else f"{100 * se:.1f}"
+    return f"{100 * value:{sign}.1f} ± {error}"
+
+
+def _ratio(value: float | None) -> str:
+    return "—" if value is None else f"{value:.2f}"
+
+
+def _count(value: int | None) -> str:
+    return "—" if value is None else str(value)
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are padded, so that it reads as well in a terminal."""
+    lines = [list(header), *map(list, body)]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
+    rule = ["-" * width for width in widths]
+    if len(widths) > 1:
+        rule[1:] = [f"{'-' * (width - 1)}:" for width in widths[1:]]
+    padded = [
+        [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in [lines[0], rule, *lines[1:]]
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)

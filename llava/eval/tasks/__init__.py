@@ -1,0 +1,1 @@
+"""Tasks: where questions, images and expected answers come from."""

@@ -1,0 +1,1 @@
+"""Serving: the command-line chat."""
