@@ -1,0 +1,278 @@
+"""One suite over every registered method."""
+
+from __future__ import annotations
+
+import pruning_checks as checks
+import pytest
+import torch
+from torch import nn
+
+from llava.pruning import (
+    PruningConfig,
+    PruningError,
+    VisualTokens,
+    get_method,
+    importance_of,
+    list_methods,
+    max_min,
+    prune_visual_tokens,
+    select,
+    sensitivity,
+)
+
+METHODS = list_methods()
+PRUNING = [name for name in METHODS if name != "none"]
+each_method = pytest.mark.parametrize("name", METHODS)
+each_pruning = pytest.mark.parametrize("name", PRUNING)
+
+
+def test_catalogue() -> None:
+    assert METHODS == [
+        "divprune",
+        "grid",
+        "none",
+        "norm",
+        "pool",
+        "random",
+        "zoo",
+        "zoo-exact",
+        "least-sensitive",
+    ]
+
+
+@each_method
+@pytest.mark.parametrize(
+    "check",
+    [
+        checks.check_count_and_order,
+        checks.check_valid_respected,
+        checks.check_batch_independence,
+        checks.check_deterministic,
+        checks.check_model_untouched,
+        checks.check_duplicates,
+        checks.check_constant_features,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_promises(name: str, check) -> None:
+    check(name)
+
+
+@pytest.mark.parametrize("name", checks.EQUIVARIANT)
+def test_permutation_equivariance(name: str) -> None:
+    checks.check_permutation(name)
+
+
+@each_method
+def test_flags(name: str) -> None:
+    cls = get_method(name)
+    assert cls.fidelity in ("golden", "vectors", "sheet-only", "reconstructed")
+    assert cls.stage in ("pre_llm", "decoder")
+    assert cls.__doc__
+    assert cls.__dataclass_params__.frozen
+
+
+@each_method
+@pytest.mark.parametrize("keep", [checks.N, checks.N + 1, 10_000])
+def test_budget_of_all_tokens_is_the_identity(name: str, keep: int) -> None:
+    visual = checks.make_visual(2)
+    # Not even a NaN is looked at: the stage has nothing to do.
+    visual.projected[0, 0, 0] = torch.nan
+    assert prune_visual_tokens(visual, PruningConfig(name, keep_tokens=keep)) is visual
+
+
+@each_pruning
+@pytest.mark.parametrize("keep", [1, checks.N - 1, checks.N - 6])
+def test_smallest_and_largest_budget(name: str, keep: int) -> None:
+    if name == "pool" and keep == checks.N - 1:
+        pytest.skip("35 has no factors that fit a 6 x 6 grid; see test_pool_names_neighbours")
+    out = prune_visual_tokens(checks.make_visual(1), PruningConfig(name, keep_tokens=keep))
+    assert out.embeddings(0).shape[0] == keep
+
+
+@each_pruning
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["features", "projected"])
+def test_non_finite_tokens_are_refused(name: str, where: str, value: float) -> None:
+    visual = checks.make_visual(2)
+    getattr(visual, where)[1, 5, 0] = value
+    with pytest.raises(PruningError, match=f"{where} of tile 1, token 5"):
+        prune_visual_tokens(visual, PruningConfig(name, keep_tokens=4))
+
+
+@each_pruning
+def test_gradients_reach_kept_tokens_only(name: str) -> None:
+    visual = checks.make_visual(2)
+    visual.projected.requires_grad_(True)
+    out = prune_visual_tokens(visual, PruningConfig(name, keep_tokens=9))
+    out.projected.sum().backward()
+    touched = visual.projected.grad.abs().sum(-1) > 0
+    if out.kept is not None:
+        want = torch.zeros_like(touched).scatter(1, out.kept, True)
+    else:
+        want = out.sources.any(dim=1)
+    assert torch.equal(touched, want)
+
+
+@each_pruning
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    visual = checks.make_visual(2, dtype=dtype)
+    out = prune_visual_tokens(visual, PruningConfig(name, keep_tokens=9))
+    assert out.projected.dtype == dtype
+    assert out.embeddings(1).shape[0] == 9
+
+
+@each_pruning
+def test_works_in_inference_mode(name: str) -> None:
+    config = PruningConfig(name, keep_tokens=9)
+    want = prune_visual_tokens(checks.make_visual(2), config)
+    with torch.inference_mode():
+        got = prune_visual_tokens(checks.make_visual(2), config)
+    assert torch.equal(got.projected, want.projected)
+
+
+@each_pruning
+def test_select_equals_the_stage(name: str) -> None:
+    visual = checks.make_visual(1)
+    arguments = {
+        "features": visual.features[0],
+        "projected": visual.projected[0],
+        "projector": visual.projector,
+        "keep_tokens": 9,
+        "grid": checks.GRID,
+    }
+    if get_method(name).merges:
+        with pytest.raises(PruningError, match="no indices"):
+            select(name, **arguments)
+        return
+    out = prune_visual_tokens(visual, PruningConfig(name, keep_tokens=9))
+    assert torch.equal(select(name, **arguments), out.kept[0])
+    assert select(name, **{**arguments, "keep_tokens": 99}).tolist() == list(range(checks.N))
+
+
+def test_select_names_what_is_missing() -> None:
+    z = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    assert len(select("divprune", projected=z, keep_tokens=3)) == 3
+    with pytest.raises(PruningError, match="needs features"):
+        select("zoo", projected=z, keep_tokens=3)
+    with pytest.raises(PruningError, match="needs projector"):
+        select("zoo-exact", projected=z, features=z, keep_tokens=3)
+
+
+def kept_by(name: str, visual: VisualTokens, keep: int, **options) -> list[int]:
+    config = PruningConfig.of(name, keep_tokens=keep, **options)
+    return prune_visual_tokens(visual, config).kept[0].tolist()
+
+
+def test_zoo_fusions() -> None:
+    visual = checks.make_visual(1, dtype=torch.float64)
+    s = sensitivity(visual.projector, visual.features)[0]
+    weights = (s - s.min()) / (s.max() - s.min() + 1e-8)
+    top = s.topk(8).indices.sort().values.tolist()
+    assert kept_by("zoo", visual, 8, fusion="sensitivity") == top
+    assert kept_by("zoo", visual, 8, fusion="diversity") == kept_by("divprune", visual, 8)
+    z = visual.projected
+    assert kept_by("zoo", visual, 8) == sorted(max_min(z, 8, weights=weights[None])[0].tolist())
+    unit = z[0] / z[0].norm(dim=1, keepdim=True)
+    picks = [int(weights.argmax())]
+    while len(picks) < 8:
+        score = weights + 1 - (unit @ unit[picks].T).amax(dim=1)
+        score[picks] = -torch.inf
+        picks.append(int(score.argmax()))
+    assert kept_by("zoo", visual, 8, fusion="sum") == sorted(picks)
+
+
+def test_linear_projector_leaves_pure_diversity() -> None:
+    visual = checks.make_visual(1)
+    visual.projector = nn.Linear(10, 14)
+    want = sorted(max_min(visual.projected, 8)[0].tolist())
+    for name in ("zoo", "zoo-exact"):
+        assert kept_by(name, visual, 8) == want
+
+
+def test_zoo_seed_and_directions_matter_and_repeat() -> None:
+    visual = checks.make_visual(1)
+    scores = [
+        importance_of(PruningConfig.of("zoo", keep_tokens=8, seed=seed, directions=4), visual)
+        for seed in (0, 1, 0)
+    ]
+    assert torch.equal(scores[0], scores[2])
+    assert not torch.equal(scores[0], scores[1])
+
+
+def test_least_sensitive_is_the_opposite_end() -> None:
+    visual = checks.make_visual(1)
+    s = importance_of(PruningConfig("zoo-exact", keep_tokens=1), visual)[0]
+    assert kept_by("least-sensitive", visual, 5) == sorted(s.argsort()[:5].tolist())
+    with pytest.raises(PruningError, match="does not score"):
+        importance_of(PruningConfig("grid", keep_tokens=1), visual)
+
+
+def test_random_depends_on_seed_content_and_place() -> None:
+    visual = checks.make_visual(1)
+    base = kept_by("random", visual, 9)
+    assert base != kept_by("random", visual, 9, seed=1)
+    assert base != kept_by("random", checks.make_visual(1, seed=4), 9)
+    visual.extras["image_digest"] = [5]
+    digest = kept_by("random", visual, 9)
+    # With a digest of the pixels, rounding in the tower does not move the draw.
+    visual.features = visual.features + 1e-6
+    assert kept_by("random", visual, 9) == digest
+    visual.extras["image_position"] = [1]
+    assert kept_by("random", visual, 9) != digest
+    pair = VisualTokens(
+        visual.features.expand(2, -1, -1).clone(),
+        visual.projected.expand(2, -1, -1).clone(),
+        visual.projector,
+        torch.zeros(2, dtype=torch.long),
+        checks.GRID,
+    )
+    out = prune_visual_tokens(pair, PruningConfig("random", keep_tokens=18))
+    assert out.kept[0].tolist() != out.kept[1].tolist()
+
+
+def test_grid_takes_centres() -> None:
+    visual = checks.make_visual(1, grid=(24, 24))
+    kept = kept_by("grid", visual, 64)
+    assert kept[:8] == [24 + 1 + 3 * i for i in range(8)]
+    rows = {i // 24 for i in kept_by("grid", visual, 128)}
+    assert len(rows) == 16
+    # 127 is prime and larger than either side: every (n / k)-th token.
+    assert kept_by("grid", visual, 127) == [int((i + 0.5) * 576 / 127) for i in range(127)]
+
+
+def test_pool_averages() -> None:
+    visual = checks.make_visual(1)
+    out = prune_visual_tokens(visual, PruningConfig("pool", keep_tokens=9))
+    corner = visual.projected[0].view(6, 6, -1)[:2, :2].reshape(4, -1).mean(dim=0)
+    assert torch.allclose(out.embeddings(0)[0], corner, atol=1e-6)
+    assert out.sources[0, 0].nonzero()[:, 0].tolist() == [0, 1, 6, 7]
+    assert out.kept is None
+
+
+def test_pool_names_neighbours() -> None:
+    with pytest.raises(PruningError, match="30 and 36"):
+        prune_visual_tokens(checks.make_visual(1), PruningConfig("pool", keep_tokens=31))
+
+
+def test_projector_rank_is_the_truncated_svd() -> None:
+    visual = checks.make_visual(1, dtype=torch.float64)
+    first, act, second = visual.projector
+    truncated = nn.Sequential(nn.Linear(10, 17), act, nn.Linear(17, 14)).double()
+    for ours, layer in ((truncated[0], first), (truncated[2], second)):
+        u, s, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+        s[3:] = 0
+        ours.weight.data = u @ torch.diag(s) @ vh
+        ours.bias.data = layer.bias.data
+    for name in ("zoo", "zoo-exact"):
+        config = PruningConfig.of(name, keep_tokens=5, projector_rank=3)
+        want = sensitivity(
+            truncated,
+            visual.features,
+            estimator="exact" if name == "zoo-exact" else "zeroth_order",
+        )
+        torch.testing.assert_close(importance_of(config, visual), want, rtol=1e-9, atol=0)
+    full = PruningConfig.of("zoo-exact", keep_tokens=5, projector_rank=99)
+    want = sensitivity(visual.projector, visual.features, estimator="exact")
+    torch.testing.assert_close(importance_of(full, visual), want, rtol=1e-9, atol=0)
