@@ -1,0 +1,58 @@
+"""Options and fixtures shared by all tests."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+_ERROR = "largest error"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="takes minutes; run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Folder of recorded inputs and outputs of reference programs."""
+    return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture
+def record_error(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """``record_error(group, value)``: note a deviation from a golden.
+
+    The largest value of each group is printed at the end of the run, also under xdist.
+    """
+
+    def record(group: str, value: float) -> None:
+        request.node.user_properties.append((_ERROR, (group, float(value))))
+
+    return record
+
+
+def _recorded(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, float]]:
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in report.user_properties:
+                if name == _ERROR:
+                    yield value[0], value[1]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    largest: dict[str, float] = {}
+    for group, value in _recorded(terminalreporter):
+        largest[group] = max(value, largest.get(group, value))
+    if largest:
+        terminalreporter.section("largest error per golden group")
+        for group, value in sorted(largest.items()):
+            terminalreporter.write_line(f"{group:<44} {value:.3g}")
