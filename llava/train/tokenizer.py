@@ -1,0 +1,66 @@
+"""Make the tokenizer of llava-tiny: a SentencePiece BPE with byte fallback, as Vicuna's.
+
+Learnt from the prompts of the world and the conversation template, so that a question costs about
+twelve tokens. The characters of signs stay single pieces: reading them is the task.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from llava.conversation import conv_templates
+from llava.world import FAMILIES, ask, scene
+from llava.world.font import ALPHABET
+from llava.world.questions import text as text_family
+
+VOCABULARY = 640
+
+
+def _corpus(lines: int = 4000) -> list[str]:
+    rng = np.random.RandomState(0)
+    families = [name for name in FAMILIES if FAMILIES[name] is not text_family]
+    made = [scene(f"train/{index:06d}") for index in range(24)]
+    corpus = []
+    for index in range(lines):
+        question, answer = ask(rng, made[index % len(made)], families[index % len(families)])
+        corpus += [f"USER: {question} ASSISTANT: {answer}", question, answer]
+    colors = ["red", "green", "blue", "yellow", "purple", "white"]
+    corpus += [f"What does the {color} sign say?" for color in colors for _ in range(lines // 20)]
+    return corpus + [conv_templates["vicuna_v1"].system] * (lines // 20)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Write ``tokenizer.model`` and ``tokenizer_config.json`` (LLaVA-1.5's files) to ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_corpus()),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=VOCABULARY,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            split_digits=True,
+            required_chars=ALPHABET,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_surface=" \u2047 ",
+            num_threads=1,
+            minloglevel=2,
+        )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {
+        **special,
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+        "model_max_length": 2048,
+        "pad_token": "<unk>",
+        "padding_side": "right",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

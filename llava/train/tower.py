@@ -1,0 +1,227 @@
+"""Train the vision tower of llava-tiny: ``python -m llava.train.tower --output DIR``.
+
+A small CLIP vision transformer learns to say what every patch shows, from its penultimate layer,
+the one LLaVA reads. Its last block serves the CLS token alone, which learns what is in the image,
+so that CLS attention means something to the pruning methods that use it. No loss compares tokens
+with each other. A killed run continues from its last checkpoint and ends at the same weights: the
+scenes of a step depend on its number only.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava.train.patch_labels import CLASSES, IGNORE, patch_labels
+from llava.world import scene
+from llava.world.scene import PATCH
+from llava.world.scene import ROWS as GRID
+
+SIZES = {
+    "tiny": dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=4),
+    "small": dict(hidden_size=384, num_attention_heads=6, num_hidden_layers=9),
+}
+_WEIGHTS = {"pair": 0.5, "corner": 0.5, "quadrant": 0.5}
+
+
+class SceneDataset(Dataset):
+    """Training scenes ``start .. stop`` as (pixels, labels, pairs in the image)."""
+
+    def __init__(self, start: int, stop: int, split: str = "train") -> None:
+        self.start, self.stop, self.split = start, stop, split
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        made = scene(f"{self.split}/{self.start + index:06d}")
+        labels = {k: torch.from_numpy(v).flatten() for k, v in patch_labels(made).items()}
+        present = torch.zeros(CLASSES["pair"])
+        present[labels["pair"][labels["pair"] != IGNORE]] = 1.0
+        return torch.from_numpy(made.pixels).permute(2, 0, 1), labels, present
+
+
+class DenseTower(nn.Module):
+    """A CLIP tower with one linear head a label on its penultimate patch features."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.clip = CLIPVisionModel(config)
+        width = config.hidden_size
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in CLASSES.items()})
+        self.whole = nn.Linear(width, CLASSES["pair"])
+        processor = CLIPImageProcessorPil()
+        for name in ("image_mean", "image_std"):
+            values = torch.tensor(getattr(processor, name)).view(3, 1, 1) * 255
+            self.register_buffer(name, values, persistent=False)
+        self._start_from_sincos(width)
+
+    def _start_from_sincos(self, width: int) -> None:
+        """Begin with 2-D sine-cosine positions: a small tower learns space far sooner."""
+        rate = 100 ** -(torch.arange(width // 4) / (width // 4))
+        angle = torch.arange(GRID)[:, None] * rate
+        axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+        table = torch.cat(
+            [axis[:, None].expand(-1, GRID, -1), axis[None].expand(GRID, -1, -1)], dim=-1
+        )
+        with torch.no_grad():
+            self.clip.embeddings.position_embedding.weight[1:] = 0.5 * table.flatten(0, 1)
+            self.clip.embeddings.patch_embedding.weight.normal_(std=0.04)
+
+    def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Uint8 ``[B, 3, 336, 336]`` to per-patch logits ``[B, 576, C]`` and image logits."""
+        pixels = (pixels - self.image_mean) / self.image_std
+        states = self.clip.pre_layrnorm(self.clip.embeddings(pixels))
+        *blocks, last = self.clip.encoder.layers
+        for block in blocks:
+            states = block(states, attention_mask=None)
+        features = self.norm(states[:, 1:])
+        logits = {name: head(features) for name, head in self.heads.items()}
+        return logits, self.whole(self.clip.post_layernorm(self._read_out(last, states)))
+
+    @staticmethod
+    def _read_out(block: nn.Module, states: Tensor) -> Tensor:
+        """The last block for the CLS token only ``[B, D]``: nobody reads its patch outputs."""
+        batch, length, width = states.shape
+        attention = block.self_attn
+        normed = block.layer_norm1(states)
+        shape = (batch, -1, attention.num_heads, width // attention.num_heads)
+        query = attention.q_proj(normed[:, :1]).view(shape).transpose(1, 2)
+        key = attention.k_proj(normed).view(shape).transpose(1, 2)
+        value = attention.v_proj(normed).view(shape).transpose(1, 2)
+        read = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        cls = states[:, 0] + attention.out_proj(read.reshape(batch, width))
+        return cls + block.mlp(block.layer_norm2(cls))
+
+
+def loss_of(
+    logits: dict[str, Tensor], whole: Tensor, labels: dict[str, Tensor], present: Tensor
+) -> Tensor:
+    """Sum of per-patch cross entropies, and of the CLS token's multi-label loss."""
+    total = F.binary_cross_entropy_with_logits(
+        whole, present, pos_weight=torch.tensor(3.0, device=whole.device)
+    )
+    for name, scores in logits.items():
+        weight = None
+        if name == "shape":  # most patches are background
+            weight = torch.tensor([0.3] + [1.0] * (CLASSES["shape"] - 1), device=scores.device)
+        target = labels[name].flatten()
+        part = F.cross_entropy(scores.flatten(0, 1), target, weight, ignore_index=IGNORE)
+        total = total + _WEIGHTS.get(name, 1.0) * part
+    return total
+
+
+@torch.no_grad()
+def accuracy(model: DenseTower, scenes: int, device: torch.device) -> dict[str, float]:
+    """Per-patch accuracy of every head over validation scenes, where a label applies."""
+    model.eval()
+    right, seen = dict.fromkeys(CLASSES, 0), dict.fromkeys(CLASSES, 0)
+    for pixels, labels, _ in DataLoader(SceneDataset(0, scenes, "val"), batch_size=16):
+        logits, _ = model(pixels.to(device))
+        for name, scores in logits.items():
+            target = labels[name].to(device)
+            applies = target > 0 if name == "shape" else target != IGNORE
+            right[name] += int((scores.argmax(-1) == target)[applies].sum())
+            seen[name] += int(applies.sum())
+    model.train()
+    return {name: round(right[name] / seen[name], 4) for name in CLASSES}
+
+
+def save_tower(model: DenseTower, output: Path, record: dict) -> None:
+    """Write a CLIP vision folder that transformers and LLaVA load, and what it measured."""
+    model.clip.save_pretrained(output)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": PATCH * GRID},
+        crop_size={"height": PATCH * GRID, "width": PATCH * GRID},
+    ).save_pretrained(output)
+    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def train(args: argparse.Namespace) -> None:
+    device = torch.device(args.device)
+    torch.manual_seed(args.seed)
+    config = CLIPVisionConfig(
+        image_size=PATCH * GRID, patch_size=PATCH, projection_dim=SIZES[args.size]["hidden_size"],
+        intermediate_size=4 * SIZES[args.size]["hidden_size"], **SIZES[args.size],
+    )  # fmt: skip
+    model = DenseTower(config).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.02
+    )
+
+    def schedule(step: int) -> float:
+        warm = min(1.0, (step + 1) / 100)
+        return warm * max(0.01, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    args.output.mkdir(parents=True, exist_ok=True)
+    state_file = args.output / "checkpoint.pt"
+    step, spent = 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        step, spent = state["step"], state["seconds"]
+        print(f"resumed at step {step}")
+
+    scenes = SceneDataset(step * args.batch_size, args.steps * args.batch_size)
+    loader = DataLoader(scenes, batch_size=args.batch_size, num_workers=args.workers)
+    bar = tqdm(loader, total=args.steps, initial=step, mininterval=10)
+    since = time.monotonic()
+    for pixels, labels, present in bar:
+        logits, whole = model(pixels.to(device))
+        labels = {name: value.to(device) for name, value in labels.items()}
+        loss = loss_of(logits, whole, labels, present.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        step += 1
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        if step % args.save_every == 0 or step == args.steps:
+            spent, since = spent + time.monotonic() - since, time.monotonic()
+            state = {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(), "step": step, "seconds": spent,
+            }  # fmt: skip
+            torch.save(state, state_file.with_suffix(".new"))
+            state_file.with_suffix(".new").replace(state_file)
+            scores = accuracy(model, args.val_scenes, device)
+            tqdm.write(f"step {step} {spent:.0f}s {scores}")
+            save_tower(
+                model, args.output,
+                {"step": step, "seconds": round(spent), "threads": torch.get_num_threads(),
+                 "patch_accuracy": scores, "arguments": {k: str(v) for k, v in vars(args).items()}},
+            )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--val-scenes", type=int, default=48)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

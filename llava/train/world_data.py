@@ -1,0 +1,105 @@
+"""Write training data of llava-tiny: ``python -m llava.train.world_data --tower T --output DIR``.
+
+``data.json`` holds LLaVA conversations (12 question-answer turns an image) and ``features.npy`` the
+frozen tower's features of every image, which spares the trainer from running the tower each epoch.
+A killed run continues where its features end.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.world import FAMILIES, ask, render, scene
+
+
+class Images(Dataset):
+    """Preprocessed images of ``split/start .. split/stop``."""
+
+    def __init__(self, split: str, start: int, stop: int, processor) -> None:
+        self.names = [f"{split}/{index:06d}" for index in range(start, stop)]
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        image = render(self.names[index])
+        return self.processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
+
+
+def conversation(name: str, variant: int, turns: int) -> list[dict[str, str]]:
+    """``turns`` questions and answers about scene ``name``, families in equal shares, shuffled."""
+    made = scene(name)
+    rng = np.random.RandomState([int(name.split("/")[1]), variant, 77])
+    families = [list(FAMILIES)[i % len(FAMILIES)] for i in range(turns)]
+    messages = []
+    for index in rng.permutation(turns):
+        question, answer = ask(rng, made, families[index])
+        mark = "" if messages else "<image>\n"
+        messages += [
+            {"from": "human", "value": mark + question},
+            {"from": "gpt", "value": answer},
+        ]
+    return messages
+
+
+def write_conversations(output: Path, split: str, scenes: int, variants: int, turns: int) -> None:
+    """``data.json``: ``variants`` conversations for each scene, LLaVA's sample format."""
+    samples = [
+        {
+            "id": f"{split}-{index:06d}-{variant}",
+            "image": f"{split}/{index:06d}.png",
+            "conversations": conversation(f"{split}/{index:06d}", variant, turns),
+        }
+        for variant in range(variants)
+        for index in tqdm(range(scenes), desc="questions", mininterval=10)
+    ]
+    (output / "data.json").write_text(json.dumps(samples))
+
+
+@torch.no_grad()
+def write_features(output: Path, tower_folder: str, split: str, scenes: int, workers: int) -> None:
+    """``features.npy``: float16 ``[scenes, N, Dv]``, row i for scene i."""
+    settings = argparse.Namespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
+    tower = CLIPVisionTower(tower_folder, settings)
+    done_file, path = output / "features.done", output / "features.npy"
+    done = int(done_file.read_text()) if done_file.exists() and path.exists() else 0
+    shape = (scenes, tower.num_patches, tower.hidden_size)
+    store = np.lib.format.open_memmap(
+        path, mode="r+" if done else "w+", dtype=np.float16, shape=None if done else shape
+    )
+    loader = DataLoader(
+        Images(split, done, scenes, tower.image_processor), batch_size=16, num_workers=workers
+    )
+    for pixels in tqdm(loader, desc="features", mininterval=10):
+        store[done : done + len(pixels)] = tower(pixels).half().numpy()
+        done += len(pixels)
+        if done % 512 == 0 or done == scenes:
+            store.flush()
+            done_file.write_text(str(done))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tower", required=True, help="folder written by llava.train.tower")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--split", choices=["train", "val"], default="train")
+    parser.add_argument("--scenes", type=int, default=10_000)
+    parser.add_argument("--variants", type=int, default=4, help="conversations a scene")
+    parser.add_argument("--turns", type=int, default=12, help="questions a conversation")
+    parser.add_argument("--workers", type=int, default=1)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if not (args.output / "data.json").exists():
+        write_conversations(args.output, args.split, args.scenes, args.variants, args.turns)
+    write_features(args.output, args.tower, args.split, args.scenes, args.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Names of scenes: ``train/000012`` is the 13th training scene, on every machine, for ever."""
+
+import re
+
+from PIL import Image
+
+from llava.world.scene import Scene, make_scene
+
+SPLITS = {"train": 1, "val": 2, "test": 3}
+_NAME = re.compile(r"(train|val|test)/(\d{6})(\.png)?")
+
+
+def scene(name: str) -> Scene:
+    """The scene called ``split/index`` (six digits, an optional ``.png``).
+
+    Splits draw from seeds that no other split uses. Raises ``ValueError`` for another name.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"no scene is called {name!r}; names look like 'test/000012'")
+    return make_scene((SPLITS[match[1]], int(match[2])))
+
+
+def render(name: str) -> Image.Image:
+    """The image of ``scene(name)``: RGB, 336 x 336."""
+    return Image.fromarray(scene(name).pixels)
