@@ -20,7 +20,7 @@ def plot_accuracy(result: Record, path: Path) -> None:
     axes = figure.subplots()
     curves: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row["budget"] is not None and row["arm"] != UNPRUNED:
+        if row["method"] != UNPRUNED:
             curves[row["label"]].append(row)
     for position, (label, points) in enumerate(curves.items()):
         # Curves share their budgets: a small shift keeps error bars from hiding each other.
@@ -36,7 +36,7 @@ def plot_accuracy(result: Record, path: Path) -> None:
             markersize=5,
             capsize=2,
         )
-    flat = [row for row in rows if row["arm"] == UNPRUNED or row["control"] == "image"]
+    flat = [row for row in rows if row["method"] == UNPRUNED]
     for row, style in zip(flat, ("-", ":", "-."), strict=False):
         axes.axhline(
             100 * row["accuracy"], color="0.45", linestyle=style, linewidth=1, label=row["label"]

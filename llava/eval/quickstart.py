@@ -64,7 +64,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--save-result", type=Path, metavar="PATH", help="also write one compact result JSON")
     add("--batch-size", type=int, default=8, help="questions per batch")
     add("--seed", type=int, default=0, help="of the methods that draw at random")
-    add("--device", default="cpu", help="cpu, cuda or mps")
+    add("--device", default="cpu", choices=("auto", "cpu", "cuda", "mps"))
     parser.set_defaults(run=run)
 
 
@@ -75,44 +75,48 @@ def run(args: argparse.Namespace) -> int:
     subject = load_subject(args.model_path, args.device)
     benchmark = args.benchmark or args.model_path / "benchmark"
     task = load_task(benchmark, args.limit, args.image_folder)
-    config = {
-        "command": "quickstart",
-        "methods": args.methods,
-        "budgets": args.budgets,
-        "limit": args.limit,
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-        "device": str(subject.model.device),
-        "dtype": str(subject.model.dtype),
-        "threads": torch.get_num_threads(),
-        "template": subject.template,
-        "max_new_tokens": MAX_NEW_TOKENS,
-    }
-    identity = {
-        "config": config,
-        "checkpoint_sha256": provenance.hash_checkpoint(args.model_path),
-        "data_sha256": task.data_hash,
-        "source_sha256": provenance.hash_sources(),
-        "versions": provenance.package_versions(),
-    }
-    key = provenance.hash_json(identity)
+    identity = describe(args, subject, task)
     runner = Runner(
         subject,
         task,
         batch_size=args.batch_size,
         max_new_tokens=MAX_NEW_TOKENS,
         seed=args.seed,
-        run_key=key,
+        run_key=identity["run_key"],
     )
     arms = plan(runner, args.methods, args.budgets)
     with exclusive(args.output):
-        result = answer_all(args, runner, arms, {"run_key": key} | identity, started)
+        result = answer_all(args, runner, arms, identity, started)
     print(f"\n{render(result)}")
     print(f"written to {args.output}: {', '.join((*FILES, *PICTURES))}")
     if args.save_result:
         write_atomically(args.save_result, dump_json(result))
         print(f"result file: {args.save_result}")
     return 0
+
+
+def describe(args: argparse.Namespace, subject: Subject, task: Task) -> dict[str, Any]:
+    """Everything that decides an answer, and its hash: the run key."""
+    identity = {
+        "config": {
+            "command": "quickstart",
+            "methods": args.methods,
+            "budgets": args.budgets,
+            "limit": args.limit,
+            "batch_size": args.batch_size,
+            "seed": args.seed,
+            "device": str(subject.model.device),
+            "dtype": str(subject.model.dtype),
+            "threads": torch.get_num_threads(),
+            "template": subject.template,
+            "max_new_tokens": MAX_NEW_TOKENS,
+        },
+        "checkpoint_sha256": provenance.hash_checkpoint(args.model_path),
+        "data_sha256": task.data_hash,
+        "source_sha256": provenance.hash_sources(),
+        "versions": provenance.package_versions(),
+    }
+    return {"run_key": provenance.hash_json(identity), **identity}
 
 
 def check(args: argparse.Namespace) -> None:

@@ -86,10 +86,12 @@ def readme_drift(readme: Path, result: Path) -> str | None:
     """Why the section of `readme` between the markers is not what `result` renders to, or None."""
     try:
         _, section, _ = _split_readme(readme)
+        expected = readme_section(read_result(result))
     except ResultError as error:
         return str(error)
-    if section != f"\n{readme_section(read_result(result))}":
-        return f"{readme} differs from {result}: run python -m llava.eval table --update-readme"
+    if section != f"\n{expected}":
+        fix = f"python -m llava.eval table {result} --update-readme {readme}"
+        return f"the tables in {readme} are not those of {result}; run {fix}"
     return None
 
 
@@ -101,7 +103,10 @@ def update_readme(readme: Path, result: Path) -> None:
 
 
 def _split_readme(readme: Path) -> tuple[str, str, str]:
-    text = readme.read_text(encoding="utf-8")
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ResultError(f"cannot read {readme}: {error.strerror}") from error
     before, begin, rest = text.partition(BEGIN)
     section, end, after = rest.partition(END)
     if not begin or not end:
@@ -120,9 +125,7 @@ def _main_line(row: dict[str, Any]) -> list[str]:
         str(low) if low == high else f"{low}..{high}",
         _percent(row["accuracy"], row["accuracy_se"]),
         "n/a" if row["relative"] is None else f"{100 * row['relative']:.1f} %",
-        _percent(row["difference"], row["difference_se"], sign="+")
-        if row["arm"] != UNPRUNED
-        else "—",
+        "—" if row["arm"] == UNPRUNED else difference,
         _ratio(row["prune_ratio"]),
         _ratio(row["prefill_ratio"]),
     ]

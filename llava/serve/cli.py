@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model-path", default="playground/llava-tiny", help="checkpoint folder or hub name")
     add("--model-base", help="base model of a LoRA or projector-only checkpoint")
     add("--image-file", required=True, help="path of the image")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--conv-mode", help="conversation template, instead of the model's own")
     add("--temperature", type=float, default=0.2, help="0 is greedy")
     add("--max-new-tokens", type=int, default=512)
@@ -223,6 +223,15 @@ def load_image(location: str) -> Image.Image:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserInputError(f"cannot read image {location}: {reason}") from error
+
+
+def device_name(name: str) -> str:
+    """`name` if it is `auto` or names a device to torch."""
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"no such device: {name!r}") from error
+    return name
 
 
 def pruning_from(args: argparse.Namespace) -> PruningConfig | None:

@@ -10,7 +10,6 @@ import sentencepiece
 import torch
 from PIL import Image, ImageDraw
 from transformers import CLIPVisionConfig, CLIPVisionModel
-
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.eval.quickstart import load_subject
