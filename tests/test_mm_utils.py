@@ -156,7 +156,7 @@ def test_images_of_any_mode_and_size_are_taken(processor: CLIPImageProcessorPil)
 
 def test_anyres_is_refused_with_a_way_out(processor: CLIPImageProcessorPil) -> None:
     config = SimpleNamespace(image_aspect_ratio="anyres")
-    with pytest.raises(UserInputError, match="LLaVA-1.6.*set image_aspect_ratio to 'pad'"):
+    with pytest.raises(UserInputError, match=r"LLaVA-1\.6.*set image_aspect_ratio to 'pad'"):
         process_images([Image.new("RGB", (8, 8))], processor, config)
 
 

@@ -1,0 +1,123 @@
+"""Generation: only new tokens, left padding whatever the config says, batches equal single rows."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model import LlavaLlamaForCausalLM
+from llava.model.llava_arch import padding_side
+from llava.utils import UserInputError
+
+IMG = IMAGE_TOKEN_INDEX
+Make = Callable[..., LlavaLlamaForCausalLM]
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+ROWS = [[1, 5, IMG, 9, 11, 13], [1, IMG, 7], [1, 20, 21, 22], [1, 4, IMG, 8]]
+
+
+def _batch(rows: list[list[int]], pad_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        pad = [0] * (longest - len(row))
+        ids.append([*pad, *row] if pad_left else [*row, *pad])
+        mask.append([*pad, *[1] * len(row)] if pad_left else [*[1] * len(row), *pad])
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@pytest.mark.parametrize("pad_left", [True, False])
+@pytest.mark.parametrize("config_side", ["left", "right"])
+@pytest.mark.parametrize("pruning", [None, {"method": "zoo", "keep_tokens": 2}])
+def test_batch_equals_single_rows(pad_left, config_side, pruning, small_model: Make, pixels):
+    model = small_model(tokenizer_padding_side=config_side)
+    model.pruning = pruning
+    images = pixels(4, side=28)
+    single = [
+        model.generate(torch.tensor([row]), images=images[i : i + 1], **GREEDY)[0].tolist()
+        for i, row in enumerate(ROWS)
+    ]
+    ids, mask = _batch(ROWS, pad_left)
+    together = model.generate(ids, images=images, attention_mask=mask, **GREEDY)
+    assert together.tolist() == single
+    assert model.config.tokenizer_padding_side == config_side
+
+
+@pytest.mark.parametrize("pruning", [None, {"method": "divprune", "keep_tokens": 3}])
+def test_generation_equals_repeated_forward(pruning, small_model: Make, pixels) -> None:
+    model, images = small_model(), pixels(2, side=28)
+    model.pruning = pruning
+    ids = torch.tensor([[1, 5, IMG, 9, IMG, 6]])
+    new = model.generate(ids, images=images, **GREEDY)
+    assert new.shape == (1, 6)
+    for _ in range(6):
+        with torch.no_grad():
+            token = model(ids, images=images).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, token], dim=1)
+    assert ids[:, -6:].tolist() == new.tolist()
+
+
+def test_second_turn_equals_a_fresh_run(small_model: Make, pixels) -> None:
+    model, images = small_model(), pixels(1, side=28)
+    model.pruning = {"method": "zoo", "keep_tokens": 2}
+    first = torch.tensor([[1, 5, IMG, 9]])
+    answer = model.generate(first, images=images, **GREEDY)
+    second = torch.cat([first, answer, torch.tensor([[30, 31]])], dim=1)
+    after_chat = model.generate(second, images=images, **GREEDY)
+    fresh = small_model()
+    fresh.pruning = {"method": "zoo", "keep_tokens": 2}
+    assert fresh.generate(second, images=images, **GREEDY).tolist() == after_chat.tolist()
+
+
+@pytest.mark.parametrize("rows", [[[1]], [[1, 5, 6]], [[1, 5, 6], [1, 9]]])
+@pytest.mark.parametrize("with_images", [True, False])
+def test_text_only(rows: list, with_images: bool, small_model: Make, pixels) -> None:
+    model = small_model()
+    ids, mask = _batch(rows, pad_left=False)
+    images = pixels(len(rows), side=28) if with_images else None
+    new = model.generate(ids, images=images, attention_mask=mask, **GREEDY)
+    assert new.shape == (len(rows), 6)
+    for row, got in zip(rows, new, strict=True):
+        sequence = torch.tensor([row])
+        for token in got.tolist():
+            assert model(sequence).logits[0, -1].argmax() == token
+            sequence = torch.cat([sequence, torch.tensor([[token]])], dim=1)
+
+
+def test_arguments_of_llava_scripts_are_taken(small_model: Make, pixels) -> None:
+    model = small_model()
+    settings = {"do_sample": False, "temperature": 0, "top_p": None, "num_beams": 1}
+    new = model.generate(
+        input_ids=torch.tensor([[1, IMG, 5]]),
+        images=pixels(1, side=28),
+        image_sizes=[(28, 28)],
+        max_new_tokens=3,
+        use_cache=True,
+        **settings,
+    )
+    assert new.shape[1] <= 3
+    beams = model.generate(
+        torch.tensor([[1, IMG, 5]]), images=pixels(1, side=28), **{**GREEDY, "num_beams": 2}
+    )
+    assert beams.shape == (1, 6)
+
+
+def test_unusable_calls(small_model: Make) -> None:
+    model = small_model()
+    with pytest.raises(NotImplementedError, match="inputs_embeds"):
+        model.generate(torch.tensor([[1]]), inputs_embeds=torch.zeros(1, 1, 32))
+    with pytest.raises(UserInputError, match="generate needs a prompt"):
+        model.generate()
+
+
+def test_padding_side_is_restored_after_an_exception(small_model: Make, pixels) -> None:
+    model = small_model()
+    with pytest.raises(UserInputError):
+        model.generate(torch.tensor([[1, IMG, IMG]]), images=pixels(1, side=28))
+    ids, mask = _batch([[1, IMG, 5], [1, IMG]], pad_left=False)
+    prepare = model.prepare_inputs_labels_for_multimodal
+    out_mask = prepare(ids, None, mask, None, None, pixels(2, side=28))[2]
+    assert out_mask[1].tolist() == [1] * 5 + [0]
+    with padding_side("left"):
+        out_mask = prepare(ids, None, mask, None, None, pixels(2, side=28))[2]
+    assert out_mask[1].tolist() == [0] + [1] * 5
