@@ -64,7 +64,8 @@ def sensitivity(
         bank = _bank(directions, seed, features).to(features.device, dtype)
         score = _scorer(projector, estimator, bank, step, dtype)
         # clone(): a fresh, aligned block of memory whatever the batch around the row looks like.
-        rows = [score(row.to(dtype).clone()) for row in features.detach().flatten(0, -3)]
+        tiles = features.detach().reshape(-1, *features.shape[-2:])
+        rows = [score(tile.to(dtype).clone()) for tile in tiles]
         if not rows:
             return features.new_zeros(features.shape[:-1], dtype=dtype)
         return torch.stack(rows).reshape(features.shape[:-1])
