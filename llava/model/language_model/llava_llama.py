@@ -39,6 +39,12 @@ class LlavaConfig(LlamaConfig):
 
     model_type = "llava_llama"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with ``rope_theta`` also where older readers of config.json look for it."""
+        data = super().to_dict()
+        theta = (data.get("rope_parameters") or {}).get("rope_theta")
+        return data if theta is None else {**data, "rope_theta": theta}
+
 
 class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     """Llama with a vision tower and a projector."""
