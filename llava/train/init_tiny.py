@@ -8,14 +8,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llava.train.tokenizer import make_tokenizer
 
-SIZES = {
-    "tiny": dict(
-        hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4
-    ),
-    "small": dict(
-        hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8
-    ),
-}
+# hidden size, MLP width, layers, heads
+SIZES = {"tiny": (128, 344, 4, 4), "small": (512, 1376, 8, 8)}
 
 
 def init_language_model(folder: Path, size: str, seed: int) -> None:
@@ -23,6 +17,7 @@ def init_language_model(folder: Path, size: str, seed: int) -> None:
     make_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
+    hidden, intermediate, layers, heads = SIZES[size]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=4096,
@@ -32,7 +27,10 @@ def init_language_model(folder: Path, size: str, seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.04,
-        **SIZES[size],
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
 

@@ -9,6 +9,7 @@ from llava.world.shapes import COLORS, SHAPES
 IGNORE = -1
 _COLOR = {name: index for index, name in enumerate(COLORS)}
 _SHAPE = {name: index + 1 for index, name in enumerate(SHAPES)}  # 0 is background
+_SIDE = {None: 0, "above": 1, "below": 2, "left": 3, "right": 4}
 SIGN = len(SHAPES) + 1
 CLASSES = {
     "shape": len(SHAPES) + 2,
@@ -17,6 +18,7 @@ CLASSES = {
     "char": len(ALPHABET),
     "slot": 4,
     "partner": len(SHAPES) + 1,
+    "side": 5,
     "quadrant": 4,
     "corner": 2,  # one patch of each item, which makes items countable
 }
@@ -36,6 +38,7 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
             "color": _COLOR[item.color],
             "pair": _COLOR[item.color] * len(SHAPES) + _SHAPE[item.shape] - 1,
             "partner": _SHAPE[partner] if partner else 0,
+            "side": _SIDE[item.partner_side],
             "quadrant": 2 * (middle_row >= ROWS // 2) + (middle_column >= COLUMNS // 2),
             "corner": 0,
         }

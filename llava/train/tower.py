@@ -26,11 +26,8 @@ from llava.world import scene
 from llava.world.scene import PATCH
 from llava.world.scene import ROWS as GRID
 
-SIZES = {
-    "tiny": dict(hidden_size=128, num_attention_heads=4, num_hidden_layers=4),
-    "small": dict(hidden_size=384, num_attention_heads=6, num_hidden_layers=9),
-}
-_WEIGHTS = {"pair": 0.5, "corner": 0.5, "quadrant": 0.5}
+SIZES = {"tiny": (128, 4, 4), "small": (384, 9, 6)}  # width, layers, heads
+_WEIGHTS = {"pair": 0.5, "corner": 0.5, "quadrant": 0.5, "partner": 2.0, "slot": 2.0}
 
 
 class SceneDataset(Dataset):
@@ -92,7 +89,7 @@ class DenseTower(nn.Module):
     @staticmethod
     def _read_out(block: nn.Module, states: Tensor) -> Tensor:
         """The last block for the CLS token only ``[B, D]``: nobody reads its patch outputs."""
-        batch, length, width = states.shape
+        batch, _, width = states.shape
         attention = block.self_attn
         normed = block.layer_norm1(states)
         shape = (batch, -1, attention.num_heads, width // attention.num_heads)
@@ -140,9 +137,9 @@ def accuracy(model: DenseTower, scenes: int, device: torch.device) -> dict[str, 
 def save_tower(model: DenseTower, output: Path, record: dict) -> None:
     """Write a CLIP vision folder that transformers and LLaVA load, and what it measured."""
     model.clip.save_pretrained(output)
+    side = PATCH * GRID
     CLIPImageProcessorPil(
-        size={"shortest_edge": PATCH * GRID},
-        crop_size={"height": PATCH * GRID, "width": PATCH * GRID},
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     ).save_pretrained(output)
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -150,10 +147,16 @@ def save_tower(model: DenseTower, output: Path, record: dict) -> None:
 def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
+    width, layers, heads = SIZES[args.size]
     config = CLIPVisionConfig(
-        image_size=PATCH * GRID, patch_size=PATCH, projection_dim=SIZES[args.size]["hidden_size"],
-        intermediate_size=4 * SIZES[args.size]["hidden_size"], **SIZES[args.size],
-    )  # fmt: skip
+        image_size=PATCH * GRID,
+        patch_size=PATCH,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+    )
     model = DenseTower(config).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.02
@@ -167,6 +170,9 @@ def train(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     state_file = args.output / "checkpoint.pt"
     step, spent = 0, 0.0
+    if args.start_from is not None:
+        state = torch.load(args.start_from / "checkpoint.pt", map_location=device, weights_only=True)
+        model.load_state_dict(state["model"], strict=False)
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -175,7 +181,8 @@ def train(args: argparse.Namespace) -> None:
         step, spent = state["step"], state["seconds"]
         print(f"resumed at step {step}")
 
-    scenes = SceneDataset(step * args.batch_size, args.steps * args.batch_size)
+    first, batch = args.first_scene, args.batch_size
+    scenes = SceneDataset(first + step * batch, first + args.steps * batch)
     loader = DataLoader(scenes, batch_size=args.batch_size, num_workers=args.workers)
     bar = tqdm(loader, total=args.steps, initial=step, mininterval=10)
     since = time.monotonic()
@@ -211,6 +218,8 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--start-from", type=Path, help="output folder of an earlier run")
+    parser.add_argument("--first-scene", type=int, default=0, help="training scene of step 0")
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=8)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.world import FAMILIES, ask, render, scene
+from llava.world import FAMILIES, Scene, ask, render, scene
 
 
 class Images(Dataset):
@@ -33,10 +33,8 @@ class Images(Dataset):
         return self.processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
 
-def conversation(name: str, variant: int, turns: int) -> list[dict[str, str]]:
-    """``turns`` questions and answers about scene ``name``, families in equal shares, shuffled."""
-    made = scene(name)
-    rng = np.random.RandomState([int(name.split("/")[1]), variant, 77])
+def conversation(made: Scene, rng: np.random.RandomState, turns: int) -> list[dict[str, str]]:
+    """``turns`` questions and answers about one scene, families in equal shares, shuffled."""
     families = [list(FAMILIES)[i % len(FAMILIES)] for i in range(turns)]
     messages = []
     for index in rng.permutation(turns):
@@ -51,15 +49,18 @@ def conversation(name: str, variant: int, turns: int) -> list[dict[str, str]]:
 
 def write_conversations(output: Path, split: str, scenes: int, variants: int, turns: int) -> None:
     """``data.json``: ``variants`` conversations for each scene, LLaVA's sample format."""
-    samples = [
-        {
-            "id": f"{split}-{index:06d}-{variant}",
-            "image": f"{split}/{index:06d}.png",
-            "conversations": conversation(f"{split}/{index:06d}", variant, turns),
-        }
-        for variant in range(variants)
-        for index in tqdm(range(scenes), desc="questions", mininterval=10)
-    ]
+    samples = []
+    for index in tqdm(range(scenes), desc="questions", mininterval=10):
+        made = scene(f"{split}/{index:06d}")
+        for variant in range(variants):
+            rng = np.random.RandomState([index, variant, 77])
+            samples.append(
+                {
+                    "id": f"{split}-{index:06d}-{variant}",
+                    "image": f"{split}/{index:06d}.png",
+                    "conversations": conversation(made, rng, turns),
+                }
+            )
     (output / "data.json").write_text(json.dumps(samples))
 
 

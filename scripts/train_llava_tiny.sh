@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Train llava-tiny from nothing: tower, data, projector and language model, checkpoint folder.
+#
+#   bash scripts/train_llava_tiny.sh                    # the shipped model, on the CPU
+#   SIZE=small bash scripts/train_llava_tiny.sh         # a larger one, meant for a GPU
+#
+# Every step continues where a killed run stopped. PYTHON, WORK and OUTPUT may be set.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+SIZE=${SIZE:-tiny}
+WORK=${WORK:-outputs/train-$SIZE}
+OUTPUT=${OUTPUT:-outputs/llava-$SIZE}
+export OPENBLAS_NUM_THREADS=1 # numpy draws scenes in a worker; its threads would fight torch's
+
+case $SIZE in
+tiny) tower_steps=1400 scenes=10000 steps=5000 batch=8 rate=1.5e-3 ;;
+small) tower_steps=20000 scenes=40000 steps=40000 batch=16 rate=6e-4 ;;
+*) echo "error: SIZE is tiny or small, not '$SIZE'" >&2 && exit 2 ;;
+esac
+
+echo "1/5 vision tower"
+[ -f "$WORK/tower/done" ] || "$PYTHON" -m llava.train.tower --output "$WORK/tower" \
+    --size "$SIZE" --steps "$tower_steps"
+touch "$WORK/tower/done"
+
+echo "2/5 tokenizer and untrained language model"
+[ -f "$WORK/init/config.json" ] || "$PYTHON" -m llava.train.init_tiny "$WORK/init" --size "$SIZE"
+
+echo "3/5 conversations and features of the frozen tower"
+"$PYTHON" -m llava.train.world_data --tower "$WORK/tower" --output "$WORK/data" --scenes "$scenes"
+
+echo "4/5 projector and language model"
+[ -f "$WORK/model/config.json" ] || "$PYTHON" -m llava.train.train \
+    --model_name_or_path "$WORK/init" --version v1 \
+    --vision_tower "$WORK/tower" --mm_projector_type mlp2x_gelu \
+    --mm_vision_select_layer -2 --image_aspect_ratio pad \
+    --data_path "$WORK/data/data.json" --feature_file "$WORK/data/features.npy" \
+    --output_dir "$WORK/model" --max_steps "$steps" --per_device_train_batch_size "$batch" \
+    --learning_rate "$rate" --lr_scheduler_type cosine --warmup_steps 100 \
+    --adam_beta2 0.98 --weight_decay 0.02 --max_grad_norm 1.0 \
+    --logging_steps 50 --save_steps 250 --save_total_limit 1 --report_to none \
+    --dataloader_num_workers 1 --seed 0
+
+echo "5/5 checkpoint folder $OUTPUT"
+"$PYTHON" -m llava.train.package --checkpoint "$WORK/model" --tokenizer "$WORK/init" \
+    --output "$OUTPUT"
