@@ -15,15 +15,13 @@ OUTPUT=${OUTPUT:-outputs/llava-$SIZE}
 export OPENBLAS_NUM_THREADS=1 # numpy draws scenes in a worker; its threads would fight torch's
 
 case $SIZE in
-tiny) tower_steps=1400 scenes=10000 steps=5000 batch=8 rate=1.5e-3 ;;
+tiny) tower_steps=1200 scenes=7000 steps=3200 batch=8 rate=1.5e-3 ;;
 small) tower_steps=20000 scenes=40000 steps=40000 batch=16 rate=6e-4 ;;
 *) echo "error: SIZE is tiny or small, not '$SIZE'" >&2 && exit 2 ;;
 esac
 
 echo "1/5 vision tower"
-[ -f "$WORK/tower/done" ] || "$PYTHON" -m llava.train.tower --output "$WORK/tower" \
-    --size "$SIZE" --steps "$tower_steps"
-touch "$WORK/tower/done"
+"$PYTHON" -m llava.train.tower --output "$WORK/tower" --size "$SIZE" --steps "$tower_steps"
 
 echo "2/5 tokenizer and untrained language model"
 [ -f "$WORK/init/config.json" ] || "$PYTHON" -m llava.train.init_tiny "$WORK/init" --size "$SIZE"

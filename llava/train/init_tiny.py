@@ -32,7 +32,11 @@ def init_language_model(folder: Path, size: str, seed: int) -> None:
         num_hidden_layers=layers,
         num_attention_heads=heads,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # equal queries and keys: looking for what is alike is a head start
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight.mul_(1.4))
+    model.save_pretrained(folder)
 
 
 def main() -> None:
