@@ -23,6 +23,7 @@ ANSWER_SOURCES = (
     "world/**/*.py",
     "eval/arms.py",
     "eval/generation.py",
+    "eval/prompts.py",
     "eval/runner.py",
     "eval/scorers/*.py",
     "eval/tasks/*.py",

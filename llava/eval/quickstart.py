@@ -7,9 +7,7 @@ controls. All numbers come out of this run; a run that was interrupted goes on w
 from __future__ import annotations
 
 import argparse
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -72,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
     """Answer, tabulate, draw; returns the exit code."""
     started = time.monotonic()
     check(args)
-    subject = load_subject(args.model_path, args.device)
     benchmark = args.benchmark or args.model_path / "benchmark"
     task = load_task(benchmark, args.limit, args.image_folder)
+    subject = load_subject(args.model_path, args.device)
     identity = describe(args, subject, task)
     runner = Runner(
         subject,
@@ -170,7 +168,7 @@ def answer_all(
     reused = folder.done
     info = identity | {
         "schema_version": SCHEMA_VERSION,
-        "command": f"python -m llava.eval {shlex.join(sys.argv[1:])}",
+        "command": args.command_line,
         "git": provenance.git_state(),
         "machine": provenance.machine(str(runner.subject.model.device)),
         "batches": len(runner.batches),

@@ -122,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def chat(args: argparse.Namespace) -> None:
     """Load image and model, then answer line after line of stdin."""
+    check_conv_mode(args.conv_mode)
     image = load_image(args.image_file)
     pruning = pruning_from(args)
     name = get_model_name_from_path(args.model_path)
@@ -245,12 +246,16 @@ def pruning_from(args: argparse.Namespace) -> PruningConfig | None:
     return PruningConfig(args.pruner, args.keep_tokens, args.keep_ratio, options)
 
 
-def start_conversation(mode: str | None, model_name: str, config: Any) -> Conversation:
-    """The template asked for, else the model's; says on stderr when both exist and differ."""
-    own = conv_mode_for(model_name, config)
+def check_conv_mode(mode: str | None) -> None:
+    """Refuse an unknown template before the model is loaded for nothing."""
     if mode is not None and mode not in conv_templates:
         known = ", ".join(sorted(conv_templates))
         raise UserInputError(f"unknown --conv-mode {mode!r}; valid: {known}")
+
+
+def start_conversation(mode: str | None, model_name: str, config: Any) -> Conversation:
+    """The template asked for, else the model's; says on stderr when both exist and differ."""
+    own = conv_mode_for(model_name, config)
     if mode is not None and mode != own:
         print(f"note: --conv-mode {mode} replaces {own}, this model's own", file=sys.stderr)
     return conv_templates[mode or own].copy()

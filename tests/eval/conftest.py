@@ -44,7 +44,7 @@ def task(benchmark_folder: Path) -> Task:
 @pytest.fixture
 def make_runner(subject: Subject, task: Task) -> Callable[..., Runner]:
     def make(batch_size: int = 4) -> Runner:
-        return Runner(subject, task, batch_size=batch_size, max_new_tokens=8, seed=0)
+        return Runner(subject, task, batch_size=batch_size, max_new_tokens=4, seed=0)
 
     return make
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.eval.arms import UNPRUNED, Arm
 from llava.eval.quickstart import load_subject
 from llava.eval.runner import Runner
 from llava.eval.tasks.question_file import load_task
@@ -86,7 +87,7 @@ def build_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.vocab").unlink()
 
 
-def build_benchmark(folder: Path, checkpoint: Path, images: int = 5, questions: int = 12) -> Path:
+def build_benchmark(folder: Path, checkpoint: Path, images: int = 4, questions: int = 9) -> Path:
     """Draw pictures, ask about them, and call what the unpruned model says the right answer.
 
     So the unpruned model scores 100 %, and whatever changes an answer can be seen.
@@ -94,12 +95,7 @@ def build_benchmark(folder: Path, checkpoint: Path, images: int = 5, questions: 
     draw = random.Random(0)
     (folder / "images").mkdir(parents=True)
     for number in range(images):
-        picture = Image.new("RGB", (336, 336), draw.choice(COLOURS))
-        pen = ImageDraw.Draw(picture)
-        for _ in range(30):
-            x, y, size = draw.randrange(300), draw.randrange(300), draw.randrange(10, 80)
-            pen.rectangle((x, y, x + size, y + size), fill=draw.choice(COLOURS))
-        picture.save(folder / "images" / f"{number}.png")
+        draw_picture(number).save(folder / "images" / f"{number}.png")
     rows = [
         {
             "question_id": number,
@@ -117,7 +113,7 @@ def build_benchmark(folder: Path, checkpoint: Path, images: int = 5, questions: 
     task = load_task(folder, image_folder=folder / "images")
     runner = Runner(load_subject(checkpoint, "cpu"), task, batch_size=4, max_new_tokens=8, seed=0)
     said = {}
-    for records, _ in runner.run(runner_arms()):
+    for records, _ in runner.run([Arm(UNPRUNED, "unpruned")]):
         said |= {record["question_id"]: record["answer"] for record in records}
     write_lines(
         folder / "answers.jsonl",
@@ -126,11 +122,15 @@ def build_benchmark(folder: Path, checkpoint: Path, images: int = 5, questions: 
     return folder
 
 
-def runner_arms() -> tuple:
-    """Only the unpruned arm."""
-    from llava.eval.arms import plan_arms
-
-    return plan_arms(["none"], [], 576, lambda method, budget: None)[:1]
+def draw_picture(seed: int) -> Image.Image:
+    """Coloured rectangles, 336 x 336."""
+    draw = random.Random(seed)
+    picture = Image.new("RGB", (336, 336), draw.choice(COLOURS))
+    pen = ImageDraw.Draw(picture)
+    for _ in range(30):
+        x, y, size = draw.randrange(300), draw.randrange(300), draw.randrange(10, 80)
+        pen.rectangle((x, y, x + size, y + size), fill=draw.choice(COLOURS))
+    return picture
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

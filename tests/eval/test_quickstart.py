@@ -1,0 +1,201 @@
+"""The whole command: its files, its resume, and that every figure comes out of the run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from llava.eval import provenance
+from llava.eval import quickstart as command
+from llava.eval.__main__ import main
+from llava.eval.quickstart import FILES, PICTURES, describe, load_subject
+from llava.eval.tables import readme_section
+from llava.eval.tasks.question_file import load_task
+
+ROOT = Path(__file__).resolve().parents[2]
+DETERMINISTIC = ("answers.jsonl", "metrics.json")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def output(finished: Path, quickstart: Callable[..., int]) -> Path:
+    """Output folder of one finished run; made once, later uses find everything answered."""
+    if not (finished / "run.json").exists():
+        assert quickstart(finished, "--save-result", str(finished / "result.json")) == 0
+    return finished
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_files_and_their_contents(output: Path, checkpoint: Path) -> None:
+    for name in (*FILES, *PICTURES):
+        assert (output / name).stat().st_size > 0
+    info = read(output / "run.json")
+    assert info["status"] == "done" and info["schema_version"] == 1
+    assert info["config"]["seed"] == 0 and info["config"]["methods"][0] == "none"
+    assert info["versions"]["torch"] and info["machine"]["cpu_count"] >= 1
+    assert info["wall_seconds"] > 0 and "quickstart" in info["command"]
+    rows = {row["arm"]: row for row in read(output / "metrics.json")["rows"]}
+    assert rows["none"]["accuracy"] == 1.0, "the fixture's answers are the model's own"
+    assert rows["random@64"]["accuracy"] < 1.0
+    assert set(rows["none"]["families"]) == {"color", "count"}
+    answers = [json.loads(line) for line in (output / "answers.jsonl").open()]
+    assert len({line["answer_id"] for line in answers}) == len(answers) == 9 * len(rows)
+
+
+def test_result_file_renders_the_printed_table(output: Path) -> None:
+    assert (output / "table.md").read_text() in readme_section(read(output / "result.json"))
+
+
+def test_second_run_answers_nothing_again(
+    output: Path, quickstart: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {name: (output / name).read_bytes() for name in (*DETERMINISTIC, "table.md")}
+    assert quickstart(output) == 0
+    assert "reusing 3 of 3 batches" in capsys.readouterr().out
+    assert {name: (output / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.62, 0.95])
+def test_a_cut_log_ends_in_the_same_bytes(
+    output: Path, tmp_path: Path, quickstart: Callable[..., int], share: float
+) -> None:
+    shutil.copytree(output / "runs", tmp_path / "runs")
+    (log,) = (tmp_path / "runs").glob("*/answers.jsonl")
+    content = log.read_bytes()
+    log.write_bytes(content[: int(share * len(content))])
+    assert quickstart(tmp_path) == 0
+    for name in DETERMINISTIC:
+        assert (tmp_path / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_a_killed_process_is_resumed(
+    output: Path, tmp_path: Path, arguments: Callable[..., list[str]]
+) -> None:
+    """SIGKILL after the first batch is on disk; the second process ends in the same bytes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "llava.eval", *arguments(tmp_path)]
+    process = subprocess.Popen(
+        run, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not any(log.stat().st_size for log in tmp_path.glob("runs/*/answers.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (log,) = tmp_path.glob("runs/*/run.json")
+    assert read(log)["status"] == "running"
+    assert main(arguments(tmp_path)) == 0
+    assert read(tmp_path / "run.json")["reused_batches"] >= 1
+    for name in DETERMINISTIC:
+        assert (tmp_path / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_one_weight_changes_the_table(
+    output: Path, checkpoint: Path, tmp_path: Path, quickstart: Callable[..., int]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.mm_projector.2.bias"][0] += 3.0
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert quickstart(output, model=model) == 0
+    rows = {row["arm"]: row for row in read(output / "metrics.json")["rows"]}
+    assert rows["none"]["accuracy"] < 1.0
+    assert len(list((output / "runs").iterdir())) == 2, "the other model's answers stay apart"
+    assert quickstart(output) == 0
+    assert read(output / "metrics.json")["rows"][0]["accuracy"] == 1.0
+
+
+def test_every_setting_has_its_own_key(
+    arguments: Callable[..., list[str]], checkpoint: Path, benchmark_folder: Path, tmp_path: Path
+) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_command(parser.add_subparsers())
+    subject = load_subject(checkpoint, "cpu")
+
+    def key(*extra: str, model: Path = checkpoint, data: Path = benchmark_folder) -> str:
+        args = parser.parse_args(arguments(tmp_path, *extra, model=model))
+        task = load_task(data, args.limit, data / "images")
+        return describe(args, subject, task)["run_key"]
+
+    assert key() == key()
+    assert key() == key("--save-result", "elsewhere.json"), "where results go is no setting"
+    keys = [
+        key(),
+        key("--seed", "1"),
+        key("--batch-size", "3"),
+        key("--limit", "3"),
+        key("--methods", "none", "random"),
+        key("--budgets", "64", "32"),
+    ]
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(checkpoint, model)
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    keys.append(key(model=model))
+    shutil.copytree(benchmark_folder, data)
+    (data / "answers.jsonl").write_text((data / "answers.jsonl").read_text() + "\n")
+    keys.append(key(data=data))
+    (data / "images" / "0.png").write_bytes((data / "images" / "1.png").read_bytes())
+    keys.append(key(data=data))
+    assert len(set(keys)) == len(keys)
+
+
+def test_sources_that_make_answers_are_hashed() -> None:
+    files = {
+        file.relative_to(provenance.PACKAGE_ROOT).as_posix()
+        for pattern in provenance.ANSWER_SOURCES
+        for file in provenance.PACKAGE_ROOT.glob(pattern)
+    }
+    assert {
+        "conversation.py",
+        "model/llava_arch.py",
+        "pruning/methods/zoo.py",
+        "eval/runner.py",
+        "eval/prompts.py",
+        "eval/scorers/exact_match.py",
+    } <= files
+    assert "eval/tables.py" not in files
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--methods", "zoom"], "did you mean"),
+        (["--budgets", "0"], "--budgets"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--model-path", "/nowhere"], "/nowhere"),
+        (["--benchmark", "/nowhere"], "questions.jsonl"),
+        (["--image-folder", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    tmp_path: Path,
+    quickstart: Callable[..., int],
+    capfd: pytest.CaptureFixture[str],
+    extra: list[str],
+    message: str,
+) -> None:
+    assert quickstart(tmp_path, *extra) == 2
+    (line,) = [
+        line for line in capfd.readouterr().err.splitlines() if not line.startswith("Loading")
+    ]
+    assert message in line

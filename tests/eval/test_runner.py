@@ -1,0 +1,133 @@
+"""What each arm shows the model, and that batches do not change the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from llava.eval.arms import Arm, plan_arms
+from llava.eval.results import Record
+from llava.eval.runner import Runner, take_images
+from llava.eval.tasks.question_file import other_images
+
+PRUNED = ("random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact", "least-sensitive")
+
+
+def plan(runner: Runner, methods: tuple[str, ...], budgets: list[int]) -> tuple[Arm, ...]:
+    visual = runner.encode([runner.task.questions[0].image])
+    return plan_arms(methods, budgets, 576, lambda *arm: runner.refusal(visual, *arm))
+
+
+def records_of(runner: Runner, arms: tuple[Arm, ...]) -> dict[tuple[str, str], Record]:
+    return {
+        (record["arm"], record["question_id"]): record
+        for answers, _ in runner.run(arms)
+        for record in answers
+    }
+
+
+def test_counts_come_from_the_spliced_input(make_runner: Callable[..., Runner]) -> None:
+    runner = make_runner()
+    arms = plan(runner, ("none", "random", "pool", "zoo-exact"), [576, 96, 33])
+    records = records_of(runner, arms)
+    for arm in arms:
+        seen = {record["tokens_in"] for (name, _), record in records.items() if name == arm.name}
+        assert seen == {arm.budget or 0}
+    assert {arm.budget for arm in arms if arm.method == "random"} == {96, 33}
+
+
+def test_controls_show_what_they_say(make_runner: Callable[..., Runner]) -> None:
+    runner = make_runner()
+    records = records_of(runner, plan(runner, ("none",), [64]))
+    for (arm, _), record in records.items():
+        if arm == "shuffled-image":
+            assert record["shown"] != record["image"] and record["tokens_in"] == 576
+        elif arm == "no-image":
+            assert record["shown"] is None and record["tokens_in"] == 0
+        else:
+            assert record["shown"] == record["image"]
+    changed = [
+        records[arm, question.question_id]["answer"]
+        != records["none", question.question_id]["answer"]
+        for arm in ("shuffled-image", "no-image", "least-sensitive@64")
+        for question in runner.task.questions
+    ]
+    assert sum(changed) > len(changed) / 2, "a control that changes nothing controls nothing"
+
+
+def test_no_image_removes_the_mark(make_runner: Callable[..., Runner]) -> None:
+    runner = make_runner()
+    with_image, _ = runner._prompts(runner.task.questions[:1], with_image=True)
+    without, _ = runner._prompts(runner.task.questions[:1], with_image=False)
+    assert (with_image == -200).sum() == 1
+    assert (without == -200).sum() == 0
+    assert "<image>" not in runner.subject.tokenizer.decode(without[0])
+
+
+def test_an_impossible_budget_names_its_reason(make_runner: Callable[..., Runner]) -> None:
+    arms = {arm.name: arm for arm in plan(make_runner(), ("none", "pool", "grid"), [576, 31])}
+    assert "31" in arms["pool@31"].unavailable
+    assert arms["grid@31"].unavailable is None
+    assert arms["pool@31"].budget == 31
+
+
+def test_one_image_has_no_other(make_runner: Callable[..., Runner]) -> None:
+    question = make_runner().task.questions[0]
+    assert other_images([question, question]) is None
+    arms = plan_arms(["none"], [], 576, lambda *_: None, one_image=True)
+    assert next(arm for arm in arms if arm.name == "shuffled-image").unavailable
+
+
+def test_batch_size_does_not_matter(make_runner: Callable[..., Runner]) -> None:
+    arms = plan(make_runner(), ("none", "random", "grid", "pool", "zoo-exact"), [64])
+    alone, together = (records_of(make_runner(size), arms) for size in (1, 5))
+    assert alone.keys() == together.keys()
+    for (arm, _), record in alone.items():
+        other = together[arm, record["question_id"]]
+        assert record["tokens_in"] == other["tokens_in"]
+        assert record["shown"] == other["shown"]
+        if arm in ("none", "random@64", "grid@64", "pool@64"):
+            assert record["kept"] == other["kept"]
+    same = [record["answer"] == together[key]["answer"] for key, record in alone.items()]
+    assert sum(same) >= 0.95 * len(same)
+
+
+@pytest.mark.parametrize("method", PRUNED)
+def test_kept_tokens_agree_alone_and_in_a_batch(
+    make_runner: Callable[..., Runner], method: str
+) -> None:
+    runner = make_runner()
+    names = list(dict.fromkeys(question.image for question in runner.task.questions))
+    together = runner.prune_images(runner.encode(names), method, 64)
+    for position, name in enumerate(names):
+        alone = runner.prune_images(runner.encode([name]), method, 64)
+        if alone.kept is None:
+            assert (alone.sources[0] == together.sources[position]).all()
+            continue
+        both = set(alone.kept[0].tolist()) & set(together.kept[position].tolist())
+        assert len(both) >= 0.98 * 64
+
+
+def test_take_images_repeats_and_reorders(make_runner: Callable[..., Runner]) -> None:
+    runner = make_runner()
+    names = [question.image for question in runner.task.questions]
+    visual = runner.encode(list(dict.fromkeys(names)))
+    taken = take_images(runner.prune_images(visual, "random", 9), [2, 0, 2])
+    assert taken.image_index.tolist() == [0, 1, 2]
+    assert (taken.kept[0] == taken.kept[2]).all() and (taken.kept[0] != taken.kept[1]).any()
+    assert taken.extras["image_digest"][0] == visual.extras["image_digest"][2]
+
+
+def test_timings_cover_every_arm_and_batch(make_runner: Callable[..., Runner]) -> None:
+    runner = make_runner()
+    arms = plan(runner, ("none", "zoo"), [64])
+    lines = [line for _, timings in runner.run(arms) for line in timings]
+    assert len(lines) == len(arms) * len(runner.batches)
+    assert [line["cold"] for line in lines if line["arm"] == "none"] == [True, False, False]
+    for line in lines:
+        assert line["prefill_ms"] > 0
+        if line["arm"] == "zoo@64":
+            assert line["prune_ms"] > 0 and line["score_ms"] > 0 and line["select_ms"] > 0
+        if line["arm"] == "no-image":
+            assert line["prune_ms"] is None

@@ -1,0 +1,157 @@
+"""Rows from records, Markdown from rows, and a README that may not drift."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava.eval.__main__ import main
+from llava.eval.arms import Arm, plan_arms
+from llava.eval.metrics import accuracy_rows, timing_columns
+from llava.eval.results import SCHEMA_VERSION
+from llava.eval.tables import BEGIN, END, family_table, main_table, readme_drift, render
+
+
+def refuse(method: str, budget: int) -> str | None:
+    return "no factors" if method == "pool" else None
+
+
+ARMS = plan_arms(["none", "zoo", "pool"], [576, 64], 576, refuse)
+CORRECT = {"none": [1, 1, 1, 0], "zoo@64": [1, 0, 1, 0], "no-image": [0, 0, 0, 0]}
+
+
+def answers() -> list[dict]:
+    return [
+        {
+            "arm": arm.name,
+            "image": f"{question}.png",
+            "family": ("color", "count")[question % 2],
+            "tokens_in": (arm.budget or 0) - (question if arm.name == "zoo@64" else 0),
+            "correct": bool(CORRECT.get(arm.name, [0, 0, 0, 0])[question]),
+        }
+        for arm in ARMS
+        if not arm.unavailable
+        for question in range(4)
+    ]
+
+
+def timings() -> list[dict]:
+    """Batch 0 is cold; then zoo's prefill is 1/2, 1/4, 1/5 and its prune 3, 1, 1 of unpruned."""
+
+    def line(batch: int, arm: Arm, prune: float | None, prefill: float) -> dict:
+        common = {"batch": batch, "arm": arm.name, "cold": batch == 0, "decode_ms": None}
+        return common | {"prune_ms": prune, "prefill_ms": prefill}
+
+    base = [100.0, 10.0, 20.0, 10.0]
+    zoo = [(900.0, 900.0), (30.0, 5.0), (20.0, 5.0), (10.0, 2.0)]
+    lines = []
+    for arm in ARMS:
+        for batch in range(4):
+            if arm.name == "zoo@64":
+                lines.append(line(batch, arm, *zoo[batch]))
+            elif not arm.unavailable:
+                prune = None if arm.image == "absent" else 0.0
+                lines.append(line(batch, arm, prune, base[batch]))
+    return lines
+
+
+@pytest.fixture
+def result() -> dict:
+    times = timing_columns(ARMS, timings())
+    rows = [row | times[row["arm"]] for row in accuracy_rows(ARMS, answers())]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "questions": 4,
+        "images": 4,
+        "config": {"batch_size": 2},
+        "rows": rows,
+        "run": {
+            "git": {"commit": "0123456789abcdef", "dirty": True},
+            "versions": {"torch": "2.13", "transformers": "5.23"},
+            "machine": {"device": "cpu", "torch_threads": 1},
+            "command": "python -m llava.eval quickstart --limit 0",
+        },
+    }
+
+
+def cells(table: str, label: str) -> list[str]:
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {label} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_main_table(result: dict) -> None:
+    table = main_table(result)
+    # 3 of 4: error sqrt(0.25 / 4); 2 of 4: sqrt((1/3) / 4); difference -1 of 4 again 0.25.
+    assert cells(table, "none") == ["576", "576", "75.0 ± 25.0", "100.0 %", "—", "0.00", "1.00"]
+    assert cells(table, "zoo") == [
+        "64",
+        "61..64",
+        "50.0 ± 28.9",
+        "66.7 %",
+        "-25.0 ± 25.0",
+        "1.00",
+        "0.25",
+    ]
+    assert cells(table, "no image")[1:3] == ["0", "0.0 ± 0.0"]
+    assert cells(table, "no image")[-2:] == ["—", "1.00"]
+
+
+def test_impossible_cell_gives_the_reason_and_no_number(result: dict) -> None:
+    text = render(result)
+    assert cells(main_table(result), "pool") == ["64", *["n/a"] * 6]
+    assert "pool at 64: no factors" in text
+
+
+def test_family_table(result: dict) -> None:
+    table = family_table(result)
+    assert "color (n=2)" in table and "count (n=2)" in table
+    assert cells(table, "zoo") == ["64", "100.0 ± 0.0", "0.0 ± 0.0"]
+    assert cells(table, "none") == ["576", "100.0 ± 0.0", "50.0 ± 50.0"]
+
+
+def test_columns_line_up(result: dict) -> None:
+    for table in (main_table(result), family_table(result)):
+        assert len({len(line) for line in table.splitlines()}) == 1
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_an_unpruned_model_that_knows_nothing(result: dict) -> None:
+    wrong = [record | {"correct": False} for record in answers()]
+    times = timing_columns(ARMS, timings())
+    rows = [row | times[row["arm"]] for row in accuracy_rows(ARMS, wrong)]
+    assert cells(main_table(result | {"rows": rows}), "zoo")[3] == "n/a"
+
+
+def test_a_run_of_one_batch_has_timings_although_cold() -> None:
+    first = [line for line in timings() if line["batch"] == 0]
+    assert timing_columns(ARMS, first)["zoo@64"]["prefill_ratio"] == 9.0
+
+
+def test_readme_drift(result: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme, file = tmp_path / "README.md", tmp_path / "result.json"
+    file.write_text(json.dumps(result))
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert "not those of" in readme_drift(readme, file)
+    assert main(["table", str(file), "--update-readme", str(readme)]) == 0
+    assert readme_drift(readme, file) is None
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n4 questions") and text.endswith(f"{END}\nafter\n")
+    assert "commit 0123456789 (with local changes)" in text
+
+    capsys.readouterr()
+    assert main(["table", str(file)]) == 0
+    assert capsys.readouterr().out in text
+
+    readme.write_text(text.replace("50.0 ± 28.9", "51.0 ± 28.9", 1))
+    assert readme_drift(readme, file) is not None
+    assert "no section" in readme_drift(file, file)
+    assert "cannot read" in readme_drift(readme, tmp_path / "missing.json")
+
+
+def test_unusable_result_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table", str(tmp_path / "missing.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
