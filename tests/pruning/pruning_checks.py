@@ -1,4 +1,4 @@
-"""The promises of llava.pruning as functions: the suite runs them, planted mutations must fail them."""
+"""Promises of llava.pruning as functions: the suite runs them, planted mutations must fail them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def check_count_and_order(name: str, keep: int = 9) -> None:
             continue
         row = out.kept[image]
         assert row.tolist() == sorted(set(row.tolist()))
-        assert 0 <= int(row.min())
+        assert int(row.min()) >= 0
         assert int(row.max()) < N
         assert torch.equal(out.embeddings(image), visual.projected[image][row])
 

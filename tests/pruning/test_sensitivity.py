@@ -29,9 +29,7 @@ def mlp(*layers: nn.Module) -> nn.Sequential:
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def autograd_frobenius(projector: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -198,9 +196,7 @@ def test_rows_score_the_same_alone(estimator, rows) -> None:
 def test_half_precision_is_computed_in_float32(dtype, estimator) -> None:
     visual = checks.make_visual(1, dtype=dtype)
     got = sensitivity(visual.projector, visual.features, estimator=estimator)
-    want = sensitivity(
-        visual.projector.double(), visual.features.double(), estimator=estimator
-    )
+    want = sensitivity(visual.projector.double(), visual.features.double(), estimator=estimator)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0)
 
 

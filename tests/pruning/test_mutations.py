@@ -1,0 +1,112 @@
+"""Each promise check fails when the line it guards is broken: planted mutations."""
+
+from __future__ import annotations
+
+import pruning_checks as checks
+import pytest
+import torch
+
+from llava.pruning import PruningError, stage
+from llava.pruning.importance import directions
+from llava.pruning.importance import sensitivity as sensitivity_module
+from llava.pruning.methods import base, random
+from llava.pruning.selection import max_min
+
+
+def every_token(z, valid, row):
+    return torch.arange(z.shape[1])
+
+
+def highest_argmax(score):
+    return len(score) - 1 - score.flip(0).argmax()
+
+
+def shifted(indices):
+    ordered = indices.sort(dim=1).values
+    return torch.where(ordered > 0, ordered - 1, ordered)
+
+
+def global_bank(seed, width, count):
+    return torch.randn(count, width)
+
+
+row_cosine = max_min._cosine
+
+
+def unsteady_cosine(z):
+    """A product that depends on more than the row's own tokens, exaggerated."""
+    return row_cosine(z) + 0.2 * torch.rand(len(z), len(z))
+
+
+MUTATIONS = {
+    "sort dropped": (base, "raster_order", lambda indices: indices),
+    "valid mask skipped": (max_min, "selectable", every_token),
+    "duplicate re-picked": (max_min, "exclude", lambda score, taken: score),
+    "tie to highest index": (max_min, "first_argmax", highest_argmax),
+    "position off by one": (base, "raster_order", shifted),
+    "global random state": (sensitivity_module, "direction_bank", global_bank),
+    "batch-dependent product": (max_min, "_cosine", unsteady_cosine),
+}
+
+
+def check_kept_is_brute_force() -> None:
+    """What the stage keeps is the brute-force choice, sorted."""
+    visual = checks.make_visual(1)
+    out = stage.prune_visual_tokens(visual, checks.PruningConfig("divprune", keep_tokens=9))
+    want = checks.brute_force(visual.projected[0], 9, None, None, "isolated")
+    assert out.kept[0].tolist() == sorted(want)
+
+
+CASES = [
+    ("sort dropped", lambda: checks.check_count_and_order("zoo")),
+    ("sort dropped", lambda: checks.check_count_and_order("divprune")),
+    ("valid mask skipped", lambda: checks.check_valid_respected("zoo")),
+    ("valid mask skipped", lambda: checks.check_valid_respected("divprune")),
+    ("valid mask skipped", checks.check_brute_force),
+    ("duplicate re-picked", lambda: checks.check_duplicates("divprune")),
+    ("duplicate re-picked", lambda: checks.check_constant_features("zoo")),
+    ("duplicate re-picked", checks.check_ties_to_lowest),
+    ("tie to highest index", checks.check_ties_to_lowest),
+    ("position off by one", check_kept_is_brute_force),
+    ("global random state", lambda: checks.check_deterministic("zoo")),
+    ("batch-dependent product", lambda: checks.check_batch_independence("divprune")),
+]
+
+
+@pytest.mark.parametrize(("mutation", "check"), CASES, ids=[case[0] for case in CASES])
+def test_check_fails_under_mutation(mutation, check, monkeypatch) -> None:
+    check()
+    monkeypatch.setattr(*MUTATIONS[mutation])
+    with pytest.raises((AssertionError, PruningError)):
+        check()
+
+
+def test_random_check_notices_the_global_generator(monkeypatch) -> None:
+    monkeypatch.setattr(random.Random, "_tile_seed", lambda *_: int(torch.randint(2**31, ())))
+    with pytest.raises(AssertionError):
+        checks.check_deterministic("random")
+
+
+@pytest.mark.parametrize("broken", ["re-picked", "out of range", "too few", "padding"])
+def test_a_method_that_breaks_its_contract_is_an_error(broken, monkeypatch) -> None:
+    """The guard of the base class, for third-party methods."""
+    valid = torch.ones(1, checks.N, dtype=torch.bool)
+    valid[0, 7] = False
+    indices = {
+        "re-picked": [3, 3, 4],
+        "out of range": [1, 2, checks.N],
+        "too few": [1, 2, -1],
+        "padding": [1, 2, 7],
+    }[broken]
+    picks = max_min.Picks(torch.tensor([indices]), torch.zeros(1, 3))
+    cls = type(checks.PruningConfig("divprune", keep_tokens=3).pruner)
+    monkeypatch.setattr(cls, "choose", lambda *arguments: picks)
+    with pytest.raises(PruningError, match="contract"):
+        stage.prune_visual_tokens(
+            checks.make_visual(1, valid=valid), checks.PruningConfig("divprune", keep_tokens=3)
+        )
+
+
+def test_direction_bank_uses_its_own_generator() -> None:
+    directions.direction_bank.cache_clear()
+    checks.check_deterministic("zoo")
