@@ -27,7 +27,8 @@ from llava.world.scene import PATCH
 from llava.world.scene import ROWS as GRID
 
 SIZES = {"tiny": (128, 4, 4), "small": (384, 9, 6)}  # width, layers, heads
-_WEIGHTS = {"pair": 0.5, "corner": 0.5, "quadrant": 0.5, "partner": 2.0, "slot": 2.0}
+_STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+_WEIGHTS = {"pair": 0.5, "corner": 0.5, "quadrant": 0.5, "partner": 2.0}
 
 
 class SceneDataset(Dataset):
@@ -63,26 +64,38 @@ class DenseTower(nn.Module):
             self.register_buffer(name, values, persistent=False)
         self._start_local(width)
 
+    @torch.no_grad()
     def _start_local(self, width: int) -> None:
-        """Begin with attention to near and similar patches.
+        """Begin like a convolution: head h of every block looks one patch up, down, left or right.
 
         From CLIP's own start every patch attends to all 577 alike, and what depends on neighbours
-        (the partner of an item, the place of a character) was not learnt in 2,000 steps. 2-D
-        sine-cosine positions and equal query and key projections make nearness visible at once.
+        (the partner of an item, the place of a character) was not learnt in 2,000 steps. Positions
+        start as 2-D sines and cosines in the first half of the channels and pixels in the second;
+        queries equal keys turned by one patch, so the best match of a patch is its neighbour.
+        Everything is trained from there.
         """
-        rate = 100 ** -(torch.arange(width // 4) / (width // 4))
-        angle = torch.arange(GRID)[:, None] * rate
-        axis = torch.cat([angle.sin(), angle.cos()], dim=1)
-        table = torch.cat(
-            [axis[:, None].expand(-1, GRID, -1), axis[None].expand(GRID, -1, -1)], dim=-1
-        )
-        with torch.no_grad():
-            self.clip.embeddings.position_embedding.weight[1:] = table.flatten(0, 1)
-            self.clip.embeddings.patch_embedding.weight.normal_(std=0.04)
-            for block in self.clip.encoder.layers:
-                attention = block.self_attn
-                nn.init.orthogonal_(attention.q_proj.weight, gain=1.3)
-                attention.k_proj.weight.copy_(attention.q_proj.weight)
+        quarter = width // 4
+        rates = 1.5 * 30 ** -(torch.arange(quarter // 2) / (quarter // 2))
+        table = torch.zeros(GRID, GRID, width)
+        for axis in range(2):  # rows, then columns
+            angle = torch.arange(GRID)[:, None] * rates
+            waves = torch.cat([angle.sin(), angle.cos()], dim=1)
+            table[..., axis * quarter : (axis + 1) * quarter] = (
+                waves[:, None] if axis == 0 else waves[None]
+            )
+        embeddings = self.clip.embeddings
+        embeddings.position_embedding.weight[1:] = table.flatten(0, 1)
+        embeddings.patch_embedding.weight.normal_(std=0.04)
+        embeddings.patch_embedding.weight[: 2 * quarter] = 0
+        for block in self.clip.encoder.layers:
+            attention = block.self_attn
+            span = width // attention.num_heads
+            for head in range(attention.num_heads):
+                rows = slice(head * span, (head + 1) * span)
+                query, key = _neighbour_match(rates, span, _STEPS[head % len(_STEPS)])
+                for layer, start in ((attention.q_proj, query), (attention.k_proj, key)):
+                    layer.weight[rows] = 0
+                    layer.weight[rows, : 2 * quarter] = 2.8 * start
 
     def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Uint8 ``[B, 3, 336, 336]`` to per-patch logits ``[B, 576, C]`` and image logits."""
@@ -108,6 +121,26 @@ class DenseTower(nn.Module):
         read = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         cls = states[:, 0] + attention.out_proj(read.reshape(batch, width))
         return cls + block.mlp(block.layer_norm2(cls))
+
+
+def _neighbour_match(rates: Tensor, span: int, step: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Query and key maps ``[span, 4 F]`` whose match is best ``step`` patches away.
+
+    Channels are sin and cos at the ``F`` rates of the row, then of the column. A head reads
+    ``span / 4`` of the rates; turning by ``rate * step`` moves a wave by ``step`` patches.
+    """
+    count = len(rates)
+    chosen = torch.arange(span // 4) * count // (span // 4)
+    query, key = torch.zeros(span, 4 * count), torch.zeros(span, 4 * count)
+    for axis, distance in enumerate(step):
+        for place, wave in enumerate(chosen.tolist()):
+            sine, cosine = axis * 2 * count + wave, axis * 2 * count + count + wave
+            turn = rates[wave] * distance
+            row = (axis * len(chosen) + place) * 2
+            key[row, sine] = key[row + 1, cosine] = 1.0
+            query[row, sine], query[row, cosine] = turn.cos(), turn.sin()
+            query[row + 1, cosine], query[row + 1, sine] = turn.cos(), -turn.sin()
+    return query, key
 
 
 def loss_of(
@@ -224,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--save-every", type=int, default=200)
