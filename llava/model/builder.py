@@ -1,5 +1,6 @@
 """Load a LLaVA model the way LLaVA users do."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ def load_pretrained_model(
     if pruning is not None:
         model.pruning = pruning
 
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         _match_tokenizer(model, tokenizer)
     image_processor = None
@@ -126,15 +127,27 @@ def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
     return device_map, torch.float16
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder; None if the folder holds no tokenizer file.
+
+    The class is chosen from tokenizer_config.json alone. transformers' AutoTokenizer also looks at
+    config.json, takes the ``llava`` of released checkpoints for its own model, and then splits
+    words in another way than the checkpoint was trained with.
+
+    Raises:
+        UserInputError: the files cannot be read.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    # A bare tokenizer.model does not say its class; LLaVA's are Llama tokenizers.
-    described = (folder / "tokenizer_config.json").is_file()
-    loader = AutoTokenizer if described else LlamaTokenizer
     try:
-        return loader.from_pretrained(str(folder), use_fast=False)
-    except (OSError, ValueError, RuntimeError) as error:
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if settings.get("tokenizer_class") not in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
+            return AutoTokenizer.from_pretrained(str(folder), use_fast=False)
+        # LLaVA's prompts begin with BOS also where the file does not say so.
+        bos = {} if "add_bos_token" in settings else {"add_bos_token": True}
+        return LlamaTokenizer.from_pretrained(str(folder), use_fast=False, **bos)
+    except Exception as error:  # readers of model files raise errors without a common base
         raise UserInputError(
             f"the tokenizer in {str(folder)!r} cannot be read ({error}); download it again"
         ) from error
