@@ -9,8 +9,9 @@ from llava.world.shapes import COLORS, SHAPES
 IGNORE = -1
 _COLOR = {name: index for index, name in enumerate(COLORS)}
 _SHAPE = {name: index + 1 for index, name in enumerate(SHAPES)}  # 0 is background
-_SIDE = {None: 0, "above": 1, "below": 2, "left": 3, "right": 4}
 SIGN = len(SHAPES) + 1
+# what the next patch in each direction shows: the step from seeing things to seeing them together
+_NEIGHBOURS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 CLASSES = {
     "shape": len(SHAPES) + 2,
     "color": len(COLORS),
@@ -18,7 +19,7 @@ CLASSES = {
     "char": len(ALPHABET),
     "slot": 4,
     "partner": len(SHAPES) + 1,
-    "side": 5,
+    **{side: len(SHAPES) + 2 for side in _NEIGHBOURS},
     "quadrant": 4,
     "corner": 2,  # one patch of each item, which makes items countable
 }
@@ -38,7 +39,6 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
             "color": _COLOR[item.color],
             "pair": _COLOR[item.color] * len(SHAPES) + _SHAPE[item.shape] - 1,
             "partner": _SHAPE[partner] if partner else 0,
-            "side": _SIDE[item.partner_side],
             "quadrant": 2 * (middle_row >= ROWS // 2) + (middle_column >= COLUMNS // 2),
             "corner": 0,
         }
@@ -52,4 +52,9 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
             labels["color"][cell] = _COLOR[sign.color]
             labels["char"][cell] = ALPHABET.index(char)
             labels["slot"][cell] = slot
+    shape = labels["shape"]
+    for name, (down, right) in _NEIGHBOURS.items():
+        neighbour = np.pad(shape, 1, constant_values=IGNORE)
+        neighbour = neighbour[1 + down : 1 + down + ROWS, 1 + right : 1 + right + COLUMNS]
+        labels[name] = np.where(shape > 0, neighbour, IGNORE)
     return labels

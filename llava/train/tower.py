@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -28,7 +30,7 @@ from llava.world.scene import ROWS as GRID
 
 SIZES = {"tiny": (128, 4, 4), "small": (384, 9, 6)}  # width, layers, heads
 _STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1))
-_WEIGHTS = {"pair": 0.5, "corner": 0.5, "quadrant": 0.5, "partner": 2.0}
+_WEIGHTS = {"pair": 0.5, "corner": 0.5, "quadrant": 0.5}
 
 
 class SceneDataset(Dataset):
@@ -176,18 +178,27 @@ def accuracy(model: DenseTower, scenes: int, device: torch.device) -> dict[str, 
     return {name: round(right[name] / seen[name], 4) for name in CLASSES}
 
 
-def save_tower(model: DenseTower, output: Path, record: dict) -> None:
+def save_tower(
+    model: DenseTower, args: argparse.Namespace, step: int, spent: float, scores: dict[str, float]
+) -> None:
     """Write a CLIP vision folder that transformers and LLaVA load, and what it measured."""
-    model.clip.save_pretrained(output)
+    model.clip.save_pretrained(args.output)
     side = PATCH * GRID
     CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    ).save_pretrained(output)
-    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    ).save_pretrained(args.output)
+    record = {
+        "step": step,
+        "seconds": round(spent),
+        "threads": torch.get_num_threads(),
+        "patch_accuracy": scores,
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+    }
+    (args.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def train(args: argparse.Namespace) -> None:
-    device = torch.device(args.device)
+def build(args: argparse.Namespace) -> tuple[DenseTower, Optimizer, LambdaLR]:
+    """The tower at its start, AdamW, and a cosine schedule with 100 steps of warm-up."""
     torch.manual_seed(args.seed)
     width, layers, heads = SIZES[args.size]
     config = CLIPVisionConfig(
@@ -199,7 +210,7 @@ def train(args: argparse.Namespace) -> None:
         num_attention_heads=heads,
         projection_dim=width,
     )
-    model = DenseTower(config).to(device)
+    model = DenseTower(config).to(args.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.02
     )
@@ -208,15 +219,20 @@ def train(args: argparse.Namespace) -> None:
         warm = min(1.0, (step + 1) / 100)
         return warm * max(0.01, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    return model, optimizer, LambdaLR(optimizer, schedule)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run to ``args.steps``, from the checkpoint in ``args.output`` if there is one."""
+    model, optimizer, scheduler = build(args)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     args.output.mkdir(parents=True, exist_ok=True)
     state_file = args.output / "checkpoint.pt"
     step, spent = 0, 0.0
     if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        state = torch.load(state_file, map_location=args.device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         step, spent = state["step"], state["seconds"]
         print(f"resumed at step {step}")
 
@@ -225,9 +241,9 @@ def train(args: argparse.Namespace) -> None:
     bar = tqdm(loader, total=args.steps, initial=step, mininterval=10)
     since = time.monotonic()
     for pixels, labels, present in bar:
-        logits, whole = model(pixels.to(device))
-        labels = {name: value.to(device) for name, value in labels.items()}
-        loss = loss_of(logits, whole, labels, present.to(device))
+        logits, whole = model(pixels.to(args.device))
+        labels = {name: value.to(args.device) for name, value in labels.items()}
+        loss = loss_of(logits, whole, labels, present.to(args.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -238,19 +254,12 @@ def train(args: argparse.Namespace) -> None:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % args.save_every == 0 or step == args.steps:
             spent, since = spent + time.monotonic() - since, time.monotonic()
-            state = {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(), "step": step, "seconds": spent,
-            }  # fmt: skip
-            torch.save(state, state_file.with_suffix(".new"))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save(state | {"step": step, "seconds": spent}, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)
-            scores = accuracy(model, args.val_scenes, device)
+            scores = accuracy(model, args.val_scenes, torch.device(args.device))
             tqdm.write(f"step {step} {spent:.0f}s {scores}")
-            save_tower(
-                model, args.output,
-                {"step": step, "seconds": round(spent), "threads": torch.get_num_threads(),
-                 "patch_accuracy": scores, "arguments": {k: str(v) for k, v in vars(args).items()}},
-            )  # fmt: skip
+            save_tower(model, args, step, spent, scores)
 
 
 def main() -> None:

@@ -1,0 +1,164 @@
+"""The trainer end to end on a handful of scenes: cached features, pixels, resume, package."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava.model.builder import load_pretrained_model
+from llava.train.init_tiny import init_language_model
+from llava.train.package import package
+from llava.train.patch_labels import CLASSES, IGNORE, patch_labels
+from llava.train.tower import DenseTower, SceneDataset, loss_of
+from llava.train.world_data import write_conversations, write_features
+from llava.world import render, scene
+
+SCENES = 4
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tower, an untrained language model, and data of four scenes."""
+    folder = tmp_path_factory.mktemp("work")
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        image_size=336,
+        patch_size=14,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    CLIPVisionModel(config).save_pretrained(folder / "tower")
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    ).save_pretrained(folder / "tower")
+    init_language_model(folder / "init", "tiny", seed=0)
+    (folder / "data").mkdir()
+    write_conversations(folder / "data", "train", SCENES, variants=2, turns=6)
+    write_features(folder / "data", str(folder / "tower"), "train", SCENES, workers=0)
+    for index in range(SCENES):
+        target = folder / "images" / f"train/{index:06d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        render(f"train/{index:06d}").save(target)
+    return folder
+
+
+def run_train(work: Path, output: str, steps: int, *extra: str) -> subprocess.CompletedProcess:
+    command = f"""-m llava.train.train --model_name_or_path {work}/init --version v1
+        --vision_tower {work}/tower --data_path {work}/data/data.json --output_dir {work}/{output}
+        --max_steps {steps} --per_device_train_batch_size 2 --learning_rate 1e-3 --save_steps 2
+        --save_total_limit 1 --logging_steps 1 --report_to none --use_cpu true --seed 0"""
+    return subprocess.run(
+        [sys.executable, *command.split(), *extra], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(work: Path) -> Path:
+    done = run_train(work, "model", 4, "--feature_file", f"{work}/data/features.npy")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return work / "model"
+
+
+def test_training_lowers_the_loss_and_moves_the_projector(work: Path, trained: Path) -> None:
+    state = json.loads(next(trained.glob("checkpoint-4/trainer_state.json")).read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_pixels_and_cached_features_train_alike(work: Path, trained: Path) -> None:
+    done = run_train(work, "pixels", 1, "--image_folder", f"{work}/images")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    def first_loss(folder: Path) -> float:
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return next(entry["loss"] for entry in log if "loss" in entry)
+
+    # cached features are float16
+    assert first_loss(work / "pixels") == pytest.approx(first_loss(trained), abs=2e-3)
+
+
+def test_a_killed_run_continues(work: Path, trained: Path) -> None:
+    features = ("--feature_file", f"{work}/data/features.npy")
+    assert run_train(work, "again", 2, *features).returncode == 0
+    assert run_train(work, "again", 4, *features).returncode == 0
+    state = json.loads((work / "again" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    assert [e["step"] for e in state["log_history"] if "loss" in e] == [1, 2, 3, 4]
+
+
+def test_the_package_loads_and_answers_like_the_trained_model(work: Path, trained: Path) -> None:
+    package(trained, work / "init", work / "packed")
+    tokenizer, model, processor, _ = load_pretrained_model(str(work / "packed"), device="cpu")
+    assert model.config.mm_conv_mode == "vicuna_v1"
+    assert model.get_vision_tower().from_checkpoint
+    pixels = processor.preprocess(render("train/000000"), return_tensors="pt")["pixel_values"]
+    features = model.get_vision_tower()(pixels)
+    cached = np.load(work / "data" / "features.npy")[0]
+    assert torch.allclose(features[0], torch.from_numpy(cached).float(), atol=2e-2)
+    assert tokenizer.bos_token_id == model.config.bos_token_id
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--version", "v9"), "unknown template"),
+        (("--data_path", "missing.json"), "cannot read --data_path"),
+        ((), "give --image_folder or --feature_file"),
+    ],
+)
+def test_bad_input_is_one_line(work: Path, extra: tuple[str, ...], message: str) -> None:
+    done = run_train(work, "bad", 1, *extra)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_patch_labels_name_what_is_drawn() -> None:
+    made = scene("train/000000")
+    labels = patch_labels(made)
+    assert set(labels) == set(CLASSES)
+    foreground = 4 * len(made.items) + 2 * sum(len(sign.text) for sign in made.signs)
+    assert int((labels["shape"] > 0).sum()) == foreground
+    assert int((labels["corner"] == 1).sum()) == len(made.items)
+    for name, values in labels.items():
+        assert values.max() < CLASSES[name] and values.min() >= IGNORE
+
+
+def test_the_tower_starts_by_looking_at_neighbours_and_has_finite_gradients() -> None:
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        image_size=336,
+        patch_size=14,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    tower = DenseTower(config)
+    pixels, labels, present = SceneDataset(0, 1)[0]
+    states = tower.clip.embeddings((pixels[None] - tower.image_mean) / tower.image_std)
+    block = tower.clip.encoder.layers[0]
+    states = block.layer_norm1(tower.clip.pre_layrnorm(states))
+    query, key = (
+        layer(states).view(577, 4, 32).transpose(0, 1)
+        for layer in (block.self_attn.q_proj, block.self_attn.k_proj)
+    )
+    best = (query @ key.transpose(1, 2))[:, 1:, 1:].argmax(-1).view(4, 24, 24)
+    here = torch.arange(576).view(24, 24)
+    assert (best[0, 1:] == here[:-1]).float().mean() > 0.75  # up
+    assert (best[1, :-1] == here[1:]).float().mean() > 0.75  # down
+    assert (best[2, :, 1:] == here[:, :-1]).float().mean() > 0.75  # left
+    assert (best[3, :, :-1] == here[:, 1:]).float().mean() > 0.75  # right
+
+    logits, whole = tower(pixels[None])
+    loss_of(logits, whole, {k: v[None] for k, v in labels.items()}, present[None]).backward()
+    grads = [p.grad for p in tower.heads.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in grads)
