@@ -183,7 +183,7 @@ def test_sources_that_make_answers_are_hashed() -> None:
         (["--budgets", "0"], "--budgets"),
         (["--batch-size", "0"], "--batch-size"),
         (["--model-path", "/nowhere"], "/nowhere"),
-        (["--benchmark", "/nowhere"], "questions.jsonl"),
+        (["--benchmark", "/nowhere"], "/nowhere"),
         (["--image-folder", "/nowhere"], "/nowhere"),
     ],
 )

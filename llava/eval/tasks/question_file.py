@@ -17,7 +17,7 @@ ImageLoader = Callable[[str], Image.Image]
 
 
 class TaskError(UserInputError):
-    """The question or answer file cannot be used; the message says why."""
+    """Questions, answers or images cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ def load_task(folder: Path, limit: int = 0, image_folder: Path | None = None) ->
     """Read the benchmark in `folder`; its first `limit` questions (0 = all), grouped by image.
 
     Grouping is stable (images in order of first appearance), so that questions about one image
-    meet in one batch and share its encoding. Images come from `image_folder`, or are rendered by
-    `llava.world` where none is given.
+    meet in one batch and share its encoding. Images come from `image_folder`. Where none is given
+    they are drawn by `llava.world` and held against the hashes in `manifest.json`.
     """
     answers = {str(row["question_id"]): str(row["answer"]) for row in _rows(folder, "answers")}
     questions = []
@@ -62,10 +62,14 @@ def load_task(folder: Path, limit: int = 0, image_folder: Path | None = None) ->
         )
     if not questions:
         raise TaskError(f"{folder / 'questions.jsonl'} holds no question")
-    loader = _folder_loader(image_folder) if image_folder else _render
-    images = sorted({question.image for question in questions}) if image_folder else []
-    digest = _hash_data(folder, [image_folder / image for image in images] if image_folder else [])
-    return Task(group_by_image(questions), loader, digest)
+    inputs = [folder / "questions.jsonl", folder / "answers.jsonl"]
+    if image_folder is None:
+        inputs.append(folder / "manifest.json")
+        loader = _world_loader(inputs[-1])
+    else:
+        inputs += [image_folder / name for name in sorted({row.image for row in questions})]
+        loader = _folder_loader(image_folder)
+    return Task(group_by_image(questions), loader, _hash_files(inputs))
 
 
 def group_by_image(questions: Iterable[Question]) -> tuple[Question, ...]:
@@ -91,19 +95,23 @@ def other_images(questions: Sequence[Question]) -> dict[str, str] | None:
 def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
     path = folder / f"{name}.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = _read(path).decode("utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise TaskError(f"{path} is not JSON lines: {error}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise TaskError(f"cannot read {path}: {error.strerror}") from error
-    return [json.loads(line) for line in lines if line.strip()]
 
 
-def _hash_data(folder: Path, images: Sequence[Path]) -> str:
+def _hash_files(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for path in (folder / "questions.jsonl", folder / "answers.jsonl", *images):
-        try:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        except OSError as error:
-            raise TaskError(f"cannot read {path}: {error.strerror}") from error
+    for path in paths:
+        digest.update(hashlib.sha256(_read(path)).digest())
     return digest.hexdigest()
 
 
@@ -115,7 +123,15 @@ def _folder_loader(folder: Path) -> ImageLoader:
     return load
 
 
-def _render(name: str) -> Image.Image:
+def _world_loader(manifest: Path) -> ImageLoader:
     from llava.world import render
 
-    return render(name.removesuffix(".png"))
+    hashes = json.loads(_read(manifest))
+
+    def load(name: str) -> Image.Image:
+        image = render(name)
+        if hashlib.sha256(image.tobytes()).hexdigest() != hashes.get(name):
+            raise TaskError(f"{name} drawn here is not the image whose hash {manifest} records")
+        return image
+
+    return load
