@@ -17,7 +17,7 @@ from llava.pruning.selection.max_min import max_min_with_margins
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 ZOO = sorted(path.name for path in (GOLDENS / "zoo_prune").iterdir())
-DIVPRUNE = sorted(path.name for path in (GOLDENS / "pruners" / "divprune").iterdir())
+DIVPRUNE = sorted(path.name for path in (GOLDENS / "pruners" / "divprune").glob("n*"))
 SELECTIONS = [
     (name, entry["selection"])
     for name in ZOO
