@@ -34,7 +34,7 @@ def session(arguments: Sequence[str], typed: str) -> subprocess.CompletedProcess
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
