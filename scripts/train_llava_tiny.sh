@@ -15,7 +15,7 @@ OUTPUT=${OUTPUT:-outputs/llava-$SIZE}
 export OPENBLAS_NUM_THREADS=1 # numpy draws scenes in a worker; its threads would fight torch's
 
 case $SIZE in
-tiny) tower_steps=1000 scenes=7000 steps=3200 batch=8 rate=1.5e-3 ;;
+tiny) tower_steps=1000 scenes=7000 steps=2300 batch=8 rate=1.5e-3 ;;
 small) tower_steps=20000 scenes=40000 steps=40000 batch=16 rate=6e-4 ;;
 *) echo "error: SIZE is tiny or small, not '$SIZE'" >&2 && exit 2 ;;
 esac

@@ -10,6 +10,9 @@ _ERROR = "largest error"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
+    parser.addoption(
+        "--at-least", type=int, default=0, metavar="N", help="fail if fewer tests than N passed"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,3 +59,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("largest error per golden group")
         for group, value in sorted(largest.items()):
             terminalreporter.write_line(f"{group:<44} {value:.3g}")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run that lost tests: a file that is no longer collected makes no noise by itself."""
+    wanted = session.config.getoption("--at-least")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not wanted or reporter is None or hasattr(session.config, "workerinput"):
+        return
+    passed = len(reporter.stats.get("passed", []))
+    if exitstatus == 0 and passed < wanted:
+        reporter.write_line(f"only {passed} tests passed; tests/recorded_counts says {wanted}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
