@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -73,10 +74,15 @@ def direct_answers(checkpoint: Path, picture: Path) -> list[str]:
     return answers
 
 
-def test_end_of_input_leaves(checkpoint: Path, picture: Path) -> None:
-    done = session(["--model-path", str(checkpoint), "--image-file", str(picture)], "")
-    assert done.returncode == 0
-    assert "tokens" not in done.stdout
+def test_end_of_input_leaves(
+    checkpoint: Path,
+    picture: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["--model-path", str(checkpoint), "--image-file", str(picture)]) == 0
+    assert "tokens" not in capsys.readouterr().out
 
 
 def test_without_pruning_all_tokens_are_used(
@@ -85,8 +91,7 @@ def test_without_pruning_all_tokens_are_used(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    typed = iter(["Hello?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello?\n\n"))
     flags = ["--model-path", str(checkpoint), "--image-file", str(picture)]
     assert main([*flags, "--max-new-tokens", "1", "--conv-mode", "llava_v1"]) == 0
     captured = capsys.readouterr()
@@ -143,8 +148,15 @@ def test_a_truncated_image_is_reported(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_an_impossible_budget_ends_with_its_reason(checkpoint: Path, picture: Path) -> None:
+def test_an_impossible_budget_ends_with_its_reason(
+    checkpoint: Path,
+    picture: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello?\n"))
     flags = ["--model-path", str(checkpoint), "--image-file", str(picture)]
-    done = session([*flags, "--pruner", "pool", "--keep-tokens", "31"], "Hello?\n")
-    assert done.returncode == 2
-    assert "31" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--pruner", "pool", "--keep-tokens", "31"])
+    assert stop.value.code == 2
+    assert "31 tokens" in capsys.readouterr().err.splitlines()[-1]
