@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserInputError("--limit and --seed must be at least 0, --batch-size at least 1")
     if any(budget < 1 for budget in args.budgets):
         raise UserInputError("--budgets must be at least 1")
+    if find_spec("matplotlib") is None:
+        raise UserInputError("the plots need matplotlib: pip install 'llava[eval]'")
     if not args.model_path.is_dir():
         raise UserInputError(f"--model-path {args.model_path} is no folder")
     try:
