@@ -15,7 +15,7 @@ OUTPUT=${OUTPUT:-outputs/llava-$SIZE}
 export OPENBLAS_NUM_THREADS=1 # numpy draws scenes in a worker; its threads would fight torch's
 
 case $SIZE in
-tiny) tower_steps=1000 scenes=7000 steps=2300 batch=8 rate=1.5e-3 ;;
+tiny) tower_steps=1000 scenes=7000 steps=1500 batch=8 rate=1e-3 ;;
 small) tower_steps=20000 scenes=40000 steps=40000 batch=16 rate=6e-4 ;;
 *) echo "error: SIZE is tiny or small, not '$SIZE'" >&2 && exit 2 ;;
 esac
@@ -29,11 +29,14 @@ echo "2/5 tokenizer and untrained language model"
 echo "3/5 conversations and features of the frozen tower"
 "$PYTHON" -m llava.train.world_data --tower "$WORK/tower" --output "$WORK/data" --scenes "$scenes"
 
+[ -f "$WORK/init/mm_projector.bin" ] || "$PYTHON" -m llava.train.align --model "$WORK/init" \
+    --data "$WORK/data"
+
 echo "4/5 projector and language model"
 [ -f "$WORK/model/config.json" ] || "$PYTHON" -m llava.train.train \
     --model_name_or_path "$WORK/init" --version v1 \
     --vision_tower "$WORK/tower" --mm_projector_type mlp2x_gelu \
-    --mm_vision_select_layer -2 --image_aspect_ratio pad \
+    --pretrain_mm_mlp_adapter "$WORK/init/mm_projector.bin" --mm_vision_select_layer -2 --image_aspect_ratio pad \
     --data_path "$WORK/data/data.json" --feature_file "$WORK/data/features.npy" \
     --output_dir "$WORK/model" --max_steps "$steps" --per_device_train_batch_size "$batch" \
     --learning_rate "$rate" --lr_scheduler_type cosine --warmup_steps 100 \

@@ -35,7 +35,7 @@ def init_language_model(folder: Path, size: str, seed: int) -> None:
     model = LlamaForCausalLM(config)
     with torch.no_grad():  # equal queries and keys: looking for what is alike is a head start
         for layer in model.model.layers:
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight.mul_(1.4))
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight.mul_(2.1))
     model.save_pretrained(folder)
 
 
