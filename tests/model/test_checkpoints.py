@@ -111,6 +111,13 @@ def test_weights_in_the_checkpoint_win_over_the_tower_folder(saved: Path, small_
     assert not torch.equal(wanted, _logits(small_model()))
 
 
+def test_tower_of_the_checkpoint_stays_in_it(saved: Path, tmp_path: Path) -> None:
+    _edit_config(saved, unfreeze_mm_vision_tower=False)
+    _load(saved).save_pretrained(tmp_path / "again")
+    keys = load_file(tmp_path / "again" / "model.safetensors")
+    assert any(key.startswith(INNER) for key in keys)
+
+
 def test_frozen_stock_tower_is_not_saved(small_model: Make, tmp_path: Path) -> None:
     model = small_model()
     model.save_pretrained(tmp_path / "saved")
