@@ -5,7 +5,7 @@ the starting projector as ``INIT/mm_projector.bin`` (LLaVA's ``--pretrain_mm_mlp
 
 A real LLaVA starts from a tower that was trained against language and a language model that knows
 its words and how to look things up. From random weights, four small layers sat at the guessing
-level for as long as two cores could be given. So three things are put in by hand, before training, and
+level for as long as two cores could be given. So three things are put in by hand first and
 trained from there: words start where the tower's features for them lie; in the first layer a word
 looks at the image tokens that match it; in the second a token gathers from the words just before
 it. It is a start, not a loss: nothing in training holds tokens together.
