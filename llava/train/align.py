@@ -7,8 +7,8 @@ A real LLaVA starts from a tower that was trained against language and a languag
 its words and how to look things up. From random weights, four small layers sat at the guessing
 level for as long as two cores could be given. So three things are put in by hand first and
 trained from there: words start where the tower's features for them lie; in the first layer a word
-looks at the image tokens that match it; in the second a token gathers from the words just before
-it. It is a start, not a loss: nothing in training holds tokens together.
+looks at the image tokens that match it; in the second a token gathers from the last word that named
+something. It is a start, not a loss: nothing in training holds tokens together.
 """
 
 import argparse
@@ -131,16 +131,22 @@ def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image:
         wire_copy(attention, head, bases[content], strength=0.08)
 
 
-def wire_gather(layer: nn.Module, bases: dict[str, Tensor], text: Tensor) -> None:
-    """Second layer: a text token reads the few text tokens just before it, by rotary distance."""
+def wire_gather(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, noun: Tensor) -> None:
+    """Second layer: two heads of a text token read the last word that names something.
+
+    ``noun`` ``[D]`` marks those words; nearness is counted in rotary waves of 33 to 170 tokens. The
+    other heads stay free, to find what is asked.
+    """
     attention, span = layer.self_attn, layer.self_attn.head_dim
-    for head, content in enumerate(["class", "class", "rest", "rest"]):
+    for head, content in ((0, "class"), (2, "rest")):
         start = head * span
         attention.q_proj.weight[start : start + span] = 0
         attention.k_proj.weight[start : start + span] = 0
-        for channel in (2, 3, 4):  # waves of 33 to 170 tokens
+        for channel in (2, 3, 4):
             attention.q_proj.weight[start + channel] = 0.75 * text
             attention.k_proj.weight[start + channel] = 0.75 * text
+        attention.q_proj.weight[start + span // 2 - 1] = 1.5 * text
+        attention.k_proj.weight[start + span // 2 - 1] = 1.5 * noun
         wire_copy(attention, head, bases[content], strength=0.5)
 
 
@@ -163,22 +169,24 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
     projector = starting_projector(features, labels["pair"], model.config.hidden_size)
     projected = projector(features)
     bases = class_bases(projected, labels)
-    # two quiet directions of the features mark what is text and what is image
-    text, image = bases["rest"][-len(bases["class"]) - 2 : -len(bases["class"])]
+    # three quiet directions of the features mark what is text, what is image and what is a name
+    quiet = len(bases["rest"]) - len(bases["class"])
+    text, image, noun = bases["rest"][quiet - 3 : quiet]
     center = projected.mean(0)
     length = _SCALE * model.config.hidden_size**0.5
 
     table = model.model.embed_tokens.weight
     table.mul_(_SCALE / table.square().mean().sqrt())
-    for word, (label, index) in words().items():
-        token = tokenizer(word)["input_ids"][-1]
+    named = {tokenizer(word)["input_ids"][-1]: place for word, place in words().items()}
+    for token, (label, index) in named.items():
         direction = projected[labels[label] == index].mean(0) - center
         table[token] = direction * (length / direction.norm())
     model.lm_head.weight.copy_(0.35 * table)
     table.add_(0.5 * length * text)
+    table[[token for token, (label, _) in named.items() if label != "char"]] += 0.7 * length * noun
     projector[2].bias.add_(0.5 * length * image - center)
     wire_lookup(model.model.layers[0], bases, text, image)
-    wire_gather(model.model.layers[1], bases, text)
+    wire_gather(model.model.layers[1], bases, text, noun)
     model.save_pretrained(folder)
     state = {f"model.mm_projector.{name}": value for name, value in projector.state_dict().items()}
     torch.save(state, folder / "mm_projector.bin")
