@@ -15,7 +15,7 @@ OUTPUT=${OUTPUT:-outputs/llava-$SIZE}
 export OPENBLAS_NUM_THREADS=1 # numpy draws scenes in a worker; its threads would fight torch's
 
 case $SIZE in
-tiny) tower_steps=1000 scenes=7000 steps=1200 batch=8 rate=1e-3 ;;
+tiny) tower_steps=1000 scenes=7000 steps=2000 batch=8 rate=1e-3 ;;
 small) tower_steps=20000 scenes=40000 steps=40000 batch=16 rate=6e-4 ;;
 *) echo "error: SIZE is tiny or small, not '$SIZE'" >&2 && exit 2 ;;
 esac
@@ -39,7 +39,7 @@ echo "4/5 projector and language model"
     --pretrain_mm_mlp_adapter "$WORK/init/mm_projector.bin" --mm_vision_select_layer -2 --image_aspect_ratio pad \
     --data_path "$WORK/data/data.json" --feature_file "$WORK/data/features.npy" \
     --output_dir "$WORK/model" --max_steps "$steps" --per_device_train_batch_size "$batch" \
-    --learning_rate "$rate" --lr_scheduler_type cosine --warmup_steps 50 \
+    --learning_rate "$rate" --lr_scheduler_type cosine --warmup_steps 100 \
     --adam_beta2 0.98 --weight_decay 0.02 --max_grad_norm 1.0 \
     --logging_steps 50 --save_steps 250 --save_total_limit 1 --report_to none \
     --dataloader_num_workers 1 --seed 0

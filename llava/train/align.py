@@ -181,7 +181,6 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
     for token, (label, index) in named.items():
         direction = projected[labels[label] == index].mean(0) - center
         table[token] = direction * (length / direction.norm())
-    model.lm_head.weight.copy_(0.35 * table)
     table.add_(0.5 * length * text)
     table[[token for token, (label, _) in named.items() if label != "char"]] += 0.7 * length * noun
     projector[2].bias.add_(0.5 * length * image - center)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer
 
 from llava.conversation import conv_templates
 from llava.model import LlavaLlamaForCausalLM
+from llava.model.builder import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import Collator, SupervisedDataset
 from llava.utils import UserInputError
@@ -75,9 +75,10 @@ def train() -> None:
         )
     transformers.set_seed(args.seed)
     model = build_model(model_args, torch.bfloat16 if args.bf16 else torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path, model_max_length=args.model_max_length, padding_side="right"
-    )
+    tokenizer = load_tokenizer(Path(model_args.model_name_or_path))
+    if tokenizer is None:
+        raise UserInputError(f"{model_args.model_name_or_path!r} holds no tokenizer to train with")
+    tokenizer.model_max_length, tokenizer.padding_side = args.model_max_length, "right"
     model.config.use_cache = False
     model.config.image_aspect_ratio = data_args.image_aspect_ratio
     model.config.tokenizer_padding_side = "right"
