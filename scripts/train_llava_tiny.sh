@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train llava-tiny from nothing: tower, data, projector and language model, checkpoint folder.
 #
-#   bash scripts/train_llava_tiny.sh                    # the shipped model, on the CPU
+#   bash scripts/train_llava_tiny.sh                    # the size that ships, on the CPU
 #   SIZE=small bash scripts/train_llava_tiny.sh         # a larger one, meant for a GPU
 #
 # Every step continues where a killed run stopped. PYTHON, WORK and OUTPUT may be set.
