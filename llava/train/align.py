@@ -5,9 +5,10 @@ the starting projector as ``INIT/mm_projector.bin`` (LLaVA's ``--pretrain_mm_mlp
 
 A real LLaVA starts from a tower that was trained against language and a language model that knows
 its words and how to look things up. From random weights, four small layers still guessed after 550
-steps, when that run was stopped. So three things are put in by hand first: words start where the tower's features for them lie; in the first layer a word
-looks at the image tokens that match it; in the second a token gathers from the last word that named
-something. It is a start, not a loss: nothing in training holds tokens together.
+steps, when that run was stopped. So three things are put in by hand first: words start where the
+tower's features for them lie; in the first layer a word looks at the image tokens that match it; in
+the second a token gathers from the last word that named something. It is a start, not a loss:
+nothing in training holds tokens together.
 
 Nothing holds the wiring either. In runs of 250 to 400 steps at rates of 4e-4 to 1e-3 the second
 layer's part of it was gone, so whether it helps as it stands is not shown.

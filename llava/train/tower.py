@@ -73,9 +73,9 @@ class DenseTower(nn.Module):
         From CLIP's own start every patch attends to all 577 alike; after 2,100 steps the place of a
         character was known for 0.88 of the patches and the partner of an item not at all. With this
         start and the labels of neighbouring patches, added together, the former reached 1.00 in
-        1,000 steps; the share of each was not measured. Positions start as 2-D sines and cosines in the first half of the channels and pixels in the second;
-        queries equal keys turned by one patch, so the best match of a patch is its neighbour.
-        Everything is trained from there.
+        1,000 steps; the share of each was not measured. Positions start as 2-D sines and cosines in
+        the first half of the channels and pixels in the second; queries equal keys turned by one
+        patch, so the best match of a patch is its neighbour. Everything is trained from there.
         """
         quarter = width // 4
         rates = 1.5 * 30 ** -(torch.arange(quarter // 2) / (quarter // 2))
