@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -15,15 +17,23 @@ from llava.constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
 from llava.model.checkpoint import local_checkpoint, read_config
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.hugging_face import native_form
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM, native_config
+from llava.model.partial import PartialCheckpoint, read_partial
+from llava.model.quantization import quantization_config
 from llava.pruning.config import PruningConfig
 from llava.utils import UserInputError
 
 logger = logging.getLogger(__name__)
 
+# Architecture in config.json -> class. A LLaVA on another language model is one line here.
+MODEL_CLASSES: dict[str, type[LlavaLlamaForCausalLM]] = {
+    "LlavaLlamaForCausalLM": LlavaLlamaForCausalLM,
+}
 # What LLaVA reports when the config does not say; released checkpoints rely on it.
 DEFAULT_CONTEXT_LENGTH = 2048
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+_TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 
 def load_pretrained_model(
@@ -39,20 +49,25 @@ def load_pretrained_model(
     pruning: PruningConfig | Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, LlavaLlamaForCausalLM, Any, int]:
-    """Load a checkpoint in LLaVA's own format.
+    """Load a LLaVA: a whole checkpoint, or a LoRA or projector-only folder over a base model.
 
-    What a folder holds is read from its config.json, never guessed from its name.
+    What a folder holds is read from its files, never guessed from its name: LLaVA's own format,
+    Hugging Face's (``llava-hf/...``, turned into LLaVA's), an adapter (merged), a projector.
 
     Args:
         model_path: checkpoint folder or hub name.
-        model_base: base model of a LoRA or projector-only folder (not supported yet).
+        model_base: folder or hub name of the model that a LoRA or projector-only folder belongs
+            to: a LLaVA, or the plain language model. Its tokenizer is used.
         model_name: accepted for LLaVA's signature.
+        load_8bit: quantize the language model to 8 bits; needs bitsandbytes and CUDA.
+        load_4bit: the same with 4 bits (NF4).
         device_map: as in transformers; used while ``device`` is CUDA.
         device: ``"cuda"``, ``"cpu"``, ``"mps"``, ... or ``"auto"``. Without CUDA, ``"cuda"`` and
             ``"auto"`` mean the CPU.
-        use_flash_attn: use flash attention 2.
+        use_flash_attn: use flash attention 2 in the language model.
         pruning: settings that override those saved in the checkpoint; None keeps the saved ones.
-        **kwargs: for ``from_pretrained``; ``dtype`` is float16, on the CPU float32, by default.
+        **kwargs: for ``from_pretrained``, such as ``attn_implementation``; ``dtype`` is float16,
+            on the CPU float32, by default.
 
     Returns:
         (tokenizer, model, image_processor, context_len). The tokenizer is None if the folder
@@ -62,55 +77,87 @@ def load_pretrained_model(
         UserInputError: names what is wrong and what to do.
     """
     folder = local_checkpoint(model_path, kwargs.get("revision"))
-    _refuse_partial(folder, model_base, load_8bit or load_4bit)
+    part = read_partial(folder, model_base)
+    base = folder if part is None else local_checkpoint(str(model_base))
     # lmms-eval passes this to every loader.
     kwargs.pop("multimodal", None)
     placement, dtype = _placement(device, device_map)
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or dtype)
     if use_flash_attn:
         kwargs["attn_implementation"] = "flash_attention_2"
-    model = LlavaLlamaForCausalLM.from_pretrained(folder, device_map=placement, **kwargs)
+    _check_attention(kwargs.get("attn_implementation"))
+    quantization = quantization_config(load_8bit, load_4bit, device)
+    if quantization is not None:
+        if part is not None and part.adapter is not None:
+            raise UserInputError(
+                "an adapter cannot be merged into 8-bit or 4-bit weights; load it without "
+                "load_8bit and load_4bit, save the merged model, and load that quantized"
+            )
+        kwargs["quantization_config"] = quantization
+    model = _load_model(folder, base, part, device_map=placement, **kwargs)
     if pruning is not None:
         model.pruning = pruning
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(base)
+    if tokenizer is None and part is not None:
+        tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         _match_tokenizer(model, tokenizer)
-    image_processor = None
     tower = model.get_vision_tower()
-    if tower is not None:
-        tower.load_model(device_map={"": model.device}, dtype=model.dtype)
-        image_processor = tower.image_processor
+    image_processor = None if tower is None else tower.image_processor
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
     return tokenizer, model, image_processor, context_len
 
 
-def _refuse_partial(folder: Path, model_base: str | None, quantized: bool) -> None:
-    if quantized:
-        raise UserInputError(
-            "8-bit and 4-bit loading are not supported yet; load without load_8bit and load_4bit"
-        )
-    if (folder / "adapter_config.json").is_file():
-        raise UserInputError(
-            f"{str(folder)!r} holds a LoRA adapter, which is not supported yet; merge it into its "
-            "base model and give the merged folder"
-        )
-    if model_base is not None:
-        raise UserInputError(
-            "model_base is for LoRA and projector-only folders, which are not supported yet; "
-            "give a complete checkpoint as model_path and leave model_base out"
-        )
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    if (folder / "mm_projector.bin").is_file() and not weights:
-        raise UserInputError(
-            f"{str(folder)!r} holds only a projector, which is not supported yet; "
-            "give a complete checkpoint"
-        )
-    config = read_config(folder)
-    if "mm_vision_tower" not in config and config.get("model_type") == "llama":
+def model_class(config: Mapping[str, Any]) -> type[LlavaLlamaForCausalLM]:
+    """The class that a config.json in LLaVA's form asks for.
+
+    A config that names none of ``MODEL_CLASSES`` goes to the Llama, which says what is wrong.
+    """
+    for architecture in config.get("architectures") or []:
+        if architecture in MODEL_CLASSES:
+            return MODEL_CLASSES[architecture]
+    types = {cls.config_class.model_type: cls for cls in MODEL_CLASSES.values()}
+    return types.get(config.get("model_type"), LlavaLlamaForCausalLM)
+
+
+def _load_model(
+    folder: Path, base: Path, part: PartialCheckpoint | None, **kwargs: Any
+) -> LlavaLlamaForCausalLM:
+    """The model on its device with its tower loaded, and with what ``part`` adds to ``base``."""
+    raw = native_form(read_config(folder), str(folder))
+    if "mm_vision_tower" not in raw and raw.get("model_type") == "llama":
         raise UserInputError(
             f"{str(folder)!r} is a plain language model without a vision tower; "
             "give a LLaVA checkpoint"
+        )
+    cls = model_class(raw)
+    if part is None:
+        model = cls.from_pretrained(base, **kwargs)
+    else:
+        native_config(base)  # refuses a base of another kind
+        config = cls.config_class.from_dict(native_config(folder))
+        model = cls.from_pretrained(base, config=config, supplied=set(part.weights), **kwargs)
+    tower = model.get_vision_tower()
+    if tower is not None:
+        tower.load_model(device_map={"": model.device}, dtype=model.dtype)
+    if part is not None:
+        part.apply(model)
+    return model
+
+
+def _check_attention(implementation: str | None) -> None:
+    if implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserInputError(
+            "flash attention 2 needs CUDA and the package flash-attn; install it, or use "
+            "attn_implementation='sdpa', the default"
+        )
+    known = ("eager", "sdpa", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    # A slash names a kernel on the hub.
+    if implementation is not None and implementation not in known and "/" not in implementation:
+        raise UserInputError(
+            f"unknown attn_implementation {implementation!r}; use 'sdpa', 'eager' or "
+            "'flash_attention_2'"
         )
 
 
@@ -121,8 +168,16 @@ def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
             logger.warning("CUDA is not available; the model is loaded on the CPU in float32")
         return {"": "cpu"}, torch.float32
     if device not in ("auto", "cuda"):
+        try:
+            kind = torch.device(device).type
+        except RuntimeError as error:
+            raise UserInputError(
+                f"unknown device {device!r}; use 'auto', 'cuda', 'cuda:1', 'cpu' or 'mps'"
+            ) from error
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UserInputError(f"device {device!r} was asked for, but CUDA is not available here")
         device_map = {"": device}
-        if torch.device(device).type == "cpu":
+        if kind == "cpu":
             return device_map, torch.float32
     return device_map, torch.float16
 
@@ -135,12 +190,17 @@ def load_tokenizer(folder: Path) -> Any:
     words in another way than the checkpoint was trained with.
 
     Raises:
-        UserInputError: the files cannot be read.
+        UserInputError: the files cannot be read, or only the settings of a tokenizer are there.
     """
+    file = folder / _TOKENIZER_SETTINGS
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        if file.is_file():
+            raise UserInputError(
+                f"{str(folder)!r} holds {_TOKENIZER_SETTINGS} but no tokenizer "
+                f"({' or '.join(_TOKENIZER_FILES)}); download the missing file"
+            )
         return None
     try:
-        file = folder / "tokenizer_config.json"
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if settings.get("tokenizer_class") not in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
             return AutoTokenizer.from_pretrained(str(folder), use_fast=False)

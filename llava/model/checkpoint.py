@@ -2,25 +2,55 @@
 
 import json
 import re
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from llava.utils import UserInputError
 
 # LLaVA's files nest the CLIP model twice and keep an inner level that CLIPVisionModel has lost.
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 TOWER_INNER = "vision_model."
+# Names on disk -> names in memory; at most one pattern fits a name. All but the first are those of
+# Hugging Face's LLaVA: in files the language model is a whole of its own, in memory (and in files
+# that were saved from a state dict) everything hangs below ``model.``, and the tower may lack the
+# inner level.
 KEY_MAPPING = {
     "^" + re.escape(TOWER_PREFIX + TOWER_INNER): TOWER_PREFIX,
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^model\.language_model\.": "model.",
+    r"^(model\.)?vision_tower\.(?!vision_tower\.)(vision_model\.)?": TOWER_PREFIX,
+    r"^(model\.)?multi_modal_projector\.linear_1\.": "model.mm_projector.0.",
+    r"^(model\.)?multi_modal_projector\.linear_2\.": "model.mm_projector.2.",
+    r"^image_newline": "model.image_newline",
 }
 
 # Single-file and index names in the order transformers prefers them.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # Buffers that old checkpoints stored and the model computes itself.
 _DERIVED_KEY = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+
+
+def name_in_memory(key: str) -> str:
+    """What the model calls the weight that a file calls ``key``."""
+    for pattern, name in KEY_MAPPING.items():
+        renamed, count = re.subn(pattern, name, key)
+        if count:
+            return renamed
+    return key
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights of a whole model, in one file or in shards."""
+    names = [*_WEIGHT_FILES, *(f"{name}.index.json" for name in _WEIGHT_FILES)]
+    return any((folder / name).is_file() for name in names)
 
 
 def local_checkpoint(path: str, revision: str | None = None) -> Path:
@@ -97,6 +127,11 @@ def _indexed_keys(index: Path) -> set[str]:
         raise UserInputError(
             f"{str(index)!r} is damaged ({error!r}); download or save the checkpoint again"
         ) from error
+    if not (isinstance(weight_map, dict) and all(_is_plain(name) for name in weight_map.values())):
+        raise UserInputError(
+            f"{str(index)!r} is damaged (weight_map does not name files beside it); download or "
+            "save the checkpoint again"
+        )
     present: set[str] = set()
     for shard in sorted(set(weight_map.values())):
         file = index.parent / shard
@@ -115,13 +150,50 @@ def _indexed_keys(index: Path) -> set[str]:
     return present
 
 
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
+
+
+def read_weights(folder: Path, stem: str) -> dict[str, torch.Tensor] | None:
+    """Tensors of ``<stem>.safetensors``, else ``<stem>.bin``, on the CPU; None without either.
+
+    Raises:
+        UserInputError: the file is damaged or holds more than tensors.
+    """
+    file = folder / f"{stem}.safetensors"
+    if not file.is_file():
+        file = folder / f"{stem}.bin"
+    if not file.is_file():
+        return None
+    with _readable(file):
+        if file.suffix == ".safetensors":
+            weights = load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    if not (isinstance(weights, dict) and all(torch.is_tensor(v) for v in weights.values())):
+        raise UserInputError(
+            f"{str(file)!r} is no plain weight file (it holds more than named tensors); "
+            "save it again as a dictionary of tensors"
+        )
+    return weights
+
+
 def _file_keys(file: Path) -> set[str]:
-    try:
+    with _readable(file):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as handle:
                 return set(handle.keys())
-        # Tensors on the meta device: only names and shapes are read.
-        return set(torch.load(file, map_location="meta", weights_only=True))
+        # Mapped and on the meta device: only names and shapes are read. Files of old versions
+        # of torch are no archives and cannot be mapped.
+        mapped = zipfile.is_zipfile(file)
+        return set(torch.load(file, map_location="meta", weights_only=True, mmap=mapped))
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn what readers of weight files raise into one clear error."""
+    try:
+        yield
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserInputError(
@@ -134,11 +206,12 @@ def _file_keys(file: Path) -> set[str]:
         ) from error
 
 
-def check_loading(info: dict[str, Any], folder: Path) -> None:
+def check_loading(info: dict[str, Any], folder: Path, supplied: Collection[str] = ()) -> None:
     """Refuse a checkpoint that does not fill the model exactly: the rest would be random.
 
     Args:
         info: transformers' loading info.
+        supplied: weights that the caller fills in afterwards, so that this checkpoint need not.
 
     Raises:
         UserInputError: missing, unexpected or misshapen weights.
@@ -151,7 +224,7 @@ def check_loading(info: dict[str, Any], folder: Path) -> None:
         names = sorted(
             str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"]
         )
-        names = [name for name in names if not _DERIVED_KEY.search(name)]
+        names = [name for name in names if name not in supplied and not _DERIVED_KEY.search(name)]
         if names:
             raise UserInputError(
                 f"{str(folder)!r} has {len(names)} {kind} weights, for example {names[0]!r}: "

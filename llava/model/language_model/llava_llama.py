@@ -1,6 +1,6 @@
 """LLaVA on a Llama language model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from llava.model.checkpoint import (
     check_loading,
     checkpoint_keys,
     local_checkpoint,
+    name_in_memory,
     read_config,
 )
+from llava.model.hugging_face import native_form
 from llava.model.llava_arch import (
     Images,
     LlavaMetaForCausalLM,
@@ -79,13 +81,17 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         *model_args: Any,
         config: LlavaConfig | None = None,
         output_loading_info: bool = False,
+        supplied: Collection[str] = (),
         **kwargs: Any,
     ) -> Any:
-        """Load a native checkpoint folder (or hub name), or a plain Llama to be made a LLaVA.
+        """Load a checkpoint folder (or hub name), or a plain Llama to be made a LLaVA.
+
+        LLaVA's own format and Hugging Face's are told apart by their config and names of weights.
 
         A tower that the checkpoint holds is loaded with it; otherwise the tower stays without
         weights until ``get_vision_tower().load_model()``, which ``load_pretrained_model`` calls.
-        Keyword arguments are those of transformers.
+        Keyword arguments are those of transformers; ``supplied`` names weights that the caller
+        fills in afterwards, so that the checkpoint may lack them.
 
         Raises:
             UserInputError: files missing or damaged, another kind of model, weights that do not
@@ -99,7 +105,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             )
         tower_config = None
         name = getattr(config, "mm_vision_tower", None)
-        if name and any(key.startswith(TOWER_PREFIX) for key in keys):
+        if name and any(name_in_memory(key).startswith(TOWER_PREFIX) for key in keys):
             tower_config = read_tower_config(resolve_vision_tower(name, str(folder)), name)
         with tower_from_checkpoint(tower_config):
             model, info = super().from_pretrained(
@@ -111,7 +117,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
                 ignore_mismatched_sizes=True,
                 **kwargs,
             )
-        check_loading(info, folder)
+        check_loading(info, folder, supplied)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -253,15 +259,15 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
 
 
 def native_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder that LlavaLlamaForCausalLM can hold, with the type corrected.
+    """``config.json`` of a folder that LlavaLlamaForCausalLM can hold, in LLaVA's own form.
 
     Released checkpoints call their type ``llava``, which transformers takes for its own class, so
-    the architecture decides.
+    the architecture decides and the type is corrected.
 
     Raises:
         UserInputError: another architecture, or settings of a later LLaVA.
     """
-    raw = read_config(folder)
+    raw = native_form(read_config(folder), str(folder))
     check_architecture(raw, str(folder))
     return {**raw, "model_type": LlavaConfig.model_type}
 
@@ -279,8 +285,8 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
     if not (is_llava or is_base or (model_type == "llava" and "mm_vision_tower" in config)):
         raise UserInputError(
             f"{where!r} holds {', '.join(architectures) or 'an unnamed architecture'} (type "
-            f"{model_type!r}), not LlavaLlamaForCausalLM; give a checkpoint in LLaVA's own format "
-            "with a Llama language model, such as liuhaotian/llava-v1.5-7b"
+            f"{model_type!r}), not LlavaLlamaForCausalLM; give a LLaVA with a Llama language "
+            "model, such as liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf"
         )
     aspect = str(config.get("image_aspect_ratio") or "")
     merge = str(config.get("mm_patch_merge_type") or "flat")

@@ -205,6 +205,9 @@ def read_tower_config(source: str, name: str) -> CLIPVisionConfig:
             "checkpoint nor a model the hub returns. Put the tower's folder (config.json, "
             "preprocessor_config.json, weights) next to the checkpoint, or allow hub access"
         ) from error
+    if raw.get("model_type") in ("llava", "llava_next"):
+        # A checkpoint in Hugging Face's format: what its config says of the tower.
+        raw = {"model_type": "clip_vision_model", **(raw.get("vision_config") or {})}
     if raw.get("model_type") not in ("clip", "clip_vision_model"):
         raise UserInputError(
             f"the vision tower {name!r} is of type {raw.get('model_type')!r}; "
@@ -214,14 +217,22 @@ def read_tower_config(source: str, name: str) -> CLIPVisionConfig:
 
 
 def _read_image_processor(source: str, image_size: int) -> CLIPImageProcessorPil:
-    found = cached_file(
-        source,
-        "preprocessor_config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if found is not None:
-        return CLIPImageProcessorPil.from_pretrained(str(Path(found).parent))
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        found = cached_file(
+            source,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is None:
+            continue
+        try:
+            return CLIPImageProcessorPil.from_pretrained(str(Path(found).parent))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserInputError(
+                f"the image processor of {source!r} cannot be read from {file} ({error}); "
+                "download the file again"
+            ) from error
     return CLIPImageProcessorPil(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},

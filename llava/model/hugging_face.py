@@ -1,0 +1,117 @@
+"""Hugging Face's own LLaVA checkpoints (llava-hf): their config in LLaVA's words.
+
+Weights need no translation beyond their names, see ``checkpoint.KEY_MAPPING``. Only
+``config.json`` is read here; the sizes it leaves out are transformers' defaults.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import CLIPVisionConfig
+from transformers import LlavaConfig as HuggingFaceLlavaConfig
+from transformers import LlavaNextConfig as HuggingFaceLlavaNextConfig
+
+from llava.utils import UserInputError
+
+_READERS = {"llava": HuggingFaceLlavaConfig, "llava_next": HuggingFaceLlavaNextConfig}
+# Language model -> (architecture, model type) of the LLaVA that has it.
+_LANGUAGE_MODELS = {
+    "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
+    "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
+}
+_SELECT_FEATURE = {"default": "patch", "full": "cls_patch"}
+# The tower LLaVA was trained with, by the sizes that tell it from other CLIP models. The original
+# code can read a saved model only if the config names a tower that it finds.
+_STOCK_TOWER = "openai/clip-vit-large-patch14-336"
+_STOCK_SIZES = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}
+_OWN_TOWER = "vision_tower"
+# What config.json says about itself rather than about the language model.
+_NOT_OF_THE_MODEL = ("architectures", "model_type", "_name_or_path", "transformers_version")
+
+
+def is_hugging_face(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is in Hugging Face's form: both calls itself ``llava``."""
+    return config.get("model_type") in _READERS and {"text_config", "vision_config"} <= set(config)
+
+
+def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A config.json in LLaVA's form; one that is not Hugging Face's is returned as it is.
+
+    The vision tower is part of these checkpoints, so ``unfreeze_mm_vision_tower`` is set: whoever
+    reads a saved model must take the tower's weights from it. Images are padded to a square, as
+    LLaVA-1.5 was trained and evaluated; Hugging Face's processor crops them by default.
+
+    Raises:
+        UserInputError: settings that no LLaVA of this package has.
+    """
+    if not is_hugging_face(config):
+        return config
+    try:
+        parsed = _READERS[config["model_type"]].from_dict(config)
+    except Exception as error:  # validators of transformers share no base class
+        raise UserInputError(
+            f"config.json of {where!r} cannot be understood ({error}); download it again"
+        ) from error
+    text, vision = parsed.text_config, parsed.vision_config
+    _check(config, parsed, where)
+    architecture, model_type = _LANGUAGE_MODELS[text.model_type]
+    language = {k: v for k, v in text.to_dict().items() if k not in _NOT_OF_THE_MODEL}
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"):
+        if config.get(key) is not None:
+            language[key] = config[key]
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return {
+        **language,
+        **({"dtype": dtype} if dtype else {}),
+        "architectures": [architecture],
+        "model_type": model_type,
+        "mm_vision_tower": _tower_name(vision),
+        "mm_hidden_size": vision.hidden_size,
+        "mm_vision_select_layer": parsed.vision_feature_layer,
+        "mm_vision_select_feature": _SELECT_FEATURE[parsed.vision_feature_select_strategy],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "unfreeze_mm_vision_tower": True,
+        **_aspect(config, parsed),
+    }
+
+
+def _aspect(config: Mapping[str, Any], parsed: Any) -> dict[str, Any]:
+    if config["model_type"] == "llava":
+        return {"image_aspect_ratio": "pad"}
+    # Hugging Face writes (height, width), LLaVA (width, height).
+    points = [[width, height] for height, width in parsed.image_grid_pinpoints]
+    return {
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_grid_pinpoints": points,
+    }
+
+
+def _tower_name(vision: CLIPVisionConfig) -> str:
+    stock = all(getattr(vision, key) == size for key, size in _STOCK_SIZES.items())
+    return _STOCK_TOWER if stock else _OWN_TOWER
+
+
+def _check(config: Mapping[str, Any], parsed: Any, where: str) -> None:
+    """Refuse what this package would run differently than Hugging Face does."""
+    text, vision = parsed.text_config.model_type, parsed.vision_config.model_type
+    layer, strategy = parsed.vision_feature_layer, parsed.vision_feature_select_strategy
+    faults = {
+        f"its language model is of type {text!r}": text not in _LANGUAGE_MODELS,
+        f"its vision tower is of type {vision!r}": vision != "clip_vision_model",
+        f"vision_feature_layer is {layer!r}": not isinstance(layer, int),
+        f"vision_feature_select_strategy is {strategy!r}": strategy not in _SELECT_FEATURE,
+        f"projector_hidden_act is {parsed.projector_hidden_act!r}": (
+            parsed.projector_hidden_act != "gelu"
+        ),
+        "its projector has no bias": not config.get("multimodal_projector_bias", True),
+    }
+    found = [fault for fault, present in faults.items() if present]
+    if found:
+        raise UserInputError(
+            f"{where!r} is a checkpoint in Hugging Face's format that this package cannot hold: "
+            f"{', '.join(found)}; use a LLaVA with a CLIP tower on Llama or Mistral, such as "
+            "llava-hf/llava-1.5-7b-hf, or load this one with transformers"
+        )

@@ -1,0 +1,166 @@
+"""LoRA adapters: read a folder that PEFT wrote, merge it into the weights it was trained on.
+
+A merged weight is W + s B A with s = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA
+(arXiv 2106.09685, 2312.03732). Modules are found by their full names, so that adapters which also
+hit the vision tower (leaf names such as ``q_proj`` fit CLIP too) end up where they were trained.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava.model.checkpoint import name_in_memory, read_weights
+from llava.utils import UserInputError
+
+CONFIG_FILE = "adapter_config.json"
+_STEM = "adapter_model"
+# PEFT wraps the model twice and may write the adapter's name into the keys.
+_WRAPPER = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_WRAPPED_PART = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+# Start values of A and B that leave the base weights alone; others (PiSSA, OLoRA, LoftQ, ...)
+# change them, and the adapter belongs to the changed ones.
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+# Variants that are more than W + s B A. The weights of most would be refused as unknown too.
+_VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter as its folder holds it, weights under the names the model has in memory.
+
+    Attributes:
+        factors: name of a weight [out, in] -> (A [r, in], B [out, r]).
+        scales: name of that weight -> s.
+        whole: weights that were trained as they are (biases, PEFT's ``modules_to_save``).
+    """
+
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    scales: Mapping[str, float]
+    whole: Mapping[str, torch.Tensor]
+
+
+def read_adapter(folder: Path) -> LoraAdapter:
+    """Read ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
+
+    Raises:
+        UserInputError: files missing or damaged, or a variant of LoRA that cannot be merged.
+    """
+    config = read_adapter_config(folder)
+    weights = read_weights(folder, _STEM)
+    if weights is None:
+        raise UserInputError(
+            f"{str(folder)!r} holds {CONFIG_FILE} but neither {_STEM}.safetensors nor {_STEM}.bin; "
+            "download or save the adapter again"
+        )
+    sides: dict[str, dict[str, torch.Tensor]] = {"A": {}, "B": {}}
+    scales, whole = {}, {}
+    for key, value in weights.items():
+        key = key.removeprefix(_WRAPPER)
+        factor = _FACTOR.fullmatch(key)
+        if factor is not None:
+            name = name_in_memory(f"{_WRAPPED_PART.sub('', factor['module'])}.weight")
+            sides[factor["side"]][name] = value
+            if factor["side"] == "A":
+                scales[name] = _scale(config, factor["module"], value.shape[0])
+        elif "lora_" in key:
+            raise UserInputError(
+                f"the adapter in {str(folder)!r} holds {key!r}, which is not part of a plain LoRA "
+                "of linear layers; merge it with PEFT and give the merged folder"
+            )
+        else:
+            whole[name_in_memory(_WRAPPED_PART.sub("", key))] = value
+    halves = sorted(set(sides["A"]) ^ set(sides["B"]))
+    if halves:
+        raise UserInputError(
+            f"the adapter in {str(folder)!r} holds only one of the two factors of {halves[0]!r}; "
+            "download or save it again"
+        )
+    factors = {name: (a, sides["B"][name]) for name, a in sides["A"].items()}
+    return LoraAdapter(factors, scales, whole)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json``, checked.
+
+    Raises:
+        UserInputError: unreadable, no LoRA, or a variant of it that cannot be merged.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        alpha, kind = config["lora_alpha"], config.get("peft_type", "LORA")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserInputError(
+            f"{str(file)!r} is damaged or describes no LoRA ({error!r}); download or save it again"
+        ) from error
+    odd = [f"{key}={config[key]!r}" for key in _VARIANTS if config.get(key)]
+    if kind != "LORA":
+        odd.append(f"peft_type={kind!r}")
+    start = config.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        odd.append(f"init_lora_weights={start!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        odd.append(f"lora_alpha={alpha!r}")
+    if odd:
+        raise UserInputError(
+            f"the adapter in {str(folder)!r} is more than a plain LoRA ({', '.join(odd)}), which "
+            "cannot be merged here; merge it with PEFT and give the merged folder"
+        )
+    return config
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """s of one module. The rank is that of the factors, so ``rank_pattern`` needs no reading."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        # PEFT's rule: a pattern fits the end of a module's name, from a dot on.
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module, adapter: LoraAdapter, where: str) -> None:
+    """Add every B A to its weight in place; one weight at a time is held twice.
+
+    Products are taken in float32 (float64 for float64 weights) and rounded once, to the weight's
+    own dtype. PEFT's ``fan_in_fan_out`` means nothing here, as in PEFT: only layers that are not
+    ``nn.Linear`` store their weights transposed, and LLaVA has none.
+
+    Raises:
+        UserInputError: a module the model lacks, or another shape.
+    """
+    parameters = dict(model.named_parameters())
+    linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, (a, b) in adapter.factors.items():
+        if name not in linear:
+            raise UserInputError(
+                f"the adapter in {where!r} changes {name!r}, which is no linear layer of the "
+                "model; give the model_base and the config.json it was trained with"
+            )
+        weight = parameters[name]
+        if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
+            raise UserInputError(
+                f"the adapter in {where!r} has factors {list(a.shape)} and {list(b.shape)} for "
+                f"{name!r} of shape {list(weight.shape)}; give the model_base it was trained on"
+            )
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        a, b = a.to(weight.device, dtype), b.to(weight.device, dtype)
+        weight.copy_(torch.addmm(weight.to(dtype), b, a, alpha=adapter.scales[name]))
