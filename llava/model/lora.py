@@ -117,12 +117,23 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         odd.append(f"init_lora_weights={start!r}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         odd.append(f"lora_alpha={alpha!r}")
+    patterns = config.get("alpha_pattern") or {}
+    if not (isinstance(patterns, dict) and all(map(_is_pattern, patterns))):
+        odd.append(f"alpha_pattern={patterns!r}")
     if odd:
         raise UserInputError(
             f"the adapter in {str(folder)!r} is more than a plain LoRA ({', '.join(odd)}), which "
             "cannot be merged here; merge it with PEFT and give the merged folder"
         )
     return config
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
