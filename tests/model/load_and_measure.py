@@ -53,7 +53,7 @@ def main() -> None:
         _, model, _, _ = load_pretrained_model(
             str(args.folder), args.base, device="cpu", dtype=dtype
         )
-    # a number of every page of memory (512 is a page of the widest type)
+    # at least one number of every page of memory
     read = [parameter.detach().flatten()[::512].float().sum() for parameter in model.parameters()]
     assert torch.stack(read).isfinite().all()
     held = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -67,6 +67,25 @@ def test_saved_names_are_those_of_llava(saved: Path) -> None:
     assert config["rope_theta"] == 10000.0
 
 
+def _shapes(file: Path) -> dict[str, list[int]]:
+    return {key: list(value.shape) for key, value in load_file(file).items()}
+
+
+def test_the_original_code_finds_its_names(tiny_folder: Path, tmp_path: Path) -> None:
+    """Saved again, recorded checkpoints of the original code have the weights it wrote itself."""
+    copy = tmp_path / "llava15-tiny"
+    shutil.copytree(tiny_folder, copy)
+    _edit_config(copy, mm_vision_tower=str(tiny_folder.parent / "clip-tiny-patch14-336"))
+    _load(copy).save_pretrained(tmp_path / "without")
+    recorded = _shapes(tiny_folder / "model.safetensors")
+    assert _shapes(tmp_path / "without" / "model.safetensors") == recorded
+    # with its tower inside, a model has what the recorded LLaVA-1.6 has, less the newline
+    _load(tiny_folder).save_pretrained(tmp_path / "with")
+    recorded = _shapes(tiny_folder.parent / "llava16-tiny" / "model.safetensors")
+    del recorded["model.image_newline"]
+    assert _shapes(tmp_path / "with" / "model.safetensors") == recorded
+
+
 @pytest.mark.parametrize("layout", ["one file", "shards", "bin", "bin shards"])
 def test_round_trip(layout: str, small_model: Make, tmp_path: Path) -> None:
     model = small_model(unfreeze_mm_vision_tower=True)

@@ -166,7 +166,7 @@ def test_projector_trained_beside_the_adapter(
 ) -> None:
     """The usual release: a plain language model, adapter, and the projector in a third file."""
     _write_adapter(tmp_path / "lora", base / "config.json", _factors([Q]))
-    with pytest.raises(UserInputError, match="4 missing weights, for example 'model.mm_projector"):
+    with pytest.raises(UserInputError, match=r"4 missing weights, .*mm_projector"):
         _load(tmp_path / "lora", plain_base)
     torch.save(_projector(prefix), tmp_path / "lora" / "non_lora_trainables.bin")
     model = _load(tmp_path / "lora", plain_base)
