@@ -136,7 +136,9 @@ def _load_model(
         model = cls.from_pretrained(base, **kwargs)
     else:
         native_config(base)  # refuses a base of another kind
-        config = cls.config_class.from_dict(native_config(folder))
+        config, kwargs = cls.config_class.from_dict(
+            native_config(folder), return_unused_kwargs=True, **kwargs
+        )
         model = cls.from_pretrained(base, config=config, supplied=set(part.weights), **kwargs)
     tower = model.get_vision_tower()
     if tower is not None:

@@ -177,6 +177,8 @@ def test_released_configs_and_unknown_keys(saved: Path, tmp_path: Path) -> None:
     wanted = _logits(_load(saved))
     _edit_config(saved, model_type="llava", mm_resampler_type=None, tune_mm_mlp_adapter=False)
     _edit_config(saved, max_sequence_length=77, my_own_key=[1, 2], rope_parameters="absent")
+    # LLaVA-1.5 has it, and transformers refuses to save a config that does
+    _edit_config(saved, max_length=4096)
     _, model, _, context = load_pretrained_model(str(saved), device="cpu")
     assert context == 77 and torch.equal(_logits(model), wanted)
     model.save_pretrained(tmp_path / "again")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -136,6 +137,13 @@ def test_saved_model_is_a_native_one(theirs, tmp_path: Path) -> None:
     assert torch.equal(_logits(_load(tmp_path / "native")), _logits(model))
 
 
+def test_it_prunes(theirs, tmp_path: Path) -> None:
+    _save(theirs, tmp_path / "model")
+    settings = {"method": "zoo", "keep_tokens": 2}
+    model = load_pretrained_model(str(tmp_path / "model"), device="cpu", pruning=settings)[1]
+    assert _logits(model).shape[1] == 4 + 2
+
+
 def test_settings_reach_the_model(theirs, tmp_path: Path) -> None:
     theirs.config.vision_feature_layer = -1
     theirs.config.vision_feature_select_strategy = "full"
@@ -245,6 +253,12 @@ def test_next_config_on_mistral() -> None:
     assert config["num_key_value_heads"] == 8 and config["vocab_size"] == 100
     assert name_in_memory("image_newline") == "model.image_newline"
     assert name_in_memory("model.image_newline") == "model.image_newline"
+
+
+def test_the_name_llava_stays_theirs() -> None:
+    """Ours is registered under other names, so that nobody's AutoModel is hijacked."""
+    assert type(AutoConfig.for_model("llava")) is LlavaConfig
+    assert type(AutoConfig.for_model("llava_next")) is LlavaNextConfig
 
 
 def test_native_configs_pass_through() -> None:

@@ -244,6 +244,8 @@ def test_projector_only(
         assert all(torch.equal(weights[key], value) for key, value in _projector().items())
         wanted = load_file(language / "model.safetensors")["lm_head.weight"]
         assert torch.equal(weights["lm_head.weight"], wanted)
+    pruned = _load(folder, plain_base, pruning={"method": "zoo", "keep_tokens": 2})
+    assert _logits(pruned).shape[1] == 3 + 2
 
 
 def test_embeddings_saved_with_the_projector(plain_base: Path, base: Path, tmp_path: Path) -> None:
