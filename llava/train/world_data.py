@@ -1,6 +1,6 @@
 """Write training data of llava-tiny: ``python -m llava.train.world_data --tower T --output DIR``.
 
-``data.json`` holds LLaVA conversations (12 question-answer turns an image) and ``features.npy`` the
+``data.json`` holds LLaVA conversations of 16 turns, lists and questions. ``features.npy`` holds the
 frozen tower's features of every image, which spares the trainer from running the tower each epoch.
 A killed run continues where its features end.
 """
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.train.descriptions import describe
 from llava.world import FAMILIES, Scene, ask, render, scene
 
 
@@ -34,11 +35,20 @@ class Images(Dataset):
 
 
 def conversation(made: Scene, rng: np.random.RandomState, turns: int) -> list[dict[str, str]]:
-    """``turns`` questions and answers about one scene, families in equal shares, shuffled."""
-    families = [list(FAMILIES)[i % len(FAMILIES)] for i in range(turns)]
+    """``turns`` turns about one scene: a list of each family, then questions, shuffled.
+
+    No question is asked twice: a repeated one teaches to copy the answer, not to look.
+    """
+    pairs = dict(describe(rng, made))
+    families = list(FAMILIES)
+    for attempt in range(4 * turns):
+        if len(pairs) == turns:
+            break
+        question, answer = ask(rng, made, families[attempt % len(families)])
+        pairs.setdefault(question, answer)
     messages = []
-    for index in rng.permutation(turns):
-        question, answer = ask(rng, made, families[index])
+    for index in rng.permutation(len(pairs)):
+        question, answer = list(pairs.items())[index]
         mark = "" if messages else "<image>\n"
         messages += [
             {"from": "human", "value": mark + question},
@@ -93,7 +103,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["train", "val"], default="train")
     parser.add_argument("--scenes", type=int, default=10_000)
     parser.add_argument("--variants", type=int, default=4, help="conversations a scene")
-    parser.add_argument("--turns", type=int, default=12, help="questions a conversation")
+    parser.add_argument("--turns", type=int, default=16, help="lists and questions a conversation")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
