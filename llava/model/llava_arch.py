@@ -99,7 +99,8 @@ class LlavaMetaModel:
         config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
         config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
         config.use_mm_proj = True
-        if self.get_vision_tower() is None:
+        tower = self.get_vision_tower()
+        if tower is None or tower.vision_tower_name != config.mm_vision_tower:
             self.vision_tower = build_vision_tower(config, delay_load=True)
         self.vision_tower.load_model()
         config.mm_hidden_size = self.vision_tower.hidden_size

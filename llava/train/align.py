@@ -136,11 +136,11 @@ def _span(rows: Tensor) -> Tensor:
     return vectors[values > 0.05 * values[0]]
 
 
-def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], marks: dict[str, Tensor]) -> None:
-    """First layer: a name attends to the image tokens of its class and takes what they hold.
+def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image: Tensor) -> None:
+    """First layer: a word attends to the image tokens of its class and takes what they hold.
 
-    Other words look at BOS, which holds nothing. Matches use the slow rotary channels, so that
-    distance hardly matters.
+    ``text`` and ``image`` ``[D]`` are the unit directions that mark the two kinds of token. Matches
+    use the slow rotary channels, so that distance hardly matters.
     """
     attention, span = layer.self_attn, layer.self_attn.head_dim
     half = span // 2
@@ -159,44 +159,17 @@ def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], marks: dict[str, Ten
         for row, direction in zip(slow, bases[match], strict=False):
             attention.q_proj.weight[start + row] = direction
             attention.k_proj.weight[start + row] = direction
-        kind, idle = start + half - 1, start + span - 1
-        attention.q_proj.weight[kind] = 1.5 * marks["name"]
-        attention.k_proj.weight[kind] = 1.5 * (marks["image"] - marks["text"])
-        attention.q_proj.weight[idle] = 1.1 * marks["text"]
-        attention.k_proj.weight[idle] = 1.1 * marks["bos"]
-        wire_copy(attention, head, content, strength=0.2)
-
-
-def wire_gather(layer: nn.Module, bases: dict[str, Tensor], marks: dict[str, Tensor]) -> None:
-    """Second layer: a text token takes over what the words just before it hold, names first.
-
-    Nearness is counted in rotary waves of 14 to 860 tokens; the last head looks back furthest.
-    """
-    attention, span = layer.self_attn, layer.self_attn.head_dim
-    others = torch.cat([bases["facts"][span:], bases["rest"]])
-    near, far = (1, 2, 3, 4, 5, 6), (2, 3, 4, 5, 6)
-    for head, (channels, content) in enumerate(
-        [(near, bases["class"]), (near, bases["facts"]), (near, others), (far, bases["class"])]
-    ):
-        start = head * span
-        rows = slice(start, start + span)
-        attention.q_proj.weight[rows] = attention.k_proj.weight[rows] = 0
-        for channel in channels:
-            attention.q_proj.weight[start + channel] = 0.5 * marks["text"]
-            attention.k_proj.weight[start + channel] = 0.5 * (marks["text"] + marks["name"])
-        kind = start + span // 2 - 1
-        attention.q_proj.weight[kind] = 1.5 * marks["text"]
-        attention.k_proj.weight[kind] = 1.5 * (marks["text"] - marks["image"])
-        wire_copy(attention, head, content, strength=1.0)
+        kind = start + half - 1
+        attention.q_proj.weight[kind] = 1.5 * text
+        attention.k_proj.weight[kind] = 1.5 * (image - text)
+        wire_copy(attention, head, content[:span], strength=0.2)
 
 
 def wire_copy(attention: nn.Module, head: int, basis: Tensor, strength: float) -> None:
-    """Let a head pass on what its tokens hold in the first ``head_dim`` rows of ``basis``."""
-    span = attention.head_dim
-    rows = nn.functional.pad(basis[:span], (0, 0, 0, max(0, span - len(basis))))
-    columns = slice(head * span, (head + 1) * span)
-    attention.v_proj.weight[columns] = rows
-    attention.o_proj.weight[:, columns] = strength * rows.T
+    """Let a head pass on what its tokens hold in the rows of ``basis`` ``[<= head_dim, D]``."""
+    columns = slice(head * attention.head_dim, head * attention.head_dim + len(basis))
+    attention.v_proj.weight[columns] = basis
+    attention.o_proj.weight[:, columns] = strength * basis.T
 
 
 @torch.no_grad()
@@ -209,25 +182,17 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
     projector = starting_projector(features, labels, model.config.hidden_size)
     found = effects(projector(features), labels)
     bases = class_bases(found)
-    # quiet directions of the features mark what a token is
-    marks = dict(zip(("text", "image", "name", "bos"), bases["rest"][-4:], strict=True))
+    text, image = bases["rest"][-2:]  # quiet directions of the features mark what a token is
     length = _SCALE * model.config.hidden_size**0.5
 
     table = model.model.embed_tokens.weight
-    # words that name nothing stay clear of the directions of names, facts and marks
-    others = bases["rest"][:-4]
-    table.copy_(nn.functional.normalize(table @ others.T @ others, dim=1) * length)
-    table[tokenizer.bos_token_id] = length * marks["bos"]
-    named = {tokenizer(word)["input_ids"][-1]: place for word, place in words().items()}
-    for token, (label, index) in named.items():
-        direction = nn.functional.normalize(found[label][index], dim=0)
-        table[token] = length * (direction + 0.5 * marks["name"])
-    table.add_(0.5 * length * marks["text"])
-    projector[2].bias.add_(0.5 * length * marks["image"])
-    for layer in model.model.layers[:2]:  # what is wired is louder than what is random
-        layer.mlp.down_proj.weight.mul_(0.2)
-    wire_lookup(model.model.layers[0], bases, marks)
-    wire_gather(model.model.layers[1], bases, marks)
+    table.mul_(_SCALE / table.square().mean().sqrt())
+    for word, (label, index) in words().items():
+        token = tokenizer(word)["input_ids"][-1]
+        table[token] = length * nn.functional.normalize(found[label][index], dim=0)
+    table.add_(0.5 * length * text)
+    projector[2].bias.add_(0.5 * length * image)
+    wire_lookup(model.model.layers[0], bases, text, image)
     model.save_pretrained(folder)
     state = {f"model.mm_projector.{name}": value for name, value in projector.state_dict().items()}
     torch.save(state, folder / "mm_projector.bin")

@@ -1,8 +1,9 @@
 """Write training data of llava-tiny: ``python -m llava.train.world_data --tower T --output DIR``.
 
-``data.json`` holds LLaVA conversations of 16 turns, lists and questions. ``features.npy`` holds the
-frozen tower's features of every image, which spares the trainer from running the tower each epoch.
-A killed run continues where its features end.
+``pretrain.json`` holds LLaVA conversations of 16 turns, lists and questions; ``finetune.json``
+holds conversations of questions alone. ``features.npy`` holds the frozen tower's features of every
+image, which spares the trainer from running the tower each epoch. A killed run continues where its
+features end.
 """
 
 import argparse
@@ -34,12 +35,14 @@ class Images(Dataset):
         return self.processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
 
-def conversation(made: Scene, rng: np.random.RandomState, turns: int) -> list[dict[str, str]]:
-    """``turns`` turns about one scene: a list of each family, then questions, shuffled.
+def conversation(
+    made: Scene, rng: np.random.RandomState, turns: int, lists: bool
+) -> list[dict[str, str]]:
+    """``turns`` turns about one scene: with ``lists`` one of each family, then questions, shuffled.
 
     No question is asked twice: a repeated one teaches to copy the answer, not to look.
     """
-    pairs = dict(describe(rng, made))
+    pairs = dict(describe(rng, made)) if lists else {}
     families = list(FAMILIES)
     for attempt in range(4 * turns):
         if len(pairs) == turns:
@@ -57,21 +60,23 @@ def conversation(made: Scene, rng: np.random.RandomState, turns: int) -> list[di
     return messages
 
 
-def write_conversations(output: Path, split: str, scenes: int, variants: int, turns: int) -> None:
-    """``data.json``: ``variants`` conversations for each scene, LLaVA's sample format."""
+def write_conversations(
+    path: Path, split: str, scenes: int, variants: int, turns: int, lists: bool
+) -> None:
+    """``variants`` conversations for each scene, LLaVA's sample format."""
     samples = []
     for index in tqdm(range(scenes), desc="questions", mininterval=10):
         made = scene(f"{split}/{index:06d}")
         for variant in range(variants):
-            rng = np.random.RandomState([index, variant, 77])
+            rng = np.random.RandomState([index, variant, 77 if lists else 78])
             samples.append(
                 {
                     "id": f"{split}-{index:06d}-{variant}",
                     "image": f"{split}/{index:06d}.png",
-                    "conversations": conversation(made, rng, turns),
+                    "conversations": conversation(made, rng, turns, lists),
                 }
             )
-    (output / "data.json").write_text(json.dumps(samples))
+    path.write_text(json.dumps(samples))
 
 
 @torch.no_grad()
@@ -107,8 +112,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    if not (args.output / "data.json").exists():
-        write_conversations(args.output, args.split, args.scenes, args.variants, args.turns)
+    for name, lists in (("pretrain.json", True), ("finetune.json", False)):
+        path = args.output / name
+        if not path.exists():
+            write_conversations(path, args.split, args.scenes, args.variants, args.turns, lists)
     write_features(args.output, args.tower, args.split, args.scenes, args.workers)
 
 

@@ -1,6 +1,7 @@
 """The trainer end to end on a handful of scenes: cached features, pixels, resume, package."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save_pretrained(folder / "tower")
     init_language_model(folder / "init", "tiny", seed=0)
     (folder / "data").mkdir()
-    write_conversations(folder / "data", "train", SCENES, variants=2, turns=6)
+    write_conversations(folder / "data/data.json", "train", SCENES, 2, turns=12, lists=True)
     write_features(folder / "data", str(folder / "tower"), "train", SCENES, workers=0)
     for index in range(SCENES):
         target = folder / "images" / f"train/{index:06d}.png"
@@ -167,6 +168,32 @@ def test_patch_labels_name_what_is_drawn() -> None:
     assert int((labels["corner"] == 1).sum()) == len(made.items)
     for name, values in labels.items():
         assert values.max() < CLASSES[name] and values.min() >= IGNORE
+
+
+def test_neighbour_labels_show_the_partner_and_skip_the_thing_itself() -> None:
+    made = scene("train/000000")
+    labels = patch_labels(made)
+    sides = {"above": "up", "below": "down", "left": "left", "right": "right"}
+    seen = 0
+    for item in made.items:
+        own = labels["shape"][item.row, item.column]
+        block = slice(item.row, item.row + 2), slice(item.column, item.column + 2)
+        assert all((labels[side][block] != own).all() for side in sides.values())
+        if item.partner is not None:
+            other = made.items[item.partner]
+            partner = labels["shape"][other.row, other.column]
+            assert (labels[sides[item.partner_side]][block] == partner).sum() == 2
+            seen += 1
+    assert seen > 0
+
+
+def test_a_trained_model_takes_another_tower(work: Path, trained: Path) -> None:
+    shutil.copytree(work / "tower", work / "other-tower")
+    model = build_model(
+        ModelArguments(str(trained), vision_tower=str(work / "other-tower")), torch.float32
+    )
+    assert model.get_vision_tower().vision_tower_name == str(work / "other-tower")
+    assert model.config.mm_vision_tower == str(work / "other-tower")
 
 
 def test_the_tower_starts_by_looking_at_neighbours_and_has_finite_gradients() -> None:
