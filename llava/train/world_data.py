@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.train.descriptions import describe
-from llava.world import FAMILIES, Scene, ask, render, scene
+from llava.train.descriptions import TRAINING_FAMILIES, describe
+from llava.world import Scene, ask, render, scene
 
 
 class Images(Dataset):
@@ -43,11 +43,11 @@ def conversation(
     No question is asked twice: a repeated one teaches to copy the answer, not to look.
     """
     pairs = dict(describe(rng, made)) if lists else {}
-    families = list(FAMILIES)
+    families = list(TRAINING_FAMILIES)
     for attempt in range(4 * turns):
         if len(pairs) == turns:
             break
-        question, answer = ask(rng, made, families[attempt % len(families)])
+        question, answer = ask(rng, made, families[attempt % len(families)], TRAINING_FAMILIES)
         pairs.setdefault(question, answer)
     messages = []
     for index in rng.permutation(len(pairs)):

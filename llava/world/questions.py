@@ -5,6 +5,7 @@ question. What the answer needs stands in the image once or is counted; nothing 
 """
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -85,7 +86,8 @@ def places(scene: Scene) -> list[tuple[Item, str]]:
     return found
 
 
-FAMILIES = {
+Families = Mapping[str, Callable[[np.random.RandomState, Scene], tuple[str, str] | None]]
+FAMILIES: Families = {
     "existence": existence,
     "color": color,
     "relation": relation,
@@ -95,12 +97,14 @@ FAMILIES = {
 }
 
 
-def ask(rng: np.random.RandomState, scene: Scene, family: str) -> tuple[str, str]:
+def ask(
+    rng: np.random.RandomState, scene: Scene, family: str, families: Families = FAMILIES
+) -> tuple[str, str]:
     """One question of ``family`` about ``scene``, or of the next family that has one."""
-    names = list(FAMILIES)
+    names = list(families)
     start = names.index(family)
     for name in names[start:] + names[:start]:
-        pair = FAMILIES[name](rng, scene)
+        pair = families[name](rng, scene)
         if pair is not None:
             return pair
     raise RuntimeError("every scene answers an existence question")
