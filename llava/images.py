@@ -120,6 +120,7 @@ def _download(url: str) -> bytes:
         reason = str(getattr(error.reason, "strerror", None) or error.reason)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = str(error) or type(error).__name__
+    reason = " ".join(reason.split())
     raise UserInputError(
         f"cannot download {_short(url)}: {reason}; check the URL, or download it and give its path"
     )
