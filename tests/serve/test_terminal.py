@@ -16,11 +16,12 @@ PATIENCE = 400  # seconds: the machine may be busy
 def test_a_session_with_llava_tiny(tmp_path: Path) -> None:
     tiny = ROOT / "playground" / "llava-tiny"
     overlay = tmp_path / "kept.png"
+    flags = ["--model-path", str(tiny), "--image-file", str(tiny / "example.png")]
+    flags += ["--temperature", "0", "--max-new-tokens", "8"]
+    flags += ["--pruner", "zoo", "--keep-tokens", "64", "--pruner-option", "directions=8"]
     chat = pexpect.spawn(
         sys.executable,
-        ["-m", "llava.serve.cli", "--model-path", str(tiny), "--temperature", "0"]
-        + ["--image-file", str(tiny / "example.png"), "--max-new-tokens", "8"]
-        + ["--pruner", "zoo", "--keep-tokens", "64", "--pruner-option", "directions=8"],
+        ["-m", "llava.serve.cli", *flags],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"},
         encoding="utf-8",
         timeout=PATIENCE,
