@@ -82,6 +82,7 @@ def eval_model(args: Any) -> str:
     sampling = Sampling(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
     pruning = pruning_from(args)
     images = load_images(image_parser(args))
+    count_marks(args.query, len(images))
     name = args.model_name or get_model_name_from_path(args.model_path)
     tokenizer, model, processor, _ = load_pretrained_model(
         args.model_path,
@@ -138,20 +139,26 @@ def build_prompt(query: str, images: int, template: str, mark: str) -> str:
 
     Raises UserInputError if the query marks another number of images.
     """
-    question = query.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
-    marked = question.count(IMAGE_PLACEHOLDER)
-    if marked == 0:
-        question = mark * images + question
-    elif marked != images:
-        raise UserInputError(
-            f"the query marks {marked} images but {images} were given; mark each image once "
-            f"with {IMAGE_PLACEHOLDER}, or none at all"
-        )
-    question = question.replace(IMAGE_PLACEHOLDER, mark.rstrip("\n"))
+    if count_marks(query, images):
+        question = query.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
+        question = question.replace(IMAGE_PLACEHOLDER, mark.rstrip("\n"))
+    else:
+        question = mark * images + query
     conversation = conv_templates[template].copy()
     conversation.append_message(conversation.roles[0], question)
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()
+
+
+def count_marks(query: str, images: int) -> int:
+    """How many images a query marks: all of them or none. Raises UserInputError otherwise."""
+    marked = query.count(IMAGE_PLACEHOLDER) + query.count(DEFAULT_IMAGE_TOKEN)
+    if marked not in (0, images):
+        raise UserInputError(
+            f"the query marks {marked} images but the number of images is {images}; mark each "
+            f"image once with {IMAGE_PLACEHOLDER}, or none at all"
+        )
+    return marked
 
 
 def _complete(args: Any) -> argparse.Namespace:

@@ -27,7 +27,7 @@ from llava.model.builder import load_pretrained_model
 from llava.pruning.flags import add_pruning_flags, pruning_from
 from llava.sampling import Sampling
 from llava.serve.commands import Leave, is_command, run_command
-from llava.serve.session import Loaded, Session
+from llava.serve.session import Loaded, Session, check_chat_template
 from llava.utils import UserInputError
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
@@ -68,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
 def open_session(args: argparse.Namespace) -> Session:
     """Check the flags, then load image and model. Raises UserInputError."""
     check_conv_mode(args.conv_mode)
+    if args.conv_mode is not None:
+        check_chat_template(args.conv_mode)
     sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens)
     image = load_image(args.image_file)
     pruning = pruning_from(args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,7 @@ class Session:
         sampling: Sampling,
         debug: bool = False,
     ) -> None:
-        if conv_templates[template].sep_style is SeparatorStyle.PLAIN:
-            raise UserInputError(
-                f"template {template!r} holds captions, no chat; use another --conv-mode"
-            )
+        check_chat_template(template)
         self.loaded = loaded
         self.template = template
         self.sampling = sampling
@@ -92,18 +89,15 @@ class Session:
             budget = {}
         elif not budget:
             raise UserInputError(f"{name} needs a budget; set one first: /keep 64, or /keep 0.1")
-        config = PruningConfig(name, **budget, options=options)
+        config = self._changed(budget, method=name, options=options)
         self.model.pruning = config
         self.budget = budget_of(config) or self.budget
 
     def use_budget(self, budget: dict[str, Any]) -> None:
         """Keep as many tokens from now on; without a method the budget waits for the next one."""
-        config = self.model.pruning
-        name = config.method if config is not None else "none"
-        # Built also where no method uses it yet, because building checks the numbers.
-        changed = PruningConfig(name, **budget, options=config.options if config else {})
-        if get_method(name).budgeted:
-            self.model.pruning = changed
+        config = self._changed(budget)  # built also where nothing uses it yet: it checks numbers
+        if config.pruner.budgeted:
+            self.model.pruning = config
         self.budget = budget
 
     def ask(self, question: str) -> Turn:
@@ -155,6 +149,11 @@ class Session:
                 f"cannot save {path}: {error}; give a path that ends in .png"
             ) from error
 
+    def _changed(self, budget: dict[str, Any], **settings: Any) -> PruningConfig:
+        """The active setting with another budget, and perhaps more changed."""
+        budgets = {name: budget.get(name) for name in BUDGETS}
+        return replace(self.model.pruning or PruningConfig(), **budgets, **settings)
+
     def _answer(self, prompt: str, silent: bool = False) -> Turn:
         if self.debug:
             print(f"\n{prompt!r}", file=sys.stderr)
@@ -184,6 +183,14 @@ class Session:
         turn = Turn(setting, answer, stopped, not self._warm, cost, clock.tokens.get("prune"))
         self._warm = True
         return turn
+
+
+def check_chat_template(template: str) -> None:
+    """Raise UserInputError for a template without turns."""
+    if conv_templates[template].sep_style is SeparatorStyle.PLAIN:
+        raise UserInputError(
+            f"template {template!r} holds captions, no chat; use another --conv-mode"
+        )
 
 
 def budget_of(config: PruningConfig | None) -> dict[str, Any]:
