@@ -125,7 +125,7 @@ def respond(session: Session, line: str, overlay: Path | None) -> None:
         print()  # the error stands on a line of its own
         raise
     print(turn.status(), flush=True)
-    if overlay is not None and turn.visual is not None:
+    if overlay is not None and turn is session.last:  # not if it was stopped before a word
         session.save_overlay(overlay)
 
 
