@@ -66,7 +66,7 @@ def _decode(source: Path | BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=FORMATS) as image:
+            with Image.open(source, formats=_readable()) as image:
                 _check_size(image.size, name)
                 return image.convert("RGB")
     except UserInputError:
@@ -75,7 +75,7 @@ def _decode(source: Path | BytesIO, name: str) -> Image.Image:
         raise _too_large(name, "more") from error
     except UnidentifiedImageError as error:
         raise UserInputError(
-            f"{_short(name)} is not an image that can be read; give one of {', '.join(FORMATS)}"
+            f"{_short(name)} is not an image that can be read; give one of {', '.join(_readable())}"
         ) from error
     except PermissionError as error:
         raise UserInputError(
@@ -85,6 +85,12 @@ def _decode(source: Path | BytesIO, name: str) -> Image.Image:
         raise UserInputError(
             f"image {_short(name)} is damaged or cut short ({error}); download or save it again"
         ) from error
+
+
+def _readable() -> list[str]:
+    """Those of FORMATS that this build of Pillow knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:

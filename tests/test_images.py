@@ -172,6 +172,15 @@ def test_limits_of_a_download(serve: Callable[..., str], monkeypatch: pytest.Mon
         load_image(f"{address}/drip")
 
 
+def test_a_format_that_pillow_does_not_know_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "FORMATS", ("NEWER", *images.FORMATS))
+    path = tmp_path / "picture.png"
+    path.write_bytes(png())
+    assert load_image(path).size == (6, 4)
+
+
 @pytest.mark.parametrize(
     "location",
     ["file:///etc/hostname", "ftp://example.com/a.png", "data:image/png;base64,AAAA", "s3://a/b"],

@@ -276,7 +276,7 @@ def test_ctrl_c_keeps_what_was_said(
 
 
 def test_ctrl_c_before_the_first_word_forgets_the_turn(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -284,7 +284,9 @@ def test_ctrl_c_before_the_first_word_forgets_the_turn(
     with monkeypatch.context() as patch:
         patch.setattr(type(session.model), "encode_images", interrupted)
         turn = session.ask("What colour is it?")
+        cli.respond(session, "What colour is it?", overlay=tmp_path / "kept.png")
     assert turn.stopped and turn.cost is None and turn.status() == "stopped"
+    assert not (tmp_path / "kept.png").exists()
     assert not session.chat.messages and session.last is None
     assert session.ask("What colour is it?").answer
 
