@@ -138,6 +138,11 @@ class LlavaMetaForCausalLM:
     def pruning(self, value: PruningConfig | Mapping[str, Any] | None) -> None:
         if isinstance(value, Mapping):
             value = PruningConfig.from_dict(dict(value))
+        if not isinstance(value, PruningConfig | None):
+            raise UserInputError(
+                "pruning must be a PruningConfig, its dict form such as {'method': 'zoo', "
+                f"'keep_tokens': 64}}, or None; got {value!r}"
+            )
         self.config.mm_token_pruning = None if value is None else value.to_dict()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:

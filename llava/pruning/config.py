@@ -42,7 +42,7 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         cls = get_method(self.method)
-        object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "options", _mapping("options", self.options))
         object.__setattr__(self, "pruner", _build(cls, self.options))
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) == 2:
@@ -81,12 +81,10 @@ class PruningConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:
         """Read `to_dict()` output, or the same with another tool's budget word (one warning)."""
         allowed = ("method", *BUDGETS, "options", *ALIASES)
-        for key in data:
+        for key in _mapping("a pruning setting", data):
             if key not in allowed:
                 raise unknown("pruning setting", key, allowed)
         options = data.get("options") or {}
-        if not isinstance(options, Mapping):
-            raise PruningError(f"options must be a mapping, got {type(options).__name__}")
         return cls(data.get("method", "none"), **_budget(data), options=options)
 
     @classmethod
@@ -120,6 +118,12 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[key] = text
     return options
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PruningError(f"{name} must be a mapping of names to values, got {value!r}")
+    return dict(value)
 
 
 def _build(cls: type[PruningMethod], options: Mapping[str, Any]) -> PruningMethod:

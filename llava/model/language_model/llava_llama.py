@@ -22,6 +22,7 @@ from llava.model.checkpoint import (
     local_checkpoint,
     read_config,
 )
+from llava.model.inputs import check_images, check_prompt
 from llava.model.llava_arch import (
     Images,
     LlavaMetaForCausalLM,
@@ -227,15 +228,16 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
 
         Raises:
             NotImplementedError: ``inputs_embeds`` was given.
-            UserInputError: no prompt, or images that do not match the marks.
+            UserInputError: no prompt, ids, masks or images of the wrong kind, or images that do not
+                match the marks.
         """
         if "inputs_embeds" in kwargs:
             raise NotImplementedError("`inputs_embeds` is not supported; pass ids and images")
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is None:
-            raise UserInputError("generate needs a prompt: pass ids of shape [B, L] as inputs")
         position_ids = kwargs.pop("position_ids", None)
         attention_mask = kwargs.pop("attention_mask", None)
+        check_prompt(input_ids, attention_mask, self.get_input_embeddings().num_embeddings)
+        check_images(images)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         with padding_side("left"):

@@ -121,7 +121,8 @@ def refuse_non_finite(visual: VisualTokens) -> None:
             tile, token = bad.nonzero()[0].tolist()
             raise PruningError(
                 f"{name} of tile {tile}, token {token} is NaN or inf "
-                f"({int(bad.sum())} such tokens); pruning would pick at random"
+                f"({int(bad.sum())} such tokens), so pruning would pick at random; check the "
+                "pixels and the weights, or load the model in float32"
             )
 
 
