@@ -18,7 +18,7 @@ def every_token(z, valid, row):
 
 
 def highest_argmax(score):
-    return len(score) - 1 - score.flip(0).argmax()
+    return score.shape[-1] - 1 - score.flip(-1).argmax(dim=-1)
 
 
 def shifted(indices):
