@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 from llava.pruning.config import PruningConfig
-from llava.pruning.errors import PruningError
+from llava.pruning.released import applies_to, extra_places, nominal_budget
 from llava.pruning.tokens import VisualTokens
 
 
 def image_budgets(visual: VisualTokens, config: PruningConfig) -> list[int | None]:
-    """Tokens every image keeps; None for an image that stays as it is."""
+    """Tokens every image keeps; None for an image that stays as it is.
+
+    A prompt that would be too long for the model keeps fewer, so that none of its text is lost. One
+    without any pruned image is left alone: it is the unpruned model's.
+    """
     sizes = visual.tile_sizes()
+    totals = [visual.sequence(image).total for image in range(visual.num_images)]
     budgets: list[int | None] = []
-    for image in range(visual.num_images):
-        total = visual.sequence(image).total
-        patches = sum(sizes[t] for t in visual.tiles_of(image))
-        kept = config.num_kept(total, patches)
-        limit = visual.limits[image] if visual.limits is not None else None
-        # A method that removes nothing cannot make room either.
-        if limit is not None and config.pruner.budgeted:
-            kept = min(kept, limit)
-        budgets.append(None if kept >= total else kept)
+    for image, total in enumerate(totals):
+        if visual.released and config.pruner.budgeted and applies_to(visual, image):
+            kept, extra = nominal_budget(visual, config), len(extra_places(visual, image))
+        else:
+            kept, extra = config.num_kept(total, sum(sizes[t] for t in visual.tiles_of(image))), 0
+        budgets.append(None if kept >= total else kept + extra)
+    for prompt in visual.prompts:
+        wanted = [budgets[image] for image in prompt.images]
+        if any(budget is not None for budget in wanted):
+            most = [
+                totals[i] if k is None else k for i, k in zip(prompt.images, wanted, strict=True)
+            ]
+            for image, k, m in zip(
+                prompt.images, level(max(prompt.room, 0), most), most, strict=True
+            ):
+                budgets[image] = budgets[image] if k == m else k
     return budgets
+
+
+def level(room: int, most: list[int]) -> list[int]:
+    """What each of several may have of `room`: all it wants, or as much as any other that does not.
+
+    The result sums to min(room, sum(most)); what does not divide evenly goes to the later ones of
+    those that get least of what they want.
+    """
+    shares = list(most)
+    for rank, index in enumerate(sorted(range(len(most)), key=most.__getitem__)):
+        shares[index] = min(most[index], room // (len(most) - rank))
+        room -= shares[index]
+    return shares
 
 
 def tile_counts(
@@ -55,22 +80,3 @@ def share_out(budget: int, capacity: list[int]) -> list[int]:
         shares[tile] += extra
         left -= extra
     return shares
-
-
-def reserve_newlines(visual: VisualTokens, budgets: list[int | None]) -> list[int | None]:
-    """What is left of each budget once every row of the image has its newline.
-
-    Raises PruningError where nothing is left.
-    """
-    patches: list[int | None] = []
-    for image, budget in enumerate(budgets):
-        rows, width = visual.layouts[image].newline_rows if visual.layouts else (0, 0)
-        reserved = rows if width else 0
-        if budget is not None and budget <= reserved:
-            raise PruningError(
-                f"newline='keep' reserves {reserved} tokens of image {image} for the ends of its "
-                f"rows, so {budget} tokens leave none for patches; keep at least {reserved + 1}, "
-                "or use newline='drop'"
-            )
-        patches.append(None if budget is None else budget - reserved)
-    return patches

@@ -99,9 +99,7 @@ class ImageLayout:
             return _cell(self.base_box, self.grid, row, col)
         down, across = divmod(tile - 1, self.crops[1])
         shape = self.crops[0] * self.grid[0], self.crops[1] * self.grid[1]
-        return _cell(
-            self.canvas_box, shape, down * self.grid[0] + row, across * self.grid[1] + col
-        )
+        return _cell(self.canvas_box, shape, down * self.grid[0] + row, across * self.grid[1] + col)
 
 
 def _cell(box: Box | None, shape: tuple[int, int], row: int, col: int) -> Box | None:

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
-from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import VisualTokens
 
 # Base view and four crops: what the released budgets are shares of.
 NOMINAL_TILES = 5
 
 
-def applies_to(layout: ImageLayout) -> bool:
+def applies_to(visual: VisualTokens, image: int) -> bool:
     """Whether the released rules say anything about an image: it has crops, with newlines."""
+    if visual.layouts is None:
+        return False
+    layout = visual.layouts[image]
     return layout.newline and layout.crops != (0, 0)
 
 
@@ -36,21 +38,26 @@ def check_released(config: PruningConfig) -> None:
         )
 
 
-def released_counts(visual: VisualTokens, config: PruningConfig, image: int) -> list[int]:
-    """Patches every tile of `image` keeps, before the extra ones."""
+def nominal_budget(visual: VisualTokens, config: PruningConfig) -> int:
+    """The budget of every image before it is divided among tiles."""
+    if config.keep_ratio is not None:
+        return int(NOMINAL_TILES * visual.projected.shape[1] * config.keep_ratio)
+    assert config.keep_tokens is not None  # a method with a budget has one of the two
+    return config.keep_tokens
+
+
+def released_counts(
+    visual: VisualTokens, config: PruningConfig, image: int, budget: int
+) -> list[int]:
+    """Patches every tile of `image` keeps, before the extra ones, which `budget` includes."""
     sizes = visual.tile_sizes()
     capacity = [sizes[t] for t in visual.tiles_of(image)]
-    if config.keep_ratio is not None:
-        nominal = int(NOMINAL_TILES * visual.projected.shape[1] * config.keep_ratio)
-    else:
-        nominal = config.keep_tokens or 0
-    if visual.limits is not None and visual.limits[image] is not None:
-        nominal = min(nominal, visual.limits[image] - len(extra_places(visual, image)))
+    nominal = min(nominal_budget(visual, config), budget - len(extra_places(visual, image)))
     share = nominal // sum(room > 0 for room in capacity)
     if share < 1:
         raise PruningError(
-            f"mm_next_protocol 'zoo-release': {nominal} tokens leave none for a tile of image "
-            f"{image}; keep more tokens"
+            f"mm_next_protocol 'zoo-release': {max(nominal, 0)} tokens leave none for a tile of "
+            f"image {image}; keep more tokens"
         )
     return [min(share, room) for room in capacity]
 

@@ -141,7 +141,7 @@ class Selector:
             valid=valid,
             extras=extras,
             layouts=None,
-            limits=None,
+            prompts=(),
         )
         return view, lookup, importance
 

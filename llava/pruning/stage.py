@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.pruning.budget import image_budgets, reserve_newlines, tile_counts
+from llava.pruning.budget import image_budgets, tile_counts
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE
 from llava.pruning.methods.base import refuse_non_finite
+from llava.pruning.newlines import choose_with_newlines
 from llava.pruning.released import applies_to, check_released, extra_places, released_counts
 from llava.pruning.selector import Selector
 from llava.pruning.tokens import TokenSequence, VisualTokens
@@ -49,11 +50,15 @@ def _choose(selector: Selector, budgets: list[int | None]) -> Tensor:
     visual, config = selector.visual, selector.config
     if visual.released:
         return _choose_as_released(selector, budgets)
-    if config.newline == "keep":
-        return _choose_with_newlines(selector, budgets)
-    if config.allocation == "global":
-        return selector.globally(budgets)
-    return selector.per_tile(tile_counts(visual, budgets))
+
+    def pick(patches: list[int | None]) -> Tensor:
+        if config.allocation == "global":
+            return selector.globally(patches)
+        return selector.per_tile(tile_counts(visual, patches))
+
+    return (
+        choose_with_newlines(selector, budgets, pick) if config.newline == "keep" else pick(budgets)
+    )
 
 
 def _choose_as_released(selector: Selector, budgets: list[int | None]) -> Tensor:
@@ -61,66 +66,19 @@ def _choose_as_released(selector: Selector, budgets: list[int | None]) -> Tensor
     visual, config = selector.visual, selector.config
     check_released(config)
     counts = tile_counts(visual, budgets)
-    images = [
-        image
+    images = {
+        image: budget
         for image, budget in enumerate(budgets)
-        if budget is not None and visual.layouts and applies_to(visual.layouts[image])
-    ]
-    for image in images:
-        shares = released_counts(visual, config, image)
+        if budget is not None and applies_to(visual, image)
+    }
+    for image, budget in images.items():
+        shares = released_counts(visual, config, image, budget)
         for tile, share in zip(visual.tiles_of(image), shares, strict=True):
             counts[tile] = share
     chosen = selector.per_tile(counts)
     for image in images:
         chosen[selector.ids[image][extra_places(visual, image)]] = True
     return chosen
-
-
-def _choose_with_newlines(selector: Selector, budgets: list[int | None]) -> Tensor:
-    """Patches and the newlines of rows that still have a patch, together each image's budget.
-
-    Every row's newline is reserved at first. What rows without a patch give back goes to more
-    patches, as long as these do not need more newlines than are left; a rest that is too small for
-    that keeps the newlines of the first rows without a patch, so that the count is exact.
-    """
-    visual, config = selector.visual, selector.config
-
-    def pick(patches: list[int | None]) -> Tensor:
-        if config.allocation == "global":
-            return selector.globally(patches)
-        return selector.per_tile(tile_counts(visual, patches))
-
-    patches = reserve_newlines(visual, budgets)
-    chosen = pick(patches)
-    growing = {i for i, layout in enumerate(visual.layouts or ()) if layout.newline}
-    growing &= {i for i, budget in enumerate(budgets) if budget is not None}
-    while growing:
-        free = {i: budgets[i] - patches[i] - sum(_used_rows(selector, chosen, i)) for i in growing}
-        trial = [k + free.get(i, 0) if k is not None else None for i, k in enumerate(patches)]
-        if trial == patches:
-            break
-        attempt = pick(trial)
-        growing = {
-            i
-            for i in growing
-            if free[i] > 0 and trial[i] + sum(_used_rows(selector, attempt, i)) <= budgets[i]
-        }
-        patches = [trial[i] if i in growing else k for i, k in enumerate(patches)]
-        chosen = attempt if trial == patches else pick(patches)
-    for image, budget in enumerate(budgets):
-        if budget is not None and visual.layouts and visual.layouts[image].newline:
-            used = _used_rows(selector, chosen, image)
-            rest = budget - patches[image] - sum(used)
-            empty = [row for row, has_patch in enumerate(used) if not has_patch][:rest]
-            rows = [row for row, has_patch in enumerate(used) if has_patch] + empty
-            chosen[visual.layouts[image].newline_grid(selector.ids[image])[rows, -1]] = True
-    return chosen
-
-
-def _used_rows(selector: Selector, chosen: Tensor, image: int) -> list[bool]:
-    """For every row that a newline ends: whether it still has a patch."""
-    ids = selector.visual.layouts[image].newline_grid(selector.ids[image])
-    return chosen[ids[:, :-1]].any(dim=1).tolist()
 
 
 def _compact(selector: Selector, budgets: list[int | None], chosen: Tensor) -> VisualTokens:
@@ -187,9 +145,7 @@ def _sequences(selector: Selector, chosen: Tensor, kept: Tensor) -> tuple[TokenS
     return tuple(sequences)
 
 
-def _merge(
-    visual: VisualTokens, config: PruningConfig, budgets: list[int | None]
-) -> VisualTokens:
+def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]) -> VisualTokens:
     """Replace the tokens of every tile that has a choice by new ones; newlines go.
 
     An image without a budget keeps its tokens and newlines; they are their own single source.

@@ -33,6 +33,13 @@ class TokenSequence(NamedTuple):
     total: int
 
 
+class Prompt(NamedTuple):
+    """The images of one prompt, and how many visual tokens it has room for."""
+
+    images: tuple[int, ...]
+    room: int
+
+
 @dataclass
 class VisualTokens:
     """Visual tokens of a batch, flat over tiles.
@@ -58,7 +65,7 @@ class VisualTokens:
         newline: [D] embedding of the newline token, where a layout has any.
         released: select as the code released with ZOO-Prune does on LLaVA-NeXT, see
             `llava.pruning.released`.
-        limits: per image the most tokens its prompt has room for, or None.
+        prompts: prompts of limited length: pruned images of one share its room.
         kept: LongTensor [T, Kmax], index of every kept token in its tile, padded with -1. None
             before the stage, and after it for methods that merge.
         sources: BoolTensor [T, Kmax, N] of methods that merge: the tokens each output was made of.
@@ -77,7 +84,7 @@ class VisualTokens:
     layouts: tuple[ImageLayout, ...] | None = None
     newline: Tensor | None = None
     released: bool = False
-    limits: tuple[int | None, ...] | None = None
+    prompts: tuple[Prompt, ...] = ()
     kept: Tensor | None = None
     sources: Tensor | None = None
     sequences: tuple[TokenSequence, ...] | None = None
@@ -156,7 +163,7 @@ class VisualTokens:
         return [layout.box(index) for index in layout.sequence[place.cpu()].tolist()]
 
     def subset(self, tiles: list[int]) -> VisualTokens:
-        """Some tiles, as a method sees them: image numbers stay, layouts and limits are gone."""
+        """Some tiles, as a method sees them: image numbers stay, layouts and prompts are gone."""
         if tiles == list(range(self.projected.shape[0])):
             return self
         rows = torch.tensor(tiles, dtype=torch.long)
@@ -169,11 +176,14 @@ class VisualTokens:
             valid=None if self.valid is None else self.valid[on],
             extras=self.tile_extras(tiles),
             layouts=None,
-            limits=None,
+            prompts=(),
         )
 
     def take_images(self, images: Sequence[int]) -> VisualTokens:
-        """The given images in that order, repeats allowed, numbered from 0; without a trace."""
+        """The given images in that order, repeats allowed, numbered from 0.
+
+        They come without prompts and without a trace, which describe the whole batch.
+        """
         groups = [self._own_tiles(image) for image in images]
         tiles = [tile for group in groups for tile in group]
         owners = [position for position, group in enumerate(groups) for _ in group]
@@ -196,7 +206,7 @@ class VisualTokens:
             valid=of_tiles(self.valid),
             extras=extras,
             layouts=of_images(self.layouts),
-            limits=of_images(self.limits),
+            prompts=(),
             kept=of_tiles(self.kept),
             sources=of_tiles(self.sources),
             sequences=of_images(self.sequences),

@@ -25,7 +25,7 @@ from llava.eval.prompts import image_mark
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, VisualTokens, parse_options
-from llava.pruning.visualize import overlay
+from llava.pruning.visualize import overlay_tokens
 from llava.utils import UserInputError
 
 
@@ -152,7 +152,7 @@ def chat(args: argparse.Namespace) -> None:
         conversation.messages[-1][-1] = answer
         print(status, flush=True)
         if args.save_overlay:
-            save_overlay(image, clock.tokens["prune"], model.config, args.save_overlay)
+            save_overlay(image, clock.tokens["prune"], args.save_overlay)
 
 
 def reply(
@@ -270,13 +270,11 @@ def ask(role: str) -> str:
         return ""
 
 
-def save_overlay(image: Image.Image, visual: VisualTokens, config: Any, path: Path) -> None:
+def save_overlay(image: Image.Image, visual: VisualTokens, path: Path) -> None:
     """Save `image` with the removed patches dimmed."""
     if visual.sources is not None:
         raise UserInputError("--save-overlay: this method merges tokens, it keeps none to show")
-    kept = torch.arange(visual.projected.shape[1]) if visual.kept is None else visual.kept[0]
-    pad = getattr(config, "image_aspect_ratio", None) == "pad"
-    overlay(image, kept, visual.grid, pad=pad).save(path)
+    overlay_tokens(image, visual).save(path)
 
 
 if __name__ == "__main__":

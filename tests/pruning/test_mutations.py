@@ -30,6 +30,13 @@ def global_bank(seed, width, count):
     return torch.randn(count, width)
 
 
+raster_slots = stage.raster_slots
+
+
+def backwards(chosen):
+    return raster_slots(chosen).flip(1)
+
+
 row_cosine = max_min._cosine
 
 
@@ -39,7 +46,7 @@ def unsteady_cosine(z):
 
 
 MUTATIONS = {
-    "sort dropped": (base, "raster_order", lambda indices: indices),
+    "sort dropped": (stage, "raster_slots", backwards),
     "valid mask skipped": (max_min, "selectable", every_token),
     "duplicate re-picked": (max_min, "exclude", lambda score, taken: score),
     "tie to highest index": (max_min, "first_argmax", highest_argmax),

@@ -110,7 +110,9 @@ def check_picks(name: str, kept: Tensor, counts: list[int], visual: VisualTokens
     """Raise PruningError unless every row has exactly its count of distinct, valid tokens."""
     total = visual.projected.shape[1]
     real = kept >= 0
-    fits = kept.shape == (len(counts), max(counts, default=0)) and real.sum(dim=1).tolist() == counts
+    fits = (
+        kept.shape == (len(counts), max(counts, default=0)) and real.sum(dim=1).tolist() == counts
+    )
     fits = fits and bool((kept < total).all())
     fits = fits and not bool(((kept[:, 1:] == kept[:, :-1]) & real[:, 1:]).any())
     if fits and visual.valid is not None:
