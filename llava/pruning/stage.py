@@ -38,6 +38,8 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> V
     budgets = image_budgets(visual, config)
     if all(budget is None for budget in budgets):
         return visual
+    if visual.released:
+        check_released(config)
     if config.pruner.merges:
         return _merge(visual, config, budgets)
     selector = Selector(visual, config, [i for i, k in enumerate(budgets) if k is not None])
@@ -64,7 +66,6 @@ def _choose(selector: Selector, budgets: list[int | None]) -> Tensor:
 def _choose_as_released(selector: Selector, budgets: list[int | None]) -> Tensor:
     """The rules of `llava.pruning.released` for images that they apply to."""
     visual, config = selector.visual, selector.config
-    check_released(config)
     counts = tile_counts(visual, budgets)
     images = {
         image: budget
