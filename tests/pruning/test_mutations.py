@@ -152,6 +152,8 @@ def check_tiled_image() -> None:
     place = out.sequence(0).place
     assert len(place) == 60
     assert torch.equal(out.embeddings(0), visual.embeddings(0)[place])
+    for row in out.kept.tolist():
+        assert [i for i in row if i >= 0] == sorted(set(row) - {-1})
     assert (out.kept >= 0).sum() == (layout.sequence[place] != NEWLINE).sum()
     rows = torch.isin(layout.newline_grid(torch.arange(len(layout.sequence))), place)
     assert rows[rows[:, :-1].any(dim=1), -1].all()
