@@ -15,7 +15,8 @@ from llava.constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
 from llava.model.checkpoint import local_checkpoint, read_config
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM, describes
+from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.pruning.config import PruningConfig
 from llava.utils import UserInputError
 
@@ -38,7 +39,7 @@ def load_pretrained_model(
     *,
     pruning: PruningConfig | Mapping[str, Any] | None = None,
     **kwargs: Any,
-) -> tuple[Any, LlavaLlamaForCausalLM, Any, int]:
+) -> tuple[Any, LlavaLlamaForCausalLM | LlavaMistralForCausalLM, Any, int]:
     """Load a checkpoint in LLaVA's own format.
 
     What a folder holds is read from its config.json, never guessed from its name.
@@ -53,6 +54,7 @@ def load_pretrained_model(
         use_flash_attn: use flash attention 2.
         pruning: settings that override those saved in the checkpoint; None keeps the saved ones.
         **kwargs: for ``from_pretrained``; ``dtype`` is float16, on the CPU float32, by default.
+            Keys of the config override it, such as ``mm_next_protocol``.
 
     Returns:
         (tokenizer, model, image_processor, context_len). The tokenizer is None if the folder
@@ -69,7 +71,7 @@ def load_pretrained_model(
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or dtype)
     if use_flash_attn:
         kwargs["attn_implementation"] = "flash_attention_2"
-    model = LlavaLlamaForCausalLM.from_pretrained(folder, device_map=placement, **kwargs)
+    model = _model_class(folder).from_pretrained(folder, device_map=placement, **kwargs)
     if pruning is not None:
         model.pruning = pruning
 
@@ -83,6 +85,12 @@ def load_pretrained_model(
         image_processor = tower.image_processor
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
     return tokenizer, model, image_processor, context_len
+
+
+def _model_class(folder: Path) -> type[LlavaLlamaForCausalLM] | type[LlavaMistralForCausalLM]:
+    config = read_config(folder)
+    mistral = describes(config, LlavaMistralForCausalLM)
+    return LlavaMistralForCausalLM if mistral else LlavaLlamaForCausalLM
 
 
 def _refuse_partial(folder: Path, model_base: str | None, quantized: bool) -> None:
@@ -107,7 +115,7 @@ def _refuse_partial(folder: Path, model_base: str | None, quantized: bool) -> No
             "give a complete checkpoint"
         )
     config = read_config(folder)
-    if "mm_vision_tower" not in config and config.get("model_type") == "llama":
+    if "mm_vision_tower" not in config and config.get("model_type") in ("llama", "mistral"):
         raise UserInputError(
             f"{str(folder)!r} is a plain language model without a vision tower; "
             "give a LLaVA checkpoint"
@@ -153,7 +161,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _match_tokenizer(model: LlavaLlamaForCausalLM, tokenizer: Any) -> None:
+def _match_tokenizer(model: Any, tokenizer: Any) -> None:
     """Add the image tokens the config asks for and give every token a row of embeddings."""
     if getattr(model.config, "mm_use_im_patch_token", True):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)

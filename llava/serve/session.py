@@ -17,7 +17,7 @@ from llava.eval.prompts import image_mark
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.pruning import PruningConfig, get_method, prune
 from llava.pruning.config import BUDGETS
-from llava.pruning.visualize import overlay
+from llava.pruning.visualize import overlay_tokens
 from llava.sampling import Sampling
 from llava.serve.turn import ClockedStreamer, PipelineClock, Turn
 from llava.utils import UserInputError
@@ -139,9 +139,7 @@ class Session:
                 f"{self.last.setting}: this method merges tokens, it keeps none to show; choose "
                 "one that selects"
             )
-        kept = torch.arange(visual.projected.shape[1]) if visual.kept is None else visual.kept[0]
-        pad = getattr(self.model.config, "image_aspect_ratio", None) == "pad"
-        picture = overlay(self.image, kept, visual.grid, pad=pad)
+        picture = overlay_tokens(self.image, visual)
         try:
             picture.save(path)
         except (OSError, ValueError) as error:  # ValueError: an ending that names no format

@@ -262,7 +262,7 @@ def _config(**changes: object) -> Callable[[Path], None]:
     return lambda folder: _edit_config(folder, **changes)
 
 
-_LATER = {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral"}
+_MPT = {"architectures": ["LlavaMptForCausalLM"], "model_type": "llava_mpt"}
 _HF = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
 DAMAGES = {
     "no weights": (_remove_weights, "holds no weights"),
@@ -278,10 +278,11 @@ DAMAGES = {
     "other vocabulary": (_config(vocab_size=70), "2 mismatched weights"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
     "bad config": (lambda f: (f / "config.json").write_text("{"), "config.json' cannot be read"),
-    "mistral": (_config(**_LATER), "holds LlavaMistralForCausalLM"),
+    "mpt": (_config(**_MPT), "holds LlavaMptForCausalLM"),
     "converted": (_config(**_HF, mm_vision_tower="absent"), "not LlavaLlamaForCausalLM; give"),
-    "anyres": (_config(image_aspect_ratio="anyres"), "is a LLaVA-1.6 checkpoint"),
-    "spatial": (_config(mm_patch_merge_type="spatial_unpad"), "is a LLaVA-1.6 checkpoint"),
+    "anyres": (_config(image_aspect_ratio="anyres_max_9"), "is of a LLaVA after 1.6"),
+    "spatial": (_config(mm_patch_merge_type="unpad_pool"), "is of a LLaVA after 1.6"),
+    "no newline": (_config(mm_patch_merge_type="spatial_unpad"), "'model.image_newline'"),
     "lost tower": (_config(mm_vision_tower="nowhere/at/all"), "cannot find the vision tower"),
     "projector": (_config(mm_projector_type="cube"), "unknown mm_projector_type 'cube'"),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a LoRA adapter"),
