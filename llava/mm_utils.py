@@ -19,6 +19,10 @@ from llava.utils import UserInputError
 
 Size = tuple[int, int]
 
+NEXT_PROTOCOLS = ("native", "fixed2880", "zoo-release")
+# (columns, rows) of tiles of the canvases in all released LLaVA-1.6 checkpoints, in their order.
+RELEASED_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+
 
 def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
     """Choose the canvas that keeps the most of an image's pixels.
@@ -44,15 +48,20 @@ def select_best_resolution(original_size: Size, possible_resolutions: Sequence[S
     return best
 
 
-def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
-    """Fit an image into (width, height) without distortion, centred on black."""
-    width, height = image.size
-    target_w, target_h = target_resolution
+def fit_size(original_size: Size, canvas: Size) -> Size:
+    """(width, height) of an image after it was fitted into a canvas without distortion."""
+    width, height = original_size
+    target_w, target_h = canvas
     scale_w, scale_h = target_w / width, target_h / height
     if scale_w < scale_h:
-        new_w, new_h = target_w, min(math.ceil(height * scale_w), target_h)
-    else:
-        new_w, new_h = min(math.ceil(width * scale_h), target_w), target_h
+        return target_w, min(math.ceil(height * scale_w), target_h)
+    return min(math.ceil(width * scale_h), target_w), target_h
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
+    """Fit an image into (width, height) without distortion, centred on black."""
+    target_w, target_h = target_resolution
+    new_w, new_h = fit_size(image.size, target_resolution)
     canvas = Image.new("RGB", (target_w, target_h), (0, 0, 0))
     canvas.paste(image.resize((new_w, new_h)), ((target_w - new_w) // 2, (target_h - new_h) // 2))
     return canvas
@@ -78,10 +87,76 @@ def get_anyres_image_grid_shape(
         grid_pinpoints: canvases as (width, height), or a string holding that Python list.
         patch_size: side of a tile in pixels.
     """
-    if isinstance(grid_pinpoints, str):
-        grid_pinpoints = ast.literal_eval(grid_pinpoints)
-    width, height = select_best_resolution(image_size, grid_pinpoints)
+    width, height = select_best_resolution(image_size, parse_pinpoints(grid_pinpoints))
     return width // patch_size, height // patch_size
+
+
+def parse_pinpoints(grid_pinpoints: str | Sequence[Size]) -> list[Size]:
+    """Canvases as (width, height), from a list or from a string that holds it as Python text.
+
+    Raises:
+        UserInputError: the value is neither.
+    """
+    given = grid_pinpoints
+    try:
+        if isinstance(given, str):
+            given = ast.literal_eval(given)
+        canvases = [(int(width), int(height)) for width, height in given]
+    except (ValueError, TypeError, SyntaxError):
+        canvases = []
+    if not canvases or min(map(min, canvases)) < 1:
+        raise UserInputError(
+            f"image_grid_pinpoints is {grid_pinpoints!r}; give canvases as [[width, height], ...], "
+            "such as [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]"
+        )
+    return canvases
+
+
+def next_protocol(model_cfg: Any) -> str:
+    """``mm_next_protocol`` of a model: how LLaVA-1.6 counts the tokens of an image.
+
+    ``native``: as the checkpoint was trained. ``fixed2880``: every image on a canvas of 2 x 2
+    tiles, no unpadding and no newlines, as several papers count. ``zoo-release``: native, pruned
+    as ZOO-Prune's released code does, see ``llava.pruning.released``.
+
+    Raises:
+        UserInputError: another word, or a model whose images are no tiles.
+    """
+    protocol = getattr(model_cfg, "mm_next_protocol", None) or "native"
+    if protocol not in NEXT_PROTOCOLS:
+        raise UserInputError(
+            f"mm_next_protocol is {protocol!r}; use one of {', '.join(NEXT_PROTOCOLS)}"
+        )
+    aspect = getattr(model_cfg, "image_aspect_ratio", None)
+    if protocol != "native" and aspect != "anyres":
+        raise UserInputError(
+            f"mm_next_protocol {protocol!r} is about images in tiles (image_aspect_ratio "
+            f"'anyres'), but this model has image_aspect_ratio {aspect!r}; use 'native'"
+        )
+    return protocol
+
+
+def canvas_choices(model_cfg: Any, tile_side: int) -> list[Size]:
+    """The canvases, (width, height) in pixels, that an image may be fitted into.
+
+    ``image_grid_pinpoints``; where the config has none, those of the released LLaVA-1.6
+    checkpoints for this side of a tile.
+
+    Raises:
+        UserInputError: canvases that tiles of ``tile_side`` pixels do not fill.
+    """
+    if next_protocol(model_cfg) == "fixed2880":
+        return [(2 * tile_side, 2 * tile_side)]
+    pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
+    if pinpoints is None:
+        return [(cols * tile_side, rows * tile_side) for cols, rows in RELEASED_GRIDS]
+    canvases = parse_pinpoints(pinpoints)
+    if any(side % tile_side for canvas in canvases for side in canvas):
+        raise UserInputError(
+            f"image_grid_pinpoints {canvases} holds sides that are no multiples of the vision "
+            f"tower's {tile_side} pixels; correct it in config.json"
+        )
+    return canvases
 
 
 def unpad_image(tensor: torch.Tensor, original_size: Size) -> torch.Tensor:
@@ -94,13 +169,18 @@ def unpad_image(tensor: torch.Tensor, original_size: Size) -> torch.Tensor:
     Returns:
         [C, rows, cols], a view.
     """
-    height, width = tensor.shape[1:]
+    top, left, rows, cols = unpad_window(tensor.shape[1], tensor.shape[2], original_size)
+    return tensor[:, top : top + rows, left : left + cols]
+
+
+def unpad_window(height: int, width: int, original_size: Size) -> tuple[int, int, int, int]:
+    """(top, left, rows, cols): what ``unpad_image`` leaves of a map of height x width."""
     original_w, original_h = original_size
     if original_w / original_h > width / height:
         padding = (height - int(original_h * (width / original_w))) // 2
-        return tensor[:, padding : height - padding, :]
+        return padding, 0, height - 2 * padding, width
     padding = (width - int(original_w * (height / original_h))) // 2
-    return tensor[:, :, padding : width - padding]
+    return 0, padding, height, width - 2 * padding
 
 
 def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
@@ -114,13 +194,37 @@ def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) 
     return canvas
 
 
+def process_anyres_image(
+    image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[Size]
+) -> torch.Tensor:
+    """An image as LLaVA-1.6 sees it: the whole image first, then the tiles of its best canvas.
+
+    Args:
+        image: an RGB image.
+        processor: the tower's processor.
+        grid_pinpoints: canvases as (width, height), or a string holding that Python list.
+
+    Returns:
+        float32 [1 + tiles, 3, H, W]; tiles row by row. The whole image is resized to a square
+        without regard to its aspect.
+    """
+    canvas = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
+    side = processor.size["shortest_edge"]
+    views = [image.resize((side, side))]
+    views += divide_to_patches(resize_and_pad_image(image, canvas), processor.crop_size["height"])
+    return torch.stack(
+        [processor.preprocess(view, return_tensors="pt")["pixel_values"][0] for view in views]
+    )
+
+
 def process_images(
     images: Sequence[Image.Image], image_processor: Any, model_cfg: Any
 ) -> torch.Tensor | list[torch.Tensor]:
     """Turn PIL images into the pixels a model was trained on.
 
     ``model_cfg.image_aspect_ratio`` decides: ``"pad"`` pads to a square with the processor's mean
-    colour; None or anything else resizes the shorter side and crops the centre.
+    colour; ``"anyres"`` makes tiles, see ``process_anyres_image``; None or anything else resizes
+    the shorter side and crops the centre.
 
     Args:
         images: PIL images of any mode; they are converted to RGB.
@@ -128,18 +232,24 @@ def process_images(
         model_cfg: the model's config.
 
     Returns:
-        float32 [B, 3, H, W], or a list of [3, H, W] where the shapes differ.
+        float32 [B, 3, H, W] (anyres: [B, T, 3, H, W]), or a list where the shapes differ.
 
     Raises:
-        UserInputError: the config asks for multi-tile ("anyres") images.
+        UserInputError: a kind of tiles that LLaVA-1.6 does not have.
     """
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
-    if isinstance(aspect, str) and aspect.startswith("anyres"):
+    if isinstance(aspect, str) and aspect.startswith("anyres") and aspect != "anyres":
         raise UserInputError(
-            f"image_aspect_ratio {aspect!r} belongs to LLaVA-1.6, which this version does not "
-            "process; use a LLaVA-1.5 checkpoint, or set image_aspect_ratio to 'pad'"
+            f"image_aspect_ratio {aspect!r} belongs to models after LLaVA-1.6, which this version "
+            "does not process; use a LLaVA-1.5 or 1.6 checkpoint"
         )
+    next_protocol(model_cfg)  # refuses one that has no effect on these images
     images = [image.convert("RGB") for image in images]
+    if aspect == "anyres":
+        canvases = canvas_choices(model_cfg, image_processor.crop_size["height"])
+        tiles = [process_anyres_image(image, image_processor, canvases) for image in images]
+        same = all(t.shape == tiles[0].shape for t in tiles)
+        return torch.stack(tiles) if same else tiles
     if aspect == "pad":
         background = tuple(int(mean * 255) for mean in image_processor.image_mean)
         images = [expand2square(image, background) for image in images]

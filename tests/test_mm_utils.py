@@ -37,11 +37,8 @@ def _read(name: str) -> list:
 
 
 GEOMETRY = json.loads((FOLDER / "geometry" / "case.json").read_text())
-JOBS = [
-    job
-    for job in json.loads((FOLDER / "pixels" / "case.json").read_text())["jobs"]
-    if job["image_aspect_ratio"] != "anyres"
-]
+PIXELS = json.loads((FOLDER / "pixels" / "case.json").read_text())
+JOBS = PIXELS["jobs"]
 
 
 def _content_box(image: Image.Image, background: tuple[int, ...]) -> list[int]:
@@ -127,13 +124,18 @@ def processor() -> CLIPImageProcessorPil:
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job["key"])
 def test_pixels(job: dict, processor: CLIPImageProcessorPil, record_error) -> None:
     image = Image.open(FOLDER / job["file"]).convert("RGB")
-    config = SimpleNamespace(image_aspect_ratio=job["image_aspect_ratio"])
+    config = SimpleNamespace(
+        image_aspect_ratio=job["image_aspect_ratio"],
+        image_grid_pinpoints=PIXELS["image_grid_pinpoints"],
+    )
     pixels = process_images([image], processor, config)
     assert list(pixels.shape) == job["process_images_result_shape"]
+    views = pixels.view(-1, 3, 336, 336)
 
     mean = np.array(processor.image_mean)
     std = np.array(processor.image_std)
-    levels = np.rint((pixels[0].permute(1, 2, 0).numpy() * std + mean) * 255)
+    stacked = views.permute(0, 2, 3, 1).flatten(0, 1)
+    levels = np.rint((stacked.numpy() * std + mean) * 255)
     wanted = np.asarray(Image.open(FOLDER / "pixels" / job["views_png"]).convert("RGB"))
     off = np.abs(levels - wanted)
     # Another Pillow may round a few pixels differently by one level.
@@ -141,7 +143,7 @@ def test_pixels(job: dict, processor: CLIPImageProcessorPil, record_error) -> No
     record_error("pixels: levels of 255", off.max())
 
     samples = load_file(FOLDER / "pixels" / "samples.safetensors")[job["key"] + "__sample"]
-    error = (pixels[..., ::24, ::24].reshape(samples.shape) - samples).abs().max().item()
+    error = (views[..., ::24, ::24] - samples).abs().max().item()
     if off.max() == 0:
         assert error <= 1e-6
     record_error("pixels: normalised samples", error)
@@ -154,9 +156,35 @@ def test_images_of_any_mode_and_size_are_taken(processor: CLIPImageProcessorPil)
         assert pixels.shape == (3, 3, 336, 336)
 
 
-def test_anyres_is_refused_with_a_way_out(processor: CLIPImageProcessorPil) -> None:
-    config = SimpleNamespace(image_aspect_ratio="anyres")
-    with pytest.raises(UserInputError, match=r"LLaVA-1\.6.*set image_aspect_ratio to 'pad'"):
+def _anyres(**settings: object) -> SimpleNamespace:
+    return SimpleNamespace(image_aspect_ratio="anyres", **settings)
+
+
+def test_anyres_tiles(processor: CLIPImageProcessorPil) -> None:
+    wide, square = Image.new("RGB", (900, 200)), Image.new("L", (500, 500))
+    pixels = process_images([wide, square], processor, _anyres())
+    assert [tuple(tiles.shape) for tiles in pixels] == [(4, 3, 336, 336), (5, 3, 336, 336)]
+    assert process_images([wide, wide], processor, _anyres()).shape == (2, 4, 3, 336, 336)
+    as_text = _anyres(image_grid_pinpoints="[(336, 672), (672, 336)]")
+    assert process_images([wide], processor, as_text).shape == (1, 3, 3, 336, 336)
+    fixed = _anyres(mm_next_protocol="fixed2880")
+    assert process_images([wide, square], processor, fixed).shape == (2, 5, 3, 336, 336)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_aspect_ratio": "anyres_max_9"}, "models after LLaVA-1.6"),
+        ({"image_grid_pinpoints": []}, "image_grid_pinpoints is"),
+        ({"image_grid_pinpoints": "[(336,"}, "image_grid_pinpoints is"),
+        ({"image_grid_pinpoints": [[336, 400]]}, "no multiples of the vision tower's 336"),
+        ({"mm_next_protocol": "fixed"}, "use one of native, fixed2880, zoo-release"),
+        ({"mm_next_protocol": "fixed2880", "image_aspect_ratio": "pad"}, "use 'native'"),
+    ],
+)
+def test_unusable_tiles(settings, message: str, processor: CLIPImageProcessorPil) -> None:
+    config = SimpleNamespace(**{"image_aspect_ratio": "anyres", **settings})
+    with pytest.raises(UserInputError, match=message):
         process_images([Image.new("RGB", (8, 8))], processor, config)
 
 

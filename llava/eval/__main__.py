@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 
+from llava.command_line import OneLineParser
 from llava.eval import quickstart, table_command
 from llava.utils import UserInputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it did its work, 2 with one line on stderr for unusable input."""
-    parser = argparse.ArgumentParser(prog="python -m llava.eval", description=__doc__)
+    parser = OneLineParser(prog="python -m llava.eval", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (quickstart, table_command):
         module.add_command(commands)
@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command_line = shlex.join(["python", "-m", "llava.eval", *words])
     try:
         return args.run(args)
-    except UserInputError as error:
-        print(f"llava.eval: error: {error}", file=sys.stderr)
+    except (UserInputError, OSError) as error:
+        print(f"llava.eval: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from llava.eval.arms import UNPRUNED, Arm
 from llava.eval.runner import Runner
-from llava.pruning.visualize import overlay
+from llava.pruning.visualize import overlay_tokens
 
 LABEL_HEIGHT = 22  # px above each picture
 GAP = 8  # px between pictures
@@ -20,7 +20,6 @@ def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) 
     name = runner.task.questions[0].image
     image = runner.task.load_image(name)
     visual = runner.encode([name])
-    pad = getattr(runner.subject.model.config, "image_aspect_ratio", None) == "pad"
     pictures = {f"{name}: all {visual.embeddings(0).shape[0]}": image}
     pruned = [arm for arm in arms if arm.method != UNPRUNED and arm.unavailable is None]
     budgets = {arm.budget for arm in pruned if arm.budget is not None}
@@ -28,11 +27,10 @@ def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) 
         if arm.budget != min(budgets, key=lambda budget: abs(budget - tokens)):
             continue
         chosen = runner.prune_images(visual, arm.method, arm.budget)
-        if chosen.kept is None:  # merged tokens stand for all patches at once
+        if chosen.sources is not None:  # merged tokens stand for all patches at once
             pictures[f"{arm.label} {arm.budget}: merges all"] = image
         else:
-            kept = overlay(image, chosen.kept[0], chosen.grid, pad=pad)
-            pictures[f"{arm.label} {arm.budget}"] = kept
+            pictures[f"{arm.label} {arm.budget}"] = overlay_tokens(image, chosen)
     contact_sheet(pictures, path)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from llava.utils import UserInputError
 
 SCHEMA_VERSION = 1
+RESULT_KEYS = ("questions", "images", "config", "run", "rows")
 
 Record = dict[str, Any]
 
@@ -108,10 +109,13 @@ def read_result(path: Path) -> Record:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ResultError(f"{path} is not JSON: {error}") from error
     if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
         raise ResultError(f"{path} is not a result file of schema version {SCHEMA_VERSION}")
+    missing = [key for key in RESULT_KEYS if key not in result]
+    if missing:
+        raise ResultError(f"{path} lacks {', '.join(missing)}; write it again with --save-result")
     return result
 
 

@@ -152,14 +152,14 @@ class Runner:
         shown = [self._shown(arm, question) for question in questions]
         needed = list(dict.fromkeys(shown))
         # Only what this arm shows is pruned, each image once however many questions it has.
-        images = take_images(visual, [names.index(name) for name in needed])
+        images = visual.take_images([names.index(name) for name in needed])
         clock = Stopwatch(self.subject.model.device)
         pruned = self.prune_images(images, arm.method, arm.budget)
         times = {"prune_ms": clock.lap(), "score_ms": 0.0, "select_ms": 0.0}
         if pruned.trace is not None:
             times["score_ms"] = 1000 * pruned.trace.score_seconds
             times["select_ms"] = 1000 * pruned.trace.select_seconds
-        rows = take_images(pruned, [needed.index(name) for name in shown])
+        rows = pruned.take_images([needed.index(name) for name in shown])
         return self._answer(questions, rows, times)
 
     @torch.inference_mode()
@@ -233,30 +233,6 @@ class Runner:
         if arm.image == "other" and self.stand_ins:
             return self.stand_ins[question.image]
         return question.image
-
-
-def take_images(visual: VisualTokens, images: Sequence[int]) -> VisualTokens:
-    """Visual tokens of the given images in that order, repeats allowed, numbered from 0."""
-    tiles = [visual.tiles_of(image) for image in images]
-    flat = [tile for group in tiles for tile in group]
-    owners = [position for position, group in enumerate(tiles) for _ in group]
-    rows = torch.tensor(flat, device=visual.projected.device)
-
-    def pick(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[rows.to(tensor.device)]
-
-    digests = visual.extras["image_digest"]
-    return replace(
-        visual,
-        features=pick(visual.features),
-        projected=pick(visual.projected),
-        image_index=torch.tensor(owners, device=visual.image_index.device),
-        valid=pick(visual.valid),
-        kept=pick(visual.kept),
-        sources=pick(visual.sources),
-        extras={"image_digest": [digests[tile] for tile in flat]},
-        trace=None,
-    )
 
 
 def _kept_digests(visual: VisualTokens | None, count: int) -> list[str]:

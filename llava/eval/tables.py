@@ -107,6 +107,8 @@ def _split_readme(readme: Path) -> tuple[str, str, str]:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
         raise ResultError(f"cannot read {readme}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ResultError(f"{readme} is not UTF-8 text: {error}") from error
     before, begin, rest = text.partition(BEGIN)
     section, end, after = rest.partition(END)
     if not begin or not end:

@@ -18,7 +18,13 @@ from llava.constants import (
 )
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.model.hugging_face import native_form
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM, native_config
+from llava.model.language_model.llava_llama import (
+    LlavaCausalLM,
+    LlavaLlamaForCausalLM,
+    describes,
+    native_config,
+)
+from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.partial import PartialCheckpoint, read_partial
 from llava.model.quantization import quantization_config
 from llava.pruning.config import PruningConfig
@@ -26,10 +32,8 @@ from llava.utils import UserInputError
 
 logger = logging.getLogger(__name__)
 
-# Architecture in config.json -> class. A LLaVA on another language model is one line here.
-MODEL_CLASSES: dict[str, type[LlavaLlamaForCausalLM]] = {
-    "LlavaLlamaForCausalLM": LlavaLlamaForCausalLM,
-}
+# A LLaVA on another language model is one entry here.
+MODEL_CLASSES: tuple[type[LlavaCausalLM], ...] = (LlavaLlamaForCausalLM, LlavaMistralForCausalLM)
 # What LLaVA reports when the config does not say; released checkpoints rely on it.
 DEFAULT_CONTEXT_LENGTH = 2048
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -48,7 +52,7 @@ def load_pretrained_model(
     *,
     pruning: PruningConfig | Mapping[str, Any] | None = None,
     **kwargs: Any,
-) -> tuple[Any, LlavaLlamaForCausalLM, Any, int]:
+) -> tuple[Any, LlavaCausalLM, Any, int]:
     """Load a LLaVA: a whole checkpoint, or a LoRA or projector-only folder over a base model.
 
     What a folder holds is read from its files, never guessed from its name: LLaVA's own format,
@@ -67,7 +71,8 @@ def load_pretrained_model(
         use_flash_attn: use flash attention 2 in the language model.
         pruning: settings that override those saved in the checkpoint; None keeps the saved ones.
         **kwargs: for ``from_pretrained``, such as ``attn_implementation``; ``dtype`` is float16,
-            on the CPU float32, by default.
+            on the CPU float32, by default. Keys of the config override it, such as
+            ``mm_next_protocol``.
 
     Returns:
         (tokenizer, model, image_processor, context_len). The tokenizer is None if the folder
@@ -109,24 +114,20 @@ def load_pretrained_model(
     return tokenizer, model, image_processor, context_len
 
 
-def model_class(config: Mapping[str, Any]) -> type[LlavaLlamaForCausalLM]:
+def model_class(config: Mapping[str, Any]) -> type[LlavaCausalLM]:
     """The class that a config.json in LLaVA's form asks for.
 
-    A config that names none of ``MODEL_CLASSES`` goes to the Llama, which says what is wrong.
+    A config that describes none of ``MODEL_CLASSES`` goes to the Llama, which says what is wrong.
     """
-    for architecture in config.get("architectures") or []:
-        if architecture in MODEL_CLASSES:
-            return MODEL_CLASSES[architecture]
-    types = {cls.config_class.model_type: cls for cls in MODEL_CLASSES.values()}
-    return types.get(config.get("model_type"), LlavaLlamaForCausalLM)
+    return next((cls for cls in MODEL_CLASSES if describes(config, cls)), LlavaLlamaForCausalLM)
 
 
 def _load_model(
     folder: Path, base: Path, part: PartialCheckpoint | None, **kwargs: Any
-) -> LlavaLlamaForCausalLM:
+) -> LlavaCausalLM:
     """The model on its device with its tower loaded, and with what ``part`` adds to ``base``."""
     raw = native_form(read_config(folder), str(folder))
-    if "mm_vision_tower" not in raw and raw.get("model_type") == "llama":
+    if "mm_vision_tower" not in raw and raw.get("model_type") in ("llama", "mistral"):
         raise UserInputError(
             f"{str(folder)!r} is a plain language model without a vision tower; "
             "give a LLaVA checkpoint"
@@ -135,9 +136,9 @@ def _load_model(
     if part is None:
         model = cls.from_pretrained(base, **kwargs)
     else:
-        native_config(base)  # refuses a base of another kind
+        native_config(base, cls)  # refuses a base of another kind
         config, kwargs = cls.config_class.from_dict(
-            native_config(folder), return_unused_kwargs=True, **kwargs
+            native_config(folder, cls), return_unused_kwargs=True, **kwargs
         )
         model = cls.from_pretrained(base, config=config, supplied=set(part.weights), **kwargs)
     tower = model.get_vision_tower()
@@ -215,7 +216,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _match_tokenizer(model: LlavaLlamaForCausalLM, tokenizer: Any) -> None:
+def _match_tokenizer(model: Any, tokenizer: Any) -> None:
     """Add the image tokens the config asks for and give every token a row of embeddings."""
     if getattr(model.config, "mm_use_im_patch_token", True):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)

@@ -17,22 +17,24 @@ from torch import nn
 from transformers import CLIPVisionConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mm_utils import unpad_image
+from llava.mm_utils import next_protocol, unpad_image
+from llava.model.layouts import TileGeometry, image_layouts, padding_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import (
-    Row,
     count_marks,
     image_positions,
     pad_rows,
+    row_positions,
     share_images,
     splice_row,
     unpadded,
 )
 from llava.pruning.config import PruningConfig
+from llava.pruning.layout import ImageLayout
 from llava.pruning.stage import prune_visual_tokens
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.tokens import Prompt, VisualTokens
 from llava.utils import UserInputError
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
@@ -70,7 +72,7 @@ def padding_side(side: str) -> Iterator[None]:
 
 
 class LlavaMetaModel:
-    """Mixin of the inner model: owns the vision tower and the projector."""
+    """Mixin of the inner model: owns vision tower, projector and LLaVA-1.6's newline."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -80,6 +82,13 @@ class LlavaMetaModel:
             tower_config = _tower_in_checkpoint.get()
             if tower_config is not None:
                 self.vision_tower.build(tower_config)
+            if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
+                self.add_newline()
+
+    def add_newline(self) -> None:
+        """Add the embedding that ends a row of patches: ``image_newline`` [D], to be learnt."""
+        size = self.config.hidden_size
+        self.image_newline = nn.Parameter(torch.randn(size) * size**-0.5)
 
     def get_vision_tower(self) -> CLIPVisionTower | None:
         return getattr(self, "vision_tower", None)
@@ -99,13 +108,16 @@ class LlavaMetaModel:
         config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
         config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
         config.use_mm_proj = True
-        if self.get_vision_tower() is None:
+        tower = self.get_vision_tower()
+        if tower is None or tower.vision_tower_name != config.mm_vision_tower:
             self.vision_tower = build_vision_tower(config, delay_load=True)
         self.vision_tower.load_model()
         config.mm_hidden_size = self.vision_tower.hidden_size
         if getattr(self, "mm_projector", None) is None:
             self.mm_projector = build_vision_projector(config)
         self.mm_projector.requires_grad_(True)
+        if "unpad" in config.mm_patch_merge_type and not hasattr(self, "image_newline"):
+            self.add_newline()
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
         if adapter is not None:
             weights = torch.load(adapter, map_location="cpu", weights_only=True)
@@ -137,6 +149,11 @@ class LlavaMetaForCausalLM:
     def pruning(self, value: PruningConfig | Mapping[str, Any] | None) -> None:
         if isinstance(value, Mapping):
             value = PruningConfig.from_dict(dict(value))
+        if not isinstance(value, PruningConfig | None):
+            raise UserInputError(
+                "pruning must be a PruningConfig, its dict form such as {'method': 'zoo', "
+                f"'keep_tokens': 64}}, or None; got {value!r}"
+            )
         self.config.mm_token_pruning = None if value is None else value.to_dict()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -155,16 +172,17 @@ class LlavaMetaForCausalLM:
                 [3, H, W] or [T, 3, H, W]. Tower features that were computed before are taken
                 too, as [B, N, mm_hidden_size] or a list of [N, mm_hidden_size]: the tower is
                 frozen, so a trainer may run it once.
-            image_sizes: (width, height) of the original images; one-tile images do not need it.
+            image_sizes: (width, height) of the original images. Tiles are arranged by them
+                (``spatial``, ``spatial_unpad``); images of one tile need them only for pictures of
+                what was kept.
 
         Returns:
             VisualTokens, flat over tiles: features [T, N, Dv], projected [T, N, D].
 
         Raises:
-            UserInputError: shapes that are none of these.
+            UserInputError: shapes that are none of these, tiles that do not fit ``image_sizes``.
         """
         tiles, image_index = flatten_tiles(images)
-        self._check_merge(image_index)
         projector = self.get_model().mm_projector
         if tiles.ndim == 4:
             # encode_images is what others patch, so it is called as it is and its projector tells
@@ -180,13 +198,22 @@ class LlavaMetaForCausalLM:
                 )
             features = self._for_projector(tiles)
             projected = projector(features)
+        grid = self._grid(projected.shape[1])
+        geometry = TileGeometry.of(self.config, grid, self.get_vision_tower().config.image_size)
+        stacked = not isinstance(images, torch.Tensor) or images.ndim == 5
+        layouts = image_layouts(geometry, image_index.bincount().tolist(), image_sizes, stacked)
+        valid = padding_mask(layouts)
         return VisualTokens(
             features=features,
             projected=projected,
             projector=projector,
             image_index=image_index.to(projected.device),
-            grid=self._grid(projected.shape[1]),
+            grid=grid,
+            valid=None if valid is None else valid.to(projected.device),
             extras=self._extras(tiles),
+            layouts=layouts,
+            newline=self._newline(layouts),
+            released=next_protocol(self.config) == "zoo-release",
         )
 
     def prune_visual_tokens(self, visual: VisualTokens) -> VisualTokens:
@@ -204,8 +231,8 @@ class LlavaMetaForCausalLM:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Insert visual tokens at the image marks of a batch.
 
-        Rows are freed of padding, spliced, cut to ``tokenizer_model_max_length`` and padded again
-        with zero embeddings on ``tokenizer_padding_side``.
+        Rows are freed of padding, spliced, cut to ``tokenizer_model_max_length`` (with a warning)
+        and padded again with zero embeddings on ``tokenizer_padding_side``.
 
         Args:
             visual: encoded, perhaps pruned images in the order of the marks; None for text only.
@@ -214,34 +241,48 @@ class LlavaMetaForCausalLM:
 
         Returns:
             position_ids, attention_mask, inputs_embeds [B, L', D], labels; each of the others is
-            None where the caller gave None, and the mask keeps the caller's dtype.
+            None where the caller gave None, and the mask keeps the caller's dtype. With
+            ``positions="original"`` position_ids and attention_mask are always returned.
         """
         ids = unpadded(input_ids, attention_mask)
         targets = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
         targets = unpadded(targets, attention_mask)
-        features = []
-        if visual is not None:
-            features = [visual.embeddings(i) for i in range(visual.num_images)]
-        shares = share_images(count_marks(ids), len(features))
+        count = 0 if visual is None else visual.num_images
+        features = [visual.embeddings(i) for i in range(count)]
+        shares = share_images(count_marks(ids), count)
         embed = self.get_model().embed_tokens
         rows = [
             splice_row(row, target, [features[i] for i in share], embed)
             for row, target, share in zip(ids, targets, shares, strict=True)
         ]
+        original = visual is not None and visual.original_positions
+        if original:
+            rows = [
+                row._replace(positions=row_positions(given, [visual.sequence(i) for i in share]))
+                for row, given, share in zip(rows, ids, shares, strict=True)
+            ]
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         if limit is not None:
-            longest = max(len(row.labels) for row in rows)
-            if longest > limit:
-                logger.warning("a prompt of %d tokens is cut to its first %d", longest, limit)
-            rows = [Row(row.embeds[:limit], row.labels[:limit]) for row in rows]
+            for number, (row, given) in enumerate(zip(rows, ids, strict=True)):
+                if len(row.labels) > limit:
+                    text = int((given != IMAGE_TOKEN_INDEX).sum())
+                    logger.warning(
+                        "row %d has %d tokens (%d of text, %d of images) but "
+                        "tokenizer_model_max_length is %d: its last %d tokens are cut off",
+                        *(number, len(row.labels), text, len(row.labels) - text),
+                        *(limit, len(row.labels) - limit),
+                    )
+            rows = [row.first(limit) for row in rows]
         side = _padding_side.get() or getattr(self.config, "tokenizer_padding_side", "right")
         batch = pad_rows(rows, side)
-        return (
-            None if position_ids is None else batch.positions.to(position_ids.dtype),
-            None if attention_mask is None else batch.mask.to(attention_mask.dtype),
-            batch.embeds,
-            None if labels is None else batch.labels,
-        )
+        positions, mask = batch.positions, batch.mask
+        if not original:
+            positions = None if position_ids is None else positions.to(position_ids.dtype)
+        if attention_mask is not None:
+            mask = mask.to(attention_mask.dtype)
+        elif not original:
+            mask = None
+        return positions, mask, batch.embeds, None if labels is None else batch.labels
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -274,10 +315,10 @@ class LlavaMetaForCausalLM:
                 )
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         visual = self.encode_visual_tokens(images, image_sizes)
+        rows = unpadded(input_ids, attention_mask)
+        visual.prompts = self._prompts(rows, visual.num_images)
         if visual.extras:
-            visual.extras["image_position"] = image_positions(
-                unpadded(input_ids, attention_mask), visual.num_images
-            )
+            visual.extras["image_position"] = image_positions(rows, visual.num_images)
         visual = self.prune_visual_tokens(visual)
         position_ids, attention_mask, inputs_embeds, labels = self.splice_visual_tokens(
             visual, input_ids, position_ids, attention_mask, labels
@@ -301,13 +342,31 @@ class LlavaMetaForCausalLM:
         weight = next(self.get_model().mm_projector.parameters(), None)
         return features if weight is None else features.to(weight.device, weight.dtype)
 
-    def _check_merge(self, image_index: torch.Tensor) -> None:
-        merge = getattr(self.config, "mm_patch_merge_type", None) or "flat"
-        if merge != "flat" and len(image_index) > len(image_index.unique()):
+    def _newline(self, layouts: tuple[ImageLayout, ...]) -> torch.Tensor | None:
+        """The newline's embedding [D], where an image has any."""
+        if not any(layout.newline for layout in layouts):
+            return None
+        newline = getattr(self.get_model(), "image_newline", None)
+        if newline is None:
             raise UserInputError(
-                f"mm_patch_merge_type {merge!r} belongs to LLaVA-1.6, which this version does not "
-                "run; use a LLaVA-1.5 checkpoint, or give one tile for each image"
+                "mm_patch_merge_type 'spatial_unpad' ends rows of patches with a newline that this "
+                "model does not have (no image_newline among its weights); use a LLaVA-1.6 "
+                "checkpoint, or mm_patch_merge_type 'spatial' or 'flat'"
             )
+        return newline
+
+    def _prompts(self, rows: list[torch.Tensor], num_images: int) -> tuple[Prompt, ...]:
+        """How much room every prompt leaves for its images, where the length is limited."""
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        if limit is None:
+            return ()
+        marks = count_marks(rows)
+        shares = share_images(marks, num_images)
+        return tuple(
+            Prompt(tuple(share), limit - (len(row) - count))
+            for row, share, count in zip(rows, shares, marks, strict=True)
+            if count
+        )
 
 
 def flatten_tiles(images: Images) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,14 +6,20 @@ import torch
 from torch import nn
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.pruning.tokens import TokenSequence
 from llava.utils import UserInputError
 
 
 class Row(NamedTuple):
-    """One merged sequence: embeds [L, D] and int64 labels [L]."""
+    """One merged sequence: embeds [L, D], int64 labels [L] and positions [L] (None: 0, 1, ...)."""
 
     embeds: torch.Tensor
     labels: torch.Tensor
+    positions: torch.Tensor | None = None
+
+    def first(self, length: int) -> "Row":
+        """The row cut to its first tokens."""
+        return Row(*(None if part is None else part[:length] for part in self))
 
 
 class Batch(NamedTuple):
@@ -95,6 +101,28 @@ def splice_row(
     return Row(torch.cat(embeds), torch.cat(merged))
 
 
+def row_positions(ids: torch.Tensor, images: list[TokenSequence]) -> torch.Tensor:
+    """Where each token of a merged row stands in the unpruned row.
+
+    Args:
+        ids: int64 [L] of the row, padding removed.
+        images: what is left of the image at each mark; one extra for a row without a mark.
+
+    Returns:
+        int64 [merged length], ascending.
+    """
+    at = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+    lengths = [b - a - 1 for a, b in zip([-1, *at], [*at, len(ids)], strict=True)]
+    pieces, start = [torch.arange(lengths[0], device=ids.device)], lengths[0]
+    for length, image in zip(lengths[1:], images, strict=False):
+        assert image.place is not None  # methods that merge refuse original positions
+        pieces.append(image.place.to(ids.device) + start)
+        start += image.total
+        pieces.append(torch.arange(start, start + length, device=ids.device))
+        start += length
+    return torch.cat(pieces)
+
+
 def _like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return x.to(device=reference.device, dtype=reference.dtype)
 
@@ -112,7 +140,7 @@ def pad_rows(rows: list[Row], side: str) -> Batch:
     if side not in ("left", "right"):
         raise UserInputError(f"tokenizer_padding_side is {side!r}; use 'left' or 'right'")
     longest = max(len(row.labels) for row in rows)
-    embeds, labels = rows[0]
+    embeds, labels, _ = rows[0]
     shape = (len(rows), longest)
     batch = Batch(
         embeds.new_zeros(*shape, embeds.shape[-1]),
@@ -126,5 +154,6 @@ def pad_rows(rows: list[Row], side: str) -> Batch:
         batch.embeds[i, place] = row.embeds
         batch.labels[i, place] = row.labels
         batch.mask[i, place] = True
-        batch.positions[i, place] = torch.arange(length, device=labels.device)
+        counted = torch.arange(length, device=labels.device)
+        batch.positions[i, place] = counted if row.positions is None else row.positions
     return batch

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
+from llava.command_line import OneLineParser
 from llava.pruning.registry import get_method, list_methods
 
 COLUMNS = ("method", "needs", "query-aware", "merges", "fidelity", "paper")
@@ -37,7 +37,7 @@ def render(markdown: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; argparse leaves with exit code 2 on wrong usage."""
-    parser = argparse.ArgumentParser(prog="python -m llava.pruning", description=__doc__)
+    parser = OneLineParser(prog="python -m llava.pruning", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("list", help="list the pruning methods")
     table.add_argument("--markdown", action="store_true", help="print a Markdown table")

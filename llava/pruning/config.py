@@ -15,6 +15,12 @@ from llava.pruning.methods.base import PruningMethod
 from llava.pruning.registry import get_method
 
 BUDGETS = ("keep_tokens", "keep_ratio")
+# Where the choice is made, what becomes of newline tokens, and which positions are kept.
+CHOICES = {
+    "allocation": ("per_tile", "global"),
+    "newline": ("drop", "keep", "select"),
+    "positions": ("compact", "original"),
+}
 # Words of other tools. The first two say what is removed, we say what is kept.
 ALIASES = ("pruning_ratio", "reduction_ratio", "visual_token_num")
 
@@ -29,20 +35,31 @@ class PruningConfig:
         keep_ratio: alternatively a share in (0, 1] of the image's own tokens; an image of N
             tokens keeps round(keep_ratio * N), at least 1.
         options: options of the method, by field name of its class.
+        allocation: images of several tiles (LLaVA-1.6) share their budget out, "per_tile", or
+            choose among all their tokens at once, "global".
+        newline: what becomes of the newline tokens of LLaVA-1.6 in a pruned image. "drop";
+            "keep" those of rows that still have a patch, within the budget; "select" lets them
+            compete with the patches, as DivPrune's released code does (with "global", and for
+            methods that do not score tokens).
+        positions: "compact" numbers the kept sequence 0, 1, ...; "original" leaves every token at
+            its position in the unpruned sequence.
 
     Exactly one budget is required (`none` needs no budget). Raises PruningError otherwise, and for
-    unknown methods and options.
+    unknown methods, options and settings that do not go together.
     """
 
     method: str = "none"
     keep_tokens: int | None = None
     keep_ratio: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    allocation: str = "per_tile"
+    newline: str = "drop"
+    positions: str = "compact"
     pruner: PruningMethod = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         cls = get_method(self.method)
-        object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "options", _mapping("options", self.options))
         object.__setattr__(self, "pruner", _build(cls, self.options))
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) == 2:
@@ -53,19 +70,40 @@ class PruningConfig:
             object.__setattr__(self, "keep_tokens", _token_count(self.keep_tokens))
         if self.keep_ratio is not None:
             object.__setattr__(self, "keep_ratio", _share("keep_ratio", self.keep_ratio))
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise unknown(name, value, allowed)
+            if self.pruner.merges and value != allowed[0]:
+                raise PruningError(
+                    f"{self.method!r} makes new tokens, so {name} can only be {allowed[0]!r}"
+                )
+        if self.newline == "select" and self.allocation != "global":
+            raise PruningError("newline='select' needs allocation='global': no tile owns newlines")
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
 
-    def num_kept(self, n: int) -> int:
-        """Tokens an image of `n` tokens keeps: a pure function, known before any feature is."""
+    def num_kept(self, n: int, patches: int | None = None) -> int:
+        """Tokens an image of `n` tokens keeps: a pure function, known before any feature is.
+
+        Args:
+            n: tokens of the unpruned image.
+            patches: how many of them are patches, the others being newlines; all by default.
+        """
         if self.keep_tokens is not None:
             budget = self.keep_tokens
         elif self.keep_ratio is not None:
             budget = max(1, round(self.keep_ratio * n))
         else:
             budget = n
-        return self.pruner.num_kept(n, budget)
+        kept = self.pruner.num_kept(n, budget)
+        if patches is None or kept >= n or self.newline != "drop":
+            return kept
+        return min(kept, patches)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: `from_dict(config.to_dict()) == config`."""
@@ -75,25 +113,28 @@ class PruningConfig:
                 data[name] = getattr(self, name)
         if self.options:
             data["options"] = dict(self.options)
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) != allowed[0]:
+                data[name] = getattr(self, name)
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:
         """Read `to_dict()` output, or the same with another tool's budget word (one warning)."""
-        allowed = ("method", *BUDGETS, "options", *ALIASES)
-        for key in data:
+        allowed = ("method", *BUDGETS, "options", *CHOICES, *ALIASES)
+        for key in _mapping("a pruning setting", data):
             if key not in allowed:
                 raise unknown("pruning setting", key, allowed)
         options = data.get("options") or {}
-        if not isinstance(options, Mapping):
-            raise PruningError(f"options must be a mapping, got {type(options).__name__}")
-        return cls(data.get("method", "none"), **_budget(data), options=options)
+        choices = {name: data[name] for name in CHOICES if name in data}
+        return cls(data.get("method", "none"), **_budget(data), options=options, **choices)
 
     @classmethod
     def of(cls, method: str, **settings: Any) -> PruningConfig:
-        """`PruningConfig.of("zoo", keep_tokens=64, seed=1)`: budget and options side by side."""
+        """`PruningConfig.of("zoo", keep_tokens=64, seed=1)`: all settings side by side."""
         budget = {key: settings.pop(key) for key in (*BUDGETS, *ALIASES) if key in settings}
-        return cls(method, **_budget(budget), options=settings)
+        choices = {key: settings.pop(key) for key in CHOICES if key in settings}
+        return cls(method, **_budget(budget), options=settings, **choices)
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
@@ -120,6 +161,12 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[key] = text
     return options
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PruningError(f"{name} must be a mapping of names to values, got {value!r}")
+    return dict(value)
 
 
 def _build(cls: type[PruningMethod], options: Mapping[str, Any]) -> PruningMethod:

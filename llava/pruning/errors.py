@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from llava.utils import UserInputError
 
-class PruningError(ValueError):
+
+class PruningError(UserInputError):
     """A pruning setting or input that cannot be honoured; the message says what would work."""
 
 

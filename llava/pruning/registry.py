@@ -43,7 +43,7 @@ def register(cls: Method) -> Method:
 def get_method(name: str) -> type[PruningMethod]:
     """The class registered as `name`; PruningError naming the nearest names otherwise."""
     _load()
-    if name not in _methods:
+    if not isinstance(name, str) or name not in _methods:
         raise unknown("pruning method", name, _methods)
     return _methods[name]
 

@@ -1,7 +1,8 @@
-"""The pruning stage: budget per tile, select, gather, trace. Nothing else compacts tokens."""
+"""The pruning stage: budgets, select, gather, trace. Nothing else compacts tokens."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava.pruning.budget import image_budgets, tile_counts
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import Merged, Outcome
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.layout import NEWLINE
+from llava.pruning.methods.base import refuse_non_finite
+from llava.pruning.newlines import choose_with_newlines
+from llava.pruning.released import applies_to, check_released, extra_places, released_counts
+from llava.pruning.selector import Selector
+from llava.pruning.tokens import TokenSequence, VisualTokens
 from llava.pruning.trace import PruningTrace
 
 
@@ -24,120 +30,192 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> V
     back when there is nothing to remove (no config, `none`, or a budget of at least every image's
     tokens), so an unpruned run is the unpruned model bit for bit.
 
-    Returns VisualTokens with projected [T, Kmax, D], valid [T, Kmax], kept (or sources), trace.
-    Raises PruningError for NaN or inf tokens and for budgets the method cannot meet.
+    Returns VisualTokens with projected [T, Kmax, D], valid [T, Kmax], kept (or sources), sequences
+    and trace. Raises PruningError for NaN or inf tokens and for budgets the method cannot meet.
     """
     if config is None:
         return visual
-    sizes = visual.tile_sizes()
-    counts = tile_counts(visual, config, sizes)
-    if counts == sizes:
+    budgets = image_budgets(visual, config)
+    if all(budget is None for budget in budgets):
         return visual
-    # Whole and empty tiles need no choice, so they never reach the method.
-    work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
-    outcome = None
-    if work:
-        outcome = config.pruner.run(visual.subset(work), [counts[t] for t in work])
-    return _compact(visual, config, counts, work, outcome)
+    if visual.released:
+        check_released(config)
+    if config.pruner.merges:
+        return _merge(visual, config, budgets)
+    selector = Selector(visual, config, [i for i, k in enumerate(budgets) if k is not None])
+    chosen = _choose(selector, budgets)
+    return _compact(selector, budgets, chosen)
 
 
-def tile_counts(visual: VisualTokens, config: PruningConfig, sizes: list[int]) -> list[int]:
-    """Tokens every tile keeps: each image's budget, shared out among its tiles."""
-    counts = [0] * len(sizes)
-    for image in range(visual.num_images):
-        tiles = visual.tiles_of(image)
-        capacity = [sizes[t] for t in tiles]
-        shares = share_out(config.num_kept(sum(capacity)), capacity)
-        for tile, share in zip(tiles, shares, strict=True):
+def _choose(selector: Selector, budgets: list[int | None]) -> Tensor:
+    """BoolTensor over flat ids: what every image keeps."""
+    visual, config = selector.visual, selector.config
+    if visual.released:
+        return _choose_as_released(selector, budgets)
+
+    def pick(patches: list[int | None]) -> Tensor:
+        if config.allocation == "global":
+            return selector.globally(patches)
+        return selector.per_tile(tile_counts(visual, patches))
+
+    return (
+        choose_with_newlines(selector, budgets, pick) if config.newline == "keep" else pick(budgets)
+    )
+
+
+def _choose_as_released(selector: Selector, budgets: list[int | None]) -> Tensor:
+    """The rules of `llava.pruning.released` for images that they apply to."""
+    visual, config = selector.visual, selector.config
+    counts = tile_counts(visual, budgets)
+    images = {
+        image: budget
+        for image, budget in enumerate(budgets)
+        if budget is not None and applies_to(visual, image)
+    }
+    for image, budget in images.items():
+        shares = released_counts(visual, config, image, budget)
+        for tile, share in zip(visual.tiles_of(image), shares, strict=True):
             counts[tile] = share
-    return counts
+    chosen = selector.per_tile(counts)
+    for image in images:
+        chosen[selector.ids[image][extra_places(visual, image)]] = True
+    return chosen
 
 
-def share_out(budget: int, capacity: list[int]) -> list[int]:
-    """Per-tile allocation: equal floor shares, the remainder to the first (base) tile.
-
-    What a short tile cannot hold goes to the other tiles in tile order. The result sums to
-    min(budget, sum(capacity)).
-    """
-    if not capacity:
-        return []
-    floor, rest = divmod(budget, len(capacity))
-    shares = [min(floor + (rest if t == 0 else 0), room) for t, room in enumerate(capacity)]
-    left = min(budget, sum(capacity)) - sum(shares)
-    for tile, room in enumerate(capacity):
-        extra = min(left, room - shares[tile])
-        shares[tile] += extra
-        left -= extra
-    return shares
-
-
-def _compact(
-    visual: VisualTokens,
-    config: PruningConfig,
-    counts: list[int],
-    work: list[int],
-    outcome: Outcome | None,
-) -> VisualTokens:
-    """Gather the chosen tokens of worked tiles and the whole tiles into [T, Kmax, D]."""
-    device = visual.projected.device
-    tiles, slots = len(counts), max(counts, default=0)
-    filled = torch.arange(slots)[None] < torch.tensor(counts)[:, None]
-    filled = filled.to(device)
-    kept = _kept_whole(visual, counts, slots)
-    margins = torch.full((tiles, slots), torch.inf, device=device)
-    if outcome is not None:
-        width = outcome.margins.shape[1]
-        margins[work, :width] = outcome.margins.to(margins.dtype)
-        if outcome.kept is not None:
-            kept[work, :width] = outcome.kept
+def _compact(selector: Selector, budgets: list[int | None], chosen: Tensor) -> VisualTokens:
+    """Gather what was chosen, and images kept whole, into [T, Kmax, D]."""
+    visual, config = selector.visual, selector.config
+    for image, budget in enumerate(budgets):
+        if budget is None:
+            chosen[selector.ids[image]] = True
+    tiles, count = visual.projected.shape[:2]
+    kept = raster_slots(chosen[: tiles * count].view(tiles, count))
+    filled = kept >= 0
     rows = kept.clamp(min=0)[..., None].expand(-1, -1, visual.projected.shape[-1])
     projected = visual.projected.gather(1, rows).masked_fill(~filled[..., None], 0)
-    sources = None
-    if config.pruner.merges:
-        merged = outcome.merged if outcome is not None else None
-        projected, sources = _place_merged(visual, projected, kept, work, merged)
+    sequences = _sequences(selector, chosen, kept)
     trace = PruningTrace(
         method=config.method,
-        kept=None if config.pruner.merges else kept,
-        margins=margins,
-        tokens_before=_per_image(visual, visual.tile_sizes()),
-        tokens_after=_per_image(visual, counts),
-        score_seconds=outcome.score_seconds if outcome is not None else 0.0,
-        select_seconds=outcome.select_seconds if outcome is not None else 0.0,
+        kept=kept,
+        margins=selector.margins,
+        tokens_before=[len(ids) for ids in selector.ids],
+        tokens_after=[len(sequence.source) for sequence in sequences],
+        score_seconds=selector.score_seconds,
+        select_seconds=selector.select_seconds,
     )
     return replace(
-        visual, projected=projected, valid=filled, kept=trace.kept, sources=sources, trace=trace
+        visual,
+        projected=projected,
+        valid=filled,
+        kept=kept,
+        sequences=sequences,
+        original_positions=config.positions == "original",
+        trace=trace,
     )
 
 
-def _kept_whole(visual: VisualTokens, counts: list[int], slots: int) -> Tensor:
-    """LongTensor [T, slots]: all valid indices of tiles kept whole, -1 everywhere else."""
-    device = visual.projected.device
-    kept = torch.full((len(counts), slots), -1, dtype=torch.long, device=device)
-    for tile, (count, size) in enumerate(zip(counts, visual.tile_sizes(), strict=True)):
-        if count == size and size > 0:
-            row = torch.arange(visual.projected.shape[1], device=device)
-            kept[tile, :size] = row if visual.valid is None else row[visual.valid[tile]]
-    return kept
+def raster_slots(chosen: Tensor) -> Tensor:
+    """BoolTensor [T, N] -> LongTensor [T, K]: the chosen indices, ascending, padded with -1."""
+    count = chosen.shape[1]
+    width = int(chosen.sum(dim=1).max())
+    order = torch.arange(count, device=chosen.device).expand_as(chosen)
+    order = order.masked_fill(~chosen, count).sort(dim=1).values[:, :width]
+    return order.masked_fill(order == count, -1)
 
 
-def _place_merged(
-    visual: VisualTokens, projected: Tensor, kept: Tensor, work: list[int], merged: Merged | None
-) -> tuple[Tensor, Tensor]:
-    """Put merged tokens beside tiles kept whole; those are their own single source."""
-    tokens = torch.arange(visual.projected.shape[1], device=kept.device)
-    sources = kept[..., None] == tokens
-    if merged is not None:
-        width = merged.projected.shape[1]
-        rows = torch.tensor(work, device=kept.device)
-        pad = (0, 0, 0, projected.shape[1] - width)
-        projected = projected.index_copy(0, rows, nn.functional.pad(merged.projected, pad))
-        sources[rows, :width] = merged.sources
-    return projected, sources
+def _sequences(selector: Selector, chosen: Tensor, kept: Tensor) -> tuple[TokenSequence, ...]:
+    """Every image's sequence without what was not chosen."""
+    tiles, slots = kept.shape
+    count = selector.visual.features.shape[1]
+    # The slot of every kept patch; the column at the end takes the padding of `kept`.
+    slot_of = torch.full((tiles, count + 1), NEWLINE, device=kept.device)
+    slot = torch.arange(slots, device=kept.device).expand_as(kept)
+    slot_of.scatter_(1, kept.masked_fill(kept < 0, count), slot)
+    slot_of = slot_of[:, :count]
+    sequences = []
+    for image, ids in enumerate(selector.ids):
+        place = chosen[ids].nonzero().flatten()
+        left = ids[place]
+        is_patch = left < tiles * count
+        flat = left.masked_fill(~is_patch, 0)
+        first = selector.visual.tiles_of(image)[0]
+        source = (flat // count - first) * slots + slot_of.flatten()[flat]
+        sequences.append(
+            TokenSequence(source.masked_fill(~is_patch, NEWLINE), place, total=len(ids))
+        )
+    return tuple(sequences)
 
 
-def _per_image(visual: VisualTokens, per_tile: list[int]) -> list[int]:
-    return [sum(per_tile[t] for t in visual.tiles_of(i)) for i in range(visual.num_images)]
+def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]) -> VisualTokens:
+    """Replace the tokens of every tile that has a choice by new ones; newlines go.
+
+    An image without a budget keeps its tokens and newlines; they are their own single source.
+    """
+    counts = tile_counts(visual, budgets)
+    sizes = visual.tile_sizes()
+    work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
+    device, slots = visual.projected.device, max(counts)
+    refuse_non_finite(visual.subset(work))
+    start = time.perf_counter()
+    merged = config.pruner.merge(visual.subset(work), torch.tensor([counts[t] for t in work]))
+    seconds = time.perf_counter() - start
+    whole = torch.tensor([k == n for k, n in zip(counts, sizes, strict=True)], device=device)
+    valid = torch.ones(visual.projected.shape[:2], dtype=torch.bool, device=device)
+    kept = raster_slots((valid if visual.valid is None else visual.valid) & whole[:, None])
+    kept = nn.functional.pad(kept, (0, slots - kept.shape[1]), value=-1)
+    sources = kept[..., None] == torch.arange(visual.projected.shape[1], device=device)
+    rows = kept.clamp(min=0)[..., None].expand(-1, -1, visual.projected.shape[-1])
+    projected = visual.projected.gather(1, rows).masked_fill((kept < 0)[..., None], 0)
+    at = torch.tensor(work, device=device)
+    width = merged.projected.shape[1]
+    fill = (0, 0, 0, slots - width)
+    projected = projected.index_copy(0, at, nn.functional.pad(merged.projected, fill))
+    sources[at, :width] = merged.sources
+    filled = torch.arange(slots)[None] < torch.tensor(counts)[:, None]
+    sequences = _merged_sequences(visual, budgets, counts, slots)
+    trace = PruningTrace(
+        method=config.method,
+        kept=None,
+        margins=torch.full((len(counts), slots), torch.inf, device=device),
+        tokens_before=[sequence.total for sequence in sequences],
+        tokens_after=[len(sequence.source) for sequence in sequences],
+        score_seconds=0.0,
+        select_seconds=seconds,
+    )
+    return replace(
+        visual,
+        projected=projected,
+        valid=filled.to(device),
+        sources=sources,
+        sequences=sequences,
+        trace=trace,
+    )
+
+
+def _merged_sequences(
+    visual: VisualTokens, budgets: list[int | None], counts: list[int], slots: int
+) -> tuple[TokenSequence, ...]:
+    """Merged tokens tile after tile; images kept whole as they were."""
+    count = visual.projected.shape[1]
+    sequences = []
+    for image, budget in enumerate(budgets):
+        old = visual.sequence(image)
+        if budget is None:
+            # Invalid tokens hold no slot, so a token's slot is its rank among the valid ones.
+            ranks = torch.arange(count, device=old.source.device).expand(
+                len(visual.tiles_of(image)), -1
+            )
+            if visual.valid is not None:
+                ranks = visual.valid[visual.tiles_of(image)].cumsum(dim=1) - 1
+            flat = old.source.clamp(min=0)
+            source = flat // count * slots + ranks.flatten()[flat]
+            source = source.masked_fill(old.source == NEWLINE, NEWLINE)
+            sequences.append(TokenSequence(source, old.place, old.total))
+            continue
+        own = [counts[t] for t in visual.tiles_of(image)]
+        source = torch.cat([torch.arange(k) + tile * slots for tile, k in enumerate(own)])
+        sequences.append(TokenSequence(source.to(old.source.device), None, old.total))
+    return tuple(sequences)
 
 
 def select(

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
+from llava.pruning.layout import NEWLINE, Box, ImageLayout
 from llava.pruning.trace import PruningTrace
+
+# Keys of `extras` that hold one entry per tile; the others hold one per image.
+TILE_EXTRAS = ("image_digest",)
+
+
+class TokenSequence(NamedTuple):
+    """The tokens of one image in the order the language model reads them.
+
+    Attributes:
+        source: LongTensor [n]: tile * K + slot, counting the image's own tiles and their K slots in
+            `projected`; NEWLINE for a newline.
+        place: LongTensor [n], ascending: where each stood in the unpruned sequence; None for
+            merged tokens, which stood nowhere.
+        total: length of the unpruned sequence.
+    """
+
+    source: Tensor
+    place: Tensor | None
+    total: int
+
+
+class Prompt(NamedTuple):
+    """The images of one prompt, and how many visual tokens it has room for."""
+
+    images: tuple[int, ...]
+    room: int
 
 
 @dataclass
@@ -33,9 +61,16 @@ class VisualTokens:
             flag. Known keys: `image_digest` (list of T ints: a hash of each tile's pixels, so
             that `random` draws do not move with floating-point noise of the tower),
             `image_position` (list: index of image i within its own prompt, default 0).
+        layouts: how each image's tiles follow each other; None: one after the other.
+        newline: [D] embedding of the newline token, where a layout has any.
+        released: select as the code released with ZOO-Prune does on LLaVA-NeXT, see
+            `llava.pruning.released`.
+        prompts: prompts of limited length: pruned images of one share its room.
         kept: LongTensor [T, Kmax], index of every kept token in its tile, padded with -1. None
             before the stage, and after it for methods that merge.
         sources: BoolTensor [T, Kmax, N] of methods that merge: the tokens each output was made of.
+        sequences: what the language model reads of each image, after the stage.
+        original_positions: kept tokens and text keep the positions of the unpruned sequence.
         trace: what the stage did; None before it and when it had nothing to do.
     """
 
@@ -46,8 +81,14 @@ class VisualTokens:
     grid: tuple[int, int]
     valid: Tensor | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+    layouts: tuple[ImageLayout, ...] | None = None
+    newline: Tensor | None = None
+    released: bool = False
+    prompts: tuple[Prompt, ...] = ()
     kept: Tensor | None = None
     sources: Tensor | None = None
+    sequences: tuple[TokenSequence, ...] | None = None
+    original_positions: bool = False
     trace: PruningTrace | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +113,8 @@ class VisualTokens:
 
     def tile_sizes(self) -> list[int]:
         """Valid tokens of every tile, length T."""
+        if self.layouts is not None and self.sequences is None:
+            return [size for layout in self.layouts for size in layout.tile_sizes]
         if self.valid is None:
             return [self.projected.shape[1]] * self.projected.shape[0]
         return [int(size) for size in self.valid.sum(dim=1).tolist()]
@@ -80,31 +123,105 @@ class VisualTokens:
         """Tile numbers of one image, base tile first."""
         return [t for t, owner in enumerate(self.image_index.tolist()) if owner == image]
 
-    def embeddings(self, image: int) -> Tensor:
-        """[n, D]: the valid projected tokens of `image`, its tiles one after the other."""
-        tiles = self.tiles_of(image)
-        if not tiles:
-            raise PruningError(f"no image {image}; this batch has {self.num_images}")
-        if self.valid is None:
-            rows = [self.projected[t] for t in tiles]
+    def sequence(self, image: int) -> TokenSequence:
+        """The tokens of `image` in the order the language model reads them."""
+        if self.sequences is not None:
+            return self.sequences[image]
+        device = self.projected.device
+        if self.layouts is not None:
+            source = self.layouts[image].sequence.to(device)
         else:
-            rows = [self.projected[t][self.valid[t]] for t in tiles]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+            tiles = self._own_tiles(image)
+            source = torch.arange(len(tiles) * self.projected.shape[1], device=device)
+            if self.valid is not None:
+                source = source[self.valid[tiles].flatten()]
+        return TokenSequence(source, torch.arange(len(source), device=device), len(source))
+
+    def embeddings(self, image: int) -> Tensor:
+        """[n, D]: what the language model reads of `image`, newlines included."""
+        tiles = self._own_tiles(image)
+        tokens = self.projected[tiles[0] : tiles[-1] + 1].flatten(0, 1)
+        source = self.sequence(image).source
+        if self.newline is None:
+            return tokens[source]
+        line = self.newline.to(tokens.device, tokens.dtype)
+        return torch.where((source == NEWLINE)[:, None], line, tokens[source.clamp(min=0)])
+
+    def boxes(self, image: int) -> list[Box | None]:
+        """For every token that is left of `image`: the part of the image it shows.
+
+        (left, top, right, bottom) in pixels of the original image; None for newlines. Patches at
+        the edge of a padded image reach beyond it. Raises PruningError where the encoder was not
+        told the image's size, and for merged tokens.
+        """
+        place = self.sequence(image).place
+        if place is None:
+            raise PruningError("merged tokens show no single part of the image")
+        layout = None if self.layouts is None else self.layouts[image]
+        if layout is None or layout.base_box is None:
+            raise PruningError("the size of the image is unknown; pass image_sizes to the encoder")
+        return [layout.box(index) for index in layout.sequence[place.cpu()].tolist()]
 
     def subset(self, tiles: list[int]) -> VisualTokens:
-        """The same batch reduced to some tiles; per-tile extras follow, image numbers stay."""
+        """Some tiles, as a method sees them: image numbers stay, layouts and prompts are gone."""
         if tiles == list(range(self.projected.shape[0])):
             return self
         rows = torch.tensor(tiles, dtype=torch.long)
         on = rows.to(self.projected.device)
-        extras = dict(self.extras)
-        if "image_digest" in extras:
-            extras["image_digest"] = [extras["image_digest"][t] for t in tiles]
         return replace(
             self,
             features=self.features[on],
             projected=self.projected[on],
             image_index=self.image_index[rows.to(self.image_index.device)],
             valid=None if self.valid is None else self.valid[on],
-            extras=extras,
+            extras=self.tile_extras(tiles),
+            layouts=None,
+            prompts=(),
         )
+
+    def take_images(self, images: Sequence[int]) -> VisualTokens:
+        """The given images in that order, repeats allowed, numbered from 0.
+
+        They come without prompts and without a trace, which describe the whole batch.
+        """
+        groups = [self._own_tiles(image) for image in images]
+        tiles = [tile for group in groups for tile in group]
+        owners = [position for position, group in enumerate(groups) for _ in group]
+        rows = torch.tensor(tiles, device=self.projected.device)
+
+        def of_tiles(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows.to(tensor.device)]
+
+        def of_images(values: Sequence[Any] | None) -> Any:
+            return None if values is None else tuple(values[image] for image in images)
+
+        extras = self.tile_extras(tiles)
+        for key in extras.keys() - set(TILE_EXTRAS):
+            extras[key] = list(of_images(extras[key]))
+        return replace(
+            self,
+            features=self.features[rows.to(self.features.device)],
+            projected=self.projected[rows],
+            image_index=torch.tensor(owners, device=self.image_index.device),
+            valid=of_tiles(self.valid),
+            extras=extras,
+            layouts=of_images(self.layouts),
+            prompts=(),
+            kept=of_tiles(self.kept),
+            sources=of_tiles(self.sources),
+            sequences=of_images(self.sequences),
+            trace=None,
+        )
+
+    def tile_extras(self, tiles: Sequence[int]) -> dict[str, Any]:
+        """`extras` with the entries of the given tiles."""
+        return {
+            key: [value[t] for t in tiles] if key in TILE_EXTRAS else value
+            for key, value in self.extras.items()
+        }
+
+    def _own_tiles(self, image: int) -> list[int]:
+        tiles = self.tiles_of(image)
+        if not tiles:
+            raise PruningError(f"no image {image}; this batch has {self.num_images}")
+        return tiles

@@ -2,9 +2,60 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from PIL import Image
 from torch import Tensor
+
+from llava.pruning.layout import Box
+from llava.pruning.tokens import VisualTokens
+
+# (left, top, right, bottom) in whole pixels of the image, right and bottom excluded.
+Pixels = tuple[int, int, int, int]
+
+
+def covered_pixels(box: Box, size: tuple[int, int]) -> Pixels:
+    """The pixels of an image of (width, height) whose centres lie in `box`; perhaps none.
+
+    Neighbouring boxes share no pixel, and together cover what they cover.
+    """
+    left, top, right, bottom = box
+    width, height = size
+
+    def inside(edge: float, most: int) -> int:
+        return min(max(math.ceil(edge - 0.5), 0), most)
+
+    return inside(left, width), inside(top, height), inside(right, width), inside(bottom, height)
+
+
+def kept_pixels(visual: VisualTokens, image: int, size: tuple[int, int]) -> list[Pixels | None]:
+    """For every token that is left of `image`: the pixels of the original picture it shows.
+
+    None for a newline. Tokens of padding and of the rim of a padded image may show none (an empty
+    rectangle). Base view and crops of one image show the same pixels at two scales.
+
+    Raises PruningError where the image's size was not given to the encoder, and for merged tokens.
+    """
+    boxes = visual.boxes(image)
+    return [None if box is None else covered_pixels(box, size) for box in boxes]
+
+
+def overlay_tokens(
+    image: Image.Image, visual: VisualTokens, index: int = 0, *, dim: float = 0.25
+) -> Image.Image:
+    """The picture with what the kept tokens of image `index` show, everything else dimmed.
+
+    Args:
+        image: the picture that was encoded, at its original size.
+        visual: its tokens, pruned or not.
+        dim: brightness of dropped pixels, 0 is black.
+
+    Returns an RGB image of the same size. Raises PruningError as `kept_pixels`.
+    """
+    shown = kept_pixels(visual, index, image.size)
+    return _dim_others(image, (pixels for pixels in shown if pixels is not None), dim)
 
 
 def overlay(
@@ -15,7 +66,7 @@ def overlay(
     pad: bool = True,
     dim: float = 0.25,
 ) -> Image.Image:
-    """The image with kept patches as they are and everything else dimmed; same size, RGB.
+    """As `overlay_tokens`, for one tile and without VisualTokens.
 
     Args:
         image: the picture the model was shown.
@@ -28,16 +79,30 @@ def overlay(
 
     Raises IndexError for an index outside the grid.
     """
-    image = image.convert("RGB")
     rows, cols = grid
-    lit = torch.zeros(rows * cols, dtype=torch.uint8)
-    lit[kept[kept >= 0].cpu()] = 255
-    patches = Image.frombytes("L", (cols, rows), bytes(lit.tolist()))
     width, height = image.size
     side = max(width, height) if pad else min(width, height)
-    # The square lies centred on the image, or the image centred on the square.
-    left, top = (width - side) // 2, (height - side) // 2
-    mask = Image.new("L", image.size, 0)
-    mask.paste(patches.resize((side, side), Image.Resampling.NEAREST), (left, top))
-    dimmed = image.point(lambda value: value * dim)
-    return Image.composite(image, dimmed, mask)
+    left, top = -((side - width) // 2), -((side - height) // 2)
+    shown = []
+    for index in kept[kept >= 0].tolist():
+        if index >= rows * cols:
+            raise IndexError(f"patch {index} lies outside the grid {grid}")
+        row, col = divmod(index, cols)
+        box = (
+            left + col * side / cols,
+            top + row * side / rows,
+            left + (col + 1) * side / cols,
+            top + (row + 1) * side / rows,
+        )
+        shown.append(covered_pixels(box, image.size))
+    return _dim_others(image, shown, dim)
+
+
+def _dim_others(image: Image.Image, shown: Iterable[Pixels], dim: float) -> Image.Image:
+    image = image.convert("RGB")
+    width, height = image.size
+    lit = torch.zeros(height, width, dtype=torch.uint8)
+    for left, top, right, bottom in shown:
+        lit[top:bottom, left:right] = 255
+    mask = Image.frombytes("L", image.size, lit.numpy().tobytes())
+    return Image.composite(image, image.point(lambda value: value * dim), mask)

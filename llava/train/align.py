@@ -5,13 +5,13 @@ the starting projector as ``INIT/mm_projector.bin`` (LLaVA's ``--pretrain_mm_mlp
 
 A real LLaVA starts from a tower that was trained against language and a language model that knows
 its words and how to look things up. From random weights, four small layers still guessed after 550
-steps, when that run was stopped. So three things are put in by hand first: words start where the
-tower's features for them lie; in the first layer a word looks at the image tokens that match it; in
-the second a token gathers from the last word that named something. It is a start, not a loss:
-nothing in training holds tokens together.
+steps, when that run was stopped. So two things are put in by hand first: words start where the
+tower's features for them lie, and in the first layer a word looks at the image tokens that match it
+and takes over what they hold. It is a start, not a loss: nothing in training holds tokens together.
 
-Nothing holds the wiring either. In runs of 250 to 400 steps at rates of 4e-4 to 1e-3 the second
-layer's part of it was gone, so whether it helps as it stands is not shown.
+The projector of this start is nearly linear, which needs hidden units far from zero. Adam at the
+rate of the language model then moves all tokens together and undoes the rest (colour still guessed
+at step 250); train it with a small ``--mm_projector_lr``.
 """
 
 import argparse
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from llava.train.patch_labels import IGNORE, SIGN, patch_labels
+from llava.train.patch_labels import CLASSES, IGNORE, SIGN, patch_labels
 from llava.world import scene
 from llava.world.font import ALPHABET
 from llava.world.shapes import COLORS, PLURALS, SHAPES
 
+_STRAIGHT = 3.0  # from here to both sides a GELU is almost the identity
+_FACTS = ("quadrant", "corner", "slot", "up", "down", "left", "right")
 _SCALE = 0.15  # root mean square of projected tokens and of the words that name them
 
 
@@ -50,64 +52,88 @@ def read_patches(data: Path, scenes: int) -> tuple[Tensor, dict[str, Tensor]]:
         labels.append({name: values.ravel()[keep] for name, values in maps.items()})
     joined = {
         name: torch.from_numpy(np.concatenate([part[name] for part in labels]))
-        for name in ("shape", "color", "char", "pair")
+        for name in ("shape", "color", "char", *_FACTS)
     }
     return torch.cat(features), joined
 
 
-def starting_projector(features: Tensor, pair: Tensor, hidden: int) -> nn.Sequential:
-    """Linear-GELU-Linear that whitens features within classes and keeps their geometry.
+def effects(values: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each class of each label adds to ``values`` ``[P, D]``: ``[classes, D]``, mean zero.
 
-    Directions that tell classes apart stand out; the random orthogonal turn between the two layers
-    spreads them over all hidden units.
+    One ridge regression on all labels together, so that the effect of a colour is not mixed with
+    that of the shapes which happen to have it.
     """
-    items = features[pair != IGNORE]
-    classes = pair[pair != IGNORE]
-    count = int(classes.max()) + 1
-    sums = torch.zeros(count, features.shape[1]).index_add_(0, classes, items)
-    sizes = classes.bincount(minlength=count).clamp(min=1)
-    within = items - (sums / sizes[:, None])[classes]
-    covariance = within.T @ within / len(within)
-    values, vectors = torch.linalg.eigh(covariance.double())
+    indicators = {
+        name: torch.zeros(len(rows), CLASSES[name]).scatter_(
+            1, rows.clamp(min=0)[:, None], (rows != IGNORE).float()[:, None]
+        )
+        for name, rows in labels.items()
+    }
+    design = torch.cat(list(indicators.values()), dim=1)
+    gram = design.T @ design + torch.eye(design.shape[1])
+    solved = torch.linalg.solve(gram, design.T @ (values - values.mean(0)))
+    found = {}
+    for name, rows in zip(indicators, solved.split([*map(CLASSES.get, indicators)]), strict=True):
+        share = indicators[name].mean(0)
+        found[name] = (rows - share @ rows / share.sum()) * (share > 0)[:, None]
+    return found
+
+
+def predict(found: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+    """The sum of the effects ``[P, D]`` that the labels of each patch bring."""
+    return sum(
+        rows[labels[name].clamp(min=0)] * (labels[name] != IGNORE)[:, None]
+        for name, rows in found.items()
+    )
+
+
+def starting_projector(features: Tensor, labels: dict[str, Tensor], hidden: int) -> nn.Sequential:
+    """Linear-GELU-Linear that is nearly linear and brings out what the labels explain.
+
+    It whitens what no label explains, so that facts stand out from it; the bias moves the GELU to
+    where it is almost straight.
+    """
+    width = features.shape[1]
+    noise = features - features.mean(0) - predict(effects(features, labels), labels)
+    values, vectors = torch.linalg.eigh((noise.T @ noise / len(noise)).double())
     values = values.clamp(min=1e-3 * float(values.mean()))
     whiten = (vectors @ torch.diag(values**-0.5) @ vectors.T).float()
-    turn = nn.init.orthogonal_(torch.empty(hidden, features.shape[1]))
+    turn = nn.init.orthogonal_(torch.empty(hidden, width))
 
-    first, second = nn.Linear(features.shape[1], hidden), nn.Linear(hidden, hidden)
+    first, second = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
+    projector = nn.Sequential(first, nn.GELU(), second)
     with torch.no_grad():
         first.weight.copy_(turn @ whiten)
-        first.bias.copy_(-first.weight @ items.mean(0))
-        second.weight.copy_(
-            turn[:, :hidden].T if turn.shape[0] == turn.shape[1] else torch.eye(hidden)
-        )
+        first.weight.div_((features - features.mean(0)).matmul(first.weight.T).std())
+        first.bias.copy_(_STRAIGHT - first.weight @ features.mean(0))
+        second.weight.zero_()
+        second.weight[:width] = turn.T
         second.bias.zero_()
-        projector = nn.Sequential(first, nn.GELU(), second)
-        second.weight.mul_(_SCALE / projector(items).square().mean().sqrt())
+        second.bias.sub_(projector(features).mean(0))
+        scale = _SCALE / projector(features).square().mean().sqrt()
+        second.weight.mul_(scale)
+        second.bias.mul_(scale)
     return projector
 
 
-def class_bases(projected: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Orthonormal rows ``[r, D]`` that span the class means of a label, and of all together."""
-    center = projected.mean(0)
-    means = {
-        name: torch.stack(
-            [
-                projected[labels[name] == c].mean(0) - center
-                for c in labels[name].unique().tolist()
-                if c != IGNORE
-            ]
-        )
-        for name in ("shape", "color", "char")
+def class_bases(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Orthonormal rows ``[r, D]``: of shapes, colours, all classes, other facts, what is left."""
+    bases = {
+        "shape": _span(found["shape"]),
+        "color": _span(found["color"]),
+        "class": _span(torch.cat([found[name] for name in ("shape", "color", "char")])),
     }
-    means["class"] = torch.cat(list(means.values()))
-    bases = {}
-    for name, rows in means.items():
-        _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
-        bases[name] = vectors[values > 0.05 * values[0]]
-    rest = projected - center
-    rest = rest - rest @ bases["class"].T @ bases["class"]
-    bases["rest"] = torch.linalg.svd(rest, full_matrices=False)[2]
+    facts = torch.cat([found[name] for name in found if name in _FACTS])
+    bases["facts"] = _span(facts - facts @ bases["class"].T @ bases["class"])
+    taken = torch.cat([bases["class"], bases["facts"]])
+    bases["rest"] = torch.linalg.svd(taken)[2][len(taken) :]
     return bases
+
+
+def _span(rows: Tensor) -> Tensor:
+    """Orthonormal basis of ``rows``, strongest direction first, without the faintest."""
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    return vectors[values > 0.05 * values[0]]
 
 
 def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image: Tensor) -> None:
@@ -120,7 +146,12 @@ def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image:
     half = span // 2
     slow = [*range(half - 7, half - 1), *range(span - 7, span)]
     for head, (match, content) in enumerate(
-        [("shape", "class"), ("color", "class"), ("shape", "rest"), ("color", "rest")]
+        [
+            ("shape", bases["class"]),
+            ("color", bases["class"]),
+            ("shape", bases["facts"][:span]),
+            ("shape", bases["facts"][span:]),
+        ]
     ):
         start = head * span
         rows = slice(start, start + span)
@@ -131,35 +162,14 @@ def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image:
         kind = start + half - 1
         attention.q_proj.weight[kind] = 1.5 * text
         attention.k_proj.weight[kind] = 1.5 * (image - text)
-        wire_copy(attention, head, bases[content], strength=0.08)
-
-
-def wire_gather(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, noun: Tensor) -> None:
-    """Second layer: two heads of a text token read the last word that names something.
-
-    ``noun`` ``[D]`` marks those words; nearness is counted in rotary waves of 33 to 170 tokens. The
-    other heads stay free, to find what is asked.
-    """
-    attention, span = layer.self_attn, layer.self_attn.head_dim
-    for head, content in ((0, "class"), (2, "rest")):
-        start = head * span
-        attention.q_proj.weight[start : start + span] = 0
-        attention.k_proj.weight[start : start + span] = 0
-        for channel in (2, 3, 4):
-            attention.q_proj.weight[start + channel] = 0.75 * text
-            attention.k_proj.weight[start + channel] = 0.75 * text
-        attention.q_proj.weight[start + span // 2 - 1] = 1.5 * text
-        attention.k_proj.weight[start + span // 2 - 1] = 1.5 * noun
-        wire_copy(attention, head, bases[content], strength=0.5)
+        wire_copy(attention, head, content[:span], strength=0.2)
 
 
 def wire_copy(attention: nn.Module, head: int, basis: Tensor, strength: float) -> None:
-    """Let a head pass on what its tokens hold in the first ``head_dim`` rows of ``basis``."""
-    span = attention.head_dim
-    rows = basis[:span]
-    columns = slice(head * span, head * span + len(rows))
-    attention.v_proj.weight[columns] = rows
-    attention.o_proj.weight[:, columns] = strength * rows.T
+    """Let a head pass on what its tokens hold in the rows of ``basis`` ``[<= head_dim, D]``."""
+    columns = slice(head * attention.head_dim, head * attention.head_dim + len(basis))
+    attention.v_proj.weight[columns] = basis
+    attention.o_proj.weight[:, columns] = strength * basis.T
 
 
 @torch.no_grad()
@@ -169,26 +179,20 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     features, labels = read_patches(data, scenes)
-    projector = starting_projector(features, labels["pair"], model.config.hidden_size)
-    projected = projector(features)
-    bases = class_bases(projected, labels)
-    # three quiet directions of the features mark what is text, what is image and what is a name
-    quiet = len(bases["rest"]) - len(bases["class"])
-    text, image, noun = bases["rest"][quiet - 3 : quiet]
-    center = projected.mean(0)
+    projector = starting_projector(features, labels, model.config.hidden_size)
+    found = effects(projector(features), labels)
+    bases = class_bases(found)
+    text, image = bases["rest"][-2:]  # quiet directions of the features mark what a token is
     length = _SCALE * model.config.hidden_size**0.5
 
     table = model.model.embed_tokens.weight
     table.mul_(_SCALE / table.square().mean().sqrt())
-    named = {tokenizer(word)["input_ids"][-1]: place for word, place in words().items()}
-    for token, (label, index) in named.items():
-        direction = projected[labels[label] == index].mean(0) - center
-        table[token] = direction * (length / direction.norm())
+    for word, (label, index) in words().items():
+        token = tokenizer(word)["input_ids"][-1]
+        table[token] = length * nn.functional.normalize(found[label][index], dim=0)
     table.add_(0.5 * length * text)
-    table[[token for token, (label, _) in named.items() if label != "char"]] += 0.7 * length * noun
-    projector[2].bias.add_(0.5 * length * image - center)
+    projector[2].bias.add_(0.5 * length * image)
     wire_lookup(model.model.layers[0], bases, text, image)
-    wire_gather(model.model.layers[1], bases, text, noun)
     model.save_pretrained(folder)
     state = {f"model.mm_projector.{name}": value for name, value in projector.state_dict().items()}
     torch.save(state, folder / "mm_projector.bin")

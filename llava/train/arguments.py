@@ -35,6 +35,13 @@ class DataArguments:
             "Row i belongs to the image whose file name is the number i"
         },
     )
+    parallel_turns: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the samples, 0 to 1, whose turns do not see one another: each "
+            "question follows the shared image as if it were the first"
+        },
+    )
 
 
 @dataclass

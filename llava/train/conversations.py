@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, tensor
+from torch import Tensor, cat, full_like, tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle
@@ -85,3 +85,28 @@ def tokenize(prompt: str, template: Conversation, tokenizer: Any) -> tuple[Tenso
             labels.append(token if learnt else IGNORE_INDEX)
         offset += len(chunk)
     return tensor(ids), tensor(labels)
+
+
+def tokenize_turns(
+    sample: dict[str, Any], template: Conversation, tokenizer: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels and turn numbers of a sample with an image whose turns stand side by side.
+
+    Every question follows the image as if it were the first one asked. What all prompts share, up
+    to and with the image mark, stands once and has turn 0; the turns 1, 2, ... follow. All three
+    are int64 ``[L]``.
+    """
+    messages = sample["conversations"]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for human, answer in zip(messages[::2], messages[1::2], strict=True):
+        question = human["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        human = human | {"value": f"{DEFAULT_IMAGE_TOKEN}\n{question}"}
+        alone = sample | {"conversations": [human, answer]}
+        ids, labels = tokenize(render(alone, template), template, tokenizer)
+        shared = int((ids == IMAGE_TOKEN_INDEX).nonzero()) + 1
+        if not parts:
+            parts.append((ids[:shared], labels[:shared], full_like(ids[:shared], 0)))
+        rest = ids[shared:]
+        parts.append((rest, labels[shared:], full_like(rest, len(parts))))
+    ids, labels, turns = (cat(column) for column in zip(*parts, strict=True))
+    return ids, labels, turns

@@ -15,7 +15,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.mm_utils import process_images
 from llava.train.arguments import DataArguments
-from llava.train.conversations import render, tokenize
+from llava.train.conversations import render, tokenize, tokenize_turns
 from llava.utils import UserInputError
 
 
@@ -23,7 +23,8 @@ class SupervisedDataset(Dataset):
     """Samples of a LLaVA JSON file; text and images are prepared when they are asked for.
 
     Raises:
-        UserInputError: the file is missing, is no JSON array, or names images without a source.
+        UserInputError: the file is missing, is no JSON array, or names images without a source;
+            ``parallel_turns`` is no share.
     """
 
     def __init__(
@@ -35,6 +36,8 @@ class SupervisedDataset(Dataset):
         model_config: Any,
     ) -> None:
         self.samples = _read(args.data_path)
+        if not 0 <= args.parallel_turns <= 1:
+            raise UserInputError(f"--parallel_turns is {args.parallel_turns}; give a share, 0 to 1")
         self.args, self.tokenizer, self.template = args, tokenizer, template
         self.image_processor, self.model_config = image_processor, model_config
         self.features = None
@@ -48,9 +51,13 @@ class SupervisedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.samples[index]
-        prompt = render(sample, self.template)
-        ids, labels = tokenize(prompt, self.template, self.tokenizer)
-        example = {"input_ids": ids, "labels": labels}
+        if "image" in sample and self._parallel(index):
+            ids, labels, turns = tokenize_turns(sample, self.template, self.tokenizer)
+        else:
+            prompt = render(sample, self.template)
+            ids, labels = tokenize(prompt, self.template, self.tokenizer)
+            turns = torch.zeros_like(ids)
+        example = {"input_ids": ids, "labels": labels, "turns": turns}
         marks = int((ids == IMAGE_TOKEN_INDEX).sum())
         if marks > 1 or marks != ("image" in sample):
             raise UserInputError(
@@ -60,6 +67,11 @@ class SupervisedDataset(Dataset):
         if "image" in sample:
             example["image"] = self._image(sample["image"])
         return example
+
+    def _parallel(self, index: int) -> bool:
+        """Spread the share of parallel samples evenly over the file."""
+        share = self.args.parallel_turns
+        return int((index + 1) * share) > int(index * share)
 
     def _image(self, name: str) -> Tensor:
         """Pixels ``[3, H, W]``, or cached features ``[N, Dv]``."""
@@ -76,8 +88,8 @@ class SupervisedDataset(Dataset):
 class Collator:
     """Pad a batch on the right.
 
-    No attention mask is made: attention is causal, so no real token can see the padding behind
-    it, and without a mask the faster causal kernel runs. Padding carries no labels.
+    No padding mask is made: attention is causal, so no real token can see the padding behind it,
+    and padding carries no labels.
     """
 
     def __init__(self, pad_token_id: int, max_length: int) -> None:
@@ -86,7 +98,9 @@ class Collator:
     def __call__(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         ids = pad_sequence([e["input_ids"] for e in examples], True, self.pad_token_id)
         labels = pad_sequence([e["labels"] for e in examples], True, IGNORE_INDEX)
-        batch = {"input_ids": ids[:, : self.max_length], "labels": labels[:, : self.max_length]}
+        turns = pad_sequence([e["turns"] for e in examples], True, 0)
+        batch = {"input_ids": ids, "labels": labels, "turns": turns}
+        batch = {name: values[:, : self.max_length] for name, values in batch.items()}
         images = [e["image"] for e in examples if "image" in e]
         if images and len(images) < len(examples):
             # a text-only row takes one image slot and shows nothing of it, as in LLaVA
@@ -95,6 +109,29 @@ class Collator:
         if images:
             batch["images"] = torch.stack(images)
         return batch
+
+
+def turn_mask(turns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask ``[B, 1, L, L]`` of turns ``[B, L]`` that do not see one another.
+
+    A token sees what stands before it in its own turn and in turn 0, which is common to all.
+    """
+    length = turns.shape[1]
+    key = turns[:, None, :]
+    seen = (key == 0) | (key == turns[:, :, None])
+    seen &= torch.ones(length, length, dtype=torch.bool, device=turns.device).tril()
+    mask = torch.zeros(seen.shape, dtype=dtype, device=turns.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def spliced_turns(turns: Tensor, input_ids: Tensor, image_tokens: int, length: int) -> Tensor:
+    """``turns`` ``[B, L]`` after the splice of ``image_tokens`` per mark, padded to ``length``."""
+    rows = []
+    for ids, row in zip(input_ids, turns, strict=True):
+        wide = torch.where(ids == IMAGE_TOKEN_INDEX, image_tokens, 1)
+        row = row.repeat_interleave(wide)[:length]
+        rows.append(torch.nn.functional.pad(row, (0, length - len(row))))
+    return torch.stack(rows)
 
 
 def _read(path: str) -> list[dict[str, Any]]:

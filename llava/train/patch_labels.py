@@ -10,7 +10,8 @@ IGNORE = -1
 _COLOR = {name: index for index, name in enumerate(COLORS)}
 _SHAPE = {name: index + 1 for index, name in enumerate(SHAPES)}  # 0 is background
 SIGN = len(SHAPES) + 1
-# what the next patch in each direction shows: the step from seeing things to seeing them together
+# what the next patch in each direction shows, if it is not the same thing: the step from seeing
+# things to seeing them together
 _NEIGHBOURS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 CLASSES = {
     "shape": len(SHAPES) + 2,
@@ -56,5 +57,5 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
     for name, (down, right) in _NEIGHBOURS.items():
         neighbour = np.pad(shape, 1, constant_values=IGNORE)
         neighbour = neighbour[1 + down : 1 + down + ROWS, 1 + right : 1 + right + COLUMNS]
-        labels[name] = np.where(shape > 0, neighbour, IGNORE)
+        labels[name] = np.where((shape > 0) & (neighbour != shape), neighbour, IGNORE)
     return labels

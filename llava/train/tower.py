@@ -31,6 +31,7 @@ from llava.world.scene import ROWS as GRID
 SIZES = {"tiny": (128, 4, 4), "small": (384, 9, 6)}  # width, layers, heads
 _STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 _WEIGHTS = {"pair": 0.5, "corner": 0.5, "quadrant": 0.5}
+_MOSTLY_NOTHING = {"shape", "partner", "up", "down", "left", "right"}  # class 0 weighs less there
 
 
 class SceneDataset(Dataset):
@@ -155,8 +156,8 @@ def loss_of(
     )
     for name, scores in logits.items():
         weight = None
-        if name == "shape":  # most patches are background
-            weight = torch.tensor([0.3] + [1.0] * (CLASSES["shape"] - 1), device=scores.device)
+        if name in _MOSTLY_NOTHING:
+            weight = torch.tensor([0.3] + [1.0] * (CLASSES[name] - 1), device=scores.device)
         target = labels[name].flatten()
         part = F.cross_entropy(scores.flatten(0, 1), target, weight, ignore_index=IGNORE)
         total = total + _WEIGHTS.get(name, 1.0) * part
@@ -172,7 +173,7 @@ def accuracy(model: DenseTower, scenes: int, device: torch.device) -> dict[str, 
         logits, _ = model(pixels.to(device))
         for name, scores in logits.items():
             target = labels[name].to(device)
-            applies = target > 0 if name == "shape" else target != IGNORE
+            applies = target > 0 if name in _MOSTLY_NOTHING else target != IGNORE
             right[name] += int((scores.argmax(-1) == target)[applies].sum())
             seen[name] += int(applies.sum())
     model.train()

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from accelerate.utils import extract_model_from_parallel as unwrap_model
+from torch import Tensor, nn
 
 from llava.conversation import conv_templates
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.data import Collator, SupervisedDataset
+from llava.train.data import Collator, SupervisedDataset, spliced_turns, turn_mask
 from llava.utils import UserInputError
 
 
@@ -29,6 +30,13 @@ class LlavaTrainer(transformers.Trainer):
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(groups, **settings)
         return super().create_optimizer() if self.optimizer is None else self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+        """The model's loss; turns that stand side by side get a mask that keeps them apart."""
+        turns = inputs.pop("turns")
+        if turns.any():
+            inputs = side_by_side(model, inputs, turns)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _groups(self) -> list[dict[str, Any]]:
         """Decayed or not x projector or not; the projector's groups have their own rate."""
@@ -46,6 +54,23 @@ class LlavaTrainer(transformers.Trainer):
             }
             for (projector, decay), parameters in groups.items()
         ]
+
+
+def side_by_side(model: nn.Module, inputs: dict[str, Any], turns: Tensor) -> dict[str, Any]:
+    """Spliced ``inputs`` with the attention mask of their ``turns`` ``[B, L]``."""
+    llava = unwrap_model(model)
+    _, positions, _, _, embeds, labels = llava.prepare_inputs_labels_for_multimodal(
+        inputs["input_ids"], None, None, None, inputs["labels"], inputs["images"]
+    )
+    image_tokens = llava.get_vision_tower().num_patches
+    turns = spliced_turns(turns, inputs["input_ids"], image_tokens, embeds.shape[1])
+    mask = turn_mask(turns, embeds.dtype)
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "labels": labels,
+    }
 
 
 def build_model(args: ModelArguments, dtype: torch.dtype) -> LlavaLlamaForCausalLM:

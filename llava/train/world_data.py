@@ -1,8 +1,9 @@
 """Write training data of llava-tiny: ``python -m llava.train.world_data --tower T --output DIR``.
 
-``data.json`` holds LLaVA conversations (12 question-answer turns an image) and ``features.npy`` the
-frozen tower's features of every image, which spares the trainer from running the tower each epoch.
-A killed run continues where its features end.
+``pretrain.json`` holds LLaVA conversations of 16 turns, lists and questions; ``finetune.json``
+holds conversations of questions alone. ``features.npy`` holds the frozen tower's features of every
+image, which spares the trainer from running the tower each epoch. A killed run continues where its
+features end.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.world import FAMILIES, Scene, ask, render, scene
+from llava.train.descriptions import TRAINING_FAMILIES, describe
+from llava.world import Scene, ask, render, scene
 
 
 class Images(Dataset):
@@ -33,12 +35,23 @@ class Images(Dataset):
         return self.processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
 
-def conversation(made: Scene, rng: np.random.RandomState, turns: int) -> list[dict[str, str]]:
-    """``turns`` questions and answers about one scene, families in equal shares, shuffled."""
-    families = [list(FAMILIES)[i % len(FAMILIES)] for i in range(turns)]
+def conversation(
+    made: Scene, rng: np.random.RandomState, turns: int, lists: bool
+) -> list[dict[str, str]]:
+    """``turns`` turns about one scene: with ``lists`` one of each family, then questions, shuffled.
+
+    No question is asked twice: a repeated one teaches to copy the answer, not to look.
+    """
+    pairs = dict(describe(rng, made)) if lists else {}
+    families = list(TRAINING_FAMILIES)
+    for attempt in range(4 * turns):
+        if len(pairs) == turns:
+            break
+        question, answer = ask(rng, made, families[attempt % len(families)], TRAINING_FAMILIES)
+        pairs.setdefault(question, answer)
     messages = []
-    for index in rng.permutation(turns):
-        question, answer = ask(rng, made, families[index])
+    for index in rng.permutation(len(pairs)):
+        question, answer = list(pairs.items())[index]
         mark = "" if messages else "<image>\n"
         messages += [
             {"from": "human", "value": mark + question},
@@ -47,21 +60,23 @@ def conversation(made: Scene, rng: np.random.RandomState, turns: int) -> list[di
     return messages
 
 
-def write_conversations(output: Path, split: str, scenes: int, variants: int, turns: int) -> None:
-    """``data.json``: ``variants`` conversations for each scene, LLaVA's sample format."""
+def write_conversations(
+    path: Path, split: str, scenes: int, variants: int, turns: int, lists: bool
+) -> None:
+    """``variants`` conversations for each scene, LLaVA's sample format."""
     samples = []
     for index in tqdm(range(scenes), desc="questions", mininterval=10):
         made = scene(f"{split}/{index:06d}")
         for variant in range(variants):
-            rng = np.random.RandomState([index, variant, 77])
+            rng = np.random.RandomState([index, variant, 77 if lists else 78])
             samples.append(
                 {
                     "id": f"{split}-{index:06d}-{variant}",
                     "image": f"{split}/{index:06d}.png",
-                    "conversations": conversation(made, rng, turns),
+                    "conversations": conversation(made, rng, turns, lists),
                 }
             )
-    (output / "data.json").write_text(json.dumps(samples))
+    path.write_text(json.dumps(samples))
 
 
 @torch.no_grad()
@@ -93,12 +108,14 @@ def main() -> None:
     parser.add_argument("--split", choices=["train", "val"], default="train")
     parser.add_argument("--scenes", type=int, default=10_000)
     parser.add_argument("--variants", type=int, default=4, help="conversations a scene")
-    parser.add_argument("--turns", type=int, default=12, help="questions a conversation")
+    parser.add_argument("--turns", type=int, default=16, help="lists and questions a conversation")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    if not (args.output / "data.json").exists():
-        write_conversations(args.output, args.split, args.scenes, args.variants, args.turns)
+    for name, lists in (("pretrain.json", True), ("finetune.json", False)):
+        path = args.output / name
+        if not path.exists():
+            write_conversations(path, args.split, args.scenes, args.variants, args.turns, lists)
     write_features(args.output, args.tower, args.split, args.scenes, args.workers)
 
 

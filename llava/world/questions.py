@@ -5,11 +5,12 @@ question. What the answer needs stands in the image once or is counted; nothing 
 """
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from llava.world.background import SIDE
-from llava.world.scene import Scene
+from llava.world.scene import Item, Scene
 from llava.world.shapes import COLORS, PLURALS, SHAPES
 
 _NUMBERS = ("zero", "one", "two", "three", "four")
@@ -20,7 +21,8 @@ def _pick(rng: np.random.RandomState, options: list):
     return options[rng.randint(len(options))] if options else None
 
 
-def _unique(scene: Scene) -> list:
+def unique_items(scene: Scene) -> list[Item]:
+    """The items whose shape appears once."""
     counts = Counter(item.shape for item in scene.items)
     return [item for item in scene.items if counts[item.shape] == 1]
 
@@ -39,13 +41,13 @@ def existence(rng: np.random.RandomState, scene: Scene) -> tuple[str, str] | Non
 
 def color(rng: np.random.RandomState, scene: Scene) -> tuple[str, str] | None:
     """GQA attribute: the colour of a shape that appears once."""
-    item = _pick(rng, _unique(scene))
+    item = _pick(rng, unique_items(scene))
     return item and (f"What color is the {item.shape}?", item.color)
 
 
 def relation(rng: np.random.RandomState, scene: Scene) -> tuple[str, str] | None:
     """GQA relation: what stands directly beside a shape that appears once."""
-    item = _pick(rng, [item for item in _unique(scene) if item.partner is not None])
+    item = _pick(rng, [item for item in unique_items(scene) if item.partner is not None])
     if item is None:
         return None
     side = _SIDE_PHRASE[item.partner_side]
@@ -68,21 +70,24 @@ def count(rng: np.random.RandomState, scene: Scene) -> tuple[str, str] | None:
 
 def position(rng: np.random.RandomState, scene: Scene) -> tuple[str, str] | None:
     """GQA position: the quadrant of a shape that appears once and is clear of the middle."""
+    found = _pick(rng, places(scene))
+    return found and (f"Where is the {found[0].shape}?", found[1])
+
+
+def places(scene: Scene) -> list[tuple[Item, str]]:
+    """Items whose shape appears once and that are clear of the middle, each with its quadrant."""
     half = SIDE // 2
-    clear = []
-    for item in _unique(scene):
+    found = []
+    for item in unique_items(scene):
         cx, cy = item.x + item.size // 2, item.y + item.size // 2
         if min(abs(cx - half), abs(cy - half)) > 10:
-            clear.append((item, cx, cy))
-    found = _pick(rng, clear)
-    if found is None:
-        return None
-    item, cx, cy = found
-    answer = ("top" if cy < half else "bottom") + (" left" if cx < half else " right")
-    return f"Where is the {item.shape}?", answer
+            quadrant = ("top" if cy < half else "bottom") + (" left" if cx < half else " right")
+            found.append((item, quadrant))
+    return found
 
 
-FAMILIES = {
+Families = Mapping[str, Callable[[np.random.RandomState, Scene], tuple[str, str] | None]]
+FAMILIES: Families = {
     "existence": existence,
     "color": color,
     "relation": relation,
@@ -92,12 +97,14 @@ FAMILIES = {
 }
 
 
-def ask(rng: np.random.RandomState, scene: Scene, family: str) -> tuple[str, str]:
+def ask(
+    rng: np.random.RandomState, scene: Scene, family: str, families: Families = FAMILIES
+) -> tuple[str, str]:
     """One question of ``family`` about ``scene``, or of the next family that has one."""
-    names = list(FAMILIES)
+    names = list(families)
     start = names.index(family)
     for name in names[start:] + names[:start]:
-        pair = FAMILIES[name](rng, scene)
+        pair = families[name](rng, scene)
         if pair is not None:
             return pair
     raise RuntimeError("every scene answers an existence question")

@@ -8,7 +8,7 @@ import pytest
 
 from llava.eval.arms import Arm, plan_arms
 from llava.eval.results import Record
-from llava.eval.runner import Runner, take_images
+from llava.eval.runner import Runner
 from llava.eval.tasks.question_file import other_images
 
 PRUNED = ("random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact", "least-sensitive")
@@ -113,7 +113,7 @@ def test_take_images_repeats_and_reorders(make_runner: Callable[..., Runner]) ->
     runner = make_runner()
     names = [question.image for question in runner.task.questions]
     visual = runner.encode(list(dict.fromkeys(names)))
-    taken = take_images(runner.prune_images(visual, "random", 9), [2, 0, 2])
+    taken = runner.prune_images(visual, "random", 9).take_images([2, 0, 2])
     assert taken.image_index.tolist() == [0, 1, 2]
     assert (taken.kept[0] == taken.kept[2]).all() and (taken.kept[0] != taken.kept[1]).any()
     assert taken.extras["image_digest"][0] == visual.extras["image_digest"][2]

@@ -1,4 +1,4 @@
-"""Small LLaVA-1.5 models, fresh for every test that may change them."""
+"""Small LLaVA-1.5 and 1.6 models, fresh for every test that may change them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -87,5 +87,21 @@ def small_model(tmp_path: Path, small_tower: Callable) -> Callable[..., LlavaLla
         if model.get_vision_tower() is not None:
             model.get_vision_tower().load_model()
         return model
+
+    return make
+
+
+@pytest.fixture
+def small_next(small_model: Callable) -> Callable[..., LlavaLlamaForCausalLM]:
+    """``small_next(**config changes)``: a random LLaVA-1.6 with tiles of 28 pixels, 4 patches."""
+
+    def make(**changes: object) -> LlavaLlamaForCausalLM:
+        settings = {
+            "image_aspect_ratio": "anyres",
+            "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]],
+            "mm_patch_merge_type": "spatial_unpad",
+            "tokenizer_padding_side": "right",
+        }
+        return small_model(**{**settings, **changes})
 
     return make

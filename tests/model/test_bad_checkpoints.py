@@ -170,6 +170,13 @@ COMPLETE: dict[str, tuple[Damage, str]] = {
     "bad config": (_write("config.json", "{"), "config.json' cannot be read"),
     "list for config": (_write("config.json", "[]"), "config.json' holds no JSON object"),
     "qwen": (_qwen, "holds Qwen2VLForConditionalGeneration (type 'qwen2_vl')"),
+    "mpt": (
+        _config(architectures=["LlavaMptForCausalLM"], model_type="llava_mpt"),
+        "holds LlavaMptForCausalLM",
+    ),
+    "later tiles": (_config(image_aspect_ratio="anyres_max_9"), "is of a LLaVA after 1.6"),
+    "later merging": (_config(mm_patch_merge_type="unpad_pool"), "is of a LLaVA after 1.6"),
+    "no newline": (_config(mm_patch_merge_type="spatial_unpad"), "'model.image_newline'"),
     "converted without parts": (_config(**_HF, mm_vision_tower="absent"), "not LlavaLlama"),
     "language model": (
         _config(architectures=["LlamaForCausalLM"], model_type="llama", mm_vision_tower="absent"),

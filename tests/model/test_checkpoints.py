@@ -247,18 +247,3 @@ def test_plain_llama_becomes_a_llava(small_tower: Callable, tmp_path: Path) -> N
     assert torch.equal(_logits(_load(tmp_path / "llava")), _logits(model))
     with pytest.raises(UserInputError, match="plain language model without a vision tower"):
         _load(tmp_path / "base")
-
-
-LATER = {
-    "mistral": {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral"},
-    "anyres": {"image_aspect_ratio": "anyres"},
-    "spatial": {"mm_patch_merge_type": "spatial_unpad"},
-}
-
-
-@pytest.mark.parametrize("setting", LATER)
-def test_later_models_are_refused(setting: str, saved: Path) -> None:
-    _edit_config(saved, **LATER[setting])
-    message = "holds LlavaMistral" if setting == "mistral" else "is a LLaVA-1.6 checkpoint"
-    with pytest.raises(UserInputError, match=message):
-        _load(saved)

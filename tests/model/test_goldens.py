@@ -1,4 +1,4 @@
-"""Every recorded LLaVA-1.5 run is reproduced: merged inputs, logits, greedy tokens."""
+"""Every recorded run of LLaVA-1.5 and 1.6 is reproduced: merged inputs, logits, greedy tokens."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,14 @@ from safetensors.torch import load_file
 
 from llava.constants import IGNORE_INDEX
 from llava.mm_utils import process_images
-from llava.model import LlavaLlamaForCausalLM
+from llava.model.builder import load_pretrained_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "llava"
 CASES = sorted(path.name for path in (GOLDENS / "cases").iterdir())
+GENERATED = [
+    *("v15_single", "v15_batch2_left"),
+    *("v16_std43", "v16_square", "v16_wide", "v16_batch2_left"),
+]
 NAMES = ("position_ids", "attention_mask", "labels")
 TOLERANCE = 1e-4
 
@@ -21,9 +25,12 @@ TOLERANCE = 1e-4
 class Case:
     """One recorded run, its inputs prepared with our own code on ``model``."""
 
-    def __init__(self, name: str, model: LlavaLlamaForCausalLM) -> None:
+    def __init__(self, name: str) -> None:
         folder = GOLDENS / "cases" / name
         self.about = json.loads((folder / "case.json").read_text())
+        self.version = "llava 1.6" if name.startswith("v16") else "llava 1.5"
+        checkpoint = str(GOLDENS / self.about["checkpoint"])
+        self.model = model = load_pretrained_model(checkpoint, device="cpu")[1]
         self.inputs = load_file(folder / "inputs.safetensors")
         self.outputs = load_file(folder / "outputs.safetensors")
         for key, value in self.about["config_overrides"].items():
@@ -35,18 +42,19 @@ class Case:
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, tiny: LlavaLlamaForCausalLM) -> Case:
-    return Case(request.param, tiny)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
 
 
 def test_all_cases_are_here() -> None:
-    assert len(CASES) == 8
+    assert len(CASES) == 17
 
 
-def test_merged_inputs(case: Case, tiny: LlavaLlamaForCausalLM, record_error) -> None:
+def test_merged_inputs(case: Case, record_error) -> None:
     given = [case.inputs.get(name) for name in NAMES]
+    prepare = case.model.prepare_inputs_labels_for_multimodal
     with torch.no_grad():
-        ids, positions, mask, cache, embeds, labels = tiny.prepare_inputs_labels_for_multimodal(
+        ids, positions, mask, cache, embeds, labels = prepare(
             case.inputs["input_ids"], given[0], given[1], None, given[2], case.images, case.sizes
         )
     assert ids is None and cache is None
@@ -67,18 +75,18 @@ def test_merged_inputs(case: Case, tiny: LlavaLlamaForCausalLM, record_error) ->
             embeds.norm(dim=-1) - outputs["inputs_embeds_norm"],
         )
         error = max(e.abs().max().item() for e in errors)
-    record_error("llava 1.5: inputs_embeds", error)
+    record_error(f"{case.version}: inputs_embeds", error)
     assert error <= TOLERANCE
 
 
-def test_logits(case: Case, tiny: LlavaLlamaForCausalLM, record_error) -> None:
+def test_logits(case: Case, record_error) -> None:
     with torch.no_grad():
-        output = tiny(**case.inputs, images=case.images, image_sizes=case.sizes)
+        output = case.model(**case.inputs, images=case.images, image_sizes=case.sizes)
     logits = output.logits
     for row in range(len(logits)):
         at = case.outputs[f"logits_pos_row{row}"]
         error = (logits[row, at] - case.outputs[f"logits_row{row}"]).abs().max().item()
-        record_error("llava 1.5: logits", error)
+        record_error(f"{case.version}: logits", error)
         assert error <= TOLERANCE
     wanted = case.outputs["argmax"]
     top = logits.topk(2).values
@@ -87,15 +95,15 @@ def test_logits(case: Case, tiny: LlavaLlamaForCausalLM, record_error) -> None:
     assert torch.equal(logits.argmax(-1)[certain], wanted[certain])
     if "labels" in case.inputs and (case.outputs["out_labels"] != IGNORE_INDEX).any():
         error = abs(output.loss.item() / case.about["loss"] - 1)
-        record_error("llava 1.5: loss (relative)", error)
+        record_error(f"{case.version}: loss (relative)", error)
         assert error <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["v15_single", "v15_batch2_left"])
-def test_greedy_tokens(name: str, tiny: LlavaLlamaForCausalLM, record_error) -> None:
-    case = Case(name, tiny)
+@pytest.mark.parametrize("name", GENERATED)
+def test_greedy_tokens(name: str, record_error) -> None:
+    case = Case(name)
     generation = case.about["generate"]
-    output = tiny.generate(
+    output = case.model.generate(
         case.inputs["input_ids"],
         images=case.images,
         image_sizes=case.sizes,
@@ -107,20 +115,20 @@ def test_greedy_tokens(name: str, tiny: LlavaLlamaForCausalLM, record_error) -> 
     assert output.sequences.tolist() == generation["new_tokens"]
     scores = torch.stack(output.scores, dim=1)
     error = (scores - case.outputs["generate_scores"]).abs().max().item()
-    record_error("llava 1.5: generation scores", error)
+    record_error(f"{case.version}: generation scores", error)
     assert error <= TOLERANCE
 
 
-def test_encoded_image(tiny: LlavaLlamaForCausalLM, record_error) -> None:
-    case = Case("v15_single", tiny)
+@pytest.mark.parametrize("name", ["v15_single", "v16_tiny"])
+def test_encoded_image(name: str, record_error) -> None:
+    case = Case(name)
     with torch.no_grad():
-        visual = tiny.encode_visual_tokens(case.images)
-        encoded = tiny.encode_images(case.images)
+        visual = case.model.encode_visual_tokens(case.images, case.sizes)
+        encoded = case.model.encode_images(case.images.flatten(0, -4))
     assert torch.equal(encoded, visual.projected)
-    for group, value, wanted in (
-        ("tower features", visual.features, "vision_tower_selected"),
-        ("encode_images", encoded, "encode_images"),
-    ):
-        error = (value - case.outputs[wanted]).abs().max().item()
-        record_error(f"llava 1.5: {group}", error)
+    compared = {"vision_tower_selected": visual.features, "encode_images": encoded}
+    for wanted in compared.keys() & case.outputs.keys():
+        error = (compared[wanted] - case.outputs[wanted]).abs().max().item()
+        record_error(f"{case.version}: {wanted}", error)
         assert error <= TOLERANCE
+    assert "encode_images" in case.outputs

@@ -47,7 +47,7 @@ def test_tiles_of_an_image_are_joined_flat(small_model: Make, pixels) -> None:
         encoded = model.encode_images(tiles)
     assert torch.equal(joined[0, 1:13], encoded.flatten(0, 1))
     model.config.mm_patch_merge_type = "spatial_unpad"
-    with pytest.raises(UserInputError, match=r"'spatial_unpad' belongs to LLaVA-1\.6"):
+    with pytest.raises(UserInputError, match="it needs image_aspect_ratio 'anyres'"):
         model.encode_visual_tokens([tiles])
     assert model.encode_visual_tokens(tiles).image_index.tolist() == [0, 1, 2]
 
@@ -126,7 +126,37 @@ def test_too_long_rows_are_cut_with_a_warning(small_model: Make, pixels, caplog)
         ids, None, mask, None, None, pixels(1, side=28)
     )
     assert out[4].shape[1] == 5
-    assert "a prompt of 7 tokens is cut to its first 5" in caplog.text
+    assert "row 0 has 7 tokens (3 of text, 4 of images)" in caplog.text
+    assert "tokenizer_model_max_length is 5: its last 2 tokens are cut off" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [(20, [3, 3, 3]), (12, [3, 2, 3]), (11, [2, 2, 3]), (8, [0, 1, 3]), (7, [0, 0, 3])],
+)
+def test_pruning_makes_room_for_the_prompt(limit, kept, small_model: Make, pixels, caplog) -> None:
+    """Visual tokens go before any word does; a row that fits is as it would be alone."""
+    model = small_model(tokenizer_model_max_length=limit)
+    model.pruning = {"method": "zoo", "keep_tokens": 3}
+    ids, mask = _ids([1, IMG, 5, IMG, 6, 7, 8, 9, 10], [1, IMG, 3])
+    labels = ids.masked_fill(ids == IMG, IGNORE_INDEX)
+    out = model.prepare_inputs_labels_for_multimodal(
+        ids, None, mask, None, labels, pixels(3, side=28)
+    )
+    assert [row[row != IGNORE_INDEX].tolist() for row in out[5]] == [
+        [1, 5, 6, 7, 8, 9, 10],
+        [1, 3],
+    ]
+    assert out[2].sum(dim=1).tolist() == [7 + kept[0] + kept[1], 2 + kept[2]]
+    assert not caplog.records
+
+
+def test_a_budget_above_the_image_is_cut_like_the_unpruned_model(small_model: Make, pixels) -> None:
+    model, images = small_model(tokenizer_model_max_length=5), pixels(1, side=28)
+    ids, mask = _ids([1, IMG, 5, 6])
+    wanted = model(ids, attention_mask=mask, images=images).logits
+    model.pruning = {"method": "zoo", "keep_tokens": 4}
+    assert torch.equal(model(ids, attention_mask=mask, images=images).logits, wanted)
 
 
 @pytest.mark.parametrize("dummies", [True, False])

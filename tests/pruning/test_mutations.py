@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pruning_checks as checks
 import pytest
 import torch
 
-from llava.pruning import PruningError, stage
+from llava.model import layouts
+from llava.pruning import PruningError, newlines, stage
 from llava.pruning.importance import directions
 from llava.pruning.importance import sensitivity as sensitivity_module
+from llava.pruning.layout import NEWLINE
 from llava.pruning.methods import base, random
 from llava.pruning.selection import max_min
 
@@ -18,7 +22,7 @@ def every_token(z, valid, row):
 
 
 def highest_argmax(score):
-    return len(score) - 1 - score.flip(0).argmax()
+    return score.shape[-1] - 1 - score.flip(-1).argmax(dim=-1)
 
 
 def shifted(indices):
@@ -30,6 +34,13 @@ def global_bank(seed, width, count):
     return torch.randn(count, width)
 
 
+raster_slots = stage.raster_slots
+
+
+def backwards(chosen):
+    return raster_slots(chosen).flip(1)
+
+
 row_cosine = max_min._cosine
 
 
@@ -39,7 +50,7 @@ def unsteady_cosine(z):
 
 
 MUTATIONS = {
-    "sort dropped": (base, "raster_order", lambda indices: indices),
+    "sort dropped": (stage, "raster_slots", backwards),
     "valid mask skipped": (max_min, "selectable", every_token),
     "duplicate re-picked": (max_min, "exclude", lambda score, taken: score),
     "tie to highest index": (max_min, "first_argmax", highest_argmax),
@@ -110,3 +121,48 @@ def test_a_method_that_breaks_its_contract_is_an_error(broken, monkeypatch) -> N
 def test_direction_bank_uses_its_own_generator() -> None:
     directions.direction_bank.cache_clear()
     checks.check_deterministic("zoo")
+
+
+def no_newlines(selector, layout, chosen, image):
+    return [False] * layout.newline_rows[0]
+
+
+def unmasked(layouts):
+    return None
+
+
+TILED_MUTATIONS = {
+    "padding of crops not masked": (layouts, "padding_mask", unmasked),
+    "rows of patches not counted": (newlines, "_rows_with_patches", no_newlines),
+    "order dropped": (stage, "raster_slots", backwards),
+}
+
+
+def check_tiled_image() -> None:
+    """Exact count in sequence order, no padding, and a newline for every row that has a patch."""
+    layout = layouts.ImageLayout((6, 6), crops=(2, 2), window=(2, 0, 8, 12), newline=True)
+    mask = layouts.padding_mask([layout])
+    visual = replace(
+        checks.make_visual(5, owners=[0] * 5, valid=mask),
+        layouts=(layout,),
+        newline=torch.ones(14),
+    )
+    config = checks.PruningConfig("divprune", keep_tokens=60, newline="keep")
+    out = stage.prune_visual_tokens(visual, config)
+    place = out.sequence(0).place
+    assert len(place) == 60
+    assert torch.equal(out.embeddings(0), visual.embeddings(0)[place])
+    for row in out.kept.tolist():
+        assert [i for i in row if i >= 0] == sorted(set(row) - {-1})
+    assert (out.kept >= 0).sum() == (layout.sequence[place] != NEWLINE).sum()
+    rows = torch.isin(layout.newline_grid(torch.arange(len(layout.sequence))), place)
+    assert rows[rows[:, :-1].any(dim=1), -1].all()
+    assert int(rows[:, -1].sum() - rows[:, :-1].any(dim=1).sum()) <= 1
+
+
+@pytest.mark.parametrize("mutation", TILED_MUTATIONS)
+def test_check_of_tiled_images_fails_under_mutation(mutation, monkeypatch) -> None:
+    check_tiled_image()
+    monkeypatch.setattr(*TILED_MUTATIONS[mutation])
+    with pytest.raises((AssertionError, PruningError)):
+        check_tiled_image()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.pruning import PruningConfig, PruningError, VisualTokens, prune, prune_visual_tokens
-from llava.pruning.stage import share_out
+from llava.pruning.budget import share_out
 
 
 @pytest.mark.parametrize(

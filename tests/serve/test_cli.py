@@ -105,7 +105,7 @@ def test_without_pruning_all_tokens_are_used(
     [
         (["--image-file", "/nowhere.png"], "/nowhere.png"),
         (["--image-file", __file__], "not an image"),
-        (["--image-file", "https://example.com/a.png"], "takes a path"),
+        (["--image-file", "ftp://example.com/a.png"], "ftp is not supported"),
         (["--pruner", "zoom", "--keep-tokens", "8"], "did you mean 'zoo'"),
         (["--pruner", "zoo"], "keep_tokens"),
         (["--pruner", "zoo", "--keep-tokens", "0"], "keep_tokens"),
@@ -118,7 +118,9 @@ def test_without_pruning_all_tokens_are_used(
         (["--model-path", "/nowhere"], "/nowhere"),
         (["--conv-mode", "nobody"], "--conv-mode"),
         (["--device", "toaster"], "toaster"),
-        (["--load-4bit"], "4-bit"),
+        (["--temperature", "-1"], "temperature"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--conv-mode", "plain"], "no chat"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
-from llava.train.conversations import render, tokenize
+from llava.train.conversations import render, tokenize, tokenize_turns
 from llava.train.tokenizer import make_tokenizer
 from llava.utils import UserInputError
 
@@ -59,3 +59,18 @@ def test_byte_fallback_keeps_any_text(tokenizer) -> None:
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+
+def test_turns_side_by_side_are_what_each_question_alone_would_be(tokenizer) -> None:
+    ids, labels, turns = tokenize_turns(SAMPLE, TEMPLATE, tokenizer)
+    questions = ["What color is the star?", "What does the blue sign say?"]
+    for number, (question, answer) in enumerate(zip(questions, ["red", "8AH3"], strict=True), 1):
+        conversation = TEMPLATE.copy()
+        conversation.append_message(conversation.roles[0], f"<image>\n{question}")
+        conversation.append_message(conversation.roles[1], answer)
+        alone = tokenizer_image_token(conversation.get_prompt(), tokenizer)
+        assert ids[(turns == 0) | (turns == number)].tolist() == alone
+        learnt = labels[(turns == number) & (labels != IGNORE_INDEX)]
+        assert tokenizer.decode(learnt) == f"{answer}</s>"
+    assert turns.tolist() == sorted(turns.tolist())
+    assert (labels[turns == 0] == IGNORE_INDEX).all()

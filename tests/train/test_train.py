@@ -1,6 +1,7 @@
 """The trainer end to end on a handful of scenes: cached features, pixels, resume, package."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.conversation import conv_templates
 from llava.model.builder import load_pretrained_model
+from llava.train.arguments import ModelArguments
+from llava.train.conversations import tokenize_turns
+from llava.train.data import Collator, spliced_turns
 from llava.train.init_tiny import init_language_model
 from llava.train.package import package
 from llava.train.patch_labels import CLASSES, IGNORE, patch_labels
 from llava.train.tower import DenseTower, SceneDataset, loss_of
+from llava.train.train import build_model, side_by_side
 from llava.train.world_data import write_conversations, write_features
 from llava.world import render, scene
 
@@ -41,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save_pretrained(folder / "tower")
     init_language_model(folder / "init", "tiny", seed=0)
     (folder / "data").mkdir()
-    write_conversations(folder / "data", "train", SCENES, variants=2, turns=6)
+    write_conversations(folder / "data/data.json", "train", SCENES, 2, turns=12, lists=True)
     write_features(folder / "data", str(folder / "tower"), "train", SCENES, workers=0)
     for index in range(SCENES):
         target = folder / "images" / f"train/{index:06d}.png"
@@ -94,6 +100,37 @@ def test_a_killed_run_continues(work: Path, trained: Path) -> None:
     assert [e["step"] for e in state["log_history"] if "loss" in e] == [1, 2, 3, 4]
 
 
+def test_turns_side_by_side_do_not_see_one_another(work: Path) -> None:
+    """A question's logits are those of the prompt that asks it alone, at the same positions."""
+    torch.manual_seed(0)
+    model = build_model(
+        ModelArguments(str(work / "init"), vision_tower=str(work / "tower")), torch.float32
+    ).eval()
+    sample = json.loads((work / "data" / "data.json").read_text())[0]
+    tokenizer = AutoTokenizer.from_pretrained(work / "init")
+    ids, labels, turns = tokenize_turns(sample, conv_templates["v1"], tokenizer)
+    image = torch.from_numpy(np.load(work / "data" / "features.npy")[0]).float()
+    batch = Collator(0, 2048)(
+        [{"input_ids": ids, "labels": labels, "turns": turns, "image": image}]
+    )
+    with torch.no_grad():
+        inputs = side_by_side(model, batch, batch["turns"])
+        together = model(**inputs).logits[0]
+        spliced = spliced_turns(turns[None], ids[None], len(image), len(together))[0]
+        for number in range(1, int(turns.max()) + 1):
+            kept = ((spliced == 0) | (spliced == number)).nonzero()[:, 0]
+            alone = model(
+                inputs_embeds=inputs["inputs_embeds"][:, kept], position_ids=kept[None]
+            ).logits[0]
+            assert torch.allclose(together[kept], alone, atol=1e-4)
+
+
+def test_a_share_of_the_samples_trains_side_by_side(work: Path) -> None:
+    features = ("--feature_file", f"{work}/data/features.npy")
+    done = run_train(work, "parallel", 2, *features, "--parallel_turns", "0.5")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_the_package_loads_and_answers_like_the_trained_model(work: Path, trained: Path) -> None:
     package(trained, work / "init", work / "packed")
     tokenizer, model, processor, _ = load_pretrained_model(str(work / "packed"), device="cpu")
@@ -112,6 +149,7 @@ def test_the_package_loads_and_answers_like_the_trained_model(work: Path, traine
         (("--version", "v9"), "unknown template"),
         (("--data_path", "missing.json"), "cannot read --data_path"),
         ((), "give --image_folder or --feature_file"),
+        (("--parallel_turns", "2"), "--parallel_turns is 2.0"),
     ],
 )
 def test_bad_input_is_one_line(work: Path, extra: tuple[str, ...], message: str) -> None:
@@ -130,6 +168,32 @@ def test_patch_labels_name_what_is_drawn() -> None:
     assert int((labels["corner"] == 1).sum()) == len(made.items)
     for name, values in labels.items():
         assert values.max() < CLASSES[name] and values.min() >= IGNORE
+
+
+def test_neighbour_labels_show_the_partner_and_skip_the_thing_itself() -> None:
+    made = scene("train/000000")
+    labels = patch_labels(made)
+    sides = {"above": "up", "below": "down", "left": "left", "right": "right"}
+    seen = 0
+    for item in made.items:
+        own = labels["shape"][item.row, item.column]
+        block = slice(item.row, item.row + 2), slice(item.column, item.column + 2)
+        assert all((labels[side][block] != own).all() for side in sides.values())
+        if item.partner is not None:
+            other = made.items[item.partner]
+            partner = labels["shape"][other.row, other.column]
+            assert (labels[sides[item.partner_side]][block] == partner).sum() == 2
+            seen += 1
+    assert seen > 0
+
+
+def test_a_trained_model_takes_another_tower(work: Path, trained: Path) -> None:
+    shutil.copytree(work / "tower", work / "other-tower")
+    model = build_model(
+        ModelArguments(str(trained), vision_tower=str(work / "other-tower")), torch.float32
+    )
+    assert model.get_vision_tower().vision_tower_name == str(work / "other-tower")
+    assert model.config.mm_vision_tower == str(work / "other-tower")
 
 
 def test_the_tower_starts_by_looking_at_neighbours_and_has_finite_gradients() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from llava.images import load_image
 from llava.utils import UserInputError
 
 ImageLoader = Callable[[str], Image.Image]
@@ -48,9 +49,12 @@ def load_task(folder: Path, limit: int = 0, image_folder: Path | None = None) ->
     meet in one batch and share its encoding. Images come from `image_folder`. Where none is given
     they are drawn by `llava.world` and held against the hashes in `manifest.json`.
     """
-    answers = {str(row["question_id"]): str(row["answer"]) for row in _rows(folder, "answers")}
+    answers = {
+        str(row["question_id"]): str(row["answer"])
+        for row in _rows(folder, "answers", ("question_id", "answer"))
+    }
     questions = []
-    for index, row in enumerate(_rows(folder, "questions")):
+    for index, row in enumerate(_rows(folder, "questions", ("question_id", "image", "text"))):
         if limit and index >= limit:
             break
         name = str(row["question_id"])
@@ -92,13 +96,19 @@ def other_images(questions: Sequence[Question]) -> dict[str, str] | None:
     return dict(zip(images, images[1:] + images[:1], strict=True))
 
 
-def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
+def _rows(folder: Path, name: str, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Objects of a JSONL file, each with at least `keys`."""
     path = folder / f"{name}.jsonl"
+    text = _read(path)
     try:
-        lines = _read(path).decode("utf-8").split("\n")
-        return [json.loads(line) for line in lines if line.strip()]
+        rows = [json.loads(line) for line in text.decode("utf-8").split("\n") if line.strip()]
     except ValueError as error:
         raise TaskError(f"{path} is not JSON lines: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise TaskError(f"record {number} of {path} lacks {', '.join(missing)}")
+    return rows
 
 
 def _read(path: Path) -> bytes:
@@ -116,17 +126,17 @@ def _hash_files(paths: Sequence[Path]) -> str:
 
 
 def _folder_loader(folder: Path) -> ImageLoader:
-    def load(name: str) -> Image.Image:
-        with Image.open(folder / name) as image:
-            return image.convert("RGB")
-
-    return load
+    return lambda name: load_image(folder / name)
 
 
 def _world_loader(manifest: Path) -> ImageLoader:
     from llava.world import render
 
-    hashes = json.loads(_read(manifest))
+    text = _read(manifest)
+    try:
+        hashes = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise TaskError(f"{manifest} holds no hashes of images: {error}") from error
 
     def load(name: str) -> Image.Image:
         image = render(name)

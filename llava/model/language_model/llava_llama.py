@@ -1,5 +1,6 @@
-"""LLaVA on a Llama language model."""
+"""LLaVA on a Llama language model, and what LLaVAs on all language models share."""
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from llava.model.checkpoint import (
     read_config,
 )
 from llava.model.hugging_face import native_form
+from llava.model.inputs import check_images, check_prompt
+from llava.model.layouts import MERGE_TYPES
 from llava.model.llava_arch import (
     Images,
     LlavaMetaForCausalLM,
@@ -35,11 +38,14 @@ from llava.model.multimodal_encoder.builder import is_portable, resolve_vision_t
 from llava.model.multimodal_encoder.clip_encoder import read_tower_config
 from llava.utils import UserInputError
 
+logger = logging.getLogger(__name__)
 
-class LlavaConfig(LlamaConfig):
-    """Llama's config plus LLaVA's ``mm_*`` keys, which are kept as they are."""
 
-    model_type = "llava_llama"
+class LlavaConfigMixin:
+    """LLaVA's ``mm_*`` keys in a language model's config: they are kept as they are."""
+
+    # Known to the class, so that it can be given when a checkpoint is loaded.
+    mm_next_protocol = "native"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with ``rope_theta`` also where older readers of config.json look for it."""
@@ -48,38 +54,23 @@ class LlavaConfig(LlamaConfig):
         return data if theta is None else {**data, "rope_theta": theta}
 
 
-class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
-    """Llama with a vision tower and a projector."""
-
-    config_class = LlavaConfig
-
-
-class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
-    """A Llama that reads images.
+class LlavaCausalLM(LlavaMetaForCausalLM):
+    """What every language model that reads images does; stands before transformers' class.
 
     Weights on disk carry the names of LLaVA's own files, whatever they are called in memory.
+
+    Attributes:
+        base_type: ``model_type`` of the language model without images.
     """
 
-    config_class = LlavaConfig
-    # The tower is called block by block, so its parts must stay on one device.
-    _no_split_modules = ["LlamaDecoderLayer", "CLIPVisionTower"]  # noqa: RUF012
-
-    def __init__(self, config: LlavaConfig) -> None:
-        super(LlamaForCausalLM, self).__init__(config)
-        self.model = LlavaLlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_model(self) -> LlavaLlamaModel:
-        return self.model
+    base_type = ""
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *model_args: Any,
-        config: LlavaConfig | None = None,
+        config: Any = None,
         output_loading_info: bool = False,
         supplied: Collection[str] = (),
         **kwargs: Any,
@@ -100,8 +91,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         folder = local_checkpoint(str(pretrained_model_name_or_path), kwargs.get("revision"))
         keys = checkpoint_keys(folder)
         if config is None:
-            config, kwargs = LlavaConfig.from_dict(
-                native_config(folder), return_unused_kwargs=True, **kwargs
+            config, kwargs = cls.config_class.from_dict(
+                native_config(folder, cls), return_unused_kwargs=True, **kwargs
             )
         tower_config = None
         name = getattr(config, "mm_vision_tower", None)
@@ -118,6 +109,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
                 **kwargs,
             )
         check_loading(info, folder, supplied)
+        if tower_config is not None:
+            logger.info("the vision tower's weights come from %s, not from %r", folder, name)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -233,15 +226,16 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
 
         Raises:
             NotImplementedError: ``inputs_embeds`` was given.
-            UserInputError: no prompt, or images that do not match the marks.
+            UserInputError: no prompt, ids, masks or images of the wrong kind, or images that do not
+                match the marks.
         """
         if "inputs_embeds" in kwargs:
             raise NotImplementedError("`inputs_embeds` is not supported; pass ids and images")
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is None:
-            raise UserInputError("generate needs a prompt: pass ids of shape [B, L] as inputs")
         position_ids = kwargs.pop("position_ids", None)
         attention_mask = kwargs.pop("attention_mask", None)
+        check_prompt(input_ids, attention_mask, self.get_input_embeddings().num_embeddings)
+        check_images(images)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         with padding_side("left"):
@@ -258,8 +252,36 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
 
-def native_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder that LlavaLlamaForCausalLM can hold, in LLaVA's own form.
+class LlavaConfig(LlavaConfigMixin, LlamaConfig):
+    """Llama's config plus LLaVA's ``mm_*`` keys."""
+
+    model_type = "llava_llama"
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """Llama with a vision tower and a projector."""
+
+    config_class = LlavaConfig
+
+
+class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
+    """A Llama that reads images."""
+
+    config_class = LlavaConfig
+    base_type = "llama"
+    # The tower is called block by block, so its parts must stay on one device.
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPVisionTower"]  # noqa: RUF012
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = LlavaLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+def native_config(folder: Path, model_class: type[LlavaCausalLM]) -> dict[str, Any]:
+    """``config.json`` of a folder that ``model_class`` can hold, with the type corrected.
 
     Released checkpoints call their type ``llava``, which transformers takes for its own class, so
     the architecture decides and the type is corrected.
@@ -268,33 +290,44 @@ def native_config(folder: Path) -> dict[str, Any]:
         UserInputError: another architecture, or settings of a later LLaVA.
     """
     raw = native_form(read_config(folder), str(folder))
-    check_architecture(raw, str(folder))
-    return {**raw, "model_type": LlavaConfig.model_type}
+    check_architecture(raw, str(folder), model_class)
+    return {**raw, "model_type": model_class.config_class.model_type}
 
 
-def check_architecture(config: Mapping[str, Any], where: str) -> None:
+def describes(config: Mapping[str, Any], model_class: type[LlavaCausalLM]) -> bool:
+    """Whether a config is that of ``model_class``, or of its language model without images."""
+    architectures = config.get("architectures") or []
+    model_type = config.get("model_type")
+    if model_class.__name__ in architectures or model_type == model_class.config_class.model_type:
+        return True
+    if model_type == "llava" and "mm_vision_tower" in config:
+        # Early checkpoints name their type only, and have a Llama language model.
+        return not architectures and model_class.base_type == "llama"
+    return model_type == model_class.base_type and "text_config" not in config
+
+
+def check_architecture(
+    config: Mapping[str, Any], where: str, model_class: type[LlavaCausalLM]
+) -> None:
     """Refuse a config that describes another model.
 
     Raises:
         UserInputError: names what the checkpoint is and what to use instead.
     """
-    architectures = config.get("architectures") or []
-    model_type = config.get("model_type")
-    is_llava = "LlavaLlamaForCausalLM" in architectures or model_type == "llava_llama"
-    is_base = model_type == "llama" and "text_config" not in config
-    if not (is_llava or is_base or (model_type == "llava" and "mm_vision_tower" in config)):
+    if not describes(config, model_class):
+        held = ", ".join(config.get("architectures") or ["an unnamed architecture"])
         raise UserInputError(
-            f"{where!r} holds {', '.join(architectures) or 'an unnamed architecture'} (type "
-            f"{model_type!r}), not LlavaLlamaForCausalLM; give a LLaVA with a Llama language "
-            "model, such as liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf"
+            f"{where!r} holds {held} (type {config.get('model_type')!r}), not "
+            f"{model_class.__name__}; give a LLaVA with a Llama or Mistral language model, such as "
+            "liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf"
         )
     aspect = str(config.get("image_aspect_ratio") or "")
     merge = str(config.get("mm_patch_merge_type") or "flat")
-    if aspect.startswith("anyres") or merge != "flat":
+    if (aspect.startswith("anyres") and aspect != "anyres") or merge not in MERGE_TYPES:
         raise UserInputError(
-            f"{where!r} is a LLaVA-1.6 checkpoint (image_aspect_ratio {aspect!r}, "
+            f"{where!r} is of a LLaVA after 1.6 (image_aspect_ratio {aspect!r}, "
             f"mm_patch_merge_type {merge!r}), which this version does not run; "
-            "use a LLaVA-1.5 checkpoint"
+            "use a LLaVA-1.5 or 1.6 checkpoint"
         )
 
 

@@ -56,6 +56,8 @@ def sensitivity(
     """
     if estimator not in ESTIMATORS:
         raise PruningError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    if not isinstance(projector, nn.Module):
+        raise PruningError(f"projector must be a module, got {projector!r}")
     if not step > 0:
         raise PruningError(f"step must be positive, got {step}")
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -88,13 +90,18 @@ def _scorer(
     projector: nn.Module, estimator: str, bank: Tensor, step: float, dtype: torch.dtype
 ) -> Function:
     """The cheapest correct way to score x [N, Dv] -> [N] for this projector."""
-    matrix = linear_matrix(projector, dtype)
+    matrix, parts = linear_matrix(projector, dtype), two_layer(projector)
+    width = matrix.shape[1] if matrix is not None else parts.first.in_features if parts else None
+    if width not in (None, bank.shape[1]):
+        raise PruningError(
+            f"the projector takes tokens of width {width}, features have {bank.shape[1]}; give the "
+            "features that this projector is fed with"
+        )
     if matrix is not None:
         norms = (bank @ matrix.T).norm(dim=1)
         root = matrix.norm() / matrix.shape[1] ** 0.5
         constant = norms.mean() if estimator == "zeroth_order" else root
         return lambda x: constant.expand(x.shape[0])
-    parts = two_layer(projector)
     if estimator == "zeroth_order":
         if parts is not None:
             return _shared_bank(parts, bank, step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,16 +18,6 @@ class Merged(NamedTuple):
 
     projected: Tensor
     sources: Tensor
-
-
-class Outcome(NamedTuple):
-    """What `PruningMethod.run` hands to the stage; exactly one of kept and merged is set."""
-
-    kept: Tensor | None
-    merged: Merged | None
-    margins: Tensor
-    score_seconds: float
-    select_seconds: float
 
 
 @dataclass(frozen=True)
@@ -82,26 +71,18 @@ class PruningMethod:
         """Tokens an image of `n` tokens has after pruning to `budget`: a pure function."""
         return min(n, budget)
 
-    def run(self, visual: VisualTokens, counts: list[int]) -> Outcome:
-        """Guard the inputs, score, select; indices come back sorted. Used by the stage."""
-        refuse_non_finite(visual)
-        wanted = torch.tensor(counts, dtype=torch.long)
-        start = time.perf_counter()
-        if self.merges:
-            merged = self.merge(visual, wanted)
-            seconds = time.perf_counter() - start
-            none = visual.projected.new_full(
-                (len(counts), max(counts)), torch.inf, dtype=torch.float32
-            )
-            return Outcome(None, merged, none, 0.0, seconds)
-        with torch.no_grad():
-            importance = self.importance(visual)
-            scored = time.perf_counter()
-            picks = self.choose(visual, importance, wanted)
-            kept = raster_order(picks.indices)
-            check_picks(self.name, kept, counts, visual)
-            done = time.perf_counter()
-        return Outcome(kept, None, picks.margins, scored - start, done - scored)
+    def pick(self, rows: VisualTokens, importance: Tensor | None, counts: list[int]) -> Picks:
+        """`choose`, held to its contract; indices come back sorted. Used by the stage.
+
+        Args:
+            rows: one row for every choice to be made: a tile, or all tokens of an image.
+            importance: what `importance` gave, arranged like `rows`.
+            counts: picks of every row.
+        """
+        picks = self.choose(rows, importance, torch.tensor(counts, dtype=torch.long))
+        indices = raster_order(picks.indices)
+        check_picks(self.name, indices, counts, rows)
+        return Picks(indices, picks.margins)
 
 
 def raster_order(indices: Tensor) -> Tensor:
@@ -121,15 +102,18 @@ def refuse_non_finite(visual: VisualTokens) -> None:
             tile, token = bad.nonzero()[0].tolist()
             raise PruningError(
                 f"{name} of tile {tile}, token {token} is NaN or inf "
-                f"({int(bad.sum())} such tokens); pruning would pick at random"
+                f"({int(bad.sum())} such tokens), so pruning would pick at random; check the "
+                "pixels and the weights, or load the model in float32"
             )
 
 
 def check_picks(name: str, kept: Tensor, counts: list[int], visual: VisualTokens) -> None:
-    """Raise PruningError unless every tile has exactly its count of distinct, valid tokens."""
+    """Raise PruningError unless every row has exactly its count of distinct, valid tokens."""
     total = visual.projected.shape[1]
     real = kept >= 0
-    fits = kept.shape == (len(counts), max(counts)) and real.sum(dim=1).tolist() == counts
+    fits = (
+        kept.shape == (len(counts), max(counts, default=0)) and real.sum(dim=1).tolist() == counts
+    )
     fits = fits and bool((kept < total).all())
     fits = fits and not bool(((kept[:, 1:] == kept[:, :-1]) & real[:, 1:]).any())
     if fits and visual.valid is not None:
@@ -137,7 +121,7 @@ def check_picks(name: str, kept: Tensor, counts: list[int], visual: VisualTokens
     if not fits:
         raise PruningError(
             f"method {name!r} broke its contract: it must return {counts} distinct valid token "
-            f"indices below {total} for its {len(counts)} tiles"
+            f"indices below {total} for its {len(counts)} rows"
         )
 
 

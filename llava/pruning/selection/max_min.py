@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.selection.picks import Picks
@@ -64,18 +65,23 @@ def max_min_with_margins(
     counts = check_counts(k, z, valid)
     width = max(counts, default=0)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    indices = torch.full((z.shape[0], width), -1, dtype=torch.long, device=z.device)
-    margins = torch.full((z.shape[0], width), torch.inf, dtype=dtype, device=z.device)
-    for row, count in enumerate(counts):
-        if count == 0:
-            continue
-        tokens = selectable(z, valid, row)
-        weight = None if weights is None else weights[row, tokens].to(dtype)
-        start = first if isinstance(first, str) else _position(first, tokens)
-        picks, gaps = _greedy(_cosine(z[row, tokens].to(dtype)), count, weight, start, combine)
-        indices[row, :count] = tokens[picks]
-        margins[row, :count] = gaps
-    return Picks(indices, margins)
+    if width == 0:
+        nothing = torch.empty(len(counts), 0, dtype=dtype, device=z.device)
+        return Picks(nothing.long(), nothing)
+    tokens, similarity = _similarities(z, valid, dtype)
+    inside = tokens >= 0
+    if weights is None:
+        weights = similarity.new_full(tokens.shape, 0.0 if combine == "sum" else 1.0)
+    else:
+        weights = weights.to(dtype).gather(1, tokens.clamp(min=0)).masked_fill(~inside, 0)
+        if not weights.isfinite().all():
+            raise PruningError("weights hold NaN or inf")
+    score = _first_score(similarity, weights, inside, tokens, first)
+    picks, margins = _greedy(similarity, weights, score, ~inside, width, combine)
+    filled = torch.arange(width) < torch.tensor(counts)[:, None]
+    filled = filled.to(z.device)
+    indices = tokens.gather(1, picks).masked_fill(~filled, -1)
+    return Picks(indices, margins.masked_fill(~filled, torch.inf))
 
 
 def check_counts(k: int | Tensor, rows: Tensor, valid: Tensor | None) -> list[int]:
@@ -97,11 +103,15 @@ def selectable(z: Tensor, valid: Tensor | None, row: int) -> Tensor:
     return tokens if valid is None else tokens[valid[row]]
 
 
-def _position(first: int, tokens: Tensor) -> int:
-    place = (tokens == first).nonzero()
-    if place.numel() == 0:
-        raise PruningError(f"first={first} is not a valid token")
-    return int(place[0])
+def _similarities(z: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """LongTensor [B, n] of valid tokens, padded with -1, and their similarities [B, n, n]."""
+    rows = [selectable(z, valid, row) for row in range(z.shape[0])]
+    grams = [_cosine(z[row, tokens].to(dtype)) for row, tokens in enumerate(rows)]
+    if all(len(tokens) == len(rows[0]) for tokens in rows):
+        return torch.stack(rows), torch.stack(grams)
+    size = max(len(tokens) for tokens in rows)
+    padded = [torch.nn.functional.pad(g, (0, size - len(g)) * 2) for g in grams]
+    return pad_sequence(rows, batch_first=True, padding_value=-1), torch.stack(padded)
 
 
 def _cosine(z: Tensor) -> Tensor:
@@ -119,41 +129,46 @@ def _cosine(z: Tensor) -> Tensor:
 
 
 def _greedy(
-    similarity: Tensor, k: int, weights: Tensor | None, first: str | int, combine: str
+    similarity: Tensor, weights: Tensor, score: Tensor, taken: Tensor, k: int, combine: str
 ) -> tuple[Tensor, Tensor]:
-    """Positions [k] and margins [k] of the greedy picks among n tokens. Time k * n."""
-    n = similarity.shape[0]
-    if weights is None:
-        weights = similarity.new_zeros(n) if combine == "sum" else similarity.new_ones(n)
-    elif not weights.isfinite().all():
-        raise PruningError("weights hold NaN or inf")
-    score = _first_score(similarity, weights, first)
-    taken = torch.zeros(n, dtype=torch.bool, device=similarity.device)
+    """Positions [B, k] and margins [B, k] of the greedy picks of all rows at once. Time k * n.
+
+    Args:
+        similarity: [B, n, n].
+        weights: [B, n].
+        score: [B, n] of the first pick.
+        taken: BoolTensor [B, n], out of reach from the start. A row that has nothing left goes on
+            with meaningless picks, which the caller cuts off.
+    """
+    batch = torch.arange(len(score), device=score.device)
     nearest = torch.full_like(weights, -torch.inf)  # highest cosine to anything taken
     picks, margins = [], []
     for _ in range(k):
         score = exclude(score, taken)
-        pick = first_argmax(score).view(1)
-        best = score[pick]
-        taken = taken.index_fill(0, pick, True)
-        margins.append(best - exclude(score, taken).amax())
+        pick = first_argmax(score)
+        best = score[batch, pick]
+        taken = taken.scatter(1, pick[:, None], True)
+        margins.append(best - exclude(score, taken).amax(dim=1))
         picks.append(pick)
-        nearest = torch.maximum(nearest, similarity.index_select(0, pick)[0])
+        nearest = torch.maximum(nearest, similarity[batch, pick])
         distance = (1 - nearest).clamp(0, 2)
         score = weights * distance if combine == "multiply" else weights + distance
-    return torch.cat(picks), torch.cat(margins)
+    return torch.stack(picks, dim=1), torch.stack(margins, dim=1)
 
 
-def _first_score(similarity: Tensor, weights: Tensor, first: str | int) -> Tensor:
-    """[n] score of the first pick."""
+def _first_score(
+    similarity: Tensor, weights: Tensor, inside: Tensor, tokens: Tensor, first: str | int
+) -> Tensor:
+    """[B, n] score of the first pick."""
     if isinstance(first, int):
-        score = torch.full_like(weights, -torch.inf)
-        score[first] = 0
-        return score
+        hits = tokens == first
+        if not hits.any(dim=1).all():
+            raise PruningError(f"first={first} is not a valid token")
+        return torch.where(hits, 0.0, -torch.inf).to(weights.dtype)
     if first == "importance":
         return weights
-    itself = torch.eye(similarity.shape[0], dtype=torch.bool, device=similarity.device)
-    return 1 - similarity.masked_fill(itself, -1).amax(dim=1)
+    itself = torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)
+    return 1 - similarity.masked_fill(itself | ~inside[:, None], -1).amax(dim=-1)
 
 
 def exclude(score: Tensor, taken: Tensor) -> Tensor:
@@ -162,5 +177,5 @@ def exclude(score: Tensor, taken: Tensor) -> Tensor:
 
 
 def first_argmax(score: Tensor) -> Tensor:
-    """Index of the highest score, the lowest one of several (torch.argmax promises that)."""
-    return score.argmax()
+    """[B] index of each row's highest score, the lowest of several: torch.argmax promises that."""
+    return score.argmax(dim=-1)

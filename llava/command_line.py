@@ -1,0 +1,62 @@
+"""What the commands of this package share: one-line errors, and what flags of one name mean."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+
+from llava.conversation import conv_mode_for, conv_templates
+from llava.utils import UserInputError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line and exit code 2, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+@contextmanager
+def one_line_errors(parser: argparse.ArgumentParser, debug: bool = False) -> Iterator[None]:
+    """Turn what the user can mend into one line on stderr and exit code 2; `debug` lets it rise.
+
+    Anything else that is raised inside is a bug of ours and keeps its traceback.
+    """
+    try:
+        yield
+    except (UserInputError, OSError) as error:
+        if debug:
+            raise
+        parser.error(str(error) or type(error).__name__)
+
+
+def device_name(name: str) -> str:
+    """`name` if it is `auto`, or a device that torch can use here."""
+    try:
+        torch.empty(0, device="cpu" if name in ("auto", "cuda") else name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no device of this machine; use auto, cpu, cuda, cuda:N or mps"
+        ) from error
+    return name
+
+
+def check_conv_mode(mode: str | None) -> None:
+    """Refuse an unknown template before a model is loaded for nothing. Raises UserInputError."""
+    if mode is not None and mode not in conv_templates:
+        known = ", ".join(sorted(conv_templates))
+        raise UserInputError(f"unknown --conv-mode {mode!r}; valid: {known}")
+
+
+def choose_conv_mode(mode: str | None, model_name: str, config: Any) -> str:
+    """The template asked for, else the model's; says on stderr when both exist and differ."""
+    check_conv_mode(mode)
+    own = conv_mode_for(model_name, config)
+    if mode is not None and mode != own:
+        print(f"note: --conv-mode {mode} replaces {own}, this model's own", file=sys.stderr)
+    return mode or own

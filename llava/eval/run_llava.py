@@ -1,0 +1,179 @@
+"""Ask one question about one or more images: `python -m llava.eval.run_llava --query ...`.
+
+LLaVA's flags and its `eval_model(args)`, plus visual token pruning. Several files stand in one
+argument, separated by `--sep`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.command_line import (
+    OneLineParser,
+    check_conv_mode,
+    choose_conv_mode,
+    device_name,
+    one_line_errors,
+)
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.eval.prompts import image_mark
+from llava.images import load_image
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.pruning.flags import add_pruning_flags, pruning_from
+from llava.sampling import Sampling
+from llava.utils import UserInputError
+
+__all__ = ["eval_model", "image_parser", "load_image", "load_images"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer; 0 when it is printed, 2 with one line on stderr for unusable input."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        eval_model(args)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """LLaVA's flags (some with underscores, as there) and the pruning flags."""
+    parser = OneLineParser(prog="llava.eval.run_llava", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model-path", required=True, help="checkpoint folder or hub name")
+    add("--model-base", help="base model of a LoRA or projector-only checkpoint")
+    add("--image-file", required=True, help="paths or http(s) URLs, separated by --sep")
+    add("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} marks an image in it")
+    add("--conv-mode", help="conversation template, instead of the model's own")
+    add("--sep", default=",", help="what separates several image files")
+    add("--temperature", type=float, default=0.2, help="0 is greedy")
+    add("--top_p", type=float, help="sample from the likeliest tokens of this total probability")
+    add("--num_beams", type=int, default=1)
+    add("--max_new_tokens", type=int, default=512)
+    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--load-8bit", action="store_true")
+    add("--load-4bit", action="store_true")
+    add_pruning_flags(parser)
+    return parser
+
+
+def eval_model(args: Any) -> str:
+    """Load a model, ask it one question, print its answer and return it.
+
+    Args:
+        args: any object with LLaVA's attributes `model_path`, `query` and `image_file`, and
+            perhaps `model_base`, `model_name`, `conv_mode`, `sep`, `temperature`, `top_p`,
+            `num_beams`, `max_new_tokens` or another flag of this command; what is missing has
+            the flag's default. The model is loaded at every call.
+
+    Raises:
+        UserInputError: names what cannot be used and what to do.
+    """
+    args = _complete(args)
+    check_conv_mode(args.conv_mode)
+    sampling = Sampling(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    pruning = pruning_from(args)
+    images = load_images(image_parser(args))
+    count_marks(args.query, len(images))
+    name = args.model_name or get_model_name_from_path(args.model_path)
+    tokenizer, model, processor, _ = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        name,
+        args.load_8bit,
+        args.load_4bit,
+        device=args.device,
+    )
+    if processor is None:
+        raise UserInputError(f"{args.model_path} is not a LLaVA model: it has no vision tower")
+    if pruning is not None:
+        model.pruning = pruning
+    template = choose_conv_mode(args.conv_mode, name, model.config)
+    prompt = build_prompt(args.query, len(images), template, image_mark(model.config))
+    ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+    ids = ids[None].to(model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            inputs=ids,
+            images=process_images(images, processor, model.config),
+            image_sizes=[image.size for image in images],
+            attention_mask=torch.ones_like(ids),
+            **sampling.arguments(),
+        )
+    answer = tokenizer.decode(output[0], skip_special_tokens=True).strip()
+    print(answer)
+    return answer
+
+
+def image_parser(args: Any) -> list[str]:
+    """The single locations in `args.image_file`, split at `args.sep`."""
+    if not args.sep:
+        raise UserInputError("--sep is empty; give the text that separates image files, such as ,")
+    return args.image_file.split(args.sep)
+
+
+def load_images(image_files: Sequence[str]) -> list[Image.Image]:
+    """All pictures, see `load_image`."""
+    return [load_image(file) for file in image_files]
+
+
+def build_prompt(query: str, images: int, template: str, mark: str) -> str:
+    """One user turn, open for the answer.
+
+    Placeholders become image marks where they stand. A query without any gets one mark and a
+    newline for each image in front.
+
+    Args:
+        query: the question; `<image-placeholder>` or `<image>` marks an image in it.
+        images: how many images are shown.
+        template: key of `conv_templates`.
+        mark: what stands for an image at the start of a turn, with its newline.
+
+    Raises UserInputError if the query marks another number of images.
+    """
+    if count_marks(query, images):
+        question = query.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
+        question = question.replace(IMAGE_PLACEHOLDER, mark.rstrip("\n"))
+    else:
+        question = mark * images + query
+    conversation = conv_templates[template].copy()
+    conversation.append_message(conversation.roles[0], question)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+def count_marks(query: str, images: int) -> int:
+    """How many images a query marks: all of them or none. Raises UserInputError otherwise."""
+    marked = query.count(IMAGE_PLACEHOLDER) + query.count(DEFAULT_IMAGE_TOKEN)
+    if marked not in (0, images):
+        raise UserInputError(
+            f"the query marks {marked} images but the number of images is {images}; mark each "
+            f"image once with {IMAGE_PLACEHOLDER}, or none at all"
+        )
+    return marked
+
+
+def _complete(args: Any) -> argparse.Namespace:
+    """`args` with a flag's default for every attribute that is missing."""
+    required = []
+    for name in ("model_path", "image_file", "query"):
+        value = getattr(args, name, None)
+        if not isinstance(value, str | Path):
+            raise UserInputError(f"eval_model needs args.{name}, a text; got {value!r}")
+        required.append(f"--{name.replace('_', '-')}={value}")
+    defaults = vars(build_parser().parse_args(required))
+    own = {name: getattr(args, name, default) for name, default in defaults.items()}
+    texts = {name: defaults[name] for name in ("model_path", "image_file", "query")}
+    return argparse.Namespace(model_name=getattr(args, "model_name", None), **{**own, **texts})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Pictures that users name, on disk or on the web: fetched within limits, checked, decoded.
+
+A picture from elsewhere is untrusted input. Only http and https are spoken (also after a
+redirect), a download ends at a size and at a time, the pixel count is read before anything is
+decoded, and only raster formats are decoded, none that runs another program.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import time
+import urllib.error
+import urllib.request
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from llava.utils import UserInputError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+MAX_PIXELS = 80_000_000  # 240 MB as RGB; Pillow itself starts to warn a little later
+MAX_BYTES = 64 * 2**20  # of a download
+SILENCE_SECONDS = 15.0  # a server that says nothing for so long has gone
+DOWNLOAD_SECONDS = 60.0  # for the whole body, however steadily it drips
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(data):", re.IGNORECASE)
+_CHUNK = 64 * 2**10
+
+
+def load_image(location: str | Path) -> Image.Image:
+    """The picture at a path or an http(s) URL, as RGB; of an animation the first frame.
+
+    Raises:
+        UserInputError: no such picture, one over the limits of this module, or no picture at all.
+    """
+    scheme = _SCHEME.match(str(location))
+    if scheme is None:
+        return _decode(_existing_file(location), str(location))
+    name = (scheme[1] or scheme[2]).lower()
+    if name not in ("http", "https"):
+        raise UserInputError(
+            f"cannot read image {_short(location)}: {name} is not supported; give a path or an "
+            "http(s) URL"
+        )
+    return _decode(BytesIO(_download(str(location))), str(location))
+
+
+def _existing_file(location: str | Path) -> Path:
+    try:
+        path = Path(location).expanduser()
+        found, is_file = path.exists(), path.is_file()
+    except (OSError, RuntimeError, ValueError):  # no such home folder, impossible names
+        found = is_file = False
+    if not found:
+        raise UserInputError(f"cannot read image {_short(location)}: no such file; check the path")
+    if not is_file:  # reading a pipe or a device might never end
+        raise UserInputError(f"cannot read image {location}: this is no file; give one picture")
+    return path
+
+
+def _decode(source: Path | BytesIO, name: str) -> Image.Image:
+    """Decode a picture whose size is known to be within the limit."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source, formats=_readable()) as image:
+                _check_size(image.size, name)
+                return image.convert("RGB")
+    except UserInputError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(name, "more") from error
+    except UnidentifiedImageError as error:
+        raise UserInputError(
+            f"{_short(name)} is not an image that can be read; give one of {', '.join(_readable())}"
+        ) from error
+    except PermissionError as error:
+        raise UserInputError(
+            f"cannot read image {name}: permission denied; make the file readable"
+        ) from error
+    except Exception as error:  # decoders raise errors without a common base
+        raise UserInputError(
+            f"image {_short(name)} is damaged or cut short ({error}); download or save it again"
+        ) from error
+
+
+def _readable() -> list[str]:
+    """Those of FORMATS that this build of Pillow knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise UserInputError(
+            f"image {_short(name)} has no pixels ({width} x {height}); give another"
+        )
+    if width * height > MAX_PIXELS:
+        raise _too_large(name, f"{width} x {height}")
+
+
+def _too_large(name: str, size: str) -> UserInputError:
+    return UserInputError(
+        f"image {_short(name)} is too large ({size}; at most {MAX_PIXELS / 1e6:g} million pixels "
+        "are decoded); scale it down first"
+    )
+
+
+def _download(url: str) -> bytes:
+    """The body of a URL, within the limits of size and time."""
+    request = urllib.request.Request(url, headers={"User-Agent": "llava", "Accept": "image/*"})
+    try:
+        with _opener().open(request, timeout=SILENCE_SECONDS) as response:
+            return _body(response, url)
+    except UserInputError:
+        raise
+    except urllib.error.HTTPError as error:
+        reason = f"the server answers {error.code} {error.reason}"
+    except TimeoutError:
+        reason = f"the server is silent for {SILENCE_SECONDS:g} s"
+    except urllib.error.URLError as error:
+        reason = str(getattr(error.reason, "strerror", None) or error.reason)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = str(error) or type(error).__name__
+    reason = " ".join(reason.split())
+    raise UserInputError(
+        f"cannot download {_short(url)}: {reason}; check the URL, or download it and give its path"
+    )
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """An opener that can speak http and https only, so that no redirect leads anywhere else."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def _body(response: http.client.HTTPResponse, url: str) -> bytes:
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+    body = bytearray()
+    while chunk := response.read1(_CHUNK):  # one read of the socket, so the clock is looked at
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise UserInputError(
+                f"{_short(url)} is larger than {MAX_BYTES // 2**20} MiB; download it, scale it "
+                "down and give its path"
+            )
+        if time.monotonic() > deadline:
+            raise UserInputError(
+                f"{_short(url)} did not arrive within {DOWNLOAD_SECONDS:g} s; download it and give "
+                "its path"
+            )
+    return bytes(body)
+
+
+def _short(name: str | Path) -> str:
+    text = str(name)
+    return text if len(text) <= 120 else f"{text[:117]}..."

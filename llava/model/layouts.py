@@ -1,0 +1,168 @@
+"""From the size of an image to the layout of its tiles: canvas, padding, order, newlines."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from llava.mm_utils import (
+    Size,
+    canvas_choices,
+    fit_size,
+    next_protocol,
+    select_best_resolution,
+    unpad_window,
+)
+from llava.pruning.layout import Box, ImageLayout
+from llava.utils import UserInputError
+
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+
+
+class TileGeometry(NamedTuple):
+    """What a model's settings say about tiles.
+
+    Attributes:
+        grid: (rows, columns) of patches in a tile.
+        side: of a tile, in pixels.
+        aspect: ``image_aspect_ratio``.
+        merge: ``mm_patch_merge_type``; the protocol ``fixed2880`` neither unpads nor has newlines.
+        canvases: (width, height) of the canvases that crops are cut from; none without anyres.
+    """
+
+    grid: tuple[int, int]
+    side: int
+    aspect: str | None
+    merge: str
+    canvases: tuple[Size, ...]
+
+    @classmethod
+    def of(cls, config: Any, grid: tuple[int, int], side: int) -> "TileGeometry":
+        """Read a model's config.
+
+        Raises:
+            UserInputError: values that no LLaVA-1.5 or 1.6 has.
+        """
+        merge = getattr(config, "mm_patch_merge_type", None) or "flat"
+        if merge not in MERGE_TYPES:
+            raise UserInputError(
+                f"mm_patch_merge_type is {merge!r}; use one of {', '.join(MERGE_TYPES)}"
+            )
+        if next_protocol(config) == "fixed2880":
+            merge = merge.removesuffix("_unpad")
+        aspect = getattr(config, "image_aspect_ratio", None)
+        canvases = canvas_choices(config, side) if aspect == "anyres" else ()
+        return cls(grid, side, aspect, merge, tuple(canvases))
+
+    def layout(self, tiles: int, size: Size | None, stacked: bool) -> ImageLayout:
+        """The layout of one image.
+
+        Args:
+            tiles: how many tiles the image was given as.
+            size: its original (width, height), if known.
+            stacked: whether images were given as stacks of tiles. A plain batch [B, 3, H, W] is
+                one tile an image, and as in LLaVA the merge type then does not matter.
+
+        Raises:
+            UserInputError: crops that have to be arranged without the size of the image, or
+                another number of them than the image's canvas has.
+        """
+        base = self._base_box(size)
+        if tiles == 1:
+            newline = stacked and self.merge == "spatial_unpad"
+            return ImageLayout(self.grid, newline=newline, base_box=base)
+        if self.merge == "flat" and (size is None or not self.canvases):
+            return ImageLayout(self.grid, crops=(1, tiles - 1), joined=False)
+        if size is None or not self.canvases:
+            raise UserInputError(
+                f"mm_patch_merge_type {self.merge!r} arranges tiles by the size of the image: it "
+                "needs image_aspect_ratio 'anyres', and image_sizes=[(width, height), ...] with "
+                "one entry for each image"
+            )
+        canvas = select_best_resolution(size, self.canvases)
+        crops = canvas[1] // self.side, canvas[0] // self.side
+        if tiles != 1 + crops[0] * crops[1]:
+            raise UserInputError(
+                f"an image of {size[0]} x {size[1]} pixels has 1 + {crops[0]} x {crops[1]} tiles, "
+                f"but {tiles} were given; prepare images with process_images, and give their "
+                "original (width, height) as image_sizes"
+            )
+        window = None
+        if self.merge == "spatial_unpad":
+            window = unpad_window(crops[0] * self.grid[0], crops[1] * self.grid[1], size)
+        return ImageLayout(
+            self.grid,
+            crops=crops,
+            window=window,
+            joined=self.merge != "flat",
+            newline=self.merge == "spatial_unpad",
+            base_box=base,
+            canvas_box=_canvas_box(size, canvas),
+        )
+
+    def _base_box(self, size: Size | None) -> Box | None:
+        """The part of the image that its base view, or its only tile, shows."""
+        # Tokens that form no square (the class token is among them) have no place in the image.
+        if size is None or self.grid[0] != self.grid[1]:
+            return None
+        width, height = size
+        if self.aspect == "anyres":
+            return 0.0, 0.0, float(width), float(height)
+        if self.aspect == "pad":
+            side = max(size)
+            left, top = -((side - width) // 2), -((side - height) // 2)
+            return float(left), float(top), float(left + side), float(top + side)
+        # CLIP's own preprocessing: the shorter side becomes `side`, then the centre is cut out.
+        short = min(size)
+        scaled = [self.side if s == short else int(self.side * s / short) for s in size]
+        left, top = (
+            (s - self.side) // 2 * original / s for s, original in zip(scaled, size, strict=True)
+        )
+        return left, top, left + self.side * width / scaled[0], top + self.side * height / scaled[1]
+
+
+def _canvas_box(size: Size, canvas: Size) -> Box:
+    """The canvas in pixels of the image that was fitted into its centre."""
+    fitted = fit_size(size, canvas)
+    sides = []
+    for original, inner, outer in zip(size, fitted, canvas, strict=True):
+        scale = original / inner
+        start = -((outer - inner) // 2)
+        sides.append((start * scale, (start + outer) * scale))
+    (left, right), (top, bottom) = sides
+    return left, top, right, bottom
+
+
+def image_layouts(
+    geometry: TileGeometry,
+    tiles: Sequence[int],
+    sizes: Sequence[Size] | None,
+    stacked: bool,
+) -> tuple[ImageLayout, ...]:
+    """One layout for each image.
+
+    Args:
+        geometry: the model's settings.
+        tiles: tiles of every image.
+        sizes: original (width, height) of every image; with another number of entries they cannot
+            be told apart and count as unknown.
+        stacked: see ``TileGeometry.layout``.
+    """
+    if sizes is None or len(sizes) != len(tiles):
+        sizes = [None] * len(tiles)
+    return tuple(
+        geometry.layout(count, None if size is None else (int(size[0]), int(size[1])), stacked)
+        for count, size in zip(tiles, sizes, strict=True)
+    )
+
+
+def padding_mask(layouts: Sequence[ImageLayout]) -> torch.Tensor | None:
+    """BoolTensor [T, N] over all tiles, False for padding; None without any padding."""
+    if all(size == layout.patches for layout in layouts for size in layout.tile_sizes):
+        return None
+    masks = []
+    for layout in layouts:
+        mask = torch.zeros(layout.tiles * layout.patches, dtype=torch.bool)
+        mask[layout.sequence[layout.sequence >= 0]] = True
+        masks.append(mask.view(layout.tiles, layout.patches))
+    return torch.cat(masks)

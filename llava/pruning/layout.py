@@ -1,0 +1,141 @@
+"""How the tiles of an image become one sequence of tokens, and where each of them looks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+NEWLINE = -1
+
+# (left, top, right, bottom) in pixels of the original image; may reach beyond it.
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Tiles of one image: the base view first, then the crops of a canvas, row by row.
+
+    The canvas is the image fitted into (crop rows x crop columns) tiles and centred; what lies
+    around it is padding, which "unpad" cuts away. LLaVA-1.5 has the base view alone.
+
+    Attributes:
+        grid: (rows, columns) of patches in a tile.
+        crops: (rows, columns) of tiles that form the canvas; (0, 0) without crops.
+        window: (top, left, rows, columns) of the canvas' patches that are read, the others being
+            padding; None for all.
+        joined: canvas rows run across its tiles; False: one tile after the other.
+        newline: a newline token ends every row of the window, or the base view where it is alone.
+        base_box, canvas_box: the part of the image that the base view and the canvas show; None
+            where the image's size was not given.
+    """
+
+    grid: tuple[int, int]
+    crops: tuple[int, int] = (0, 0)
+    window: tuple[int, int, int, int] | None = None
+    joined: bool = True
+    newline: bool = False
+    base_box: Box | None = None
+    canvas_box: Box | None = None
+
+    @property
+    def tiles(self) -> int:
+        """Base view and crops."""
+        return 1 + self.crops[0] * self.crops[1]
+
+    @property
+    def patches(self) -> int:
+        """Patches of one tile."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def sequence(self) -> Tensor:
+        """LongTensor [n] on the CPU, read only: what the unpruned model reads, in its order.
+
+        Entries are tile * patches + patch, or NEWLINE.
+        """
+        return _sequence(self.grid, self.crops, self.window, self.joined, self.newline)
+
+    @cached_property
+    def tile_sizes(self) -> tuple[int, ...]:
+        """Patches of every tile that are no padding."""
+        tokens = self.sequence[self.sequence != NEWLINE]
+        return tuple(torch.bincount(tokens // self.patches, minlength=self.tiles).tolist())
+
+    def newline_grid(self, ids: Tensor) -> Tensor:
+        """The part of `ids`, one per token of `sequence`, that newlines end: a view [rows, w + 1].
+
+        The newline is the last of every row. [0, 1] for an image without newlines.
+        """
+        rows, width = self.newline_rows
+        return ids[len(ids) - rows * (width + 1) :].view(rows, width + 1)
+
+    @property
+    def newline_rows(self) -> tuple[int, int]:
+        """(rows, patches a row) of what newlines end; (0, 0) without newlines."""
+        if not self.newline:
+            return 0, 0
+        if self.crops == (0, 0):
+            return 1, self.patches
+        return self._window[2:]
+
+    @cached_property
+    def _window(self) -> tuple[int, int, int, int]:
+        rows, cols = (n * side for n, side in zip(self.crops, self.grid, strict=True))
+        return (0, 0, rows, cols) if self.window is None else self.window
+
+    def box(self, index: int) -> Box | None:
+        """The part of the image that token `index` (tile * patches + patch) shows.
+
+        None for a newline, and where the image's size was not given.
+        """
+        if index == NEWLINE:
+            return None
+        tile, patch = divmod(index, self.patches)
+        row, col = divmod(patch, self.grid[1])
+        if tile == 0:
+            return _cell(self.base_box, self.grid, row, col)
+        down, across = divmod(tile - 1, self.crops[1])
+        shape = self.crops[0] * self.grid[0], self.crops[1] * self.grid[1]
+        return _cell(self.canvas_box, shape, down * self.grid[0] + row, across * self.grid[1] + col)
+
+
+def _cell(box: Box | None, shape: tuple[int, int], row: int, col: int) -> Box | None:
+    """Cell (row, col) of `shape` equal cells over `box`."""
+    if box is None:
+        return None
+    left, top, right, bottom = box
+    height, width = (bottom - top) / shape[0], (right - left) / shape[1]
+    return (
+        left + col * width,
+        top + row * height,
+        left + (col + 1) * width,
+        top + (row + 1) * height,
+    )
+
+
+@lru_cache(maxsize=256)
+def _sequence(
+    grid: tuple[int, int],
+    crops: tuple[int, int],
+    window: tuple[int, int, int, int] | None,
+    joined: bool,
+    newline: bool,
+) -> Tensor:
+    with torch.inference_mode(False):
+        patches = grid[0] * grid[1]
+        base = torch.arange(patches)
+        if crops == (0, 0):
+            return torch.cat([base, torch.tensor([NEWLINE])]) if newline else base
+        canvas = torch.arange(patches, patches * (1 + crops[0] * crops[1]))
+        if not joined:
+            return torch.cat([base, canvas])
+        canvas = canvas.view(*crops, *grid).transpose(1, 2).flatten(2).flatten(0, 1)
+        if window is not None:
+            top, left, rows, cols = window
+            canvas = canvas[top : top + rows, left : left + cols]
+        if newline:
+            canvas = torch.cat([canvas, canvas.new_full((len(canvas), 1), NEWLINE)], dim=1)
+        return torch.cat([base, canvas.flatten()])

@@ -1,0 +1,196 @@
+"""What can be typed in a chat besides questions: one entry of COMMANDS each."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.images import load_image
+from llava.pruning import get_method, list_methods, parse_options
+from llava.pruning.errors import unknown
+from llava.serve.session import Session, describe
+from llava.serve.turn import Turn
+from llava.utils import UserInputError
+
+
+class Leave(Exception):  # noqa: N818 - a request, no error
+    """The user wants to leave."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """`run(session, argument)` does the work and returns what to print."""
+
+    run: Callable[[Session, str], str]
+    argument: str
+    summary: str
+    optional: bool = False
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is a command rather than a question."""
+    return line.startswith("/")
+
+
+def run_command(session: Session, line: str) -> str:
+    """Carry out `/name argument` and return what to print.
+
+    Raises:
+        Leave: the user asked to.
+        UserInputError: an unknown command, an argument missing or too many, or one of no use.
+    """
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    command = COMMANDS[name]
+    if argument and not command.argument:
+        raise UserInputError(f"{name} takes no argument; type {name} alone")
+    if command.argument and not argument and not command.optional:
+        raise UserInputError(f"{name} needs an argument: {name} {command.argument}")
+    return command.run(session, argument)
+
+
+def set_method(session: Session, argument: str) -> str:
+    if argument:
+        name, *pairs = argument.split()
+        session.use_method(name, parse_options(pairs))
+    return f"[{describe(session.model.pruning)}]"
+
+
+def set_budget(session: Session, argument: str) -> str:
+    session.use_budget(parse_budget(argument))
+    config = session.model.pruning
+    if config is None or not config.pruner.budgeted:
+        return "[noted; choose a method with /method NAME]"
+    return f"[{describe(config)}]"
+
+
+def parse_budget(text: str) -> dict[str, Any]:
+    """`64` is a number of tokens, `0.1` a share of them. Raises UserInputError."""
+    for name, kind in (("keep_tokens", int), ("keep_ratio", float)):
+        try:
+            return {name: kind(text)}
+        except ValueError:
+            continue
+    raise UserInputError(f"/keep takes a number of tokens or a share in (0, 1], got {text!r}")
+
+
+def compare(session: Session, _: str) -> str:
+    last = session.last
+    if last is None or last.cost is None:
+        raise UserInputError("there is no turn to compare yet; ask a question first")
+    if last.cost.after == last.cost.before:
+        raise UserInputError(
+            "the last turn was not pruned; choose /method and /keep, and ask again"
+        )
+    unpruned = session.ask_unpruned()
+    if unpruned.stopped or unpruned.cost is None:
+        return "[comparison stopped]"
+    table = side_by_side((last, unpruned), shutil.get_terminal_size().columns)
+    notes = []
+    if last.first:
+        notes.append("(the first turn of a session is slower: its times include warming up)")
+    if session.sampling.temperature > 0:
+        notes.append(
+            "(answers are sampled, so they may differ by chance; --temperature 0 is exact)"
+        )
+    return "\n".join([table, *notes])
+
+
+def side_by_side(turns: Sequence[Turn], width: int) -> str:
+    """Answers in columns that fit `width`, token counts and times in rows below."""
+    column = max(20, (width - 12) // len(turns) - 2)
+    answers = [textwrap.wrap(turn.answer, column) or ["(nothing)"] for turn in turns]
+    lines = [["", *(turn.setting[:column] for turn in turns)]]
+    for number in range(max(len(answer) for answer in answers)):
+        label = "answer" if number == 0 else ""
+        texts = [answer[number] if number < len(answer) else "" for answer in answers]
+        lines.append([label, *texts])
+    for label, value in COST_ROWS.items():
+        lines.append([label, *(value(turn.cost) for turn in turns)])
+    return "\n".join(
+        "  ".join([line[0].ljust(10), *(cell.ljust(column) for cell in line[1:])]).rstrip()
+        for line in lines
+    )
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+COST_ROWS: dict[str, Callable[[Any], str]] = {
+    "tokens": lambda cost: str(cost.after),
+    "encode ms": lambda cost: _milliseconds(cost.encode),
+    "score ms": lambda cost: _milliseconds(cost.score),
+    "select ms": lambda cost: _milliseconds(cost.select),
+    "prefill ms": lambda cost: _milliseconds(cost.prefill),
+    "ms/token": lambda cost: _milliseconds(cost.per_token),
+}
+
+
+def save_overlay(session: Session, argument: str) -> str:
+    path = Path(unquoted(argument)).expanduser()
+    session.save_overlay(path)
+    return f"[saved {path}]"
+
+
+def show_methods(session: Session, _: str) -> str:
+    names = list_methods()
+    width = max(len(name) for name in names)
+    return "\n".join(f"{name:<{width}}  {summary_of(name)}" for name in names)
+
+
+def summary_of(method: str) -> str:
+    """The first line of a method's docstring."""
+    return (get_method(method).__doc__ or "").strip().partition("\n")[0]
+
+
+def change_image(session: Session, argument: str) -> str:
+    image = load_image(unquoted(argument))
+    session.show(image)
+    return f"[{image.width} x {image.height} pixels; the chat starts again]"
+
+
+def unquoted(text: str) -> str:
+    """A path as terminals paste it, without its quotes."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+def reset(session: Session, _: str) -> str:
+    session.reset()
+    return "[the chat starts again]"
+
+
+def show_help(session: Session, _: str) -> str:
+    usages = {f"{name} {command.argument}".strip(): command for name, command in COMMANDS.items()}
+    width = max(len(usage) for usage in usages)
+    lines = [f"{usage:<{width}}  {command.summary}" for usage, command in usages.items()]
+    return "\n".join(lines)
+
+
+def leave(session: Session, _: str) -> str:
+    raise Leave
+
+
+COMMANDS: dict[str, Command] = {
+    "/method": Command(
+        set_method,
+        "NAME [option=value ...]",
+        "prune with another method (none: not at all); alone: say which",
+        optional=True,
+    ),
+    "/keep": Command(set_budget, "N|RATIO", "visual tokens to keep, or their share in (0, 1]"),
+    "/compare": Command(compare, "", "answer the last turn again unpruned, side by side"),
+    "/overlay": Command(save_overlay, "PATH", "save a picture of the tokens the last turn kept"),
+    "/methods": Command(show_methods, "", "list the pruning methods"),
+    "/image": Command(change_image, "PATH_OR_URL", "show another image and start again"),
+    "/reset": Command(reset, "", "forget the turns so far"),
+    "/help": Command(show_help, "", "this list"),
+    "/quit": Command(leave, "", "leave; so do an empty line and Ctrl-D"),
+}

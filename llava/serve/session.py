@@ -1,0 +1,208 @@
+"""A chat about one image: model, template, pruning setting, and the turns so far."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, conv_templates
+from llava.eval.prompts import image_mark
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.pruning import PruningConfig, get_method, prune
+from llava.pruning.config import BUDGETS
+from llava.pruning.visualize import overlay_tokens
+from llava.sampling import Sampling
+from llava.serve.turn import ClockedStreamer, PipelineClock, Turn
+from llava.utils import UserInputError
+
+
+@dataclass
+class Loaded:
+    """What `load_pretrained_model` returns, without the context length."""
+
+    tokenizer: Any
+    model: Any
+    processor: Any
+
+
+class Session:
+    """The state of a chat. Every method leaves it as it was if it raises.
+
+    Args:
+        loaded: the model and what belongs to it; `loaded.model.pruning` is the active setting.
+        template: key of `conv_templates`.
+        image: what the chat is about.
+        sampling: how answers are drawn.
+        debug: print every prompt on stderr.
+
+    Raises UserInputError for a template that cannot hold a chat.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        template: str,
+        image: Image.Image,
+        sampling: Sampling,
+        debug: bool = False,
+    ) -> None:
+        check_chat_template(template)
+        self.loaded = loaded
+        self.template = template
+        self.sampling = sampling
+        self.debug = debug
+        self.budget = budget_of(self.model.pruning)
+        self._warm = False
+        self.show(image)
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+    def show(self, image: Image.Image) -> None:
+        """Change the image; the chat starts again, because the image stands in its first turn."""
+        self.pixels = process_images([image], self.loaded.processor, self.model.config)
+        self.image = image
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns; image and settings stay."""
+        self.chat = conv_templates[self.template].copy()
+        self.last: Turn | None = None
+        self._last_prompt = ""
+
+    def use_method(self, name: str, options: dict[str, Any]) -> None:
+        """Prune with another method; a budget among `options` replaces the one in use.
+
+        Raises UserInputError for unknown names, and without any budget.
+        """
+        options = dict(options)
+        budget = {key: options.pop(key) for key in BUDGETS if key in options} or self.budget
+        if not get_method(name).budgeted:
+            budget = {}
+        elif not budget:
+            raise UserInputError(f"{name} needs a budget; set one first: /keep 64, or /keep 0.1")
+        config = self._changed(budget, method=name, options=options)
+        self.model.pruning = config
+        self.budget = budget_of(config) or self.budget
+
+    def use_budget(self, budget: dict[str, Any]) -> None:
+        """Keep as many tokens from now on; without a method the budget waits for the next one."""
+        config = self._changed(budget)  # built also where nothing uses it yet: it checks numbers
+        if config.pruner.budgeted:
+            self.model.pruning = config
+        self.budget = budget
+
+    def ask(self, question: str) -> Turn:
+        """Stream the answer to a question. Ctrl-C ends the answer, which then stays as it is.
+
+        Raises UserInputError for an image mark in the question and for an impossible budget.
+        """
+        if DEFAULT_IMAGE_TOKEN in question:
+            raise UserInputError(
+                f"the image is shown by itself; leave {DEFAULT_IMAGE_TOKEN} out of the question"
+            )
+        chat = self.chat.copy()
+        first = len(chat.messages) == chat.offset
+        mark = image_mark(self.model.config) if first else ""
+        chat.append_message(chat.roles[0], mark + question)
+        chat.append_message(chat.roles[1], None)
+        prompt = chat.get_prompt()
+        turn = self._answer(prompt)
+        if turn.answer or not turn.stopped:  # a turn stopped before its first word never was
+            chat.messages[-1][-1] = turn.answer
+            self.chat, self.last, self._last_prompt = chat, turn, prompt
+        return turn
+
+    def ask_unpruned(self) -> Turn:
+        """Answer the last turn again with all visual tokens, silently; the chat is not changed."""
+        with prune(self.model):
+            return self._answer(self._last_prompt, silent=True)
+
+    def save_overlay(self, path: Path) -> None:
+        """Save the image with the patches dimmed that the last turn removed.
+
+        Raises UserInputError without a turn, for merged tokens, and if it cannot be written.
+        """
+        visual = self.last.visual if self.last is not None else None
+        if visual is None:
+            raise UserInputError("there is no turn to draw yet; ask a question first")
+        if visual.sources is not None:
+            raise UserInputError(
+                f"{self.last.setting}: this method merges tokens, it keeps none to show; choose "
+                "one that selects"
+            )
+        picture = overlay_tokens(self.image, visual)
+        try:
+            picture.save(path)
+        except (OSError, ValueError) as error:  # ValueError: an ending that names no format
+            raise UserInputError(
+                f"cannot save {path}: {error}; give a path that ends in .png"
+            ) from error
+
+    def _changed(self, budget: dict[str, Any], **settings: Any) -> PruningConfig:
+        """The active setting with another budget, and perhaps more changed."""
+        budgets = {name: budget.get(name) for name in BUDGETS}
+        return replace(self.model.pruning or PruningConfig(), **budgets, **settings)
+
+    def _answer(self, prompt: str, silent: bool = False) -> Turn:
+        if self.debug:
+            print(f"\n{prompt!r}", file=sys.stderr)
+        tokenizer = self.loaded.tokenizer
+        ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        ids = ids[None].to(self.model.device)
+        clock = PipelineClock(self.model.device)
+        streamer = ClockedStreamer(tokenizer, silent)
+        setting = describe(self.model.pruning)
+        stopped = False
+        start = time.perf_counter()
+        try:
+            with clock.watch(self.model), torch.inference_mode():
+                self.model.generate(
+                    inputs=ids,
+                    images=self.pixels,
+                    image_sizes=[self.image.size],
+                    attention_mask=torch.ones_like(ids),
+                    streamer=streamer,
+                    **self.sampling.arguments(),
+                )
+        except KeyboardInterrupt:
+            stopped = True
+            streamer.end()  # print what is held back, and the end of the line
+        answer = tokenizer.decode(streamer.tokens, skip_special_tokens=True).strip()
+        cost = clock.cost(start, streamer.arrivals)
+        turn = Turn(setting, answer, stopped, not self._warm, cost, clock.tokens.get("prune"))
+        self._warm = True
+        return turn
+
+
+def check_chat_template(template: str) -> None:
+    """Raise UserInputError for a template without turns."""
+    if conv_templates[template].sep_style is SeparatorStyle.PLAIN:
+        raise UserInputError(
+            f"template {template!r} holds captions, no chat; use another --conv-mode"
+        )
+
+
+def budget_of(config: PruningConfig | None) -> dict[str, Any]:
+    """The budget of a setting as keyword arguments; empty if it has none."""
+    return {
+        name: getattr(config, name) for name in BUDGETS if getattr(config, name, None) is not None
+    }
+
+
+def describe(config: PruningConfig | None) -> str:
+    """A setting in a few words, such as `zoo, 64 tokens, directions=8`."""
+    if config is None or config.method == "none":
+        return "unpruned"
+    words = {"keep_tokens": "{} tokens", "keep_ratio": "ratio {:g}"}
+    budget = [words[name].format(value) for name, value in budget_of(config).items()]
+    options = [f"{key}={value}" for key, value in config.options.items()]
+    return ", ".join([config.method, *budget, *options])

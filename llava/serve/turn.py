@@ -1,0 +1,146 @@
+"""One turn of a chat: the answer as it streams, and a clock on every step of the pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from llava.pruning import VisualTokens
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Visual tokens of a turn, and milliseconds per step.
+
+    Attributes:
+        before, after: visual tokens of the image, and those the language model saw.
+        encode, score, select: of the vision side.
+        prefill: from the call to the first new token, without encoding and pruning; None if the
+            turn was stopped before.
+        per_token: mean over the tokens after the first; None if there was none.
+    """
+
+    before: int
+    after: int
+    encode: float
+    score: float
+    select: float
+    prefill: float | None
+    per_token: float | None
+
+    def line(self) -> str:
+        """The status line under an answer."""
+        parts = [
+            f"{self.before} -> {self.after} tokens ({100 * self.after / self.before:.1f} %)",
+            f"encode {self.encode:.0f} ms",
+            f"score {self.score:.1f}",
+            f"select {self.select:.1f}",
+        ]
+        if self.prefill is not None:
+            parts.append(f"prefill {self.prefill:.0f}")
+        if self.per_token is not None:
+            parts.append(f"{self.per_token:.1f} ms/token")
+        return " | ".join(parts)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer.
+
+    Attributes:
+        setting: how the image was pruned, in a few words.
+        answer: the text, as far as it came.
+        stopped: whether the user stopped it.
+        first: whether it is the first of its session, so that its times include warming up.
+        cost, visual: None if it was stopped before the image was encoded.
+    """
+
+    setting: str
+    answer: str
+    stopped: bool
+    first: bool
+    cost: Cost | None
+    visual: VisualTokens | None
+
+    def status(self) -> str:
+        """The line under the answer."""
+        parts = [self.cost.line()] if self.cost is not None else []
+        return " | ".join([*parts, *(["stopped"] if self.stopped else [])])
+
+
+class ClockedStreamer(TextStreamer):
+    """Collects the tokens of one row, remembers when each arrived, and prints their text."""
+
+    def __init__(self, tokenizer: Any, silent: bool = False) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.silent = silent
+        self.arrivals: list[float] = []
+        self.tokens: list[int] = []
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:  # the tensor is on the CPU, so its work is finished
+            self.arrivals.append(time.perf_counter())
+            self.tokens += value.flatten().tolist()
+        self._prompt_seen = True  # the first call carries the prompt
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self.silent:
+            super().on_finalized_text(text, stream_end)
+
+
+class PipelineClock:
+    """Times the encode and prune steps of a model and keeps the tokens they produced."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = {"encode": 0.0, "prune": 0.0}
+        self.tokens: dict[str, VisualTokens] = {}
+
+    @contextmanager
+    def watch(self, model: Any) -> Iterator[None]:
+        """Stand in for both steps of `model` inside the block."""
+        steps = {"encode": "encode_visual_tokens", "prune": "prune_visual_tokens"}
+        for name, method in steps.items():
+            setattr(model, method, self._timed(name, getattr(model, method)))
+        try:
+            yield
+        finally:
+            for method in steps.values():
+                delattr(model, method)  # the class's own method shows again
+
+    def cost(self, start: float, arrivals: Sequence[float]) -> Cost | None:
+        """What the turn that began at `start` cost; `arrivals` are the times of its new tokens."""
+        if "prune" not in self.tokens:
+            return None
+        before, after = (self.tokens[step].embeddings(0).shape[0] for step in ("encode", "prune"))
+        trace = self.tokens["prune"].trace
+        score, select = (trace.score_seconds, trace.select_seconds) if trace else (0.0, 0.0)
+        prefill = per_token = None
+        if arrivals:
+            prefill = 1000 * (arrivals[0] - start - sum(self.seconds.values()))
+        if len(arrivals) > 1:
+            per_token = 1000 * (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
+        encode = 1000 * self.seconds["encode"]
+        return Cost(before, after, encode, 1000 * score, 1000 * select, prefill, per_token)
+
+    def _timed(self, name: str, step: Callable[..., VisualTokens]) -> Callable[..., VisualTokens]:
+        def run(*args: Any, **kwargs: Any) -> VisualTokens:
+            start = self._now()
+            self.tokens[name] = step(*args, **kwargs)
+            self.seconds[name] += self._now() - start
+            return self.tokens[name]
+
+        return run
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

@@ -1,0 +1,347 @@
+"""A chat at a terminal: every command, every mistake, and Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from llava.conversation import conv_templates
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.pruning import list_methods
+from llava.sampling import Sampling
+from llava.serve import cli
+from llava.serve.commands import COMMANDS, run_command
+from llava.serve.session import Loaded, Session
+from llava.serve.turn import ClockedStreamer
+
+
+class Terminal(io.StringIO):
+    """Typed lines that claim to come from a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> Loaded:
+    torch.set_num_threads(1)
+    tokenizer, model, processor, _ = load_pretrained_model(str(checkpoint), device="cpu")
+    return Loaded(tokenizer, model, processor)
+
+
+@pytest.fixture
+def session(loaded: Loaded, picture: Path) -> Iterator[Session]:
+    loaded.model.pruning = None
+    yield Session(
+        loaded, "vicuna_v1", Image.open(picture), Sampling(temperature=0, max_new_tokens=6)
+    )
+    assert "prune_visual_tokens" not in vars(loaded.model), "the clock was left on the model"
+
+
+@pytest.fixture
+def talk(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """``talk(line, ...)``: type lines into a chat; returns what it printed."""
+
+    def run(*lines: str) -> str:
+        monkeypatch.setattr("sys.stdin", Terminal("\n".join(lines) + "\n"))
+        cli.chat(session)
+        return capsys.readouterr().out
+
+    return run
+
+
+def answer_by_hand(session: Session, prompt: str) -> str:
+    pixels = process_images([session.image], session.loaded.processor, session.model.config)
+    ids = tokenizer_image_token(prompt, session.loaded.tokenizer, return_tensors="pt")[None]
+    new = session.model.generate(inputs=ids, images=pixels, do_sample=False, max_new_tokens=6)
+    return session.loaded.tokenizer.decode(new[0], skip_special_tokens=True).strip()
+
+
+def test_method_and_budget_hold_from_the_next_turn(talk: Callable[..., str]) -> None:
+    out = talk(
+        "/method", "/keep 64", "Hello?",
+        "/method zoo directions=8", "Hello?",
+        "/keep 0.25", "Hello?",
+        "/method random keep_tokens=32 seed=3", "Hello?",
+        "/method divprune", "/method none", "Hello?",
+    )  # fmt: skip
+    said = re.findall(r"\[(.*)\]", out)
+    assert said == [
+        "unpruned",
+        "noted; choose a method with /method NAME",
+        "zoo, 64 tokens, directions=8",
+        "zoo, ratio 0.25, directions=8",
+        "random, 32 tokens, seed=3",
+        "divprune, 32 tokens",
+        "unpruned",
+    ]
+    kept = [int(number) for number in re.findall(r"576 -> (\d+) tokens", out)]
+    assert kept == [576, 64, 144, 32, 576]
+
+
+def test_the_flags_of_the_start_are_a_budget_too(session: Session) -> None:
+    session.model.pruning = {"method": "zoo", "keep_tokens": 48}
+    again = Session(session.loaded, "vicuna_v1", session.image, session.sampling)
+    assert run_command(again, "/method norm") == "[norm, 48 tokens]"
+
+
+def test_compare(session: Session) -> None:
+    run_command(session, "/method grid keep_tokens=64")
+    session.ask("What colour is it?")
+    session.ask("And the circle?")
+    before = session.chat.get_prompt()
+    table = run_command(session, "/compare")
+    assert session.chat.get_prompt() == before, "the chat goes on with the pruned answer"
+    assert session.model.pruning.method == "grid"
+    rows = {line[:10].strip(): line[10:].split() for line in table.splitlines() if line[0:1] != " "}
+    assert rows["tokens"] == ["64", "576"]
+    assert all(float(number) > 0 for number in rows["encode ms"] + rows["prefill ms"])
+    assert "warming up" not in table, "the compared turn is the second one"
+
+    chat = conv_templates["vicuna_v1"].copy()
+    chat.append_message(chat.roles[0], "<image>\nWhat colour is it?")
+    chat.append_message(chat.roles[1], session.chat.messages[1][1])
+    chat.append_message(chat.roles[0], "And the circle?")
+    chat.append_message(chat.roles[1], None)
+    session.model.pruning = None
+    assert session.ask_unpruned().answer == answer_by_hand(session, chat.get_prompt())
+
+
+def test_both_answers_stand_in_columns(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "72")
+    run_command(session, "/method grid keep_tokens=64")
+    turn = session.ask("What colour is it?")
+    table = run_command(session, "/compare")
+    assert max(len(line) for line in table.splitlines()[:-1]) <= 72
+    head = table.splitlines()[0]
+    left, right = head.index("grid, 64 tokens"), head.index("unpruned")
+    column = "".join(
+        line[left:right].strip() + " "
+        for line in table.splitlines()[1:]
+        if line.startswith(("answer", " "))
+    )
+    assert "".join(column.split()) == "".join(turn.answer.split())
+    assert "warming up" in table
+
+
+def test_sampled_comparisons_say_so(session: Session) -> None:
+    session.sampling = Sampling(temperature=1.0, max_new_tokens=2)
+    run_command(session, "/method grid keep_tokens=64")
+    session.ask("What colour is it?")
+    assert "by chance" in run_command(session, "/compare")
+
+
+def test_overlay(session: Session, tmp_path: Path) -> None:
+    run_command(session, "/method grid keep_tokens=64")
+    session.ask("What colour is it?")
+    path = tmp_path / "what was kept.png"
+    assert run_command(session, f"/overlay '{path}'") == f"[saved {path}]"
+    with Image.open(path) as kept:
+        assert kept.size == session.image.size
+        assert kept.tobytes() != session.image.convert("RGB").tobytes()
+
+
+def test_another_image_starts_again(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "plain.png"
+    Image.new("RGB", (50, 30), "teal").save(path)
+    session.ask("What colour is it?")
+    assert "50 x 30" in run_command(session, f"/image {path}")
+    assert len(session.chat.messages) == 0 and session.last is None
+    turn = session.ask("What colour is it?")
+    (_, question), _ = session.chat.messages
+    assert question == "<image>\nWhat colour is it?"
+    prompt = session.chat.get_prompt().removesuffix(f" {turn.answer}</s>")
+    assert turn.answer == answer_by_hand(session, prompt)
+
+
+def test_reset_forgets_the_turns(session: Session) -> None:
+    first = session.ask("What colour is it?")
+    session.ask("And the circle?")
+    run_command(session, "/reset")
+    assert session.ask("What colour is it?").answer == first.answer
+
+
+def test_lists_are_complete(talk: Callable[..., str]) -> None:
+    out = talk("/methods", "/help")
+    for name in list_methods():
+        assert re.search(rf"(?m)^(USER: )?{name} +\S", out)
+    for name, command in COMMANDS.items():
+        assert command.summary in out and f"{name} {command.argument}".strip() in out
+
+
+@pytest.mark.parametrize("leave", ["/quit", "", None])
+def test_ways_to_leave(talk: Callable[..., str], leave: str | None) -> None:
+    lines = ["Hello?"] if leave is None else ["Hello?", leave, "Never read"]
+    assert talk(*lines).count("tokens (100.0 %)") == 1
+
+
+MISTAKES = [
+    ("/mehtod zoo", "did you mean '/method'"),
+    ("/keeep 3", "did you mean '/keep'"),
+    ("/xyzzy", "valid: /compare, /help"),
+    ("/keep", "/keep N|RATIO"),
+    ("/keep 0", "keep_tokens"),
+    ("/keep -3", "keep_tokens"),
+    ("/keep nan", "keep_ratio"),
+    ("/keep 1.5", "keep_ratio"),
+    ("/keep many", "'many'"),
+    ("/method zoom", "did you mean 'zoo'"),
+    ("/method zoo", "/keep 64"),
+    ("/method zoo keep_tokens=8 direction=3", "'directions'"),
+    ("/method zoo keep_tokens=8 directions=none", "directions"),
+    ("/method zoo keep_tokens=8 keep_ratio=0.1", "not both"),
+    ("/method zoo 64", "key=value"),
+    ("/compare", "ask a question first"),
+    ("/overlay kept.png", "ask a question first"),
+    ("/image nowhere.png", "nowhere.png"),
+    ("/image", "PATH_OR_URL"),
+    ("/reset now", "takes no argument"),
+    ("What does <image> mean?", "leave <image> out"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES)
+def test_a_mistake_costs_one_line(
+    talk: Callable[..., str], session: Session, line: str, message: str
+) -> None:
+    out = talk(line, "/help")
+    (error,) = re.findall(r"(?m)^(?:USER: )?error: (.*)$", out)
+    assert message in error
+    assert "/compare " in out, "the chat goes on"
+    assert session.model.pruning is None and not session.chat.messages and not session.budget
+
+
+def test_mistakes_after_a_turn(talk: Callable[..., str], tmp_path: Path) -> None:
+    out = talk(
+        "/method none", "Hello?", "/compare",
+        f"/overlay {tmp_path / 'kept.xyz'}", f"/overlay {tmp_path / 'no' / 'kept.png'}",
+        "/method pool keep_tokens=31", "Hello?",
+        "/keep 16", "Hello?", f"/overlay {tmp_path / 'kept.png'}",
+    )  # fmt: skip
+    errors = re.findall(r"(?m)^(?:USER: )?error: (.*)$", out)
+    expected = ["not pruned", "ends in .png", "ends in .png", "31 tokens", "merges tokens"]
+    assert len(errors) == len(expected)
+    assert all(part in error for part, error in zip(expected, errors, strict=True))
+    assert re.findall(r"576 -> (\d+)", out) == ["576", "16"], "a refused turn leaves no trace"
+
+
+def test_a_mistake_in_a_pipe_ends_the_chat(
+    checkpoint: Path,
+    picture: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/mehtod zoo\nHello?\n"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--model-path", str(checkpoint), "--image-file", str(picture)])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and "did you mean '/method'" in captured.err.splitlines()[-1]
+    assert "tokens" not in captured.out
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, token: int) -> None:
+    """Ctrl-C when the streamer gets its `token`-th new token."""
+    put = ClockedStreamer.put
+
+    def interrupting(self: ClockedStreamer, value: torch.Tensor) -> None:
+        put(self, value)
+        if len(self.tokens) == token:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ClockedStreamer, "put", interrupting)
+
+
+def test_ctrl_c_keeps_what_was_said(
+    session: Session, talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = session.ask("What colour is it?")
+    session.reset()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        turn = session.ask("What colour is it?")
+    assert turn.stopped and turn.cost.per_token is not None and "stopped" in turn.status()
+    assert turn.answer and whole.answer.startswith(turn.answer) and turn.answer != whole.answer
+    assert session.chat.messages[-1][-1] == turn.answer, "the chat goes on from what was read"
+    assert "576 -> 576 tokens (100.0 %)" in talk("And the circle?")
+
+
+def test_ctrl_c_before_the_first_word_forgets_the_turn(
+    session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(session.model), "encode_images", interrupted)
+        turn = session.ask("What colour is it?")
+        cli.respond(session, "What colour is it?", overlay=tmp_path / "kept.png")
+    assert turn.stopped and turn.cost is None and turn.status() == "stopped"
+    assert not (tmp_path / "kept.png").exists()
+    assert not session.chat.messages and session.last is None
+    assert session.ask("What colour is it?").answer
+
+
+def test_ctrl_c_stops_a_comparison(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_command(session, "/method grid keep_tokens=64")
+    session.ask("What colour is it?")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        assert run_command(session, "/compare") == "[comparison stopped]"
+    assert session.model.pruning.method == "grid"
+
+
+def test_ctrl_c_at_the_prompt_asks_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed: Iterator[BaseException | str] = iter([KeyboardInterrupt(), "  Hello? "])
+
+    def read(_: str) -> str:
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    assert cli.read_line("USER") == "Hello?"
+    assert "/quit" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_loading_ends_quietly(
+    picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_pretrained_model", interrupted)
+    assert cli.main(["--image-file", str(picture)]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_loading_flags_reach_the_loader(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        calls.append((args, kwargs))
+        return None, None, None, 2048
+
+    monkeypatch.setattr(cli, "load_pretrained_model", load)
+    flags = ["--model-path", "a/llava-v1.5-7b-lora", "--model-base", "vicuna", "--load-4bit"]
+    with pytest.raises(SystemExit):  # this loader returns no vision model
+        cli.main([*flags, "--image-file", str(picture), "--device", "cpu"])
+    expected = ("a/llava-v1.5-7b-lora", "vicuna", "llava-v1.5-7b-lora", False, True)
+    assert calls == [(expected, {"device": "cpu"})]
+
+
+def test_control_tokens_of_a_role_are_not_shown() -> None:
+    assert cli.spoken(conv_templates["chatml_direct"].roles[1]) == "assistant"
+    assert cli.spoken("USER") == "USER"
