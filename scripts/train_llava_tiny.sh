@@ -15,7 +15,7 @@ OUTPUT=${OUTPUT:-outputs/llava-$SIZE}
 export OPENBLAS_NUM_THREADS=1 # numpy draws scenes in a worker; its threads would fight torch's
 
 case $SIZE in
-tiny) tower_steps=1800 scenes=7000 lists=3100 questions=3900 batch=8 rate=1e-3 ;;
+tiny) tower_steps=1800 scenes=7000 lists=3100 questions=3300 batch=8 rate=1e-3 ;;
 small) tower_steps=20000 scenes=40000 lists=20000 questions=20000 batch=16 rate=6e-4 ;;
 *) echo "error: SIZE is tiny or small, not '$SIZE'" >&2 && exit 2 ;;
 esac
@@ -53,7 +53,7 @@ stage pretrain "$WORK/init" "$lists" --pretrain_mm_mlp_adapter "$WORK/init/mm_pr
 
 echo "5/6 projector and language model: questions"
 stage finetune "$WORK/pretrain" "$questions" --lr_scheduler_type warmup_stable_decay \
-    --lr_scheduler_kwargs '{"num_decay_steps": 1000, "min_lr_ratio": 0.05}'
+    --lr_scheduler_kwargs '{"num_decay_steps": 1300, "min_lr_ratio": 0.05}'
 
 echo "6/6 checkpoint folder $OUTPUT"
 "$PYTHON" -m llava.train.package --checkpoint "$WORK/finetune" --tokenizer "$WORK/init" \
