@@ -386,6 +386,10 @@ def make_config(*arguments: Any, **settings: Any) -> Callable[[World], object]:
     return lambda _: PruningConfig(*arguments, **settings)
 
 
+def load(world: World, **arguments: Any) -> object:
+    return load_pretrained_model(str(world.checkpoint), **arguments)
+
+
 FUNCTIONS: dict[str, tuple[Callable[[World], object], str]] = {
     "generate: no prompt": (generate(images=PIXELS), r"generate needs a prompt: pass ids"),
     "generate: text": (generate(inputs="What?", images=PIXELS), r"ids, .* got str; make them"),
@@ -476,10 +480,21 @@ FUNCTIONS: dict[str, tuple[Callable[[World], object], str]] = {
         r"eval_model needs args\.image_file, a text; got None",
     ),
     "load: pruning": (
-        lambda w: load_pretrained_model(
-            str(w.checkpoint), device="cpu", pruning={"method": "zoo", "keep_tokens": -1}
-        ),
+        lambda w: load(w, device="cpu", pruning={"method": "zoo", "keep_tokens": -1}),
         r"keep_tokens .* got -1",
+    ),
+    "load: nothing": (lambda _: load_pretrained_model(None), r"must be a text, got None; give a"),
+    "load: empty": (lambda _: load_pretrained_model(""), r"'' is not a checkpoint folder; give"),
+    "load: file": (
+        lambda w: load_pretrained_model(str(w.picture)),
+        r"scene\.png' is a file, not a checkpoint folder; give a folder",
+    ),
+    "load: base": (lambda w: load(w, model_base=7), r"no LoRA .* leave model_base out"),
+    "load: device": (lambda w: load(w, device="toaster"), r"unknown device 'toaster'; use 'auto'"),
+    "load: no device": (lambda w: load(w, device=None), r"unknown device None; use 'auto', 'cuda'"),
+    "load: device that is not here": (
+        lambda w: load(w, device="vulkan"),
+        r"'vulkan' was asked for, but this machine .* does not have it; use 'auto' or 'cpu'",
     ),
     "load: nowhere": (lambda _: load_pretrained_model("/nowhere"), r"'/nowhere' is not a check"),
 }
