@@ -354,6 +354,45 @@ def test_checkpoints(world: World, name: str) -> None:
     refused(lambda: load_pretrained_model(folder, device="cpu"), pattern)
 
 
+def without_tower(folder: Path) -> None:
+    config(mm_vision_tower=None)(folder)
+    weights = load_file(folder / "model.safetensors")
+    text = {k: v for k, v in weights.items() if "vision_tower" not in k and "projector" not in k}
+    save_file(text, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+INCOMPLETE: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "tokenizer": (
+        lambda f: (f / "tokenizer.model").unlink(),
+        0,
+        r"mute holds no tokenizer, .*; put the tokenizer\.model or",
+    ),
+    "tower": (without_tower, 2, r"mute is not a LLaVA model: it has no vision tower; give"),
+}
+
+
+@pytest.mark.parametrize("missing", INCOMPLETE)
+@pytest.mark.parametrize("command", [cli, run_llava, eval_command], ids=["chat", "run", "eval"])
+def test_incomplete_models_are_loaded_but_not_asked(
+    world: World, tmp_path: Path, command: Any, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, result, pattern = INCOMPLETE[missing]
+    folder = tmp_path / "mute"
+    shutil.copytree(world.checkpoint, folder)
+    damage(folder)
+    assert load_pretrained_model(str(folder), device="cpu")[result] is None
+    capsys.readouterr()
+    words = ["--model-path", str(folder)]
+    if command is eval_command:
+        write_lines(tmp_path / "questions.jsonl", [QUESTION])
+        write_lines(tmp_path / "answers.jsonl", [ANSWER])
+        words = ["quickstart", *words, "--benchmark", str(tmp_path)]
+        words += ["--image-folder", str(world.folder), "--output", str(tmp_path / "out")]
+    words += needed(command, world, words)
+    line = one_line(lambda: command.main(words), capsys)
+    assert re.search(pattern, line), line
+
+
 # --- Python functions -----------------------------------------------------------------------------
 
 IDS = torch.tensor([[1, -200, 5, 6]])
