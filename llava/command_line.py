@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -44,6 +45,22 @@ def device_name(name: str) -> str:
             f"{name!r} is no device of this machine; use auto, cpu, cuda, cuda:N or mps"
         ) from error
     return name
+
+
+def check_complete(path: str | Path, tokenizer: Any, processor: Any) -> None:
+    """Refuse a model that nobody can ask about an image. Raises UserInputError.
+
+    Args:
+        path: where it was loaded from.
+        tokenizer, processor: what `load_pretrained_model` returned; None for what is missing.
+    """
+    if processor is None:
+        raise UserInputError(f"{path} is not a LLaVA model: it has no vision tower; give a LLaVA")
+    if tokenizer is None:
+        raise UserInputError(
+            f"{path} holds no tokenizer, so it cannot read a question; put the tokenizer.model or "
+            "tokenizer.json of its language model into the folder"
+        )
 
 
 def check_conv_mode(mode: str | None) -> None:

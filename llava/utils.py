@@ -1,5 +1,9 @@
 """Small helpers shared by the whole package."""
 
+from typing import Any
+
+import torch
+
 
 class UserInputError(ValueError):
     """Something the user gave cannot be used.
@@ -7,6 +11,13 @@ class UserInputError(ValueError):
     The message says what is wrong and what would put it right, so command-line programs may print
     it as it is, without a traceback.
     """
+
+
+def describe_value(value: Any) -> str:
+    """What was given instead of a tensor of the right kind: `int64 tensor [4]`, or a type."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)}"
+    return type(value).__name__
 
 
 def disable_torch_init() -> None:

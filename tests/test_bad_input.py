@@ -354,6 +354,45 @@ def test_checkpoints(world: World, name: str) -> None:
     refused(lambda: load_pretrained_model(folder, device="cpu"), pattern)
 
 
+def without_tower(folder: Path) -> None:
+    config(mm_vision_tower=None)(folder)
+    weights = load_file(folder / "model.safetensors")
+    text = {k: v for k, v in weights.items() if "vision_tower" not in k and "projector" not in k}
+    save_file(text, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+INCOMPLETE: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "tokenizer": (
+        lambda f: (f / "tokenizer.model").unlink(),
+        0,
+        r"mute holds no tokenizer, .*; put the tokenizer\.model or",
+    ),
+    "tower": (without_tower, 2, r"mute is not a LLaVA model: it has no vision tower; give"),
+}
+
+
+@pytest.mark.parametrize("missing", INCOMPLETE)
+@pytest.mark.parametrize("command", [cli, run_llava, eval_command], ids=["chat", "run", "eval"])
+def test_incomplete_models_are_loaded_but_not_asked(
+    world: World, tmp_path: Path, command: Any, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, result, pattern = INCOMPLETE[missing]
+    folder = tmp_path / "mute"
+    shutil.copytree(world.checkpoint, folder)
+    damage(folder)
+    assert load_pretrained_model(str(folder), device="cpu")[result] is None
+    capsys.readouterr()
+    words = ["--model-path", str(folder)]
+    if command is eval_command:
+        write_lines(tmp_path / "questions.jsonl", [QUESTION])
+        write_lines(tmp_path / "answers.jsonl", [ANSWER])
+        words = ["quickstart", *words, "--benchmark", str(tmp_path)]
+        words += ["--image-folder", str(world.folder), "--output", str(tmp_path / "out")]
+    words += needed(command, world, words)
+    line = one_line(lambda: command.main(words), capsys)
+    assert re.search(pattern, line), line
+
+
 # --- Python functions -----------------------------------------------------------------------------
 
 IDS = torch.tensor([[1, -200, 5, 6]])
@@ -384,6 +423,10 @@ def choose(method: str = "zoo", **changes: Any) -> Callable[[World], object]:
 
 def make_config(*arguments: Any, **settings: Any) -> Callable[[World], object]:
     return lambda _: PruningConfig(*arguments, **settings)
+
+
+def load(world: World, **arguments: Any) -> object:
+    return load_pretrained_model(str(world.checkpoint), **arguments)
 
 
 FUNCTIONS: dict[str, tuple[Callable[[World], object], str]] = {
@@ -422,6 +465,27 @@ FUNCTIONS: dict[str, tuple[Callable[[World], object], str]] = {
     "pruning: other object": (lambda w: prune(object(), "zoo").__enter__(), r"load the model with"),
     "select: NaN features": (choose(features=spoilt(X, math.nan)), r"features .* token 3 is NaN"),
     "select: inf tokens": (choose(projected=spoilt(Z, math.inf)), r"projected .* is NaN or inf"),
+    "select: NaN for a method without features": (
+        choose("divprune", features=None, projected=Z * math.nan),
+        r"projected .* is NaN or inf",
+    ),
+    "select: list": (choose(projected=Z.tolist()), r"projected must be .* \[N, D\]; got list"),
+    "select: nothing": (choose(projected=None), r"projected must be .* got NoneType"),
+    "select: array": (choose(projected=Z.numpy()), r"projected must be .* got ndarray"),
+    "select: one token": (choose(projected=Z[0]), r"projected must be .* got float32 tensor \[8\]"),
+    "select: batch": (choose(projected=Z[None]), r"one image, .* got float32 tensor \[1, 16, 8\]"),
+    "select: no tokens": (choose(projected=Z[:0]), r"projected must be .* tensor \[0, 8\]"),
+    "select: whole numbers": (choose(projected=Z.long()), r"got int64 tensor \[16, 8\]"),
+    "select: complex": (choose(projected=Z * 1j), r"got complex64 tensor \[16, 8\]"),
+    "select: listed features": (choose(features=X.tolist()), r"features must be .* got list"),
+    "select: features of a token": (choose(features=X[0]), r"features must be .* tensor \[6\]"),
+    "select: features of a batch": (choose(features=X[None]), r"features must be .* \[1, 16, 6\]"),
+    "select: whole features": (choose(features=X.long()), r"features must be .* got int64 tensor"),
+    "select: features not needed": (choose("divprune", features="x"), r"features must be .* str"),
+    "select: truth": (choose(keep_tokens=True), r"whole number of at least 1, got True"),
+    "select: broken budget": (choose(keep_tokens=4.0), r"whole number of at least 1, got 4\.0"),
+    "select: negative": (choose(keep_tokens=-3), r"whole number of at least 1, got -3"),
+    "select: no budget": (choose(keep_tokens=None), r"'zoo' needs keep_tokens="),
     "select: none": (choose(keep_tokens=0), r"keep_tokens .* at least 1, got 0"),
     "select: NaN budget": (choose(keep_tokens=math.nan), r"keep_tokens .* got nan"),
     "select: no features": (choose(features=None), r"'zoo' needs features="),
@@ -455,10 +519,21 @@ FUNCTIONS: dict[str, tuple[Callable[[World], object], str]] = {
         r"eval_model needs args\.image_file, a text; got None",
     ),
     "load: pruning": (
-        lambda w: load_pretrained_model(
-            str(w.checkpoint), device="cpu", pruning={"method": "zoo", "keep_tokens": -1}
-        ),
+        lambda w: load(w, device="cpu", pruning={"method": "zoo", "keep_tokens": -1}),
         r"keep_tokens .* got -1",
+    ),
+    "load: nothing": (lambda _: load_pretrained_model(None), r"must be a text, got None; give a"),
+    "load: empty": (lambda _: load_pretrained_model(""), r"'' is not a checkpoint folder; give"),
+    "load: file": (
+        lambda w: load_pretrained_model(str(w.picture)),
+        r"scene\.png' is a file, not a checkpoint folder; give a folder",
+    ),
+    "load: base": (lambda w: load(w, model_base=7), r"no LoRA .* leave model_base out"),
+    "load: device": (lambda w: load(w, device="toaster"), r"unknown device 'toaster'; use 'auto'"),
+    "load: no device": (lambda w: load(w, device=None), r"unknown device None; use 'auto', 'cuda'"),
+    "load: device that is not here": (
+        lambda w: load(w, device="vulkan"),
+        r"'vulkan' was asked for, but this machine .* does not have it; use 'auto' or 'cpu'",
     ),
     "load: nowhere": (lambda _: load_pretrained_model("/nowhere"), r"'/nowhere' is not a check"),
 }

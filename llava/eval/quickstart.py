@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from llava.command_line import check_complete
 from llava.conversation import conv_mode_for
 from llava.eval import provenance
 from llava.eval.arms import UNPRUNED, Arm, plan_arms
@@ -139,6 +140,7 @@ def load_subject(path: Path, device: str) -> Subject:
     """The checkpoint with its prompt template, pruning switched off."""
     name = get_model_name_from_path(str(path))
     tokenizer, model, processor, _ = load_pretrained_model(str(path), None, name, device=device)
+    check_complete(path, tokenizer, processor)
     model.pruning = None
     return Subject(model.eval(), tokenizer, processor, conv_mode_for(name, model.config))
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from llava.command_line import (
     OneLineParser,
+    check_complete,
     check_conv_mode,
     choose_conv_mode,
     device_name,
@@ -92,8 +93,7 @@ def eval_model(args: Any) -> str:
         args.load_4bit,
         device=args.device,
     )
-    if processor is None:
-        raise UserInputError(f"{args.model_path} is not a LLaVA model: it has no vision tower")
+    check_complete(args.model_path, tokenizer, processor)
     if pruning is not None:
         model.pruning = pruning
     template = choose_conv_mode(args.conv_mode, name, model.config)

@@ -171,18 +171,41 @@ def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
             logger.warning("CUDA is not available; the model is loaded on the CPU in float32")
         return {"": "cpu"}, torch.float32
     if device not in ("auto", "cuda"):
-        try:
-            kind = torch.device(device).type
-        except RuntimeError as error:
-            raise UserInputError(
-                f"unknown device {device!r}; use 'auto', 'cuda', 'cuda:1', 'cpu' or 'mps'"
-            ) from error
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise UserInputError(f"device {device!r} was asked for, but CUDA is not available here")
         device_map = {"": device}
-        if kind == "cpu":
+        if _device_type(device) == "cpu":
             return device_map, torch.float32
     return device_map, torch.float16
+
+
+def _device_type(device: str) -> str:
+    """``cpu``, ``cuda``, ... of a device that this machine has.
+
+    Raises:
+        UserInputError: no name of a device, or one that is not here.
+    """
+    try:
+        named = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserInputError(
+            f"unknown device {device!r}; use 'auto', 'cuda', 'cuda:1', 'cpu' or 'mps'"
+        ) from error
+    absent = f"device {device!r} was asked for, but"
+    if named.type == "cuda":
+        # Asked without touching the device: that would take memory on it.
+        if not torch.cuda.is_available():
+            raise UserInputError(f"{absent} CUDA is not available here; use 'auto' or 'cpu'")
+        if (named.index or 0) >= torch.cuda.device_count():
+            raise UserInputError(
+                f"{absent} the number of CUDA devices is {torch.cuda.device_count()}; use 'cuda'"
+            )
+        return named.type
+    try:
+        torch.empty(0, device=named)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserInputError(
+            f"{absent} this machine or this build of torch does not have it; use 'auto' or 'cpu'"
+        ) from error
+    return named.type
 
 
 def load_tokenizer(folder: Path) -> Any:

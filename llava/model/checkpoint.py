@@ -53,20 +53,25 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def local_checkpoint(path: str, revision: str | None = None) -> Path:
+def local_checkpoint(path: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint; a hub name is downloaded first.
 
     Raises:
-        UserInputError: neither a folder nor a model that the hub returns.
+        UserInputError: no text, or neither a folder nor a model that the hub returns.
     """
+    advice = (
+        "give a folder that holds config.json and weights, or a hub name such as "
+        "'liuhaotian/llava-v1.5-7b'"
+    )
+    if not isinstance(path, str | Path):
+        raise UserInputError(f"the path of a checkpoint must be a text, got {path!r}; {advice}")
     folder = Path(path)
-    if folder.is_dir():
+    if path != "" and folder.is_dir():
         return folder
-    if folder.exists() or folder.is_absolute() or str(path).count("/") != 1:
-        raise UserInputError(
-            f"{str(path)!r} is not a checkpoint folder; give a folder that holds config.json and "
-            "weights, or a hub name such as 'liuhaotian/llava-v1.5-7b'"
-        )
+    if folder.is_file():
+        raise UserInputError(f"{str(path)!r} is a file, not a checkpoint folder; {advice}")
+    if folder.is_absolute() or str(path).count("/") != 1:
+        raise UserInputError(f"{str(path)!r} is not a checkpoint folder; {advice}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

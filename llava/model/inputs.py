@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.utils import UserInputError
+from llava.utils import UserInputError, describe_value
 
 
 def check_prompt(input_ids: Any, attention_mask: Any, vocabulary: int) -> None:
@@ -18,7 +18,7 @@ def check_prompt(input_ids: Any, attention_mask: Any, vocabulary: int) -> None:
     whole = isinstance(input_ids, torch.Tensor) and input_ids.dtype in (torch.int64, torch.int32)
     if not whole or input_ids.ndim != 2 or input_ids.numel() == 0:
         raise UserInputError(
-            f"inputs must be token ids, an int64 tensor [B, L]; got {_described(input_ids)}; "
+            f"inputs must be token ids, an int64 tensor [B, L]; got {describe_value(input_ids)}; "
             "make them with tokenizer_image_token(prompt, tokenizer, return_tensors='pt')[None]"
         )
     strange = ((input_ids < 0) & (input_ids != IMAGE_TOKEN_INDEX)) | (input_ids >= vocabulary)
@@ -32,7 +32,7 @@ def check_prompt(input_ids: Any, attention_mask: Any, vocabulary: int) -> None:
     ):
         raise UserInputError(
             f"attention_mask must be a tensor {list(input_ids.shape)} like the ids; got "
-            f"{_described(attention_mask)}"
+            f"{describe_value(attention_mask)}"
         )
 
 
@@ -47,7 +47,7 @@ def check_images(images: Any) -> None:
     for part in parts:
         if not isinstance(part, torch.Tensor):
             raise UserInputError(
-                f"images must be tensors; got {_described(part)}; make them with "
+                f"images must be tensors; got {describe_value(part)}; make them with "
                 "process_images(pictures, image_processor, model.config)"
             )
         if part.ndim >= 4 and part.shape[-3] != 3:
@@ -55,9 +55,3 @@ def check_images(images: Any) -> None:
                 f"images must have 3 colour channels [.., 3, H, W], got {list(part.shape)}; make "
                 "them with process_images(pictures, image_processor, model.config)"
             )
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)}"
-    return type(value).__name__

@@ -5,7 +5,6 @@
 Each step is a method that may be called, replaced or patched alone.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from llava.model.splice import (
     splice_row,
     unpadded,
 )
+from llava.model.tiles import Images, flatten_tiles, tile_digest
 from llava.pruning.config import PruningConfig
 from llava.pruning.layout import ImageLayout
 from llava.pruning.stage import prune_visual_tokens
@@ -40,8 +40,6 @@ from llava.utils import UserInputError
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
 logger = logging.getLogger(__name__)
-
-Images = torch.Tensor | list[torch.Tensor]
 
 # Set while a checkpoint with tower weights of its own is loading: the constructor then builds the
 # tower, so that the loader fills it. A context variable, because transformers calls it for us.
@@ -367,36 +365,6 @@ class LlavaMetaForCausalLM:
             for row, share, count in zip(rows, shares, marks, strict=True)
             if count
         )
-
-
-def flatten_tiles(images: Images) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring every accepted form of ``images`` into one batch.
-
-    Returns:
-        Pixels [T, 3, H, W] or features [T, N, Dv], and the int64 [T] image of each tile.
-
-    Raises:
-        UserInputError: no images, shapes that do not fit together, or too few dimensions.
-    """
-    if isinstance(images, torch.Tensor) and images.ndim in (3, 4):
-        return images, torch.arange(len(images))
-    stacks = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
-    if not stacks or any(
-        s.ndim not in (3, 4) or s.shape[1:] != stacks[0].shape[1:] for s in stacks
-    ):
-        raise UserInputError(
-            "images must be pixels [B, 3, H, W], [B, T, 3, H, W] or a list of [3, H, W] or "
-            "[T, 3, H, W] tensors of one size (tower features: [B, N, C] or a list of [N, C]); "
-            f"got shapes {[tuple(image.shape) for image in images]}"
-        )
-    counts = torch.tensor([len(stack) for stack in stacks])
-    return torch.cat(stacks), torch.arange(len(stacks)).repeat_interleave(counts)
-
-
-def tile_digest(tile: torch.Tensor) -> int:
-    """A number that depends on the content of a tile only, not on its batch or device."""
-    data = tile.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 @contextmanager

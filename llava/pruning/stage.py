@@ -21,6 +21,7 @@ from llava.pruning.released import applies_to, check_released, extra_places, rel
 from llava.pruning.selector import Selector
 from llava.pruning.tokens import TokenSequence, VisualTokens
 from llava.pruning.trace import PruningTrace
+from llava.utils import describe_value
 
 
 def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> VisualTokens:
@@ -232,9 +233,9 @@ def select(
 
     Args:
         method: registered name of a method that selects.
-        projected: [N, D] tokens as the language model would see them.
+        projected: floating point [N, D], tokens as the language model would see them.
         keep_tokens: how many to keep; N or more keeps all.
-        features: [N, Dv] tokens before the projector, for methods that need them.
+        features: floating point [N, Dv], tokens before the projector, for methods that need them.
         projector: the module between the two, for methods that need it.
         grid: (rows, cols); by default a square if N is one, else a single row.
         options: options of the method.
@@ -247,6 +248,9 @@ def select(
             raise PruningError(f"method {method!r} needs {need}=")
     if config.pruner.merges:
         raise PruningError(f"method {method!r} makes new tokens, it has no indices to select")
+    _check_tokens("projected", projected)
+    if features is not None:
+        _check_tokens("features", features)
     count = projected.shape[0]
     side = round(count**0.5)
     visual = VisualTokens(
@@ -260,6 +264,16 @@ def select(
     if pruned.kept is None:
         return torch.arange(count, device=projected.device)
     return pruned.kept[0]
+
+
+def _check_tokens(name: str, tokens: Any) -> None:
+    """Raise PruningError unless `tokens` is what `select` takes, floating point [N >= 1, D]."""
+    real = isinstance(tokens, Tensor) and tokens.is_floating_point()
+    if not real or tokens.ndim != 2 or len(tokens) == 0:
+        raise PruningError(
+            f"{name} must be the tokens of one image, a floating point tensor [N, D]; "
+            f"got {describe_value(tokens)}"
+        )
 
 
 def importance_of(config: PruningConfig, visual: VisualTokens) -> Tensor:

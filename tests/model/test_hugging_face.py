@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's own format: same logits as transformers' LLaVA, saved as ours."""
+"""Checkpoints in Hugging Face's own format: logits of transformers' LLaVAs, saved as ours."""
 
 import json
 from collections.abc import Callable
@@ -16,14 +16,17 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     MistralConfig,
+    PreTrainedModel,
 )
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model import LlavaLlamaForCausalLM
+from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
 from llava.model.builder import load_pretrained_model, model_class
 from llava.model.checkpoint import name_in_memory
 from llava.model.hugging_face import native_form
+from llava.model.language_model.llava_llama import LlavaCausalLM
 from llava.utils import UserInputError
 
 PLACEHOLDER = 60
@@ -53,15 +56,19 @@ def theirs() -> LlavaForConditionalGeneration:
         image_token_id=PLACEHOLDER,
         image_seq_length=PATCHES,
     )
+    return _random(LlavaForConditionalGeneration, config)
+
+
+def _random(cls: type[PreTrainedModel], config: LlavaConfig | LlavaNextConfig) -> PreTrainedModel:
     torch.manual_seed(4)
-    model = LlavaForConditionalGeneration(config).eval()
+    model = cls(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 
 
-def _save(model: LlavaForConditionalGeneration, folder: Path, layout: str = "hub files") -> None:
+def _save(model: PreTrainedModel, folder: Path, layout: str = "hub files") -> None:
     text, head, tower = LAYOUTS[layout]
     top = "model." if text.startswith("model.") else ""
     renamed = {}
@@ -72,17 +79,18 @@ def _save(model: LlavaForConditionalGeneration, folder: Path, layout: str = "hub
             ("lm_head.", head),
             ("model.vision_tower.", tower),
             ("model.multi_modal_projector.", f"{top}multi_modal_projector."),
+            ("model.image_newline", f"{top}image_newline"),
         ):
             if key.startswith(start):
                 renamed[name + key.removeprefix(start)] = value
                 break
     assert len(renamed) == len(model.state_dict())
-    model.config.architectures = ["LlavaForConditionalGeneration"]
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _load(folder: Path) -> LlavaLlamaForCausalLM:
+def _load(folder: Path) -> LlavaCausalLM:
     return load_pretrained_model(str(folder), device="cpu")[1]
 
 
@@ -253,6 +261,83 @@ def test_next_config_on_mistral() -> None:
     assert config["num_key_value_heads"] == 8 and config["vocab_size"] == 100
     assert name_in_memory("image_newline") == "model.image_newline"
     assert name_in_memory("model.image_newline") == "model.image_newline"
+
+
+# The released Mistral has no sliding window; one shorter than the image shows that it is obeyed.
+NEXT_TEXT = {
+    "llama": lambda: LlamaConfig(**TEXT),
+    "mistral": lambda: MistralConfig(**TEXT, sliding_window=None),
+    "mistral, sliding window": lambda: MistralConfig(**TEXT, sliding_window=9),
+}
+# (height, width): neither order of the sides gives the same canvases.
+CANVASES = [[28, 84], [56, 28], [56, 56]]
+
+
+@pytest.fixture(params=NEXT_TEXT)
+def their_next(request: pytest.FixtureRequest) -> LlavaNextForConditionalGeneration:
+    config = LlavaNextConfig(
+        text_config=NEXT_TEXT[request.param](),
+        vision_config=CLIPVisionConfig(**VISION),
+        image_token_id=PLACEHOLDER,
+        image_grid_pinpoints=CANVASES,
+    )
+    return _random(LlavaNextForConditionalGeneration, config)
+
+
+# (width, height) of an image, and the tiles of its canvas with the base view.
+TILED = [((118, 31), 4), ((26, 70), 3), ((64, 48), 5)]
+
+
+def _tiled_logits(model: LlavaCausalLM, size: tuple[int, int], tiles: torch.Tensor) -> torch.Tensor:
+    ids = torch.tensor([[1, 5, IMAGE_TOKEN_INDEX, 9, 7]])
+    with torch.no_grad():
+        return model(ids, images=[tiles], image_sizes=[size]).logits
+
+
+def _tiles(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_next_logits_are_those_of_transformers(
+    layout, their_next, tmp_path: Path, record_error
+) -> None:
+    _save(their_next, tmp_path / "model", layout)
+    model = _load(tmp_path / "model")
+    classes = {"llama": LlavaLlamaForCausalLM, "mistral": LlavaMistralForCausalLM}
+    assert type(model) is classes[their_next.config.text_config.model_type]
+    assert model.get_vision_tower().from_checkpoint
+    assert torch.equal(model.get_model().image_newline, their_next.model.image_newline)
+    for size, count in TILED:
+        tiles = _tiles(count)
+        with torch.no_grad():
+            visual = model.encode_visual_tokens([tiles], [size])
+            ids = [1, 5, *[PLACEHOLDER] * len(visual.embeddings(0)), 9, 7]
+            wanted = their_next(
+                input_ids=torch.tensor([ids]),
+                pixel_values=tiles[None],
+                image_sizes=torch.tensor([size[::-1]]),
+            ).logits
+        assert visual.layouts[0].tiles == count and visual.layouts[0].newline
+        error = (_tiled_logits(model, size, tiles) - wanted).abs().max().item()
+        record_error("hugging face: LLaVA-NeXT logits", error)
+        assert error <= 1e-5
+        assert (_tiled_logits(model, size, -tiles) - wanted).abs().max() > 0.1
+
+
+def test_next_is_pruned_and_saved_as_a_native_one(their_next, tmp_path: Path) -> None:
+    _save(their_next, tmp_path / "model")
+    settings = {"method": "zoo", "keep_tokens": 6}
+    model = load_pretrained_model(str(tmp_path / "model"), device="cpu", pruning=settings)[1]
+    size, count = TILED[-1]
+    wanted = _tiled_logits(model, size, _tiles(count))
+    assert wanted.shape[1] == 4 + 6
+    model.save_pretrained(tmp_path / "native")
+    assert "model.image_newline" in load_file(tmp_path / "native" / "model.safetensors")
+    config = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__]
+    again = _load(tmp_path / "native")
+    assert torch.equal(_tiled_logits(again, size, _tiles(count)), wanted)
 
 
 def test_the_name_llava_stays_theirs() -> None:

@@ -28,6 +28,7 @@ def saved(small_model: Make, tmp_path: Path) -> Path:
 def able(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that could quantize."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(quantization, "find_spec", lambda name: SimpleNamespace(name=name))
 
 
@@ -130,5 +131,10 @@ def test_devices(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert model.dtype == torch.float32
     with pytest.raises(UserInputError, match="CUDA is not available here"):
         load_pretrained_model(str(saved), device="cuda:1")
+    with monkeypatch.context() as two:
+        two.setattr(torch.cuda, "is_available", lambda: True)
+        two.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(UserInputError, match="the number of CUDA devices is 2; use 'cuda'"):
+            load_pretrained_model(str(saved), device="cuda:2")
     meta = load_pretrained_model(str(saved), device="meta")[1]
     assert meta.device.type == "meta" and meta.dtype == torch.float16

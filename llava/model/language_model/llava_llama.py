@@ -28,7 +28,6 @@ from llava.model.hugging_face import native_form
 from llava.model.inputs import check_images, check_prompt
 from llava.model.layouts import MERGE_TYPES
 from llava.model.llava_arch import (
-    Images,
     LlavaMetaForCausalLM,
     LlavaMetaModel,
     padding_side,
@@ -36,6 +35,7 @@ from llava.model.llava_arch import (
 )
 from llava.model.multimodal_encoder.builder import is_portable, resolve_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import read_tower_config
+from llava.model.tiles import Images
 from llava.utils import UserInputError
 
 logger = logging.getLogger(__name__)
