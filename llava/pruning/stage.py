@@ -252,13 +252,12 @@ def select(
     if features is not None:
         _check_tokens("features", features)
     count = projected.shape[0]
-    side = round(count**0.5)
     visual = VisualTokens(
         features=projected[None, :, :0] if features is None else features[None],
         projected=projected[None],
         projector=nn.Identity() if projector is None else projector,
         image_index=torch.zeros(1, dtype=torch.long),
-        grid=grid or ((side, side) if side * side == count else (1, count)),
+        grid=_grid(grid, count),
     )
     pruned = prune_visual_tokens(visual, config)
     if pruned.kept is None:
@@ -274,6 +273,20 @@ def _check_tokens(name: str, tokens: Any) -> None:
             f"{name} must be the tokens of one image, a floating point tensor [N, D]; "
             f"got {describe_value(tokens)}"
         )
+
+
+def _grid(grid: Any, count: int) -> tuple[int, int]:
+    """(rows, cols) of `count` tokens: as given, or a square, or one row."""
+    if grid is None:
+        side = round(count**0.5)
+        return (side, side) if side * side == count else (1, count)
+    pair = isinstance(grid, (tuple, list)) and len(grid) == 2
+    if not pair or any(type(edge) is not int or edge < 1 for edge in grid):
+        raise PruningError(f"grid must be two whole numbers (rows, cols), got {grid!r}")
+    rows, cols = grid
+    if rows * cols != count:
+        raise PruningError(f"grid {(rows, cols)} does not hold {count} tokens")
+    return rows, cols
 
 
 def importance_of(config: PruningConfig, visual: VisualTokens) -> Tensor:
