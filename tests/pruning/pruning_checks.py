@@ -13,7 +13,7 @@ from llava.pruning import PruningConfig, VisualTokens, max_min, prune_visual_tok
 GRID = (6, 6)
 N = GRID[0] * GRID[1]
 # Methods whose choice follows the tokens and not their places.
-EQUIVARIANT = ("divprune", "norm", "zoo", "zoo-exact", "least-sensitive")
+EQUIVARIANT = ("cen-prune", "divprune", "norm", "zoo", "zoo-exact", "least-sensitive")
 
 
 def make_projector(dtype: torch.dtype = torch.float32, dv: int = 10, d: int = 14) -> nn.Module:

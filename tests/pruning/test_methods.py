@@ -28,6 +28,7 @@ each_pruning = pytest.mark.parametrize("name", PRUNING)
 
 def test_catalogue() -> None:
     assert METHODS == [
+        "cen-prune",
         "divprune",
         "grid",
         "none",
