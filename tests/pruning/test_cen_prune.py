@@ -118,7 +118,7 @@ def test_tiles(host, allocation) -> None:
     ("options", "message"),
     [
         ({"host": "grid"}, "cannot wrap 'grid', which does not choose by how similar tokens are"),
-        ({"host": "pool"}, "host can be divprune, norm, zoo, zoo-exact"),
+        ({"host": "pool"}, "host can be cdpruner, divprune, norm, zoo, zoo-exact"),
         ({"host": "cen-prune"}, "cannot wrap 'cen-prune'"),
         ({"host": "divprun"}, "did you mean 'divprune'"),
         ({"host": "zoo", "host_options": {"fusion": "sensitivity"}}, "nothing is left to centre"),

@@ -28,6 +28,7 @@ each_pruning = pytest.mark.parametrize("name", PRUNING)
 
 def test_catalogue() -> None:
     assert METHODS == [
+        "cdpruner",
         "cen-prune",
         "divprune",
         "grid",

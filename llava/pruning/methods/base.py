@@ -171,3 +171,9 @@ def check_whole(name: str, value: object, at_least: int) -> None:
     """Raise PruningError unless `value` is a whole number of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise PruningError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise PruningError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise PruningError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
