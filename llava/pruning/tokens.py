@@ -62,7 +62,9 @@ class VisualTokens:
             that `random` draws do not move with floating-point noise of the tower),
             `image_position` (list: index of image i within its own prompt, default 0),
             `clip_image` (list of T [N, E]: patches in the space that CLIP's images and texts
-            share), `clip_text` (list: [m, E], the m segments of image i's instruction there).
+            share), `clip_text` (list: [m, E], the m segments of image i's instruction there),
+            `question_embeddings` (list: [m, D], the language model's embeddings of the m words that
+            image i's question is about).
         layouts: how each image's tiles follow each other; None: one after the other.
         newline: [D] embedding of the newline token, where a layout has any.
         released: select as the code released with ZOO-Prune does on LLaVA-NeXT, see

@@ -32,6 +32,7 @@ def test_catalogue() -> None:
         "cen-prune",
         "divprune",
         "grid",
+        "mmtok",
         "none",
         "norm",
         "pool",
@@ -143,6 +144,7 @@ def test_select_equals_the_stage(name: str) -> None:
         "projector": visual.projector,
         "keep_tokens": 9,
         "grid": checks.GRID,
+        "extras": visual.extras,
     }
     if get_method(name).merges:
         with pytest.raises(PruningError, match="no indices"):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.selection.max_min import check_counts, cosine, exclude, first_argmax, selectable
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.picks import Picks, joined
 
 # A token whose remaining volume is below this many roundings of its own is in the span of the
 # picked ones: what is left of it is noise.
@@ -48,7 +46,7 @@ def dpp(
             raise PruningError(f"{name} must be {list(z.shape[:2])}, got {list(value.shape)}")
     counts = check_counts(k, z, valid)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    rows, margins = [], []
+    rows = []
     for row, count in enumerate(counts):
         tokens = selectable(z, valid, row)
         similarity = cosine(z[row, tokens].to(dtype))
@@ -59,16 +57,8 @@ def dpp(
         if not own.isfinite().all():
             raise PruningError("quality holds NaN or inf")
         picked = _greedy(similarity, own.to(dtype), count)
-        rows.append(tokens[picked.indices])
-        margins.append(picked.margins)
-    width = max(counts, default=0)
-    if not width:
-        empty = torch.empty(len(counts), 0, dtype=dtype, device=z.device)
-        return Picks(empty.long(), empty)
-    return Picks(
-        pad_sequence(rows, batch_first=True, padding_value=-1),
-        torch.stack([pad(m, (0, width - len(m)), value=torch.inf) for m in margins]),
-    )
+        rows.append(Picks(tokens[picked.indices], picked.margins))
+    return joined(rows)
 
 
 def _greedy(similarity: Tensor, quality: Tensor, k: int) -> Picks:
@@ -78,21 +68,17 @@ def _greedy(similarity: Tensor, quality: Tensor, k: int) -> Picks:
     spent = SPENT * torch.finfo(kernel.dtype).eps * whole
     left, taken = whole.clone(), torch.zeros_like(whole, dtype=torch.bool)
     factor = kernel.new_zeros(k, len(whole))
-    picks, margins = [], []
+    picks = torch.empty(k, dtype=torch.long, device=kernel.device)
+    margins = kernel.new_empty(k)
     for step in range(k):
         gain = exclude(torch.where(left > spent, left, 0), taken)
         exhausted = gain.amax() <= 0
         score = torch.where(exhausted, exclude(quality, taken), gain)
         pick = first_argmax(score)
         taken = taken.scatter(0, pick[None], True)
-        margins.append(score[pick] - exclude(score, taken).amax())
-        picks.append(pick)
+        picks[step], margins[step] = pick, score[pick] - exclude(score, taken).amax()
+        root = left[pick].clamp_min(torch.finfo(left.dtype).tiny).sqrt()
         row = kernel[pick] - factor[:step, pick] @ factor[:step]
-        row = torch.where(
-            exhausted, 0, row / left[pick].clamp_min(torch.finfo(left.dtype).tiny).sqrt()
-        )
-        factor[step] = row
-        left = left - row.square()
-    if not picks:
-        return Picks(torch.empty(0, dtype=torch.long, device=kernel.device), kernel.new_empty(0))
-    return Picks(torch.stack(picks), torch.stack(margins))
+        factor[step] = torch.where(exhausted, 0, row / root)
+        left = left - factor[step].square()
+    return Picks(picks, margins)
