@@ -96,7 +96,7 @@ def _compact(selector: Selector, budgets: list[int | None], chosen: Tensor) -> V
     projected = visual.projected.gather(1, rows).masked_fill(~filled[..., None], 0)
     sequences = _sequences(selector, chosen, kept)
     trace = PruningTrace(
-        method=config.method,
+        method=config.pruner.label(visual),
         kept=kept,
         margins=selector.margins,
         tokens_before=[len(ids) for ids in selector.ids],
@@ -175,7 +175,7 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
     filled = torch.arange(slots)[None] < torch.tensor(counts)[:, None]
     sequences = _merged_sequences(visual, budgets, counts, slots)
     trace = PruningTrace(
-        method=config.method,
+        method=config.pruner.label(visual),
         kept=None,
         margins=torch.full((len(counts), slots), torch.inf, device=device),
         tokens_before=[sequence.total for sequence in sequences],

@@ -198,7 +198,7 @@ def test_equal_relevance_is_none() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"relevance": "blip"}, "relevance must be one of none, clip"),
+        ({"relevance": "blip"}, "relevance must be one of auto, clip, none"),
         ({"relevance_sign": "minus"}, "negative, positive"),
         ({"minmax_scope": "batch"}, "image, tile"),
         ({"tokens": "pixels"}, "features, projected"),

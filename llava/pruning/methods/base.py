@@ -34,6 +34,8 @@ class PruningMethod:
         needs: inputs beyond the projected tokens: `features`, `projector`, or a key of
             `VisualTokens.extras` that the pipeline collects only for methods naming it. Where that
             depends on options, an instance has its own (`set_needs`).
+        wants: as `needs`, but only where the model can provide it; without, the method does
+            something else and says so in its `label`.
         query_aware: whether the text of the prompt changes the choice.
         merges: whether outputs are new vectors rather than some of the inputs.
         fixed_count: whether the number of kept tokens is `num_kept`, whatever the content.
@@ -48,6 +50,7 @@ class PruningMethod:
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
+    wants: ClassVar[tuple[str, ...]] = ()
     query_aware: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     fixed_count: ClassVar[bool] = True
@@ -72,9 +75,14 @@ class PruningMethod:
         """Tokens an image of `n` tokens has after pruning to `budget`: a pure function."""
         return min(n, budget)
 
-    def set_needs(self, *needs: str) -> None:
+    def label(self, visual: VisualTokens) -> str:
+        """What the trace calls this method on `visual`."""
+        return self.name
+
+    def set_needs(self, *needs: str, wants: tuple[str, ...] = ()) -> None:
         """What this instance needs with its options; called from `__post_init__`."""
         object.__setattr__(self, "needs", needs)
+        object.__setattr__(self, "wants", wants)
 
     def pick(self, rows: VisualTokens, importance: Tensor | None, counts: list[int]) -> Picks:
         """`choose`, held to its contract; indices come back sorted. Used by the stage.

@@ -16,7 +16,8 @@ from llava.pruning.selection.dpp import dpp
 from llava.pruning.selection.picks import Picks
 from llava.pruning.tokens import VisualTokens
 
-RELEVANCES = ("none", "clip")
+RELEVANCES = ("auto", "clip", "none")
+CLIP = ("clip_image", "clip_text")
 SIGNS = ("negative", "positive")
 SCOPES = ("image", "tile")
 TOKENS = ("features", "projected")
@@ -35,27 +36,29 @@ class CDPruner(SimilarityMethod):
         kept    greedy MAP of the determinantal point process with kernel L
 
     The sign is negative on purpose: CLIP's patches are less similar to a text that speaks of them.
-    `relevance=none` sets r = 1, so no instruction is read: that is the diversity half of CDPruner
-    alone and has to be called so in a table. Its first pick is the first token: alone, all span
-    the same.
+    `relevance=auto` is `clip` where the vision tower has a text tower and `none` elsewhere, which
+    the trace then names. `relevance=none` sets r = 1, so no instruction is read: that is the
+    diversity half of CDPruner alone and has to be called so in a table. Its first pick is the first
+    token: alone, all span the same.
 
     Where the released code differs: once the budget exceeds the rank of L it takes roots of
     negative numbers and keeps fewer tokens than asked; here the remaining picks go by r. It
     compares tokens in half precision; here in float32. It reads one prompt at a time.
 
-    Options: relevance `none` | `clip`; relevance_sign `negative` (CLIP) | `positive`;
-    minmax_scope `image`, over all its tiles as released, | `tile`; tokens compared, `features`
-    before the projector as released, | `projected`; theta in [0, 1), the released r <-
-    exp(theta / (2 - 2 theta) r), None for r itself.
+    Options: relevance `auto` | `clip` (an error without a text tower) | `none`;
+    relevance_sign `negative` (CLIP) | `positive`; minmax_scope `image`, over all its tiles as
+    released, | `tile`; tokens compared, `features` before the projector as released, |
+    `projected`; theta in [0, 1), the released r <- exp(theta / (2 - 2 theta) r), None for r itself.
     """
 
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "NeurIPS 2025, arXiv 2506.10967"
-    needs: ClassVar[tuple[str, ...]] = ("features", "clip_image", "clip_text")
+    needs: ClassVar[tuple[str, ...]] = ("features",)
+    wants: ClassVar[tuple[str, ...]] = CLIP
     query_aware: ClassVar[bool] = True
     fidelity: ClassVar[str] = "golden"
 
-    relevance: str = "none"
+    relevance: str = "auto"
     relevance_sign: str = "negative"
     minmax_scope: str = "image"
     tokens: str = "features"
@@ -71,14 +74,22 @@ class CDPruner(SimilarityMethod):
             if not real or not 0 <= self.theta < 1:
                 raise PruningError(f"theta must be in [0, 1) or None, got {self.theta!r}")
         features = ("features",) if self.tokens == "features" else ()
-        clip = ("clip_image", "clip_text") if self.relevance == "clip" else ()
-        self.set_needs(*features, *clip)
+        clip = CLIP if self.relevance == "clip" else ()
+        self.set_needs(*features, *clip, wants=CLIP if self.relevance == "auto" else ())
+
+    def label(self, visual: VisualTokens) -> str:
+        return f"{self.name}(relevance=none)" if self._blind(visual) else self.name
+
+    def _blind(self, visual: VisualTokens) -> bool:
+        """Whether no instruction is read."""
+        absent = self.relevance == "auto" and "clip_text" not in visual.extras
+        return absent or self.relevance == "none"
 
     def compared(self, visual: VisualTokens) -> Tensor:
         return visual.features if self.tokens == "features" else visual.projected
 
     def importance(self, visual: VisualTokens) -> Tensor | None:
-        if self.relevance == "none":
+        if self._blind(visual):
             return None
         tiles, texts = visual.extra("clip_image"), visual.extra("clip_text")
         sign = -1 if self.relevance_sign == "negative" else 1

@@ -47,7 +47,10 @@ class CenPrune(PruningMethod):
     def __post_init__(self) -> None:
         host = _make_host(self.host, self.host_options)
         object.__setattr__(self, "_host", host)
-        self.set_needs(*host.needs)
+        self.set_needs(*host.needs, wants=host.wants)
+
+    def label(self, visual: VisualTokens) -> str:
+        return f"{self.name}({self._host.label(visual)})"
 
     def importance(self, visual: VisualTokens) -> Tensor | None:
         return self._host.importance(visual)
