@@ -32,7 +32,7 @@ def save_clip(folder: Path) -> CLIPModel:
     vocabulary = [*LETTERS, *(letter + "</w>" for letter in LETTERS)]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     end = len(vocabulary) - 1
-    layers = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    layers = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     text = CLIPTextConfig(
         **{**layers, "hidden_size": 32},
         vocab_size=end + 1,
@@ -135,6 +135,33 @@ def test_every_row_has_its_own_question(method, with_text, pixels, monkeypatch) 
     other = {"images": images[:2], "questions": [questions[2]]}
     with_text.generate(torch.tensor([rows[0]]), **other, **GREEDY)
     assert not torch.equal(seen.pop()[1].kept, kept[:2])
+
+
+@pytest.mark.parametrize("method", ["cdpruner", "mmtok"])
+@pytest.mark.parametrize("allocation", ["per_tile", "global"])
+def test_tiles_share_their_images_question(
+    method, allocation, clip_folder, tiny_folder, pixels, monkeypatch
+) -> None:
+    folder = clip_folder.parent / "llava16-tiny"
+    shutil.copytree(tiny_folder.parent / "llava16-tiny", folder)
+    model = load_pretrained_model(str(folder), device="cpu")[1]
+    model.text_tokenizer = Letters()
+    seen = spy(model, monkeypatch)
+    model.pruning = PruningConfig(method, 40, allocation=allocation)
+    images, sizes = [pixels(3), pixels(5, seed=1)], [(336, 672), (672, 672)]
+    questions = ["red cat", "blue dog near a tree"]
+    ids, mask = torch.tensor([[1, IMG, 7]] * 2), torch.ones(2, 3, dtype=torch.long)
+    model.generate(
+        ids, images=images, image_sizes=sizes, attention_mask=mask, questions=questions, **GREEDY
+    )
+    _, both = seen.pop()
+    assert both.trace.method == method
+    assert both.trace.tokens_after == [40, 40]
+    for i in range(2):
+        alone = {"image_sizes": sizes[i : i + 1], "questions": questions[i : i + 1]}
+        model.generate(ids[:1], images=images[i : i + 1], **alone, **GREEDY)
+        _, single = seen.pop()
+        assert torch.equal(single.sequence(0).place, both.sequence(i).place)
 
 
 def test_without_a_text_tower(tiny, pixels, monkeypatch) -> None:
