@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.selection.max_min import exclude, first_argmax
+from llava.pruning.selection.max_min import first_argmax
 from llava.pruning.selection.picks import Picks
 
 
@@ -35,9 +35,10 @@ def cover(similarity: Tensor, k: int) -> Picks:
     picks = torch.empty(k, dtype=torch.long, device=similarity.device)
     margins = similarity.new_empty(k)
     for step in range(k):
-        gain = exclude((similarity - best).clamp_min(0).sum(dim=0), taken)
+        gain = (similarity - best).clamp_min(0).sum(dim=0).masked_fill(taken, -torch.inf)
         pick = first_argmax(gain)
         taken = taken.scatter(0, pick[None], True)
-        picks[step], margins[step] = pick, gain[pick] - exclude(gain, taken).amax()
+        passed_over = gain.masked_fill(taken, -torch.inf).amax()
+        picks[step], margins[step] = pick, gain[pick] - passed_over
         best = torch.maximum(best, similarity.index_select(1, pick[None]))
     return Picks(picks, margins)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.selection.max_min import check_counts, cosine, exclude, first_argmax, selectable
+from llava.pruning.selection.max_min import check_counts, cosine, first_argmax, selectable
 from llava.pruning.selection.picks import Picks, joined
 
 # A token whose remaining volume is below this many roundings of its own is in the span of the
@@ -71,12 +71,13 @@ def _greedy(similarity: Tensor, quality: Tensor, k: int) -> Picks:
     picks = torch.empty(k, dtype=torch.long, device=kernel.device)
     margins = kernel.new_empty(k)
     for step in range(k):
-        gain = exclude(torch.where(left > spent, left, 0), taken)
+        gain = torch.where(left > spent, left, 0).masked_fill(taken, -torch.inf)
         exhausted = gain.amax() <= 0
-        score = torch.where(exhausted, exclude(quality, taken), gain)
+        score = torch.where(exhausted, quality.masked_fill(taken, -torch.inf), gain)
         pick = first_argmax(score)
         taken = taken.scatter(0, pick[None], True)
-        picks[step], margins[step] = pick, score[pick] - exclude(score, taken).amax()
+        passed_over = score.masked_fill(taken, -torch.inf).amax()
+        picks[step], margins[step] = pick, score[pick] - passed_over
         root = left[pick].clamp_min(torch.finfo(left.dtype).tiny).sqrt()
         row = kernel[pick] - factor[:step, pick] @ factor[:step]
         factor[step] = torch.where(exhausted, 0, row / root)
