@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pruning_checks as checks
@@ -163,8 +164,12 @@ def test_permutation_equivariance() -> None:
     out = prune_visual_tokens(visual, config)
     assert (out.trace.margins > 1e-9).all()
     order = torch.randperm(checks.N, generator=generator)
-    moved = checks.replace_tokens(visual, visual.features[:, order])
-    moved.extras = {"clip_image": [image[order]], "clip_text": [text]}
+    moved = replace(
+        visual,
+        features=visual.features[:, order],
+        projected=visual.projected[:, order],
+        extras={"clip_image": [image[order]], "clip_text": [text]},
+    )
     shuffled = prune_visual_tokens(moved, config)
     assert set(order[shuffled.kept[0]].tolist()) == set(out.kept[0].tolist())
 

@@ -110,7 +110,7 @@ def test_tiles(host, allocation) -> None:
     config = PruningConfig("cen-prune", 11, options={"host": host}, allocation=allocation)
     out = prune_visual_tokens(visual, config)
     assert [len(out.embeddings(image)) for image in range(2)] == [11, 11]
-    alone = prune_visual_tokens(checks.one_tile(visual, 2), config)
+    alone = prune_visual_tokens(visual.take_images([1]), config)
     assert torch.equal(out.embeddings(1), alone.embeddings(0))
 
 
