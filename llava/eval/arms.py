@@ -34,6 +34,7 @@ def plan_arms(
     tokens: int,
     impossible: Callable[[str, int], str | None],
     one_image: bool = False,
+    label: Callable[[str], str] = str,
 ) -> tuple[Arm, ...]:
     """The unpruned arm, every method at every budget below `tokens`, then the controls.
 
@@ -41,13 +42,14 @@ def plan_arms(
     changes nothing and is the unpruned arm already. `impossible(method, budget)` returns why a
     method cannot keep exactly that many, or None; such an arm stays in the plan with its reason,
     and is never replaced by a neighbouring budget. `one_image` rules out the shuffled control.
+    `label(method)` is what tables call a method.
     """
     smaller = sorted({budget for budget in budgets if budget < tokens}, reverse=True)
 
     def pruned(method: str, budget: int, control: Control | None = None) -> Arm:
         reason = impossible(method, budget)
         name = f"{method}@{budget}"
-        return Arm(name, method, method, budget, control=control, unavailable=reason)
+        return Arm(name, label(method), method, budget, control=control, unavailable=reason)
 
     named = [method for method in dict.fromkeys(methods) if method != UNPRUNED]
     alone = "needs questions about two images" if one_image else None

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from llava.eval.arms import UNPRUNED, Arm
 from llava.eval.runner import Runner
+from llava.pruning import get_method
 from llava.pruning.visualize import overlay_tokens
 
 LABEL_HEIGHT = 22  # px above each picture
@@ -16,7 +17,10 @@ GAP = 8  # px between pictures
 
 
 def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) -> None:
-    """Draw what each arm keeps of the first image, at the budget nearest `tokens`, to a PNG."""
+    """Draw what each arm keeps of the first image, at the budget nearest `tokens`, to a PNG.
+
+    Methods that read the question read the image's first one.
+    """
     name = runner.task.questions[0].image
     image = runner.task.load_image(name)
     visual = runner.encode([name])
@@ -26,7 +30,8 @@ def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) 
     for arm in pruned:
         if arm.budget != min(budgets, key=lambda budget: abs(budget - tokens)):
             continue
-        chosen = runner.prune_images(visual, arm.method, arm.budget)
+        asked = runner.task.questions[:1] if get_method(arm.method).query_aware else []
+        chosen = runner.prune_images(visual, arm.method, arm.budget, asked)
         if chosen.sources is not None:  # merged tokens stand for all patches at once
             pictures[f"{arm.label} {arm.budget}: merges all"] = image
         else:

@@ -20,14 +20,18 @@ def image_mark(config: Any) -> str:
     return mark + "\n"
 
 
+def bare_question(text: str) -> str:
+    """The text without the image mark that some question files carry."""
+    return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+
+
 def question_prompt(text: str, template: str, config: Any, with_image: bool = True) -> str:
     """One user turn asking `text`, open for the answer; without the image mark if told so.
 
-    Some question files carry the mark in their text already; it is never doubled.
+    A mark that the text carries already is never doubled.
     """
     conversation = conv_templates[template].copy()
-    question = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
     mark = image_mark(config) if with_image else ""
-    conversation.append_message(conversation.roles[0], mark + question)
+    conversation.append_message(conversation.roles[0], mark + bare_question(text))
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()

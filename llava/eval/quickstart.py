@@ -154,6 +154,7 @@ def plan(runner: Runner, methods: Sequence[str], budgets: Sequence[int]) -> tupl
         tokens=first.embeddings(0).shape[0],
         impossible=lambda method, budget: runner.refusal(first, method, budget),
         one_image=runner.stand_ins is None,
+        label=lambda method: runner.label(first, method),
     )
 
 

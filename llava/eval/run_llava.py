@@ -106,6 +106,7 @@ def eval_model(args: Any) -> str:
             images=process_images(images, processor, model.config),
             image_sizes=[image.size for image in images],
             attention_mask=torch.ones_like(ids),
+            questions=[_words(args.query)],
             **sampling.arguments(),
         )
     answer = tokenizer.decode(output[0], skip_special_tokens=True).strip()
@@ -159,6 +160,13 @@ def count_marks(query: str, images: int) -> int:
             f"image once with {IMAGE_PLACEHOLDER}, or none at all"
         )
     return marked
+
+
+def _words(query: str) -> str:
+    """The query without marks of images."""
+    for mark in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER):
+        query = query.replace(mark, " ")
+    return query.strip()
 
 
 def _complete(args: Any) -> argparse.Namespace:

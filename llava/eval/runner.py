@@ -18,14 +18,15 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.arms import UNPRUNED, Arm
 from llava.eval.generation import Decoded, Stopwatch, greedy_decode
-from llava.eval.prompts import question_prompt
+from llava.eval.prompts import bare_question, question_prompt
 from llava.eval.provenance import hash_json
 from llava.eval.results import Record
 from llava.eval.scorers.exact_match import is_correct
 from llava.eval.tasks.question_file import Question, Task, other_images
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.llava_arch import padding_side
-from llava.pruning import PruningConfig, PruningError, VisualTokens, get_method, prune
+from llava.pruning import PruningConfig, VisualTokens, get_method, prune
+from llava.utils import UserInputError
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm's answers to one batch; times in ms for the whole batch."""
+    """One arm's answers to one batch; times in ms for the whole batch, of `prunings` images."""
 
     decoded: Decoded
     texts: list[str]
     tokens_in: list[int]
     kept: list[str]
+    prunings: int = 0
     prune_ms: float | None = None
     score_ms: float | None = None
     select_ms: float | None = None
@@ -99,23 +101,58 @@ class Runner:
         return replace(visual, extras={"image_digest": [digests[owner] for owner in owners]})
 
     @torch.inference_mode()
-    def prune_images(self, visual: VisualTokens, method: str, budget: int | None) -> VisualTokens:
-        """The model's pruning step on `visual` at this setting; PruningError if it refuses."""
-        config = None
-        if method != UNPRUNED:
-            seeded = any(option.name == "seed" for option in fields(get_method(method)))
-            options = {"seed": self.seed} if seeded else {}
-            config = PruningConfig(method, keep_tokens=budget, options=options)
-        with prune(self.subject.model, config):
-            return self.subject.model.prune_visual_tokens(visual)
+    def prune_images(
+        self,
+        visual: VisualTokens,
+        method: str,
+        budget: int | None,
+        questions: Sequence[Question] = (),
+    ) -> VisualTokens:
+        """The model's pruning step on `visual` at this setting; PruningError if it refuses.
+
+        `questions`: for a method that reads them, the one about each image.
+        """
+        with prune(self.subject.model, self._setting(method, budget)):
+            return self.subject.model.prune_visual_tokens(self._with(visual, questions))
 
     def refusal(self, visual: VisualTokens, method: str, budget: int) -> str | None:
         """Why `method` cannot keep `budget` tokens of the images in `visual`, or None if it can."""
         try:
-            self.prune_images(visual, method, budget)
-        except PruningError as error:
+            self.prune_images(visual, method, budget, self._stand_in_questions(visual, method))
+        except UserInputError as error:
             return str(error)
         return None
+
+    @torch.inference_mode()
+    def label(self, visual: VisualTokens, method: str) -> str:
+        """What tables call `method`: its name, with what it cannot read of this model's images."""
+        questions = self._stand_in_questions(visual, method)
+        setting = self._setting(method, 1)
+        if not questions or setting is None:
+            return method
+        with prune(self.subject.model, setting):
+            try:
+                return setting.pruner.label(self._with(visual, questions))
+            except UserInputError:  # the arm itself will say so
+                return method
+
+    def _setting(self, method: str, budget: int | None) -> PruningConfig | None:
+        if method == UNPRUNED:
+            return None
+        seeded = any(option.name == "seed" for option in fields(get_method(method)))
+        options = {"seed": self.seed} if seeded else {}
+        return PruningConfig(method, keep_tokens=budget, options=options)
+
+    def _with(self, visual: VisualTokens, questions: Sequence[Question]) -> VisualTokens:
+        if not questions:
+            return visual
+        texts = [bare_question(question.text) for question in questions]
+        return self.subject.model.with_questions(visual, texts)
+
+    def _stand_in_questions(self, visual: VisualTokens, method: str) -> list[Question]:
+        """One question for every image, where `method` reads any."""
+        aware = get_method(method).query_aware
+        return [self.task.questions[0]] * visual.num_images if aware else []
 
     def _run_batch(
         self, number: int, arms: Sequence[Arm], cold: bool
@@ -135,7 +172,7 @@ class Runner:
         for arm in arms:
             outcome = outcomes[arm.name]
             answers += self._answer_records(number, arm, questions, outcome)
-            times = _per_unit(outcome, len(own), len(questions))
+            times = _per_unit(outcome, len(questions))
             line = {"batch": number, "arm": arm.name, "cold": cold, "encode_ms": encode_ms}
             timings.append(line | times)
         return answers, timings
@@ -150,17 +187,20 @@ class Runner:
         if arm.image == "absent":
             return self._answer(questions, None, {})
         shown = [self._shown(arm, question) for question in questions]
-        needed = list(dict.fromkeys(shown))
-        # Only what this arm shows is pruned, each image once however many questions it has.
+        # Only what this arm shows is pruned: each image once however many questions it has, or
+        # anew for every question by a method that reads it.
+        aware = get_method(arm.method).query_aware
+        needed = shown if aware else list(dict.fromkeys(shown))
         images = visual.take_images([names.index(name) for name in needed])
         clock = Stopwatch(self.subject.model.device)
-        pruned = self.prune_images(images, arm.method, arm.budget)
+        about = questions if aware else []
+        pruned = self.prune_images(images, arm.method, arm.budget, about)
         times = {"prune_ms": clock.lap(), "score_ms": 0.0, "select_ms": 0.0}
         if pruned.trace is not None:
             times["score_ms"] = 1000 * pruned.trace.score_seconds
             times["select_ms"] = 1000 * pruned.trace.select_seconds
-        rows = pruned.take_images([needed.index(name) for name in shown])
-        return self._answer(questions, rows, times)
+        rows = pruned if aware else pruned.take_images([needed.index(name) for name in shown])
+        return replace(self._answer(questions, rows, times), prunings=len(needed))
 
     @torch.inference_mode()
     def _answer(
@@ -249,16 +289,16 @@ def _kept_digests(visual: VisualTokens | None, count: int) -> list[str]:
     return [hashlib.sha256(repr(indices).encode()).hexdigest()[:16] for indices in chosen]
 
 
-def _per_unit(outcome: Outcome, images: int, questions: int) -> dict[str, float | None]:
+def _per_unit(outcome: Outcome, questions: int) -> dict[str, float | None]:
     """Times of a batch per image (prune) and per question (the rest), in ms."""
 
     def share(value: float | None, among: int) -> float | None:
         return None if value is None else value / among
 
     return {
-        "prune_ms": share(outcome.prune_ms, images),
-        "score_ms": share(outcome.score_ms, images),
-        "select_ms": share(outcome.select_ms, images),
+        "prune_ms": share(outcome.prune_ms, outcome.prunings),
+        "score_ms": share(outcome.score_ms, outcome.prunings),
+        "select_ms": share(outcome.select_ms, outcome.prunings),
         "splice_ms": share(outcome.splice_ms, questions),
         "prefill_ms": share(outcome.decoded.prefill_ms, questions),
         "decode_ms": share(outcome.decoded.step_ms, questions),

@@ -108,6 +108,7 @@ def load_pretrained_model(
         tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         _match_tokenizer(model, tokenizer)
+        model.text_tokenizer = tokenizer
     tower = model.get_vision_tower()
     image_processor = None if tower is None else tower.image_processor
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)

@@ -6,9 +6,10 @@ Each step is a method that may be called, replaced or patched alone.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import CLIPVisionConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import next_protocol, unpad_image
+from llava.model.instruction import asked, needed_of_question, read_questions
 from llava.model.layouts import TileGeometry, image_layouts, padding_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -126,7 +128,13 @@ class LlavaMetaModel:
 
 
 class LlavaMetaForCausalLM:
-    """Mixin of the causal language model: the way from images and ids to embeddings."""
+    """Mixin of the causal language model: the way from images and ids to embeddings.
+
+    Attributes:
+        text_tokenizer: the language model's tokenizer, for methods that read the question.
+    """
+
+    text_tokenizer: Any = None
 
     def get_model(self) -> Any:
         return self.model
@@ -213,6 +221,20 @@ class LlavaMetaForCausalLM:
             newline=self._newline(layouts),
             released=next_protocol(self.config) == "zoo-release",
         )
+
+    def with_questions(self, visual: VisualTokens, questions: Sequence[str]) -> VisualTokens:
+        """Add what the active method reads of a question; nothing else is computed.
+
+        Args:
+            visual: encoded images.
+            questions: what is asked of each image, the user's words alone.
+
+        Raises:
+            UserInputError: another number of questions than images, or the model lacks the text
+                tower or the tokenizer that the method needs.
+        """
+        extras = read_questions(self, visual, questions)
+        return replace(visual, extras=visual.extras | extras) if extras else visual
 
     def prune_visual_tokens(self, visual: VisualTokens) -> VisualTokens:
         """Keep the tokens that the active settings keep; without settings nothing changes."""
@@ -317,6 +339,12 @@ class LlavaMetaForCausalLM:
         visual.prompts = self._prompts(rows, visual.num_images)
         if visual.extras:
             visual.extras["image_position"] = image_positions(rows, visual.num_images)
+        if needed_of_question(self.pruning, self.get_vision_tower()):
+            shares = share_images(count_marks(rows), visual.num_images)
+            questions = asked(len(rows), self.pruning.method)
+            visual = self.with_questions(
+                visual, [questions[row] for row, share in enumerate(shares) for _ in share]
+            )
         visual = self.prune_visual_tokens(visual)
         position_ids, attention_mask, inputs_embeds, labels = self.splice_visual_tokens(
             visual, input_ids, position_ids, attention_mask, labels

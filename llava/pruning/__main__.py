@@ -15,7 +15,8 @@ def method_table() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name in list_methods():
         cls = get_method(name)
-        needs = ", ".join(cls.needs) or "-"
+        wants = (f"({name})" for name in cls.wants)
+        needs = ", ".join([*cls.needs, *wants]) or "-"
         aware, merges = ("yes" if flag else "no" for flag in (cls.query_aware, cls.merges))
         rows.append((name, needs, aware, merges, cls.fidelity, cls.paper or "-"))
     return rows

@@ -7,12 +7,12 @@ import math
 import operator
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from llava.pruning.errors import PruningError, unknown
 from llava.pruning.methods.base import PruningMethod
-from llava.pruning.registry import get_method
+from llava.pruning.registry import get_method, make_method
 
 BUDGETS = ("keep_tokens", "keep_ratio")
 # Where the choice is made, what becomes of newline tokens, and which positions are kept.
@@ -60,7 +60,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         cls = get_method(self.method)
         object.__setattr__(self, "options", _mapping("options", self.options))
-        object.__setattr__(self, "pruner", _build(cls, self.options))
+        object.__setattr__(self, "pruner", make_method(self.method, self.options))
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) == 2:
             raise PruningError("give keep_tokens or keep_ratio, not both")
@@ -167,14 +167,6 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise PruningError(f"{name} must be a mapping of names to values, got {value!r}")
     return dict(value)
-
-
-def _build(cls: type[PruningMethod], options: Mapping[str, Any]) -> PruningMethod:
-    known = [f.name for f in fields(cls) if f.init]
-    for name in options:
-        if name not in known:
-            raise unknown(f"option of {cls.name!r}:", name, known)
-    return cls(**options)
 
 
 def _budget(data: Mapping[str, Any]) -> dict[str, Any]:

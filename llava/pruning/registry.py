@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava.pruning.errors import PruningError, unknown
 
@@ -46,6 +47,16 @@ def get_method(name: str) -> type[PruningMethod]:
     if not isinstance(name, str) or name not in _methods:
         raise unknown("pruning method", name, _methods)
     return _methods[name]
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> PruningMethod:
+    """The method `name` with `options`; PruningError for one it does not have or take."""
+    cls = get_method(name)
+    known = [f.name for f in fields(cls) if f.init]
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of {name!r}:", option, known)
+    return cls(**options)
 
 
 def list_methods() -> list[str]:

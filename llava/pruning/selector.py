@@ -115,6 +115,11 @@ class Selector:
                 f"newline='select': {self.config.method!r} scores tokens, and a newline has no "
                 "score; use newline='drop' or 'keep'"
             )
+        if select_newlines and "features" in self.config.pruner.needs:
+            raise PruningError(
+                f"newline='select': {self.config.method!r} looks at tokens before the projector, "
+                "and a newline has none; use newline='drop' or 'keep'"
+            )
         patches = visual.projected.shape[0] * visual.projected.shape[1]
         rows = [
             self.ids[i] if select_newlines else self.ids[i][self.ids[i] < patches] for i in images

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -96,7 +96,7 @@ def _compact(selector: Selector, budgets: list[int | None], chosen: Tensor) -> V
     projected = visual.projected.gather(1, rows).masked_fill(~filled[..., None], 0)
     sequences = _sequences(selector, chosen, kept)
     trace = PruningTrace(
-        method=config.method,
+        method=config.pruner.label(visual),
         kept=kept,
         margins=selector.margins,
         tokens_before=[len(ids) for ids in selector.ids],
@@ -175,7 +175,7 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
     filled = torch.arange(slots)[None] < torch.tensor(counts)[:, None]
     sequences = _merged_sequences(visual, budgets, counts, slots)
     trace = PruningTrace(
-        method=config.method,
+        method=config.pruner.label(visual),
         kept=None,
         margins=torch.full((len(counts), slots), torch.inf, device=device),
         tokens_before=[sequence.total for sequence in sequences],
@@ -227,6 +227,7 @@ def select(
     features: Tensor | None = None,
     projector: nn.Module | None = None,
     grid: tuple[int, int] | None = None,
+    extras: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
     """Choose tokens of one image without any LLaVA model.
@@ -238,6 +239,7 @@ def select(
         features: floating point [N, Dv], tokens before the projector, for methods that need them.
         projector: the module between the two, for methods that need it.
         grid: (rows, cols); by default a square if N is one, else a single row.
+        extras: what else the method needs, lists of one entry, see `VisualTokens.extras`.
         options: options of the method.
 
     Returns LongTensor [min(keep_tokens, N)], ascending. Raises PruningError.
@@ -258,6 +260,7 @@ def select(
         projector=nn.Identity() if projector is None else projector,
         image_index=torch.zeros(1, dtype=torch.long),
         grid=_grid(grid, count),
+        extras=dict(extras or {}),
     )
     pruned = prune_visual_tokens(visual, config)
     if pruned.kept is None:

@@ -14,7 +14,7 @@ from llava.pruning.layout import NEWLINE, Box, ImageLayout
 from llava.pruning.trace import PruningTrace
 
 # Keys of `extras` that hold one entry per tile; the others hold one per image.
-TILE_EXTRAS = ("image_digest",)
+TILE_EXTRAS = ("image_digest", "clip_image")
 
 
 class TokenSequence(NamedTuple):
@@ -60,7 +60,11 @@ class VisualTokens:
         extras: what the pipeline collected because the active method named it in its `needs`
             flag. Known keys: `image_digest` (list of T ints: a hash of each tile's pixels, so
             that `random` draws do not move with floating-point noise of the tower),
-            `image_position` (list: index of image i within its own prompt, default 0).
+            `image_position` (list: index of image i within its own prompt, default 0),
+            `clip_image` (list of T [N, E]: patches in the space that CLIP's images and texts
+            share), `clip_text` (list: [m, E], the m segments of image i's instruction there),
+            `question_embeddings` (list: [m, D], the language model's embeddings of the m words that
+            image i's question is about).
         layouts: how each image's tiles follow each other; None: one after the other.
         newline: [D] embedding of the newline token, where a layout has any.
         released: select as the code released with ZOO-Prune does on LLaVA-NeXT, see
@@ -212,6 +216,15 @@ class VisualTokens:
             sequences=of_images(self.sequences),
             trace=None,
         )
+
+    def extra(self, key: str) -> Any:
+        """`extras[key]`; PruningError where the pipeline did not provide it."""
+        if key not in self.extras:
+            raise PruningError(
+                f"these visual tokens came without {key!r}, which the method reads; "
+                f"run it inside a model that provides it, or set extras[{key!r}]"
+            )
+        return self.extras[key]
 
     def tile_extras(self, tiles: Sequence[int]) -> dict[str, Any]:
         """`extras` with the entries of the given tiles."""

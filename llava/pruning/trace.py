@@ -14,7 +14,7 @@ class PruningTrace:
     """Record of one `prune_visual_tokens` call over T tiles.
 
     Attributes:
-        method: registered name of the method.
+        method: registered name of the method, with what it could not read on these tokens.
         kept: LongTensor [T, Kmax], kept token indices in raster order, padded with -1;
             None for methods that merge.
         margins: [T, Kmax] float, in **pick order**: score of the token picked minus the best

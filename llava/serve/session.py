@@ -76,7 +76,7 @@ class Session:
         """Forget all turns; image and settings stay."""
         self.chat = conv_templates[self.template].copy()
         self.last: Turn | None = None
-        self._last_prompt = ""
+        self._last_prompt = self._last_question = ""
 
     def use_method(self, name: str, options: dict[str, Any]) -> None:
         """Prune with another method; a budget among `options` replaces the one in use.
@@ -115,16 +115,17 @@ class Session:
         chat.append_message(chat.roles[0], mark + question)
         chat.append_message(chat.roles[1], None)
         prompt = chat.get_prompt()
-        turn = self._answer(prompt)
+        turn = self._answer(prompt, question)
         if turn.answer or not turn.stopped:  # a turn stopped before its first word never was
             chat.messages[-1][-1] = turn.answer
-            self.chat, self.last, self._last_prompt = chat, turn, prompt
+            self.chat, self.last = chat, turn
+            self._last_prompt, self._last_question = prompt, question
         return turn
 
     def ask_unpruned(self) -> Turn:
         """Answer the last turn again with all visual tokens, silently; the chat is not changed."""
         with prune(self.model):
-            return self._answer(self._last_prompt, silent=True)
+            return self._answer(self._last_prompt, self._last_question, silent=True)
 
     def save_overlay(self, path: Path) -> None:
         """Save the image with the patches dimmed that the last turn removed.
@@ -152,7 +153,7 @@ class Session:
         budgets = {name: budget.get(name) for name in BUDGETS}
         return replace(self.model.pruning or PruningConfig(), **budgets, **settings)
 
-    def _answer(self, prompt: str, silent: bool = False) -> Turn:
+    def _answer(self, prompt: str, question: str, silent: bool = False) -> Turn:
         if self.debug:
             print(f"\n{prompt!r}", file=sys.stderr)
         tokenizer = self.loaded.tokenizer
@@ -170,6 +171,7 @@ class Session:
                     images=self.pixels,
                     image_sizes=[self.image.size],
                     attention_mask=torch.ones_like(ids),
+                    questions=[question],
                     streamer=streamer,
                     **self.sampling.arguments(),
                 )

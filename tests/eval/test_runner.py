@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from llava.eval.arms import Arm, plan_arms
+from llava.eval.overlays import save_overlays
 from llava.eval.results import Record
 from llava.eval.runner import Runner
 from llava.eval.tasks.question_file import other_images
@@ -131,3 +132,38 @@ def test_timings_cover_every_arm_and_batch(make_runner: Callable[..., Runner]) -
             assert line["prune_ms"] > 0 and line["score_ms"] > 0 and line["select_ms"] > 0
         if line["arm"] == "no-image":
             assert line["prune_ms"] is None
+
+
+@pytest.mark.parametrize("method", ["mmtok", "cdpruner"])
+def test_query_aware_methods_prune_for_every_question(
+    method, make_runner, monkeypatch, tmp_path
+) -> None:
+    """An image with several questions is pruned for each, as if it had been asked alone."""
+    runner = make_runner(batch_size=4)
+    model, seen = runner.subject.model, []
+    own = model.prune_visual_tokens
+
+    def watched(visual):
+        seen.append(own(visual))
+        return seen[-1]
+
+    monkeypatch.setattr(model, "prune_visual_tokens", watched)
+    arms = tuple(arm for arm in plan(runner, (method,), [24]) if arm.method == method)
+    assert [arm.unavailable for arm in arms] == [None]
+    seen.clear()
+    save_overlays(runner, arms, 24, tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").exists()
+    label = runner.label(runner.encode([runner.task.questions[0].image]), method)
+    assert label == {"mmtok": "mmtok", "cdpruner": "cdpruner(relevance=none)"}[method]
+    seen.clear()
+    records = records_of(runner, arms)
+    assert sum(visual.num_images for visual in seen) == len(runner.task.questions)
+    alone = records_of(make_runner(batch_size=1), arms)
+    assert {key: record["kept"] for key, record in records.items()} == {
+        key: record["kept"] for key, record in alone.items()
+    }
+    if method == "mmtok":
+        by_image: dict[str, set[str]] = {}
+        for record in records.values():
+            by_image.setdefault(record["image"], set()).add(record["kept"])
+        assert any(len(kept) > 1 for kept in by_image.values())

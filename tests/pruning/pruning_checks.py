@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from llava.pruning import PruningConfig, VisualTokens, max_min, prune_visual_tok
 GRID = (6, 6)
 N = GRID[0] * GRID[1]
 # Methods whose choice follows the tokens and not their places.
-EQUIVARIANT = ("divprune", "norm", "zoo", "zoo-exact", "least-sensitive")
+EQUIVARIANT = ("cen-prune", "divprune", "mmtok", "norm", "zoo", "zoo-exact", "least-sensitive")
 
 
 def make_projector(dtype: torch.dtype = torch.float32, dv: int = 10, d: int = 14) -> nn.Module:
@@ -44,16 +45,20 @@ def make_visual(
         # Row by row: the same tokens are the same bits alone and in a batch.
         projected = torch.stack([projector(row.clone()) for row in features])
     index = torch.tensor(owners if owners is not None else list(range(tiles)))
-    return VisualTokens(features, projected, projector, index, grid, valid)
+    return VisualTokens(features, projected, projector, index, grid, valid, make_extras(tiles))
+
+
+def make_extras(images: int) -> dict[str, list[Tensor]]:
+    """What instruction-aware methods read: the same short question for every image."""
+    words = torch.randn(3, 14, generator=torch.Generator().manual_seed(21), dtype=torch.float64)
+    return {"question_embeddings": [words.float()] * images}
 
 
 def replace_tokens(visual: VisualTokens, features: Tensor) -> VisualTokens:
     """The same batch with other features, projected anew."""
     with torch.no_grad():
         projected = torch.stack([visual.projector(row.clone()) for row in features])
-    return VisualTokens(
-        features, projected, visual.projector, visual.image_index, visual.grid, visual.valid
-    )
+    return replace(visual, features=features, projected=projected)
 
 
 def one_tile(visual: VisualTokens, tile: int) -> VisualTokens:
@@ -65,6 +70,7 @@ def one_tile(visual: VisualTokens, tile: int) -> VisualTokens:
         torch.zeros(1, dtype=torch.long),
         visual.grid,
         None if visual.valid is None else visual.valid[tile : tile + 1].clone(),
+        make_extras(1),
     )
 
 
@@ -129,6 +135,7 @@ def check_batch_independence(name: str) -> None:
             visual.image_index,
             visual.grid,
             valid.flip(0),
+            make_extras(5),
         ),
         config,
     )

@@ -28,8 +28,11 @@ each_pruning = pytest.mark.parametrize("name", PRUNING)
 
 def test_catalogue() -> None:
     assert METHODS == [
+        "cdpruner",
+        "cen-prune",
         "divprune",
         "grid",
+        "mmtok",
         "none",
         "norm",
         "pool",
@@ -141,6 +144,7 @@ def test_select_equals_the_stage(name: str) -> None:
         "projector": visual.projector,
         "keep_tokens": 9,
         "grid": checks.GRID,
+        "extras": visual.extras,
     }
     if get_method(name).merges:
         with pytest.raises(PruningError, match="no indices"):

@@ -1,7 +1,7 @@
 """LLaVA on a Llama language model, and what LLaVAs on all language models share."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from llava.model.checkpoint import (
 )
 from llava.model.hugging_face import native_form
 from llava.model.inputs import check_images, check_prompt
+from llava.model.instruction import asking
 from llava.model.layouts import MERGE_TYPES
 from llava.model.llava_arch import (
     LlavaMetaForCausalLM,
@@ -209,6 +210,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         inputs: torch.Tensor | None = None,
         images: Images | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
+        *,
+        questions: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text about images, or from text alone.
@@ -220,6 +223,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             inputs: int64 [B, L] prompts with IMAGE_TOKEN_INDEX at every mark (also as
                 ``input_ids``). Give ``attention_mask`` where rows are padded.
             images: see ``encode_visual_tokens``.
+            questions: what each prompt asks, without template and system text; read by pruning
+                methods that choose by it, and by nothing else.
 
         Returns:
             The new tokens only, int64 [B, new], or transformers' dictionary of them.
@@ -238,7 +243,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         check_images(images)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        with padding_side("left"):
+        with padding_side("left"), asking(questions):
             _, positions, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
                 input_ids, position_ids, attention_mask, None, None, images, image_sizes
             )

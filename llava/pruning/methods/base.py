@@ -32,7 +32,10 @@ class PruningMethod:
         name: registered name.
         paper: where it was published, in a few words.
         needs: inputs beyond the projected tokens: `features`, `projector`, or a key of
-            `VisualTokens.extras` that the pipeline collects only for methods naming it.
+            `VisualTokens.extras` that the pipeline collects only for methods naming it. Where that
+            depends on options, an instance has its own (`set_needs`).
+        wants: as `needs`, but only where the model can provide it; without, the method does
+            something else and says so in its `label`.
         query_aware: whether the text of the prompt changes the choice.
         merges: whether outputs are new vectors rather than some of the inputs.
         fixed_count: whether the number of kept tokens is `num_kept`, whatever the content.
@@ -47,6 +50,7 @@ class PruningMethod:
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
+    wants: ClassVar[tuple[str, ...]] = ()
     query_aware: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     fixed_count: ClassVar[bool] = True
@@ -71,6 +75,15 @@ class PruningMethod:
         """Tokens an image of `n` tokens has after pruning to `budget`: a pure function."""
         return min(n, budget)
 
+    def label(self, visual: VisualTokens) -> str:
+        """What the trace calls this method on `visual`."""
+        return self.name
+
+    def set_needs(self, *needs: str, wants: tuple[str, ...] = ()) -> None:
+        """What this instance needs with its options; called from `__post_init__`."""
+        object.__setattr__(self, "needs", needs)
+        object.__setattr__(self, "wants", wants)
+
     def pick(self, rows: VisualTokens, importance: Tensor | None, counts: list[int]) -> Picks:
         """`choose`, held to its contract; indices come back sorted. Used by the stage.
 
@@ -83,6 +96,43 @@ class PruningMethod:
         indices = raster_order(picks.indices)
         check_picks(self.name, indices, counts, rows)
         return Picks(indices, picks.margins)
+
+
+@dataclass(frozen=True)
+class SimilarityMethod(PruningMethod):
+    """A method that picks by how similar tokens are; others may wrap it (`cen-prune`)."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the options let similarity count at all."""
+        return True
+
+    def compared(self, visual: VisualTokens) -> Tensor:
+        """[T, N, C] the tokens that are compared with each other."""
+        return visual.projected
+
+    def choose_among(
+        self,
+        z: Tensor,
+        importance: Tensor | None,
+        counts: Tensor,
+        *,
+        valid: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> Picks:
+        """`choose` among tokens z [T, N, C].
+
+        Args:
+            z: what `compared` gave, perhaps changed.
+            importance: [T, N], what `importance` gave.
+            counts: LongTensor [T] on the CPU.
+            valid: BoolTensor [T, N] or None.
+            factor: [T, N], times what every token counts after the method's own normalisation.
+        """
+        raise NotImplementedError(f"{type(self).__name__} selects: it must define choose_among()")
+
+    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
+        return self.choose_among(self.compared(visual), importance, counts, valid=visual.valid)
 
 
 def raster_order(indices: Tensor) -> Tensor:
@@ -129,3 +179,9 @@ def check_whole(name: str, value: object, at_least: int) -> None:
     """Raise PruningError unless `value` is a whole number of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise PruningError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise PruningError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise PruningError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -7,16 +7,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.methods.base import SimilarityMethod
 from llava.pruning.registry import register
 from llava.pruning.selection.max_min import max_min_with_margins
 from llava.pruning.selection.picks import Picks
-from llava.pruning.tokens import VisualTokens
 
 
 @register
 @dataclass(frozen=True)
-class DivPrune(PruningMethod):
+class DivPrune(SimilarityMethod):
     """Keep the tokens that differ most from each other; nothing else counts.
 
     Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025,
@@ -35,5 +34,13 @@ class DivPrune(PruningMethod):
     paper: ClassVar[str] = "CVPR 2025, arXiv 2503.02175"
     fidelity: ClassVar[str] = "golden"
 
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
-        return max_min_with_margins(visual.projected, counts, valid=visual.valid, first="isolated")
+    def choose_among(
+        self,
+        z: Tensor,
+        importance: Tensor | None,
+        counts: Tensor,
+        *,
+        valid: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> Picks:
+        return max_min_with_margins(z, counts, weights=factor, valid=valid, first="isolated")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.methods.base import SimilarityMethod
 from llava.pruning.registry import register
 from llava.pruning.selection.fusion import fuse
 from llava.pruning.selection.picks import Picks
@@ -17,7 +17,7 @@ from llava.pruning.tokens import VisualTokens
 
 @register
 @dataclass(frozen=True)
-class Norm(PruningMethod):
+class Norm(SimilarityMethod):
     """||Z_i||_2 in the place of sensitivity, everything else as in `zoo`.
 
     The cheapest query-blind score there is. Audits found projector sensitivity to rank tokens much
@@ -30,6 +30,14 @@ class Norm(PruningMethod):
         wide = torch.promote_types(visual.projected.dtype, torch.float32)
         return torch.stack([tile.to(wide).clone().norm(dim=-1) for tile in visual.projected])
 
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
+    def choose_among(
+        self,
+        z: Tensor,
+        importance: Tensor | None,
+        counts: Tensor,
+        *,
+        valid: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> Picks:
         assert importance is not None
-        return fuse(visual.projected, importance, counts, valid=visual.valid)
+        return fuse(z, importance, counts, valid=valid, factor=factor)

@@ -11,7 +11,7 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.projectors import low_rank
 from llava.pruning.importance.sensitivity import sensitivity
-from llava.pruning.methods.base import PruningMethod, check_whole
+from llava.pruning.methods.base import SimilarityMethod, check_whole
 from llava.pruning.registry import register
 from llava.pruning.selection.fusion import check_fusion, fuse
 from llava.pruning.selection.picks import Picks
@@ -20,7 +20,7 @@ from llava.pruning.tokens import VisualTokens
 
 @register
 @dataclass(frozen=True)
-class Zoo(PruningMethod):
+class Zoo(SimilarityMethod):
     """Keep tokens the projector reacts to strongly and that differ from each other.
 
     Paper: ZOO-Prune, CVPR 2026, arXiv 2509.24837, algorithm 1.
@@ -60,6 +60,10 @@ class Zoo(PruningMethod):
         if not isinstance(self.step, int | float) or not 0 < self.step < math.inf:
             raise PruningError(f"step must be a positive number, got {self.step!r}")
 
+    @property
+    def compares(self) -> bool:
+        return self.fusion != "sensitivity"
+
     def importance(self, visual: VisualTokens) -> Tensor:
         projector = visual.projector
         if self.projector_rank is not None:
@@ -72,6 +76,14 @@ class Zoo(PruningMethod):
             seed=self.seed,
         )
 
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
+    def choose_among(
+        self,
+        z: Tensor,
+        importance: Tensor | None,
+        counts: Tensor,
+        *,
+        valid: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> Picks:
         assert importance is not None
-        return fuse(visual.projected, importance, counts, valid=visual.valid, fusion=self.fusion)
+        return fuse(z, importance, counts, valid=valid, factor=factor, fusion=self.fusion)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava.pruning.importance.projectors import low_rank
 from llava.pruning.importance.sensitivity import sensitivity
-from llava.pruning.methods.base import PruningMethod, check_whole
+from llava.pruning.methods.base import SimilarityMethod, check_whole
 from llava.pruning.registry import register
 from llava.pruning.selection.fusion import check_fusion, fuse
 from llava.pruning.selection.picks import Picks
@@ -18,7 +18,7 @@ from llava.pruning.tokens import VisualTokens
 
 @register
 @dataclass(frozen=True)
-class ZooExact(PruningMethod):
+class ZooExact(SimilarityMethod):
     """ZOO-Prune's idea without its estimate: S(i) = ||J(x_i)||_F / sqrt(Dv) in closed form.
 
     J is the projector's Jacobian; the paper's S estimates E_u ||J u||, this is the root mean square
@@ -41,12 +41,24 @@ class ZooExact(PruningMethod):
         if self.projector_rank is not None:
             check_whole("projector_rank", self.projector_rank, at_least=1)
 
+    @property
+    def compares(self) -> bool:
+        return self.fusion != "sensitivity"
+
     def importance(self, visual: VisualTokens) -> Tensor:
         projector = visual.projector
         if self.projector_rank is not None:
             projector = low_rank(projector, self.projector_rank)
         return sensitivity(projector, visual.features, estimator="exact")
 
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
+    def choose_among(
+        self,
+        z: Tensor,
+        importance: Tensor | None,
+        counts: Tensor,
+        *,
+        valid: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> Picks:
         assert importance is not None
-        return fuse(visual.projected, importance, counts, valid=visual.valid, fusion=self.fusion)
+        return fuse(z, importance, counts, valid=valid, factor=factor, fusion=self.fusion)

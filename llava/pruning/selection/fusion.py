@@ -19,6 +19,7 @@ def fuse(
     k: Tensor,
     *,
     valid: Tensor | None = None,
+    factor: Tensor | None = None,
     fusion: str = "multiply",
 ) -> Picks:
     """Pick k tokens a row by min-max normalised importance and max-min diversity.
@@ -28,12 +29,15 @@ def fuse(
         importance: [B, N] raw importance.
         k: LongTensor [B].
         valid: BoolTensor [B, N] or None.
+        factor: [B, N], multiplies the normalised importance (with "diversity" stands in its place).
         fusion: "multiply" (ZOO-Prune eq. 7), "sum" of the two, "sensitivity" (importance alone,
             top-k), "diversity" (importance unused; the same as DivPrune).
     """
     if fusion == "diversity":
-        return max_min_with_margins(z, k, valid=valid, first="isolated")
+        return max_min_with_margins(z, k, weights=factor, valid=valid, first="isolated")
     weights = min_max(importance, valid)
+    if factor is not None:
+        weights = weights * factor
     if fusion == "sensitivity":
         return top_k(weights, k, valid=valid)
     return max_min_with_margins(z, k, weights=weights, valid=valid, combine=fusion)

@@ -1,0 +1,145 @@
+"""The user's question, for methods that choose tokens by what is asked."""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.clip_text import has_text_tower, text_tower_of
+from llava.pruning.config import PruningConfig
+from llava.pruning.tokens import VisualTokens
+from llava.utils import UserInputError
+
+logger = logging.getLogger(__name__)
+
+# Extras of VisualTokens that come from the question.
+INSTRUCTION_EXTRAS = ("clip_image", "clip_text", "question_embeddings")
+
+# What LLaVA's evaluation prompts say of the form of the answer, not of the image.
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+ANSWER_FORMATS = (
+    SHORT_ANSWER,
+    "Answer with the option's letter from the given choices directly.",
+    "When the provided information is insufficient, respond with 'Unanswerable'.",
+)
+
+# Words that name nothing in an image.
+_STOP_WORDS = """
+a about all also am an and any are as at be been being both but by can could did do does doing each
+for from had has have having he her here hers him his how i if in into is it its me my no nor not of
+on or our ours please she should so some such than that the their theirs them then there these they
+this those to too us very was we were what when where which while who whom whose why will with would
+you your yours
+"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+
+_questions: ContextVar[Sequence[str] | None] = ContextVar("questions", default=None)
+
+
+@contextmanager
+def asking(questions: Sequence[str] | None) -> Iterator[None]:
+    """Prompts inside ask these questions: the user's words alone, one for each row of the batch."""
+    token = _questions.set(questions)
+    try:
+        yield
+    finally:
+        _questions.reset(token)
+
+
+def asked(rows: int, method: str) -> Sequence[str]:
+    """The questions of ``rows`` prompts.
+
+    Raises:
+        UserInputError: none were given, or something else than a text that is not blank for each.
+    """
+    questions = _questions.get()
+    if questions is None:
+        raise UserInputError(
+            f"pruning method {method!r} reads the question, and a prompt does not say which part "
+            "of it that is: pass questions=[...] to generate, one text for each prompt without "
+            "template and system text (elsewhere: `with llava.model.instruction.asking([...])`)"
+        )
+    check_questions(questions, rows, "prompts")
+    return questions
+
+
+def check_questions(questions: Any, count: int, kind: str) -> None:
+    """Raise UserInputError unless there is a text that is not blank for each of ``count``."""
+    if isinstance(questions, str) or not isinstance(questions, Sequence):
+        raise UserInputError(f"questions must be a list of texts, got {questions!r}")
+    if len(questions) != count:
+        raise UserInputError(f"questions: {len(questions)} texts were given for {count} {kind}")
+    for text in questions:
+        if not isinstance(text, str) or not text.strip():
+            raise UserInputError(f"a question must be a text that is not blank, got {text!r}")
+
+
+def needed_of_question(config: PruningConfig | None, tower: CLIPVisionTower) -> set[str]:
+    """Which of INSTRUCTION_EXTRAS a setting reads and can have with this tower."""
+    if config is None:
+        return set()
+    needs = set(config.pruner.needs) & set(INSTRUCTION_EXTRAS)
+    wants = set(config.pruner.wants) & set(INSTRUCTION_EXTRAS)
+    return needs | wants if wants and has_text_tower(tower) else needs
+
+
+def read_questions(model: Any, visual: VisualTokens, questions: Sequence[str]) -> dict[str, Any]:
+    """The extras that the model's active setting reads of the questions, one for each image.
+
+    Raises:
+        UserInputError: another number of questions than images, or the model lacks the text tower
+            or the tokenizer.
+    """
+    tower = model.get_vision_tower()
+    needs = needed_of_question(model.pruning, tower)
+    extras: dict[str, Any] = {}
+    if not needs:
+        return extras
+    check_questions(questions, visual.num_images, "images")
+    if "clip_image" in needs:
+        text = text_tower_of(tower)
+        extras["clip_image"] = [text.embed_patches(tower, tile) for tile in visual.features]
+    if "clip_text" in needs:
+        text = text_tower_of(tower)
+        # The one sentence that CDPruner's code removes.
+        words = [without_answer_format(question, (SHORT_ANSWER,)) for question in questions]
+        extras["clip_text"] = [text.encode(question) for question in words]
+    if "question_embeddings" in needs:
+        extras["question_embeddings"] = [_word_embeddings(model, text) for text in questions]
+    return extras
+
+
+def _word_embeddings(model: Any, question: str) -> torch.Tensor:
+    """[m, D]: the language model's embeddings of a question's keywords."""
+    if model.text_tokenizer is None:
+        raise UserInputError(
+            "the active pruning method reads the question's words and the model knows no "
+            "tokenizer; load it with load_pretrained_model from a folder with one, or set "
+            "model.text_tokenizer"
+        )
+    ids = model.text_tokenizer(keywords(question), add_special_tokens=False)["input_ids"]
+    embed = model.get_input_embeddings()
+    return embed(torch.tensor(ids, dtype=torch.long, device=embed.weight.device)).detach()
+
+
+def without_answer_format(question: str, formats: Sequence[str] = ANSWER_FORMATS) -> str:
+    """The question without sentences about the form of the answer."""
+    for sentence in formats:
+        question = question.replace(sentence, "")
+    return question.strip()
+
+
+def keywords(question: str) -> str:
+    """The words of a question that may name something in an image, in their order.
+
+    Answer formats and stop words go; where nothing is left, the whole question stays.
+    """
+    words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", without_answer_format(question))
+    kept = " ".join(word for word in words if word.lower() not in STOP_WORDS)
+    logger.debug("keywords of %r: %r", question, kept)
+    return kept or question.strip()

@@ -1,0 +1,135 @@
+"""The text half of the CLIP model whose other half is the vision tower."""
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.utils import cached_file
+
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.utils import UserInputError
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+
+# Beside the towers, not inside them: a saved model must not contain its text tower.
+_loaded: "WeakKeyDictionary[CLIPVisionTower, CLIPTextTower]" = WeakKeyDictionary()
+
+_complete: "WeakKeyDictionary[CLIPVisionTower, bool]" = WeakKeyDictionary()
+
+
+class CLIPTextTower:
+    """Embeds texts, and the vision tower's patches, in the space that CLIP trained for both.
+
+    Args:
+        model: the complete CLIP model; its vision tower is not kept.
+        tokenizer: CLIP's.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer: Any) -> None:
+        self.text_model = model.text_model
+        self.text_projection = model.text_projection
+        self.visual_projection = model.visual_projection
+        self.tokenizer = tokenizer
+        self.segment_length = model.config.text_config.max_position_embeddings
+        for module in (self.text_model, self.text_projection, self.visual_projection):
+            module.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def encode(self, text: str) -> torch.Tensor:
+        """[m, E]: the segments of a text.
+
+        A text of more ids than CLIP reads is cut into consecutive segments, wherever they end, as
+        CDPruner does; only the first begins with CLIP's start token.
+        """
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        length = self.segment_length
+        segments = [ids[start : start + length] for start in range(0, len(ids), length)]
+        width = len(segments[0])
+        rows = torch.tensor([part + [0] * (width - len(part)) for part in segments])
+        mask = torch.tensor([[1] * len(part) + [0] * (width - len(part)) for part in segments])
+        device = self.text_projection.weight.device
+        pooled = self.text_model(rows.to(device), mask.to(device)).pooler_output
+        return self.text_projection(pooled)
+
+    @torch.no_grad()
+    def embed_patches(self, tower: CLIPVisionTower, features: torch.Tensor) -> torch.Tensor:
+        """[N, E] of a tile's features [N, Dv], through the tower's last norm and CLIP's projection.
+
+        CLIP trained both for the class token; CDPruner puts the patches through them.
+        """
+        weight = self.visual_projection.weight
+        return self.visual_projection(
+            tower.vision_tower.post_layernorm(features.to(weight.device, weight.dtype))
+        )
+
+
+def has_text_tower(tower: CLIPVisionTower) -> bool:
+    """Whether the folder or hub model that a tower is read from is a complete CLIP model."""
+    if tower not in _complete:
+        _complete[tower] = _is_complete(tower)
+    return _complete[tower]
+
+
+def _is_complete(tower: CLIPVisionTower) -> bool:
+    try:
+        raw, _ = CLIPConfig.get_config_dict(tower.source)
+    except (OSError, ValueError):
+        return False
+    return raw.get("model_type") == "clip" and any(_found(tower, name) for name in _TOKENIZER_FILES)
+
+
+def text_tower_of(tower: CLIPVisionTower) -> CLIPTextTower:
+    """The text tower that belongs to a vision tower: loaded at the first call, then kept.
+
+    Raises:
+        UserInputError: it has none, or it cannot be loaded.
+    """
+    known = _loaded.get(tower)
+    if known is None or known.visual_projection.weight.device != tower.device:
+        known = _loaded[tower] = _load(tower)
+    return known
+
+
+def _load(tower: CLIPVisionTower) -> CLIPTextTower:
+    name = tower.vision_tower_name
+    if not has_text_tower(tower):
+        raise UserInputError(
+            f"the vision tower {name!r} comes without a text tower: {tower.source!r} is no "
+            "complete CLIP model with its tokenizer. Set mm_vision_tower to one, or choose a "
+            "setting that reads no question, such as cdpruner with relevance=none"
+        )
+    try:
+        model, info = CLIPModel.from_pretrained(
+            tower.source, dtype=tower.dtype, output_loading_info=True
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(tower.source)
+    except Exception as error:  # readers of model files raise errors without a common base
+        raise UserInputError(
+            f"cannot load the text tower of {name!r} from {tower.source!r} ({error}); download its "
+            "files again"
+        ) from error
+    parts = ("text_model.", "text_projection.", "visual_projection.")
+    missing = sorted(k for k in info["missing_keys"] if k.startswith(parts))
+    if missing or model.visual_projection.in_features != tower.hidden_size:
+        what = f"lacks {missing[0]!r}" if missing else "belongs to a tower of another width"
+        raise UserInputError(
+            f"the text tower in {tower.source!r} {what}; use the complete CLIP model that the "
+            "vision tower was taken from"
+        )
+    model.vision_model = nn.Identity()  # the tower itself is there already
+    return CLIPTextTower(model.to(tower.device), tokenizer)
+
+
+def _found(tower: CLIPVisionTower, file: str) -> bool:
+    if Path(tower.source).is_dir():
+        return (Path(tower.source) / file).is_file()
+    found = cached_file(
+        tower.source,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None

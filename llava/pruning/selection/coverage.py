@@ -1,0 +1,44 @@
+"""Greedy maximum coverage: the tokens that together stand for most of what there is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava.pruning.errors import PruningError
+from llava.pruning.selection.max_min import first_argmax
+from llava.pruning.selection.picks import Picks
+
+
+def cover(similarity: Tensor, k: int) -> Picks:
+    """Pick k columns so that every row has a high value in some picked column.
+
+    Step t takes the untaken j with the highest gain sum_u max(0, C_uj - best_u), where best_u is
+    the highest value of row u in what was taken so far, 0 at first. The objective is monotone and
+    submodular, so the greedy picks reach 1 - 1/e of the best possible. Ties go to the lowest index.
+    MMTok, arXiv 2508.18264.
+
+    Args:
+        similarity: C [u, n], not negative, of u things to be covered by n candidates.
+        k: how many, at most n.
+
+    Returns Picks: positions LongTensor [k] in pick order and the margins [k] of the gain. Raises
+    PruningError for NaN or inf and for k above n.
+    """
+    if not similarity.isfinite().all():
+        raise PruningError("similarities hold NaN or inf")
+    count = similarity.shape[1]
+    if not 0 <= k <= count:
+        raise PruningError(f"cannot pick {k} of {count} tokens")
+    best = similarity.new_zeros(similarity.shape[0], 1)
+    taken = torch.zeros(count, dtype=torch.bool, device=similarity.device)
+    picks = torch.empty(k, dtype=torch.long, device=similarity.device)
+    margins = similarity.new_empty(k)
+    for step in range(k):
+        gain = (similarity - best).clamp_min(0).sum(dim=0).masked_fill(taken, -torch.inf)
+        pick = first_argmax(gain)
+        taken = taken.scatter(0, pick[None], True)
+        passed_over = gain.masked_fill(taken, -torch.inf).amax()
+        picks[step], margins[step] = pick, gain[pick] - passed_over
+        best = torch.maximum(best, similarity.index_select(1, pick[None]))
+    return Picks(picks, margins)

@@ -1,0 +1,85 @@
+"""Greedy MAP of a determinantal point process: the set of tokens that spans the most volume."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava.pruning.errors import PruningError
+from llava.pruning.selection.max_min import check_counts, cosine, first_argmax, selectable
+from llava.pruning.selection.picks import Picks, joined
+
+# A token whose remaining volume is below this many roundings of its own is in the span of the
+# picked ones: what is left of it is noise.
+SPENT = 64
+
+
+def dpp(
+    z: Tensor,
+    k: int | Tensor,
+    *,
+    quality: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Picks:
+    """Greedy MAP inference on the kernel L = diag(q) S diag(q), S the cosines of z.
+
+    Step t takes the untaken i with the highest gain d2_i = det(L_{P+i}) / det(L_P), by the
+    incremental Cholesky factor C of L_P: e_i = (L_ji - sum_s C_sj C_si) / sqrt(d2_j),
+    d2 <- d2 - e^2 (Chen et al. 2018, arXiv 1709.05135; used by CDPruner, arXiv 2506.10967). Time
+    k^2 n after the kernel. Ties go to the lowest index. Once every token that is left lies in the
+    span of the picked ones (k above the rank of the kernel), quality alone decides.
+
+    Args:
+        z: [B, N, D]; half precision is computed in float32, float64 stays float64.
+        k: tokens per row, one count or LongTensor [B].
+        quality: [B, N], q; None means 1 everywhere.
+        valid: BoolTensor [B, N]; False is never picked.
+
+    Returns Picks: indices LongTensor [B, max k] in pick order, padded with -1, and margins of the
+    gain. A row gives the same alone and in any batch. Raises PruningError for NaN or inf, for k
+    above the number of valid tokens, and for wrong shapes.
+    """
+    if z.dim() != 3:
+        raise PruningError(f"z must be [B, N, D], got {list(z.shape)}")
+    for name, value in (("quality", quality), ("valid", valid)):
+        if value is not None and value.shape != z.shape[:2]:
+            raise PruningError(f"{name} must be {list(z.shape[:2])}, got {list(value.shape)}")
+    counts = check_counts(k, z, valid)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    rows = []
+    for row, count in enumerate(counts):
+        tokens = selectable(z, valid, row)
+        similarity = cosine(z[row, tokens].to(dtype))
+        # Exactly 1, so that rounding does not choose among tokens of equal quality.
+        itself = similarity.diagonal()
+        itself.copy_((itself > 0).to(dtype))
+        own = similarity.new_ones(len(tokens)) if quality is None else quality[row, tokens]
+        if not own.isfinite().all():
+            raise PruningError("quality holds NaN or inf")
+        picked = _greedy(similarity, own.to(dtype), count)
+        rows.append(Picks(tokens[picked.indices], picked.margins))
+    return joined(rows)
+
+
+def _greedy(similarity: Tensor, quality: Tensor, k: int) -> Picks:
+    """One row: positions [k] and margins [k] for similarity [n, n] and quality [n]."""
+    kernel = quality[:, None] * similarity * quality
+    whole = kernel.diagonal().clone()
+    spent = SPENT * torch.finfo(kernel.dtype).eps * whole
+    left, taken = whole.clone(), torch.zeros_like(whole, dtype=torch.bool)
+    factor = kernel.new_zeros(k, len(whole))
+    picks = torch.empty(k, dtype=torch.long, device=kernel.device)
+    margins = kernel.new_empty(k)
+    for step in range(k):
+        gain = torch.where(left > spent, left, 0).masked_fill(taken, -torch.inf)
+        exhausted = gain.amax() <= 0
+        score = torch.where(exhausted, quality.masked_fill(taken, -torch.inf), gain)
+        pick = first_argmax(score)
+        taken = taken.scatter(0, pick[None], True)
+        passed_over = score.masked_fill(taken, -torch.inf).amax()
+        picks[step], margins[step] = pick, score[pick] - passed_over
+        root = left[pick].clamp_min(torch.finfo(left.dtype).tiny).sqrt()
+        row = kernel[pick] - factor[:step, pick] @ factor[:step]
+        factor[step] = torch.where(exhausted, 0, row / root)
+        left = left - factor[step].square()
+    return Picks(picks, margins)
