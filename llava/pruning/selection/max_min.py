@@ -43,6 +43,7 @@ def max_min(
     ).indices
 
 
+@torch.no_grad()
 def max_min_with_margins(
     z: Tensor,
     k: int | Tensor,
@@ -68,16 +69,16 @@ def max_min_with_margins(
     if width == 0:
         nothing = torch.empty(len(counts), 0, dtype=dtype, device=z.device)
         return Picks(nothing.long(), nothing)
-    tokens, similarity = _similarities(z, valid, dtype)
+    tokens, distances = _distances(z, valid, dtype)
     inside = tokens >= 0
     if weights is None:
-        weights = similarity.new_full(tokens.shape, 0.0 if combine == "sum" else 1.0)
+        weights = distances.new_full(tokens.shape, 0.0 if combine == "sum" else 1.0)
     else:
         weights = weights.to(dtype).gather(1, tokens.clamp(min=0)).masked_fill(~inside, 0)
         if not weights.isfinite().all():
             raise PruningError("weights hold NaN or inf")
-    score = _first_score(similarity, weights, inside, tokens, first)
-    picks, margins = _greedy(similarity, weights, score, ~inside, width, combine)
+    score = _first_score(distances, weights, tokens, first)
+    picks, margins = _greedy(distances, weights, score, ~inside, width, combine)
     filled = torch.arange(width) < torch.tensor(counts)[:, None]
     filled = filled.to(z.device)
     indices = tokens.gather(1, picks).masked_fill(~filled, -1)
@@ -103,15 +104,20 @@ def selectable(z: Tensor, valid: Tensor | None, row: int) -> Tensor:
     return tokens if valid is None else tokens[valid[row]]
 
 
-def _similarities(z: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """LongTensor [B, n] of valid tokens, padded with -1, and their similarities [B, n, n]."""
+def _distances(z: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """LongTensor [B, n] of valid tokens, padded with -1, and 1 - cos [B, n, n] between them.
+
+    The diagonal and the padding hold 2, the largest distance, so no token is its own neighbour.
+    """
     rows = [selectable(z, valid, row) for row in range(z.shape[0])]
-    grams = [_cosine(z[row, tokens].to(dtype)) for row, tokens in enumerate(rows)]
-    if all(len(tokens) == len(rows[0]) for tokens in rows):
-        return torch.stack(rows), torch.stack(grams)
-    size = max(len(tokens) for tokens in rows)
-    padded = [torch.nn.functional.pad(g, (0, size - len(g)) * 2) for g in grams]
-    return pad_sequence(rows, batch_first=True, padding_value=-1), torch.stack(padded)
+    tokens = pad_sequence(rows, batch_first=True, padding_value=-1)
+    size = tokens.shape[1]
+    one = torch.ones((), dtype=dtype, device=z.device)
+    distances = torch.full((len(rows), size, size), 2.0, dtype=dtype, device=z.device)
+    for row, own in enumerate(rows):
+        square = distances[row, : len(own), : len(own)]
+        torch.sub(one, _cosine(z[row, own].to(dtype)), out=square).fill_diagonal_(2.0)
+    return tokens, distances
 
 
 def _cosine(z: Tensor) -> Tensor:
@@ -125,55 +131,63 @@ def _cosine(z: Tensor) -> Tensor:
         raise PruningError("z holds NaN or inf; distances to it mean nothing")
     unit = z / z.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     gram = unit @ unit.T
-    return (gram + gram.T) / 2
+    return (gram + gram.T).div_(2)
 
 
 def _greedy(
-    similarity: Tensor, weights: Tensor, score: Tensor, taken: Tensor, k: int, combine: str
+    distances: Tensor, weights: Tensor, score: Tensor, taken: Tensor, k: int, combine: str
 ) -> tuple[Tensor, Tensor]:
     """Positions [B, k] and margins [B, k] of the greedy picks of all rows at once. Time k * n.
 
+    On vectors this short a call costs more than its arithmetic, so a step is seven calls, and what
+    needs no step (the margins) is done for all steps together.
+
     Args:
-        similarity: [B, n, n].
+        distances: [B, n, n], not clamped.
         weights: [B, n].
         score: [B, n] of the first pick.
         taken: BoolTensor [B, n], out of reach from the start. A row that has nothing left goes on
             with meaningless picks, which the caller cuts off.
+        k: number of picks, at least 1.
     """
-    batch = torch.arange(len(score), device=score.device)
-    nearest = torch.full_like(weights, -torch.inf)  # highest cosine to anything taken
-    picks, margins = [], []
-    for _ in range(k):
-        score = exclude(score, taken)
-        pick = first_argmax(score)
-        best = score[batch, pick]
-        taken = taken.scatter(1, pick[:, None], True)
-        margins.append(best - exclude(score, taken).amax(dim=1))
+    batch, size = score.shape
+    rows = distances.view(batch * size, size)
+    first_row = torch.arange(batch, device=score.device) * size
+    # Of every step the score is  offset + scale * distance,  -inf in `offset` for what is taken.
+    offset = torch.zeros_like(weights) if combine == "multiply" else weights.clone()
+    scale = weights if combine == "multiply" else torch.ones_like(weights)
+    offset.masked_fill_(taken, -torch.inf)
+    nearest = torch.full_like(weights, torch.inf)  # lowest distance to anything taken
+    history = score.new_empty(k, batch, size)
+    scores = history.unbind()
+    scores[0].copy_(score.masked_fill(taken, -torch.inf))
+    picks = []
+    for step in range(k):
+        pick = first_argmax(scores[step])
         picks.append(pick)
-        nearest = torch.maximum(nearest, similarity[batch, pick])
-        distance = (1 - nearest).clamp(0, 2)
-        score = weights * distance if combine == "multiply" else weights + distance
-    return torch.stack(picks, dim=1), torch.stack(margins, dim=1)
+        if step + 1 < k:
+            exclude(offset, pick)
+            torch.minimum(nearest, rows.index_select(0, pick + first_row), out=nearest)
+            torch.addcmul(offset, scale, nearest.clamp(0, 2), out=scores[step + 1])
+    steps = torch.stack(picks)[..., None]
+    best = history.gather(2, steps)[..., 0]
+    passed_over = history.scatter_(2, steps, -torch.inf).amax(dim=2)
+    return steps[..., 0].T, (best - passed_over).T
 
 
-def _first_score(
-    similarity: Tensor, weights: Tensor, inside: Tensor, tokens: Tensor, first: str | int
-) -> Tensor:
+def _first_score(distances: Tensor, weights: Tensor, tokens: Tensor, first: str | int) -> Tensor:
     """[B, n] score of the first pick."""
     if isinstance(first, int):
         hits = tokens == first
         if not hits.any(dim=1).all():
             raise PruningError(f"first={first} is not a valid token")
         return torch.where(hits, 0.0, -torch.inf).to(weights.dtype)
-    if first == "importance":
-        return weights
-    itself = torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)
-    return 1 - similarity.masked_fill(itself | ~inside[:, None], -1).amax(dim=-1)
+    return weights if first == "importance" else distances.amin(dim=-1)
 
 
-def exclude(score: Tensor, taken: Tensor) -> Tensor:
-    """`score` with taken tokens out of reach."""
-    return score.masked_fill(taken, -torch.inf)
+def exclude(offset: Tensor, pick: Tensor) -> None:
+    """Put the token `pick` [B] of every row out of reach: in place, `offset` [B, n]."""
+    offset.scatter_(1, pick[:, None], -torch.inf)
 
 
 def first_argmax(score: Tensor) -> Tensor:
