@@ -116,11 +116,11 @@ def _distances(z: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Ten
     distances = torch.full((len(rows), size, size), 2.0, dtype=dtype, device=z.device)
     for row, own in enumerate(rows):
         square = distances[row, : len(own), : len(own)]
-        torch.sub(one, _cosine(z[row, own].to(dtype)), out=square).fill_diagonal_(2.0)
+        torch.sub(one, cosine(z[row, own].to(dtype)), out=square).fill_diagonal_(2.0)
     return tokens, distances
 
 
-def _cosine(z: Tensor) -> Tensor:
+def cosine(z: Tensor) -> Tensor:
     """[n, n] cosine similarities of one row's valid tokens z [n, D].
 
     One matrix product per row, on a freshly allocated operand: inside a batched product, or at
