@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pruning_inputs import GRID, N, replace_tokens, supply, visual_for
+from pruning_inputs import make_projector as make_projector  # other test files read them here
+from pruning_inputs import make_visual as make_visual
 from torch import Tensor, nn
 
 from llava.pruning import (
@@ -26,57 +28,8 @@ from llava.pruning import (
     registry,
 )
 
-GRID = (6, 6)
-N = GRID[0] * GRID[1]
 # Budgets below N that a method refuses on a 6 x 6 grid, and says so: 35 has no factors that fit.
 REFUSED = {"pool": (N - 1,)}
-
-
-def digests(visual: VisualTokens) -> list[int]:
-    """A number per tile that changes with its tokens and with nothing else."""
-    rows = [tile.double().numpy().tobytes() for tile in visual.features]
-    return [int.from_bytes(hashlib.blake2b(row, digest_size=6).digest(), "big") for row in rows]
-
-
-def seeded(*shape: int, seed: int) -> Tensor:
-    """float64 [*shape] from a private generator."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def clip_image(visual: VisualTokens) -> list[Tensor]:
-    """[N, 6] a tile: its tokens in the space shared with text."""
-    table = seeded(10, 6, seed=21)
-    return [(tile.double() @ table).to(tile.dtype) for tile in visual.features]
-
-
-def clip_text(visual: VisualTokens) -> list[Tensor]:
-    """[2, 6] an image: the two segments of its instruction."""
-    dtype = visual.features.dtype
-    return [seeded(2, 6, seed=31 + image).to(dtype) for image in range(visual.num_images)]
-
-
-# What a method may name in `needs` -> how the suite makes it. An entry per token has to be made
-# token by token, so that it moves with its token; `features` and `projector` are always there.
-MAKERS: dict[str, Callable[[VisualTokens], Any] | None] = {
-    "features": None,
-    "projector": None,
-    "image_digest": digests,
-    "clip_image": clip_image,
-    "clip_text": clip_text,
-}
-
-
-def supply(visual: VisualTokens, name: str) -> VisualTokens:
-    """`visual` with the extras that method `name` declares, and no others."""
-    extras = {}
-    for need in get_method(name).needs:
-        if need not in MAKERS:
-            raise LookupError(f"{name!r} needs {need!r}; say how to make it in {__name__}.MAKERS")
-        make = MAKERS[need]
-        if make is not None:
-            extras[need] = make(visual)
-    return replace(visual, extras=extras)
 
 
 @contextmanager
@@ -88,49 +41,6 @@ def registered(cls: type) -> Iterator[str]:
         yield cls.name
     finally:
         del registry._methods[cls.name]
-
-
-def make_projector(dtype: torch.dtype = torch.float32, dv: int = 10, d: int = 14) -> nn.Module:
-    """Linear-GELU-Linear with weights from a private generator."""
-    generator = torch.Generator().manual_seed(7)
-    projector = nn.Sequential(nn.Linear(dv, 17), nn.GELU(), nn.Linear(17, d)).to(dtype)
-    with torch.no_grad():
-        for p in projector.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
-    return projector
-
-
-def make_visual(
-    tiles: int = 2,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    owners: list[int] | None = None,
-    valid: Tensor | None = None,
-    grid: tuple[int, int] = GRID,
-) -> VisualTokens:
-    """Random tokens; every tile its own image unless `owners` says otherwise."""
-    generator = torch.Generator().manual_seed(seed)
-    count = grid[0] * grid[1]
-    features = torch.randn(tiles, count, 10, generator=generator, dtype=torch.float64).to(dtype)
-    projector = make_projector(dtype)
-    with torch.no_grad():
-        # Row by row: the same tokens are the same bits alone and in a batch.
-        projected = torch.stack([projector(row.clone()) for row in features])
-    index = torch.tensor(owners if owners is not None else list(range(tiles)))
-    return VisualTokens(features, projected, projector, index, grid, valid)
-
-
-def visual_for(name: str, tiles: int = 2, **arguments: Any) -> VisualTokens:
-    """`make_visual` with what method `name` needs."""
-    return supply(make_visual(tiles, **arguments), name)
-
-
-def replace_tokens(visual: VisualTokens, features: Tensor, name: str) -> VisualTokens:
-    """The same batch with other features, projected anew; extras for method `name`."""
-    with torch.no_grad():
-        projected = torch.stack([visual.projector(row.clone()) for row in features])
-    return supply(replace(visual, features=features, projected=projected), name)
 
 
 def chosen(out: VisualTokens, image: int) -> set[Any]:
@@ -162,7 +72,9 @@ def check_count_and_order(name: str, keep: int = 9) -> None:
         assert out.trace.tokens_after == [keep] * 3
         if out.kept is None:
             assert out.sources is not None
-            assert out.sources[image].any(dim=1).all()
+            # The class token, where a method keeps it, was made of no patch.
+            lone = int("cls_feature" in config.pruner.needs)
+            assert int((~out.sources[image].any(dim=1)).sum()) == lone
             continue
         row = out.kept[image]
         assert row.tolist() == sorted(set(row.tolist()))

@@ -9,6 +9,7 @@ from itertools import count
 import pruning_checks as checks
 import pytest
 import torch
+from pruning_inputs import MAKERS
 
 from llava.pruning import PruningError, selector
 from llava.pruning.methods.base import PruningMethod
@@ -179,3 +180,17 @@ def test_an_unknown_need_is_named() -> None:
 
     with checks.registered(NeedsMore) as name, pytest.raises(LookupError, match="'depth_map'"):
         checks.check_count_and_order(name)
+
+
+def test_every_need_can_be_supplied() -> None:
+    """No entry of the table of makers is broken, also those that only a plug-in asks for."""
+
+    class NeedsEverything(Toy):
+        needs = tuple(MAKERS)
+
+    with checks.registered(NeedsEverything) as name:
+        extras = checks.visual_for(name, 2).extras
+    assert set(extras) == set(MAKERS) - {"features", "projector"}
+    for key, value in extras.items():
+        assert len(value) == 2, key
+        assert all(isinstance(entry, int) or entry.isfinite().all() for entry in value)
