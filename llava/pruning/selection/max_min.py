@@ -29,14 +29,14 @@ def max_min(
     Args:
         z: [B, N, D]; half precision is computed in float32, float64 stays float64.
         k: tokens per row, one count or LongTensor [B]; a row padded with -1 got fewer.
-        weights: [B, N], importance w; None means 1 everywhere.
+        weights: [B, N], importance w, at least 0 to multiply; None means 1 everywhere.
         valid: BoolTensor [B, N]; False is never picked and never compared with.
         first: first pick. "importance": highest weight; "isolated": the token whose nearest
             neighbour is farthest; an int: that token, in every row.
         combine: "multiply", or "sum" for w_i + d(i, P).
 
     A row gives the same indices alone, in any batch and under any padding. Raises PruningError for
-    NaN or inf, for k above the number of valid tokens, and for wrong arguments.
+    NaN or inf, weights below 0, k above the number of valid tokens, and wrong arguments.
     """
     return max_min_with_margins(
         z, k, weights=weights, valid=valid, first=first, combine=combine
@@ -69,7 +69,9 @@ def max_min_with_margins(
     if width == 0:
         nothing = torch.empty(len(counts), 0, dtype=dtype, device=z.device)
         return Picks(nothing.long(), nothing)
-    tokens, distances = _distances(z, valid, dtype)
+    rows = [selectable(z, valid, row) for row in range(z.shape[0])]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=-1)
+    distances = distances_of([cosine(z[row, own].to(dtype)) for row, own in enumerate(rows)])
     inside = tokens >= 0
     if weights is None:
         weights = distances.new_full(tokens.shape, 0.0 if combine == "sum" else 1.0)
@@ -77,8 +79,10 @@ def max_min_with_margins(
         weights = weights.to(dtype).gather(1, tokens.clamp(min=0)).masked_fill(~inside, 0)
         if not weights.isfinite().all():
             raise PruningError("weights hold NaN or inf")
-    score = _first_score(distances, weights, tokens, first)
-    picks, margins = _greedy(distances, weights, score, ~inside, width, combine)
+        if combine == "multiply" and (weights < 0).any():
+            raise PruningError("weights below 0 would turn distance around; give at least 0")
+    score = first_score(distances, weights, tokens, first)
+    picks, margins = greedy(distances, weights, score, ~inside, width, combine)
     filled = torch.arange(width) < torch.tensor(counts)[:, None]
     filled = filled.to(z.device)
     indices = tokens.gather(1, picks).masked_fill(~filled, -1)
@@ -104,20 +108,20 @@ def selectable(z: Tensor, valid: Tensor | None, row: int) -> Tensor:
     return tokens if valid is None else tokens[valid[row]]
 
 
-def _distances(z: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """LongTensor [B, n] of valid tokens, padded with -1, and 1 - cos [B, n, n] between them.
+def distances_of(similarities: list[Tensor]) -> Tensor:
+    """1 - cos [B, n, n] from cosine similarities [n_b, n_b] of every row, n the largest n_b.
 
     The diagonal and the padding hold 2, the largest distance, so no token is its own neighbour.
     """
-    rows = [selectable(z, valid, row) for row in range(z.shape[0])]
-    tokens = pad_sequence(rows, batch_first=True, padding_value=-1)
-    size = tokens.shape[1]
-    one = torch.ones((), dtype=dtype, device=z.device)
-    distances = torch.full((len(rows), size, size), 2.0, dtype=dtype, device=z.device)
-    for row, own in enumerate(rows):
-        square = distances[row, : len(own), : len(own)]
-        torch.sub(one, cosine(z[row, own].to(dtype)), out=square).fill_diagonal_(2.0)
-    return tokens, distances
+    size = max(len(similarity) for similarity in similarities)
+    distances = similarities[0].new_empty(len(similarities), size, size)
+    one = distances.new_ones(())
+    for square, similarity in zip(distances, similarities, strict=True):
+        if len(similarity) < size:
+            square.fill_(2.0)
+        own = square[: len(similarity), : len(similarity)]
+        torch.sub(one, similarity, out=own).fill_diagonal_(2.0)
+    return distances
 
 
 def cosine(z: Tensor) -> Tensor:
@@ -134,16 +138,17 @@ def cosine(z: Tensor) -> Tensor:
     return (gram + gram.T).div_(2)
 
 
-def _greedy(
+def greedy(
     distances: Tensor, weights: Tensor, score: Tensor, taken: Tensor, k: int, combine: str
 ) -> tuple[Tensor, Tensor]:
-    """Positions [B, k] and margins [B, k] of the greedy picks of all rows at once. Time k * n.
+    """Positions [B, k] and margins [B, k] of the greedy picks of all rows at once.
 
-    On vectors this short a call costs more than its arithmetic, so a step is seven calls, and what
-    needs no step (the margins) is done for all steps together.
+    On vectors this short a call costs more than its arithmetic. So what a pick leaves of every
+    token's score is worked out beforehand, for all picks; a step is then one look-up and one
+    minimum, which weights of at least 0 allow: w min(d, d') = min(w d, w d'), bit for bit.
 
     Args:
-        distances: [B, n, n], not clamped.
+        distances: [B, n, n] of `distances_of`; overwritten.
         weights: [B, n].
         score: [B, n] of the first pick.
         taken: BoolTensor [B, n], out of reach from the start. A row that has nothing left goes on
@@ -151,31 +156,32 @@ def _greedy(
         k: number of picks, at least 1.
     """
     batch, size = score.shape
-    rows = distances.view(batch * size, size)
+    limits = distances.clamp_(0, 2)
+    if combine == "multiply":
+        limits.mul_(weights[:, None])
+    else:
+        limits.add_(weights[:, None])
+    if taken.any():
+        limits.masked_fill_(taken[:, None], -torch.inf)
+    exclude(limits)
+    rows = limits.view(batch * size, size)
     first_row = torch.arange(batch, device=score.device) * size
-    # Of every step the score is  offset + scale * distance,  -inf in `offset` for what is taken.
-    offset = torch.zeros_like(weights) if combine == "multiply" else weights.clone()
-    scale = weights if combine == "multiply" else torch.ones_like(weights)
-    offset.masked_fill_(taken, -torch.inf)
-    nearest = torch.full_like(weights, torch.inf)  # lowest distance to anything taken
     history = score.new_empty(k, batch, size)
     scores = history.unbind()
     scores[0].copy_(score.masked_fill(taken, -torch.inf))
-    picks = []
-    for step in range(k):
-        pick = first_argmax(scores[step])
-        picks.append(pick)
-        if step + 1 < k:
-            exclude(offset, pick)
-            torch.minimum(nearest, rows.index_select(0, pick + first_row), out=nearest)
-            torch.addcmul(offset, scale, nearest.clamp(0, 2), out=scores[step + 1])
+    left = torch.full_like(score, torch.inf)
+    picks = [first_argmax(scores[0])]
+    for following in scores[1:]:
+        limit = rows.index_select(0, picks[-1] + first_row)
+        left = torch.minimum(left, limit, out=following)
+        picks.append(first_argmax(left))
     steps = torch.stack(picks)[..., None]
     best = history.gather(2, steps)[..., 0]
     passed_over = history.scatter_(2, steps, -torch.inf).amax(dim=2)
     return steps[..., 0].T, (best - passed_over).T
 
 
-def _first_score(distances: Tensor, weights: Tensor, tokens: Tensor, first: str | int) -> Tensor:
+def first_score(distances: Tensor, weights: Tensor, tokens: Tensor, first: str | int) -> Tensor:
     """[B, n] score of the first pick."""
     if isinstance(first, int):
         hits = tokens == first
@@ -185,9 +191,9 @@ def _first_score(distances: Tensor, weights: Tensor, tokens: Tensor, first: str 
     return weights if first == "importance" else distances.amin(dim=-1)
 
 
-def exclude(offset: Tensor, pick: Tensor) -> None:
-    """Put the token `pick` [B] of every row out of reach: in place, `offset` [B, n]."""
-    offset.scatter_(1, pick[:, None], -torch.inf)
+def exclude(limits: Tensor) -> None:
+    """A token that is picked leaves itself out of reach: in place, `limits` [B, n, n]."""
+    limits.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
 
 
 def first_argmax(score: Tensor) -> Tensor:
