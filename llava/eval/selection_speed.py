@@ -40,20 +40,20 @@ class Rule(NamedTuple):
 
 def isolated(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     """`max_min(first="isolated")` without weights, after its matrix product."""
-    return _max_min(similarity, torch.ones_like(weights), k, "isolated")
+    return _max_min(similarity, None, k, "isolated")
 
 
 def weighted(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     """`max_min` with weights, after its matrix product."""
-    return _max_min(similarity, weights, k, "importance")
+    return _max_min(similarity, weights[None], k, "importance")
 
 
-def _max_min(similarity: Tensor, weights: Tensor, k: int, first: str) -> Tensor:
+def _max_min(similarity: Tensor, weights: Tensor | None, k: int, first: str) -> Tensor:
     distances = distances_of([similarity])
     tokens = torch.arange(len(similarity))[None]
-    score = first_score(distances, weights[None], tokens, first)
+    score = first_score(distances, weights, tokens, first)
     nothing = torch.zeros_like(score, dtype=torch.bool)
-    return greedy(distances, weights[None], score, nothing, k, "multiply")[0][0]
+    return greedy(distances, weights, score, nothing, k, "multiply")[0][0]
 
 
 def published_isolated(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
@@ -131,7 +131,7 @@ def measure(budgets: dict[int, tuple[int, ...]], width: int, repeats: int) -> li
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
-    """CPU time of this process: on one thread the wall time of a machine with nothing else to do."""
+    """CPU time of this process, so that other programs on the machine do not count."""
     start = time.process_time()
     call()
     return 1000 * (time.process_time() - start)

@@ -73,9 +73,7 @@ def max_min_with_margins(
     tokens = pad_sequence(rows, batch_first=True, padding_value=-1)
     distances = distances_of([cosine(z[row, own].to(dtype)) for row, own in enumerate(rows)])
     inside = tokens >= 0
-    if weights is None:
-        weights = distances.new_full(tokens.shape, 0.0 if combine == "sum" else 1.0)
-    else:
+    if weights is not None:
         weights = weights.to(dtype).gather(1, tokens.clamp(min=0)).masked_fill(~inside, 0)
         if not weights.isfinite().all():
             raise PruningError("weights hold NaN or inf")
@@ -139,7 +137,7 @@ def cosine(z: Tensor) -> Tensor:
 
 
 def greedy(
-    distances: Tensor, weights: Tensor, score: Tensor, taken: Tensor, k: int, combine: str
+    distances: Tensor, weights: Tensor | None, score: Tensor, taken: Tensor, k: int, combine: str
 ) -> tuple[Tensor, Tensor]:
     """Positions [B, k] and margins [B, k] of the greedy picks of all rows at once.
 
@@ -149,7 +147,7 @@ def greedy(
 
     Args:
         distances: [B, n, n] of `distances_of`; overwritten.
-        weights: [B, n].
+        weights: [B, n] or None.
         score: [B, n] of the first pick.
         taken: BoolTensor [B, n], out of reach from the start. A row that has nothing left goes on
             with meaningless picks, which the caller cuts off.
@@ -157,10 +155,8 @@ def greedy(
     """
     batch, size = score.shape
     limits = distances.clamp_(0, 2)
-    if combine == "multiply":
-        limits.mul_(weights[:, None])
-    else:
-        limits.add_(weights[:, None])
+    if weights is not None:
+        limits = (limits.mul_ if combine == "multiply" else limits.add_)(weights[:, None])
     if taken.any():
         limits.masked_fill_(taken[:, None], -torch.inf)
     exclude(limits)
@@ -181,14 +177,18 @@ def greedy(
     return steps[..., 0].T, (best - passed_over).T
 
 
-def first_score(distances: Tensor, weights: Tensor, tokens: Tensor, first: str | int) -> Tensor:
-    """[B, n] score of the first pick."""
+def first_score(
+    distances: Tensor, weights: Tensor | None, tokens: Tensor, first: str | int
+) -> Tensor:
+    """[B, n] score of the first pick among `tokens` [B, n], the indices the caller knows."""
     if isinstance(first, int):
         hits = tokens == first
         if not hits.any(dim=1).all():
             raise PruningError(f"first={first} is not a valid token")
-        return torch.where(hits, 0.0, -torch.inf).to(weights.dtype)
-    return weights if first == "importance" else distances.amin(dim=-1)
+        return torch.where(hits, 0.0, -torch.inf).to(distances.dtype)
+    if first == "isolated":
+        return distances.amin(dim=-1)
+    return distances.new_ones(tokens.shape) if weights is None else weights
 
 
 def exclude(limits: Tensor) -> None:
