@@ -187,7 +187,7 @@ def first_score(
             raise PruningError(f"first={first} is not a valid token")
         return torch.where(hits, 0.0, -torch.inf).to(distances.dtype)
     if first == "isolated":
-        return distances.amin(dim=-1)
+        return distances.amin(dim=1)  # symmetric; this way round the reduction is vectorised
     return distances.new_ones(tokens.shape) if weights is None else weights
 
 
