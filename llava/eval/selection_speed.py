@@ -27,14 +27,15 @@ BUDGETS = {576: (64, 128, 192), 2880: (160, 320, 640)}
 WIDTH = 4096
 
 
+# (similarity [N, N], which it may overwrite, weights [N], k) -> indices [k] in the order of picks.
+Selection = Callable[[Tensor, Tensor, int], Tensor]
+
+
 class Rule(NamedTuple):
-    """A way to pick k tokens, ours and the published one: (similarity, weights, k) -> indices [k].
+    """A way to pick, ours and the published one, and the registered methods that pick so."""
 
-    `methods` are the registered methods whose selection it is.
-    """
-
-    ours: Callable[[Tensor, Tensor, int], Tensor]
-    baseline: Callable[[Tensor, Tensor, int], Tensor]
+    ours: Selection
+    baseline: Selection
     methods: tuple[str, ...]
 
 
@@ -62,14 +63,15 @@ def published_isolated(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     The first pick, a token's second-smallest distance in the released code, is made by the cheaper
     minimum beside the diagonal, so that a ratio is owed to the steps alone.
     """
-    distances = 1 - similarity
-    lonely = distances.clone().fill_diagonal_(torch.inf).amin(dim=0)
-    return _regather(distances, None, lonely.argmax(), k)
+    distances = torch.sub(torch.ones(()), similarity, out=similarity)
+    lonely = distances.fill_diagonal_(2.0).amin(dim=0)
+    return _regather(distances.fill_diagonal_(0.0), None, lonely.argmax(), k)
 
 
 def published_weighted(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     """ZOO-Prune's algorithm 1 step by step: max over the similarities to all picks, every time."""
-    return _regather(1 - similarity, weights, weights.argmax(), k)
+    distances = torch.sub(torch.ones(()), similarity, out=similarity)
+    return _regather(distances, weights, weights.argmax(), k)
 
 
 def _regather(distances: Tensor, weights: Tensor | None, first: Tensor, k: int) -> Tensor:
@@ -104,16 +106,18 @@ def measure(budgets: dict[int, tuple[int, ...]], width: int, repeats: int) -> li
         tokens = torch.randn(count, width, generator=generator)
         weights = torch.rand(count, generator=generator)
         similarity = cosine(tokens)
-        product = [_milliseconds(lambda z=tokens: cosine(z)) for _ in range(repeats)]
+        product = [_timed(lambda z=tokens: cosine(z))[0] for _ in range(repeats)]
         for name, rule in RULES.items():
             for keep in keeps:
-                arms = [
-                    lambda rule=arm, k=keep: rule(similarity, weights, k)  # noqa: B023
-                    for arm in (rule.ours, rule.baseline)
+                given = similarity, weights, keep
+                # The first pair is the warm-up.
+                pairs = [
+                    (_run(rule.ours, *given), _run(rule.baseline, *given))
+                    for _ in range(repeats + 1)
                 ]
-                if not torch.equal(arms[0](), arms[1]()):  # also the warm-up
+                if any(not torch.equal(ours[1], base[1]) for ours, base in pairs):
                     raise ResultError(f"{name}, N = {count}, k = {keep}: the picks differ")
-                pairs = [(_milliseconds(arms[0]), _milliseconds(arms[1])) for _ in range(repeats)]
+                times = [(ours[0], base[0]) for ours, base in pairs[1:]]
                 rows.append(
                     {
                         "rule": name,
@@ -121,20 +125,26 @@ def measure(budgets: dict[int, tuple[int, ...]], width: int, repeats: int) -> li
                         "tokens": count,
                         "keep": keep,
                         "similarity_ms": round(statistics.median(product), 3),
-                        "ours_ms": round(statistics.median(ours for ours, _ in pairs), 3),
-                        "baseline_ms": round(statistics.median(base for _, base in pairs), 3),
-                        "ratio": round(statistics.median(b / a for a, b in pairs), 3),
+                        "ours_ms": round(statistics.median(ours for ours, _ in times), 3),
+                        "baseline_ms": round(statistics.median(base for _, base in times), 3),
+                        "ratio": round(statistics.median(b / a for a, b in times), 3),
                         "picks_equal": True,
                     }
                 )
     return rows
 
 
-def _milliseconds(call: Callable[[], Any]) -> float:
-    """CPU time of this process, so that other programs on the machine do not count."""
+def _run(rule: Selection, similarity: Tensor, weights: Tensor, k: int) -> tuple[float, Tensor]:
+    """Milliseconds and picks. Arms may overwrite what the product made, so each gets a copy."""
+    own = similarity.clone()
+    return _timed(lambda: rule(own, weights, k))
+
+
+def _timed(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    """CPU milliseconds of this process, so that other programs do not count, and the result."""
     start = time.process_time()
-    call()
-    return 1000 * (time.process_time() - start)
+    result = call()
+    return 1000 * (time.process_time() - start), result
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:

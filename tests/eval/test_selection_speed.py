@@ -30,8 +30,8 @@ def test_arms_are_the_real_selection() -> None:
     assert pairs.keys() == selection_speed.RULES.keys()
     for name, want in pairs.items():
         rule = selection_speed.RULES[name]
-        assert torch.equal(rule.ours(similarity, weights, 12), want)
-        assert torch.equal(rule.baseline(similarity, weights, 12), want)
+        assert torch.equal(rule.ours(similarity.clone(), weights, 12), want)
+        assert torch.equal(rule.baseline(similarity.clone(), weights, 12), want)
 
 
 def test_command_writes_a_result(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -109,16 +109,22 @@ def selectable(z: Tensor, valid: Tensor | None, row: int) -> Tensor:
 def distances_of(similarities: list[Tensor]) -> Tensor:
     """1 - cos [B, n, n] from cosine similarities [n_b, n_b] of every row, n the largest n_b.
 
-    The diagonal and the padding hold 2, the largest distance, so no token is its own neighbour.
+    The diagonal and the padding hold 2, the largest distance, so no token is its own neighbour. A
+    single row is overwritten: fresh memory of this size costs more than the subtraction.
     """
-    size = max(len(similarity) for similarity in similarities)
-    distances = similarities[0].new_empty(len(similarities), size, size)
-    one = distances.new_ones(())
-    for square, similarity in zip(distances, similarities, strict=True):
-        if len(similarity) < size:
-            square.fill_(2.0)
-        own = square[: len(similarity), : len(similarity)]
-        torch.sub(one, similarity, out=own).fill_diagonal_(2.0)
+    if len(similarities) == 1:
+        distances = similarities[0][None]
+    else:
+        size = max(len(similarity) for similarity in similarities)
+        pads = [(0, size - len(similarity)) * 2 for similarity in similarities]
+        distances = torch.stack(
+            [
+                torch.nn.functional.pad(similarity, pad, value=-1.0)
+                for similarity, pad in zip(similarities, pads, strict=True)
+            ]
+        )
+    torch.sub(distances.new_ones(()), distances, out=distances)
+    distances.diagonal(dim1=1, dim2=2).fill_(2.0)
     return distances
 
 
@@ -187,7 +193,7 @@ def first_score(
             raise PruningError(f"first={first} is not a valid token")
         return torch.where(hits, 0.0, -torch.inf).to(distances.dtype)
     if first == "isolated":
-        return distances.amin(dim=1)  # symmetric; this way round the reduction is vectorised
+        return distances.amin(dim=-1)
     return distances.new_ones(tokens.shape) if weights is None else weights
 
 
