@@ -182,6 +182,9 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (pruning_command, (), r"required: command"),
     (pruning_command, ("lsit",), r"invalid choice: 'lsit'"),
     (pruning_command, ("list", "--html"), r"unrecognized arguments: --html"),
+    (pruning_command, ("list", "--update-readme", "list.json"), r"no section between"),
+    (pruning_command, ("list", "--update-readme", "scene.png"), r"not UTF-8 text"),
+    (pruning_command, ("list", "--update-readme", "nowhere.md"), r"No such file.*nowhere\.md"),
 ]
 
 

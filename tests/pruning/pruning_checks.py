@@ -2,94 +2,79 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from pruning_inputs import GRID, N, replace_tokens, supply, visual_for
+from pruning_inputs import make_projector as make_projector  # other test files read them here
+from pruning_inputs import make_visual as make_visual
 from torch import Tensor, nn
 
-from llava.pruning import PruningConfig, VisualTokens, max_min, prune_visual_tokens
+from llava.pruning import (
+    PruningConfig,
+    PruningError,
+    VisualTokens,
+    get_method,
+    max_min,
+    prune_visual_tokens,
+    register,
+    registry,
+)
 
-GRID = (6, 6)
-N = GRID[0] * GRID[1]
-# Methods whose choice follows the tokens and not their places.
-EQUIVARIANT = ("cen-prune", "divprune", "mmtok", "norm", "zoo", "zoo-exact", "least-sensitive")
-
-
-def make_projector(dtype: torch.dtype = torch.float32, dv: int = 10, d: int = 14) -> nn.Module:
-    """Linear-GELU-Linear with weights from a private generator."""
-    generator = torch.Generator().manual_seed(7)
-    projector = nn.Sequential(nn.Linear(dv, 17), nn.GELU(), nn.Linear(17, d)).to(dtype)
-    with torch.no_grad():
-        for p in projector.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
-    return projector
+# Budgets below N that a method refuses on a 6 x 6 grid, and says so: 35 has no factors that fit.
+REFUSED = {"pool": (N - 1,)}
 
 
-def make_visual(
-    tiles: int = 2,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    owners: list[int] | None = None,
-    valid: Tensor | None = None,
-    grid: tuple[int, int] = GRID,
-) -> VisualTokens:
-    """Random tokens; every tile its own image unless `owners` says otherwise."""
-    generator = torch.Generator().manual_seed(seed)
-    count = grid[0] * grid[1]
-    features = torch.randn(tiles, count, 10, generator=generator, dtype=torch.float64).to(dtype)
-    projector = make_projector(dtype)
-    with torch.no_grad():
-        # Row by row: the same tokens are the same bits alone and in a batch.
-        projected = torch.stack([projector(row.clone()) for row in features])
-    index = torch.tensor(owners if owners is not None else list(range(tiles)))
-    return VisualTokens(features, projected, projector, index, grid, valid, make_extras(tiles))
+@contextmanager
+def registered(cls: type) -> Iterator[str]:
+    """The name of `cls`, which is a registered method inside the block only."""
+    registry.list_methods()  # built-in methods first, or they would be loaded inside
+    register(cls)
+    try:
+        yield cls.name
+    finally:
+        del registry._methods[cls.name]
 
 
-def make_extras(images: int) -> dict[str, list[Tensor]]:
-    """What instruction-aware methods read: the same short question for every image."""
-    words = torch.randn(3, 14, generator=torch.Generator().manual_seed(21), dtype=torch.float64)
-    return {"question_embeddings": [words.float()] * images}
+def chosen(out: VisualTokens, image: int) -> set[Any]:
+    """The indices kept of a single-tile image; of a merging method, what every output is made of.
 
-
-def replace_tokens(visual: VisualTokens, features: Tensor) -> VisualTokens:
-    """The same batch with other features, projected anew."""
-    with torch.no_grad():
-        projected = torch.stack([visual.projector(row.clone()) for row in features])
-    return replace(visual, features=features, projected=projected)
-
-
-def one_tile(visual: VisualTokens, tile: int) -> VisualTokens:
-    """Tile `tile` as a batch of its own."""
-    return VisualTokens(
-        visual.features[tile : tile + 1].clone(),
-        visual.projected[tile : tile + 1].clone(),
-        visual.projector,
-        torch.zeros(1, dtype=torch.long),
-        visual.grid,
-        None if visual.valid is None else visual.valid[tile : tile + 1].clone(),
-        make_extras(1),
-    )
+    The same for a batch that was left as it is: then every token.
+    """
+    if out.kept is not None:
+        return set(out.kept[image].tolist()) - {-1}
+    if out.sources is None:
+        return set(range(N))
+    rows = [frozenset(row.nonzero()[:, 0].tolist()) for row in out.sources[image]]
+    return {row for row in rows if row}
 
 
 def check_count_and_order(name: str, keep: int = 9) -> None:
     """Promise 2: exactly num_kept sorted, unique, in-range indices; embeddings aligned."""
-    visual = make_visual(3)
+    visual = visual_for(name, 3)
     config = PruningConfig(name, keep_tokens=keep)
     out = prune_visual_tokens(visual, config)
     for image in range(3):
         assert out.embeddings(image).shape[0] == config.num_kept(N)
-        if name == "none":
+        if not get_method(name).budgeted:
             assert out is visual
             continue
+        assert config.num_kept(N) == keep
         assert out.trace is not None
         assert out.trace.tokens_before == [N] * 3
-        assert out.trace.tokens_after == [config.num_kept(N)] * 3
+        assert out.trace.tokens_after == [keep] * 3
         if out.kept is None:
             assert out.sources is not None
-            assert out.sources[image].any(dim=1).all()
+            # The class token, where a method keeps it, was made of no patch.
+            lone = int("cls_feature" in config.pruner.needs)
+            assert int((~out.sources[image].any(dim=1)).sum()) == lone
             continue
         row = out.kept[image]
         assert row.tolist() == sorted(set(row.tolist()))
@@ -98,49 +83,65 @@ def check_count_and_order(name: str, keep: int = 9) -> None:
         assert torch.equal(out.embeddings(image), visual.projected[image][row])
 
 
+def check_smallest_and_largest_budgets(name: str) -> None:
+    """k = 1 and k just below N are met exactly, or refused where REFUSED says so."""
+    visual = visual_for(name, 1)
+    for keep in (1, N - 6, N - 1):
+        config = PruningConfig(name, keep_tokens=keep)
+        if keep in REFUSED.get(name, ()):
+            with pytest.raises(PruningError):
+                prune_visual_tokens(visual, config)
+            continue
+        tokens = prune_visual_tokens(visual, config).embeddings(0)
+        assert tokens.shape[0] == (keep if get_method(name).budgeted else N)
+
+
+def check_budget_of_all_tokens(name: str) -> None:
+    """k = N and N < k: the same object comes back, and not even a NaN is looked at."""
+    visual = visual_for(name)
+    visual.projected[0, 0, 0] = torch.nan
+    for keep in (N, N + 1, 10_000):
+        assert prune_visual_tokens(visual, PruningConfig(name, keep_tokens=keep)) is visual
+
+
 def check_valid_respected(name: str) -> None:
     """Padding is never kept, never compared with, and its content changes nothing."""
     valid = torch.ones(2, *GRID, dtype=torch.bool)
     valid[0, :2] = False
     valid[0, :, 5] = False  # a 4 x 5 rectangle stays
     valid[1, 5] = False
-    visual = make_visual(2, valid=valid.view(2, N))
-    garbage = make_visual(2, valid=valid.view(2, N))
-    garbage.features[~garbage.valid] = torch.nan
-    garbage.projected[~garbage.valid] = torch.inf
-    for keep in (4, 10, 25):
-        config = PruningConfig(name, keep_tokens=keep)
-        out, other = prune_visual_tokens(visual, config), prune_visual_tokens(garbage, config)
-        for image, size in enumerate((20, 30)):
-            tokens = out.embeddings(image)
-            assert tokens.shape[0] == config.num_kept(size)
-            assert torch.equal(tokens, other.embeddings(image))
-            if out.kept is not None:
-                kept = out.kept[image][out.kept[image] >= 0]
-                assert visual.valid[image][kept].all()
+    visual = visual_for(name, 2, valid=valid.view(2, N))
+    # Finite garbage, because a NaN could be refused instead of being skipped; then NaN and inf.
+    for low, high in ((-50.0, 50.0), (torch.nan, torch.inf)):
+        garbage = visual_for(name, 2, valid=valid.view(2, N))
+        garbage.features[~garbage.valid] = low
+        garbage.projected[~garbage.valid] = high
+        for value in garbage.extras.values():
+            for tile, mask in zip(value, garbage.valid, strict=True):
+                if isinstance(tile, Tensor) and tile.shape[:1] == (N,):
+                    tile[~mask] = high
+        for keep in (4, 10, 25):
+            config = PruningConfig(name, keep_tokens=keep)
+            out, other = prune_visual_tokens(visual, config), prune_visual_tokens(garbage, config)
+            for image, size in enumerate((20, 30)):
+                tokens = out.embeddings(image)
+                assert tokens.shape[0] == config.num_kept(size)
+                assert torch.equal(tokens, other.embeddings(image))
+                if out.kept is not None:
+                    kept = out.kept[image][out.kept[image] >= 0]
+                    assert visual.valid[image][kept].all()
 
 
 def check_batch_independence(name: str) -> None:
     """Promise 3: the same tokens alone, in a batch of 5 and in another order."""
     valid = torch.ones(5, N, dtype=torch.bool)
     valid[3, 24:] = False
-    visual = make_visual(5, valid=valid, seed=3)
+    visual = visual_for(name, 5, valid=valid, seed=3)
     config = PruningConfig(name, keep_tokens=9)
     batch = prune_visual_tokens(visual, config)
-    flipped = prune_visual_tokens(
-        VisualTokens(
-            visual.features.flip(0),
-            visual.projected.flip(0),
-            visual.projector,
-            visual.image_index,
-            visual.grid,
-            valid.flip(0),
-            make_extras(5),
-        ),
-        config,
-    )
+    flipped = prune_visual_tokens(visual.take_images([4, 3, 2, 1, 0]), config)
     for image in range(5):
-        alone = prune_visual_tokens(one_tile(visual, image), config)
+        alone = prune_visual_tokens(visual.take_images([image]), config)
         assert torch.equal(batch.embeddings(image), alone.embeddings(0))
         assert torch.equal(batch.embeddings(image), flipped.embeddings(4 - image))
         if batch.kept is not None:
@@ -149,11 +150,13 @@ def check_batch_independence(name: str) -> None:
 
 def check_deterministic(name: str) -> None:
     """Promise 4: no global random state is read or written, call order does not matter."""
-    visual, config = make_visual(2), PruningConfig(name, keep_tokens=9)
+    visual, config = visual_for(name), PruningConfig(name, keep_tokens=9)
     torch.manual_seed(1)
     first = prune_visual_tokens(visual, config)
     torch.manual_seed(2)
-    prune_visual_tokens(make_visual(3, seed=9), PruningConfig("random", keep_tokens=5))
+    prune_visual_tokens(visual_for(name, 3, seed=9), PruningConfig(name, keep_tokens=5))
+    # Drawn from, so that no generator stands where a seed would put it.
+    torch.rand(1), np.random.random(), random.random()
     state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     second = prune_visual_tokens(visual, config)
     assert torch.equal(torch.get_rng_state(), state[0])
@@ -164,13 +167,14 @@ def check_deterministic(name: str) -> None:
 
 
 def check_model_untouched(name: str) -> None:
-    """Weights, buffers, gradients and training flags of the projector stay as they are."""
-    visual = make_visual(2)
+    """Weights, buffers, gradients, training flags of the projector and all inputs stay as is."""
+    visual = visual_for(name)
     visual.projector.append(nn.Dropout(0.5))
     visual.projector[0].eval()
     before = {key: value.clone() for key, value in visual.projector.state_dict().items()}
     flags = [module.training for module in visual.projector.modules()]
     features, projected = visual.features.clone(), visual.projected.clone()
+    extras = supply(visual, name).extras
     prune_visual_tokens(visual, PruningConfig(name, keep_tokens=9))
     after = visual.projector.state_dict()
     assert before.keys() == after.keys()
@@ -179,27 +183,48 @@ def check_model_untouched(name: str) -> None:
     assert all(p.grad is None for p in visual.projector.parameters())
     assert torch.equal(features, visual.features)
     assert torch.equal(projected, visual.projected)
+    torch.testing.assert_close(visual.extras, extras, rtol=0, atol=0)
+
+
+def check_declared_needs(name: str) -> None:
+    """What a method does not name in `needs` has no part in its choice."""
+    visual, config = visual_for(name), PruningConfig(name, keep_tokens=9)
+    other = replace(visual)
+    if "features" not in config.pruner.needs:
+        other.features = visual.features.flip(1) + 1
+    if "projector" not in config.pruner.needs:
+        other.projector = nn.Module()  # has no forward
+    want, got = prune_visual_tokens(visual, config), prune_visual_tokens(other, config)
+    for image in range(2):
+        assert torch.equal(want.embeddings(image), got.embeddings(image))
 
 
 def check_permutation(name: str) -> None:
     """Permuting tokens permutes the choice (margins are checked, so rounding cannot decide)."""
-    visual = make_visual(1, dtype=torch.float64, seed=5)
+    visual = visual_for(name, 1, dtype=torch.float64, seed=5)
     config = PruningConfig(name, keep_tokens=12)
     out = prune_visual_tokens(visual, config)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    moved = replace_tokens(visual, visual.features[:, order], name)
+    shuffled = prune_visual_tokens(moved, config)
+    if out.kept is None:
+        want, got = (
+            tokens.embeddings(0)[tokens.embeddings(0)[:, 0].argsort()] for tokens in (out, shuffled)
+        )
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        return
     margins = out.trace.margins[out.trace.margins.isfinite()]
     # DivPrune's first pick is one of two mutually nearest tokens or a lone one: exclude the tie.
     assert (margins > 1e-9).all()
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
-    shuffled = prune_visual_tokens(replace_tokens(visual, visual.features[:, order]), config)
-    assert set(order[shuffled.kept[0]].tolist()) == set(out.kept[0].tolist())
+    assert set(order[shuffled.kept[0]].tolist()) == chosen(out, 0)
 
 
 def check_duplicates(name: str) -> None:
     """Repeated tokens are never picked twice by index; the count stays exact."""
-    visual = make_visual(1)
+    visual = visual_for(name, 1)
     features = visual.features[:, :4].repeat(1, N // 4, 1)
     config = PruningConfig(name, keep_tokens=12)
-    out = prune_visual_tokens(replace_tokens(visual, features), config)
+    out = prune_visual_tokens(replace_tokens(visual, features, name), config)
     assert out.embeddings(0).shape[0] == config.num_kept(N)
     if out.kept is not None:
         assert len(set(out.kept[0].tolist())) == 12
@@ -207,13 +232,65 @@ def check_duplicates(name: str) -> None:
 
 def check_constant_features(name: str) -> None:
     """All tokens equal: still an exact count of distinct tokens, and no NaN."""
-    visual = make_visual(1)
-    out = prune_visual_tokens(
-        replace_tokens(visual, visual.features[:, :1].expand(-1, N, -1).clone()),
-        PruningConfig(name, keep_tokens=6),
-    )
+    visual = visual_for(name, 1)
+    same = visual.features[:, :1].expand(-1, N, -1).clone()
+    config = PruningConfig(name, keep_tokens=6)
+    out = prune_visual_tokens(replace_tokens(visual, same, name), config)
     assert out.embeddings(0).isfinite().all()
-    assert out.embeddings(0).shape[0] == (N if name == "none" else 6)
+    assert out.embeddings(0).shape[0] == config.num_kept(N)
+
+
+def check_non_finite_refused(name: str) -> None:
+    """NaN and inf are refused by tile and token, whichever side of the projector they are on."""
+    for where in ("features", "projected"):
+        for value in (torch.nan, torch.inf):
+            visual = visual_for(name)
+            getattr(visual, where)[1, 5, 0] = value
+            with pytest.raises(PruningError, match=f"{where} of tile 1, token 5"):
+                prune_visual_tokens(visual, PruningConfig(name, keep_tokens=4))
+
+
+def check_half_precision(name: str) -> None:
+    """bfloat16 and float16 tokens keep their type, and most of the choice made in float32.
+
+    The tokens are the same numbers in both, so that only the method's own arithmetic can differ.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        half = visual_for(name, dtype=dtype)
+        exact = supply(
+            replace(
+                half,
+                features=half.features.float(),
+                projected=half.projected.float(),
+                projector=copy.deepcopy(half.projector).float(),
+            ),
+            name,
+        )
+        config = PruningConfig(name, keep_tokens=12)
+        got, want = prune_visual_tokens(half, config), prune_visual_tokens(exact, config)
+        assert got.projected.dtype == dtype
+        for image in range(2):
+            assert got.embeddings(image).shape[0] == config.num_kept(N)
+            same = chosen(got, image) & chosen(want, image)
+            assert len(same) >= 0.75 * len(chosen(want, image))
+
+
+# What every method promises; what every method that removes tokens promises; and what every one
+# promises that does not declare `equivariant = False`.
+PROMISES = (
+    check_count_and_order,
+    check_smallest_and_largest_budgets,
+    check_budget_of_all_tokens,
+    check_valid_respected,
+    check_batch_independence,
+    check_deterministic,
+    check_model_untouched,
+    check_declared_needs,
+    check_duplicates,
+    check_constant_features,
+    check_half_precision,
+)
+ALL = (*PROMISES, check_non_finite_refused, check_permutation)
 
 
 def check_ties_to_lowest() -> None:

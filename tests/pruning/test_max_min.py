@@ -168,6 +168,7 @@ def test_non_finite_is_refused(value) -> None:
         ({"k": 2, "first": "farthest"}, "isolated"),
         ({"k": 2, "combine": "max"}, "multiply"),
         ({"k": 2, "weights": torch.ones(2, 5)}, "weights must be"),
+        ({"k": 2, "weights": torch.full((2, 6), -0.1)}, "weights below 0"),
         ({"k": 2, "valid": torch.ones(1, 6, dtype=torch.bool)}, "valid must be"),
         ({"k": 2, "valid": torch.zeros(2, 6, dtype=torch.bool)}, "of the 0 valid"),
     ],

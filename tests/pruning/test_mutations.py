@@ -52,7 +52,7 @@ def unsteady_cosine(z):
 MUTATIONS = {
     "sort dropped": (stage, "raster_slots", backwards),
     "valid mask skipped": (max_min, "selectable", every_token),
-    "duplicate re-picked": (max_min, "exclude", lambda score, taken: score),
+    "duplicate re-picked": (max_min, "exclude", lambda limits: None),
     "tie to highest index": (max_min, "first_argmax", highest_argmax),
     "position off by one": (base, "raster_order", shifted),
     "global random state": (sensitivity_module, "direction_bank", global_bank),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pruning_checks import registered
 
 import llava.pruning
 from llava.pruning import list_methods
-from llava.pruning.__main__ import main
+from llava.pruning.__main__ import BEGIN, END, main, readme_drift
+from llava.pruning.methods.base import PruningMethod
 from llava.pruning.visualize import overlay
 
 PACKAGE = Path(llava.pruning.__file__).parent
@@ -59,6 +62,34 @@ def test_list(capsys) -> None:
     assert lines[1] == "| --- | --- | --- | --- | --- | --- |"
     zoo = "| zoo | features, projector | no | no | vectors | CVPR 2026, arXiv 2509.24837 |"
     assert zoo in lines
+
+
+def test_readme_shows_the_registered_methods() -> None:
+    assert readme_drift(PACKAGE.parents[1] / "README.md") is None
+
+
+def test_readme_drift(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert "--update-readme" in readme_drift(readme)
+    main(["list", "--update-readme", str(readme)])
+    assert readme_drift(readme) is None
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n| method |")
+    assert text.endswith(f"|\n{END}\nafter\n")
+    capsys.readouterr()
+    main(["list", "--markdown"])
+    assert capsys.readouterr().out in text
+    readme.write_text(text.replace("| grid | - |", "| grid | features |"))
+    assert readme_drift(readme) is not None
+
+    @dataclass(frozen=True)
+    class Unlisted(PruningMethod):
+        name = "unlisted"
+
+    readme.write_text(text)
+    with registered(Unlisted):
+        assert readme_drift(readme) is not None
 
 
 @pytest.mark.parametrize("arguments", [[], ["lst"], ["list", "--html"]])

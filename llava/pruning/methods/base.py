@@ -38,6 +38,8 @@ class PruningMethod:
             something else and says so in its `label`.
         query_aware: whether the text of the prompt changes the choice.
         merges: whether outputs are new vectors rather than some of the inputs.
+        equivariant: whether the choice follows the tokens wherever they stand; False where places
+            or a seed have a part in it.
         fixed_count: whether the number of kept tokens is `num_kept`, whatever the content.
         budgeted: whether a budget must be given.
         stage: `pre_llm` or `decoder`.
@@ -53,6 +55,7 @@ class PruningMethod:
     wants: ClassVar[tuple[str, ...]] = ()
     query_aware: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+    equivariant: ClassVar[bool] = True
     fixed_count: ClassVar[bool] = True
     budgeted: ClassVar[bool] = True
     stage: ClassVar[str] = "pre_llm"

@@ -25,6 +25,7 @@ class Grid(PruningMethod):
     """
 
     name: ClassVar[str] = "grid"
+    equivariant: ClassVar[bool] = False
 
     def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
         return unscored([self._tile(visual, t, int(k)) for t, k in enumerate(counts)])

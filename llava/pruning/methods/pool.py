@@ -27,6 +27,7 @@ class Pool(PruningMethod):
 
     name: ClassVar[str] = "pool"
     merges: ClassVar[bool] = True
+    equivariant: ClassVar[bool] = False
 
     def merge(self, visual: VisualTokens, counts: Tensor) -> Merged:
         width = int(counts.max())

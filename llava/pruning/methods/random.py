@@ -29,6 +29,7 @@ class Random(PruningMethod):
 
     name: ClassVar[str] = "random"
     needs: ClassVar[tuple[str, ...]] = ("image_digest",)
+    equivariant: ClassVar[bool] = False
 
     seed: int = 0
 

@@ -29,20 +29,21 @@ def max_min(
     Args:
         z: [B, N, D]; half precision is computed in float32, float64 stays float64.
         k: tokens per row, one count or LongTensor [B]; a row padded with -1 got fewer.
-        weights: [B, N], importance w; None means 1 everywhere.
+        weights: [B, N], importance w, at least 0 to multiply; None means 1 everywhere.
         valid: BoolTensor [B, N]; False is never picked and never compared with.
         first: first pick. "importance": highest weight; "isolated": the token whose nearest
             neighbour is farthest; an int: that token, in every row.
         combine: "multiply", or "sum" for w_i + d(i, P).
 
     A row gives the same indices alone, in any batch and under any padding. Raises PruningError for
-    NaN or inf, for k above the number of valid tokens, and for wrong arguments.
+    NaN or inf, weights below 0, k above the number of valid tokens, and wrong arguments.
     """
     return max_min_with_margins(
         z, k, weights=weights, valid=valid, first=first, combine=combine
     ).indices
 
 
+@torch.no_grad()
 def max_min_with_margins(
     z: Tensor,
     k: int | Tensor,
@@ -68,16 +69,18 @@ def max_min_with_margins(
     if width == 0:
         nothing = torch.empty(len(counts), 0, dtype=dtype, device=z.device)
         return Picks(nothing.long(), nothing)
-    tokens, similarity = _similarities(z, valid, dtype)
+    rows = [selectable(z, valid, row) for row in range(z.shape[0])]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=-1)
+    distances = distances_of([cosine(z[row, own].to(dtype)) for row, own in enumerate(rows)])
     inside = tokens >= 0
-    if weights is None:
-        weights = similarity.new_full(tokens.shape, 0.0 if combine == "sum" else 1.0)
-    else:
+    if weights is not None:
         weights = weights.to(dtype).gather(1, tokens.clamp(min=0)).masked_fill(~inside, 0)
         if not weights.isfinite().all():
             raise PruningError("weights hold NaN or inf")
-    score = _first_score(similarity, weights, inside, tokens, first)
-    picks, margins = _greedy(similarity, weights, score, ~inside, width, combine)
+        if combine == "multiply" and (weights < 0).any():
+            raise PruningError("weights below 0 would turn distance around; give at least 0")
+    score = first_score(distances, weights, tokens, first)
+    picks, margins = greedy(distances, weights, score, ~inside, width, combine)
     filled = torch.arange(width) < torch.tensor(counts)[:, None]
     filled = filled.to(z.device)
     indices = tokens.gather(1, picks).masked_fill(~filled, -1)
@@ -103,15 +106,26 @@ def selectable(z: Tensor, valid: Tensor | None, row: int) -> Tensor:
     return tokens if valid is None else tokens[valid[row]]
 
 
-def _similarities(z: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """LongTensor [B, n] of valid tokens, padded with -1, and their similarities [B, n, n]."""
-    rows = [selectable(z, valid, row) for row in range(z.shape[0])]
-    grams = [cosine(z[row, tokens].to(dtype)) for row, tokens in enumerate(rows)]
-    if all(len(tokens) == len(rows[0]) for tokens in rows):
-        return torch.stack(rows), torch.stack(grams)
-    size = max(len(tokens) for tokens in rows)
-    padded = [torch.nn.functional.pad(g, (0, size - len(g)) * 2) for g in grams]
-    return pad_sequence(rows, batch_first=True, padding_value=-1), torch.stack(padded)
+def distances_of(similarities: list[Tensor]) -> Tensor:
+    """1 - cos [B, n, n] from cosine similarities [n_b, n_b] of every row, n the largest n_b.
+
+    The diagonal and the padding hold 2, the largest distance, so no token is its own neighbour. A
+    single row is overwritten: fresh memory of this size costs more than the subtraction.
+    """
+    if len(similarities) == 1:
+        distances = similarities[0][None]
+    else:
+        size = max(len(similarity) for similarity in similarities)
+        pads = [(0, size - len(similarity)) * 2 for similarity in similarities]
+        distances = torch.stack(
+            [
+                torch.nn.functional.pad(similarity, pad, value=-1.0)
+                for similarity, pad in zip(similarities, pads, strict=True)
+            ]
+        )
+    torch.sub(distances.new_ones(()), distances, out=distances)
+    distances.diagonal(dim1=1, dim2=2).fill_(2.0)
+    return distances
 
 
 def cosine(z: Tensor) -> Tensor:
@@ -125,55 +139,67 @@ def cosine(z: Tensor) -> Tensor:
         raise PruningError("z holds NaN or inf; distances to it mean nothing")
     unit = z / z.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     gram = unit @ unit.T
-    return (gram + gram.T) / 2
+    return (gram + gram.T).div_(2)
 
 
-def _greedy(
-    similarity: Tensor, weights: Tensor, score: Tensor, taken: Tensor, k: int, combine: str
+def greedy(
+    distances: Tensor, weights: Tensor | None, score: Tensor, taken: Tensor, k: int, combine: str
 ) -> tuple[Tensor, Tensor]:
-    """Positions [B, k] and margins [B, k] of the greedy picks of all rows at once. Time k * n.
+    """Positions [B, k] and margins [B, k] of the greedy picks of all rows at once.
+
+    On vectors this short a call costs more than its arithmetic. So what a pick leaves of every
+    token's score is worked out beforehand, for all picks; a step is then one look-up and one
+    minimum, which weights of at least 0 allow: w min(d, d') = min(w d, w d'), bit for bit.
 
     Args:
-        similarity: [B, n, n].
-        weights: [B, n].
+        distances: [B, n, n] of `distances_of`; overwritten.
+        weights: [B, n] or None.
         score: [B, n] of the first pick.
         taken: BoolTensor [B, n], out of reach from the start. A row that has nothing left goes on
             with meaningless picks, which the caller cuts off.
+        k: number of picks, at least 1.
     """
-    batch = torch.arange(len(score), device=score.device)
-    nearest = torch.full_like(weights, -torch.inf)  # highest cosine to anything taken
-    picks, margins = [], []
-    for _ in range(k):
-        score = exclude(score, taken)
-        pick = first_argmax(score)
-        best = score[batch, pick]
-        taken = taken.scatter(1, pick[:, None], True)
-        margins.append(best - exclude(score, taken).amax(dim=1))
-        picks.append(pick)
-        nearest = torch.maximum(nearest, similarity[batch, pick])
-        distance = (1 - nearest).clamp(0, 2)
-        score = weights * distance if combine == "multiply" else weights + distance
-    return torch.stack(picks, dim=1), torch.stack(margins, dim=1)
+    batch, size = score.shape
+    limits = distances.clamp_(0, 2)
+    if weights is not None:
+        limits = (limits.mul_ if combine == "multiply" else limits.add_)(weights[:, None])
+    if taken.any():
+        limits.masked_fill_(taken[:, None], -torch.inf)
+    exclude(limits)
+    rows = limits.view(batch * size, size)
+    first_row = torch.arange(batch, device=score.device) * size
+    history = score.new_empty(k, batch, size)
+    scores = history.unbind()
+    scores[0].copy_(score.masked_fill(taken, -torch.inf))
+    left = torch.full_like(score, torch.inf)
+    picks = [first_argmax(scores[0])]
+    for following in scores[1:]:
+        limit = rows.index_select(0, picks[-1] + first_row)
+        left = torch.minimum(left, limit, out=following)
+        picks.append(first_argmax(left))
+    steps = torch.stack(picks)[..., None]
+    best = history.gather(2, steps)[..., 0]
+    passed_over = history.scatter_(2, steps, -torch.inf).amax(dim=2)
+    return steps[..., 0].T, (best - passed_over).T
 
 
-def _first_score(
-    similarity: Tensor, weights: Tensor, inside: Tensor, tokens: Tensor, first: str | int
+def first_score(
+    distances: Tensor, weights: Tensor | None, tokens: Tensor, first: str | int
 ) -> Tensor:
-    """[B, n] score of the first pick."""
+    """[B, n] score of the first pick among `tokens` [B, n], the indices the caller knows."""
     if isinstance(first, int):
         hits = tokens == first
         if not hits.any(dim=1).all():
             raise PruningError(f"first={first} is not a valid token")
-        return torch.where(hits, 0.0, -torch.inf).to(weights.dtype)
-    if first == "importance":
-        return weights
-    itself = torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)
-    return 1 - similarity.masked_fill(itself | ~inside[:, None], -1).amax(dim=-1)
+        return torch.where(hits, 0.0, -torch.inf).to(distances.dtype)
+    if first == "isolated":
+        return distances.amin(dim=-1)
+    return distances.new_ones(tokens.shape) if weights is None else weights
 
 
-def exclude(score: Tensor, taken: Tensor) -> Tensor:
-    """`score` with taken tokens out of reach."""
-    return score.masked_fill(taken, -torch.inf)
+def exclude(limits: Tensor) -> None:
+    """A token that is picked leaves itself out of reach: in place, `limits` [B, n, n]."""
+    limits.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
 
 
 def first_argmax(score: Tensor) -> Tensor:

@@ -1,0 +1,196 @@
+"""Every promise of the suite fails on a toy method that breaks it, and passes on a sound one."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import count
+
+import pruning_checks as checks
+import pytest
+import torch
+from pruning_inputs import MAKERS
+
+from llava.pruning import PruningError, selector
+from llava.pruning.methods.base import PruningMethod
+from llava.pruning.selection.topk import top_k
+
+# The last one: a projector that was not asked for has no forward.
+FAILURES = (AssertionError, PruningError, pytest.fail.Exception, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Toy(PruningMethod):
+    """Keep the tokens with the highest sum of features: sound, the root of what is broken below."""
+
+    name = "toy"
+    needs = ("features",)
+
+    def importance(self, visual):
+        return visual.features.double().sum(dim=-1)
+
+    def choose(self, visual, importance, counts):
+        return top_k(importance, counts, valid=visual.valid)
+
+
+class KeepsOneFewer(Toy):
+    def num_kept(self, n, budget):
+        return min(n, budget) - 1
+
+
+class KeepsAtLeastTwo(Toy):
+    def num_kept(self, n, budget):
+        return min(n, max(budget, 2))
+
+
+class NeverKeepsAll(Toy):
+    def num_kept(self, n, budget):
+        return min(n - 1, budget)
+
+
+class ComparesWithPadding(Toy):
+    def importance(self, visual):
+        score = super().importance(visual)
+        return (score - score.mean(dim=1, keepdim=True)).abs()
+
+
+class ComparesWithTheBatch(Toy):
+    def importance(self, visual):
+        score = super().importance(visual)
+        return (score - score[:, :24].mean()).abs()
+
+
+class DrawsGlobally(Toy):
+    def importance(self, visual):
+        return torch.rand(visual.features.shape[:2])
+
+
+class SeedsGlobally(Toy):
+    def importance(self, visual):
+        random.seed(0)
+        return super().importance(visual)
+
+
+class RemembersTheFirstCall(Toy):
+    calls = count()
+
+    def importance(self, visual):
+        score = super().importance(visual)
+        return score if next(self.calls) == 0 else -score
+
+
+class ChangesWeights(Toy):
+    def importance(self, visual):
+        visual.projector[0].bias.data.add_(1)
+        return super().importance(visual)
+
+
+class ChangesTrainingFlags(Toy):
+    def importance(self, visual):
+        visual.projector.eval()
+        return super().importance(visual)
+
+
+class ChangesItsInput(Toy):
+    def importance(self, visual):
+        return visual.features.exp_().sum(dim=-1)
+
+
+class DeclaresNoNeeds(Toy):
+    needs = ()
+
+
+class CallsAnUndeclaredProjector(Toy):
+    def importance(self, visual):
+        return visual.projector(visual.features).sum(dim=-1)
+
+
+class LooksAtPlaces(Toy):
+    def importance(self, visual):
+        return super().importance(visual) + torch.arange(visual.features.shape[1])
+
+
+class PicksDuplicatesAgain(Toy):
+    def choose(self, visual, importance, counts):
+        picks = super().choose(visual, importance, counts)
+        first = (importance[:, :, None] == importance[:, None]).float().argmax(dim=-1)
+        again = first.gather(1, picks.indices.clamp(min=0))
+        return picks._replace(indices=again.masked_fill(picks.indices < 0, -1))
+
+
+class DividesByTheSpread(Toy):
+    def importance(self, visual):
+        score = super().importance(visual)
+        low, high = score.amin(dim=1, keepdim=True), score.amax(dim=1, keepdim=True)
+        return (score - low) / (high - low)
+
+
+class WorksInHalfPrecision(Toy):
+    def importance(self, visual):
+        return (visual.features.sum(dim=-1) * 50) % 1
+
+
+CASES = [
+    (checks.check_count_and_order, KeepsOneFewer),
+    (checks.check_smallest_and_largest_budgets, KeepsAtLeastTwo),
+    (checks.check_budget_of_all_tokens, NeverKeepsAll),
+    (checks.check_valid_respected, ComparesWithPadding),
+    (checks.check_batch_independence, ComparesWithTheBatch),
+    (checks.check_deterministic, DrawsGlobally),
+    (checks.check_deterministic, SeedsGlobally),
+    (checks.check_deterministic, RemembersTheFirstCall),
+    (checks.check_model_untouched, ChangesWeights),
+    (checks.check_model_untouched, ChangesTrainingFlags),
+    (checks.check_model_untouched, ChangesItsInput),
+    (checks.check_declared_needs, DeclaresNoNeeds),
+    (checks.check_declared_needs, CallsAnUndeclaredProjector),
+    (checks.check_permutation, LooksAtPlaces),
+    (checks.check_duplicates, PicksDuplicatesAgain),
+    (checks.check_constant_features, DividesByTheSpread),
+    (checks.check_half_precision, WorksInHalfPrecision),
+]
+
+
+@pytest.mark.parametrize("check", checks.ALL, ids=lambda check: check.__name__)
+def test_a_sound_method_keeps_every_promise(check) -> None:
+    with checks.registered(Toy) as name:
+        check(name)
+
+
+@pytest.mark.parametrize(("check", "broken"), CASES, ids=[case[1].__name__ for case in CASES])
+def test_a_broken_method_is_caught(check, broken) -> None:
+    with checks.registered(broken) as name, pytest.raises(FAILURES):
+        check(name)
+
+
+def test_a_stage_that_lets_nan_pass_is_caught(monkeypatch) -> None:
+    monkeypatch.setattr(selector, "refuse_non_finite", lambda visual: None)
+    with checks.registered(Toy) as name, pytest.raises(FAILURES):
+        checks.check_non_finite_refused(name)
+
+
+def test_every_promise_is_shown_to_fail() -> None:
+    shown = {check for check, _ in CASES} | {checks.check_non_finite_refused}
+    assert shown == set(checks.ALL)
+
+
+def test_an_unknown_need_is_named() -> None:
+    class NeedsMore(Toy):
+        needs = ("depth_map",)
+
+    with checks.registered(NeedsMore) as name, pytest.raises(LookupError, match="'depth_map'"):
+        checks.check_count_and_order(name)
+
+
+def test_every_need_can_be_supplied() -> None:
+    """No entry of the table of makers is broken, also those that only a plug-in asks for."""
+
+    class NeedsEverything(Toy):
+        needs = tuple(MAKERS)
+
+    with checks.registered(NeedsEverything) as name:
+        extras = checks.visual_for(name, 2).extras
+    assert set(extras) == set(MAKERS) - {"features", "projector"}
+    for key, value in extras.items():
+        assert len(value) == 2, key
+        assert all(isinstance(entry, int) or entry.isfinite().all() for entry in value)
