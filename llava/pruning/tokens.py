@@ -13,8 +13,20 @@ from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE, Box, ImageLayout
 from llava.pruning.trace import PruningTrace
 
+# Keys of `extras` that the vision tower is read for.
+ENCODER_EXTRAS = (
+    "cls_attention",
+    "received_attention",
+    "encoder_keys",
+    "cls_feature",
+    "object_attention",
+    "next_cls_attention",
+    "next_single_head_attention",
+    "next_keys",
+)
+
 # Keys of `extras` that hold one entry per tile; the others hold one per image.
-TILE_EXTRAS = ("image_digest",)
+TILE_EXTRAS = ("image_digest", *ENCODER_EXTRAS)
 
 
 class TokenSequence(NamedTuple):
@@ -60,7 +72,16 @@ class VisualTokens:
         extras: what the pipeline collected because the active method named it in its `needs`
             flag. Known keys: `image_digest` (list of T ints: a hash of each tile's pixels, so
             that `random` draws do not move with floating-point noise of the tower),
-            `image_position` (list: index of image i within its own prompt, default 0).
+            `image_position` (list: index of image i within its own prompt, default 0), and of the
+            vision tower, lists of T tensors in at least float32:
+            `cls_attention`, `received_attention` [N]: attention in the block that makes the
+            features, from the class token, and the mean over all queries; summed over heads. A
+            tower without a class token gives the second under both names.
+            `encoder_keys` [N, C]: keys there, mean over heads.
+            `cls_feature` [Dv]: the class token's feature, in the tower's precision.
+            `object_attention` [N]: as `received_attention`, at 9/24 of the depth.
+            `next_cls_attention`, `next_single_head_attention` [N], `next_keys` [N, C]: of the block
+            after the features, with its heads, all heads taken for one, heads side by side.
         layouts: how each image's tiles follow each other; None: one after the other.
         newline: [D] embedding of the newline token, where a layout has any.
         released: select as the code released with ZOO-Prune does on LLaVA-NeXT, see
@@ -212,6 +233,15 @@ class VisualTokens:
             sequences=of_images(self.sequences),
             trace=None,
         )
+
+    def extra(self, key: str) -> Any:
+        """`extras[key]`; PruningError where the pipeline did not provide it."""
+        if key not in self.extras:
+            raise PruningError(
+                f"these visual tokens came without {key!r}, which the method reads; "
+                f"run it inside a model that provides it, or set extras[{key!r}]"
+            )
+        return self.extras[key]
 
     def tile_extras(self, tiles: Sequence[int]) -> dict[str, Any]:
         """`extras` with the entries of the given tiles."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning import PruningConfig, VisualTokens, max_min, prune_visual_tokens
+from llava.pruning.tokens import ENCODER_EXTRAS
 
 GRID = (6, 6)
 N = GRID[0] * GRID[1]
@@ -44,7 +45,25 @@ def make_visual(
         # Row by row: the same tokens are the same bits alone and in a batch.
         projected = torch.stack([projector(row.clone()) for row in features])
     index = torch.tensor(owners if owners is not None else list(range(tiles)))
-    return VisualTokens(features, projected, projector, index, grid, valid)
+    extras = encoder_extras(features)
+    return VisualTokens(features, projected, projector, index, grid, valid, extras)
+
+
+def encoder_extras(features: Tensor) -> dict[str, list[Tensor]]:
+    """What a tower might have given for these features [T, N, 10]: each tile from its own alone."""
+    generator = torch.Generator().manual_seed(17)
+    mix = torch.randn(10, 13, generator=generator, dtype=torch.float64)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    extras: dict[str, list[Tensor]] = {name: [] for name in ENCODER_EXTRAS}
+    for tile in features:
+        # No product: the same token gives the same bits wherever it stands.
+        given = (tile.double()[..., None] * mix).sum(dim=1).sigmoid().to(wide)
+        for column, name in enumerate(n for n in ENCODER_EXTRAS if n.endswith("attention")):
+            extras[name].append(given[:, column])
+        extras["encoder_keys"].append(given[:, 5:9] - 0.5)
+        extras["next_keys"].append(given[:, 5:13] - 0.5)
+        extras["cls_feature"].append(given[:10, 0].to(features.dtype))
+    return extras
 
 
 def replace_tokens(visual: VisualTokens, features: Tensor) -> VisualTokens:
@@ -52,7 +71,13 @@ def replace_tokens(visual: VisualTokens, features: Tensor) -> VisualTokens:
     with torch.no_grad():
         projected = torch.stack([visual.projector(row.clone()) for row in features])
     return VisualTokens(
-        features, projected, visual.projector, visual.image_index, visual.grid, visual.valid
+        features,
+        projected,
+        visual.projector,
+        visual.image_index,
+        visual.grid,
+        visual.valid,
+        encoder_extras(features),
     )
 
 
@@ -65,6 +90,7 @@ def one_tile(visual: VisualTokens, tile: int) -> VisualTokens:
         torch.zeros(1, dtype=torch.long),
         visual.grid,
         None if visual.valid is None else visual.valid[tile : tile + 1].clone(),
+        visual.tile_extras([tile]),
     )
 
 
@@ -102,6 +128,9 @@ def check_valid_respected(name: str) -> None:
     garbage = make_visual(2, valid=valid.view(2, N))
     garbage.features[~garbage.valid] = torch.nan
     garbage.projected[~garbage.valid] = torch.inf
+    for key in set(ENCODER_EXTRAS) - {"cls_feature"}:
+        for tile, extra in enumerate(garbage.extras[key]):
+            extra[~garbage.valid[tile]] = torch.nan
     for keep in (4, 10, 25):
         config = PruningConfig(name, keep_tokens=keep)
         out, other = prune_visual_tokens(visual, config), prune_visual_tokens(garbage, config)
@@ -129,6 +158,7 @@ def check_batch_independence(name: str) -> None:
             visual.image_index,
             visual.grid,
             valid.flip(0),
+            visual.tile_extras([4, 3, 2, 1, 0]),
         ),
         config,
     )
