@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -173,7 +173,10 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
     projected = projected.index_copy(0, at, nn.functional.pad(merged.projected, fill))
     sources[at, :width] = merged.sources
     filled = torch.arange(slots)[None] < torch.tensor(counts)[:, None]
-    sequences = _merged_sequences(visual, budgets, counts, slots)
+    places = None
+    if merged.places is not None:
+        places = kept.index_copy(0, at, nn.functional.pad(merged.places, (0, slots - width)))
+    sequences = _merged_sequences(visual, budgets, counts, slots, places)
     trace = PruningTrace(
         method=config.method,
         kept=None,
@@ -194,9 +197,13 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
 
 
 def _merged_sequences(
-    visual: VisualTokens, budgets: list[int | None], counts: list[int], slots: int
+    visual: VisualTokens,
+    budgets: list[int | None],
+    counts: list[int],
+    slots: int,
+    places: Tensor | None,
 ) -> tuple[TokenSequence, ...]:
-    """Merged tokens tile after tile; images kept whole as they were."""
+    """Merged tokens, base view first, crops by `places`; images kept whole as they were."""
     count = visual.projected.shape[1]
     sequences = []
     for image, budget in enumerate(budgets):
@@ -215,8 +222,29 @@ def _merged_sequences(
             continue
         own = [counts[t] for t in visual.tiles_of(image)]
         source = torch.cat([torch.arange(k) + tile * slots for tile, k in enumerate(own)])
-        sequences.append(TokenSequence(source.to(old.source.device), None, old.total))
+        source = source.to(old.source.device)
+        if places is not None:
+            place = places[visual.tiles_of(image)].flatten()[source]
+            source = source[_reading_order(place, source // slots, old.source, count)]
+        sequences.append(TokenSequence(source, None, old.total))
     return tuple(sequences)
+
+
+def _reading_order(place: Tensor, tile: Tensor, sequence: Tensor, count: int) -> Tensor:
+    """LongTensor [n]: the order of an image's merged tokens; see `Merged.places`.
+
+    Args:
+        place: LongTensor [n], patch of its tile or below zero.
+        tile: LongTensor [n], ascending.
+        sequence: LongTensor, the unpruned sequence.
+        count: patches of a tile.
+    """
+    rank = torch.zeros(int(tile.max() + 1) * count, dtype=torch.long, device=place.device)
+    patches = (sequence >= 0) & (sequence < len(rank))
+    rank[sequence[patches]] = patches.nonzero().flatten()
+    key = torch.where(place >= 0, rank[tile * count + place.clamp(min=0)], len(sequence) * -place)
+    # The base view stays as it is, before everything else; the sort is stable.
+    return key.masked_fill(tile == 0, -1).argsort(stable=True)
 
 
 def select(
@@ -227,6 +255,7 @@ def select(
     features: Tensor | None = None,
     projector: nn.Module | None = None,
     grid: tuple[int, int] | None = None,
+    extras: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
     """Choose tokens of one image without any LLaVA model.
@@ -238,6 +267,7 @@ def select(
         features: floating point [N, Dv], tokens before the projector, for methods that need them.
         projector: the module between the two, for methods that need it.
         grid: (rows, cols); by default a square if N is one, else a single row.
+        extras: what else the method needs, lists of one entry, see `VisualTokens.extras`.
         options: options of the method.
 
     Returns LongTensor [min(keep_tokens, N)], ascending. Raises PruningError.
@@ -258,6 +288,7 @@ def select(
         projector=nn.Identity() if projector is None else projector,
         image_index=torch.zeros(1, dtype=torch.long),
         grid=_grid(grid, count),
+        extras=dict(extras or {}),
     )
     pruned = prune_visual_tokens(visual, config)
     if pruned.kept is None:

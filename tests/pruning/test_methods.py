@@ -34,6 +34,7 @@ def test_catalogue() -> None:
         "norm",
         "pool",
         "random",
+        "visionzip",
         "zoo",
         "zoo-exact",
         "least-sensitive",
@@ -103,10 +104,12 @@ def test_non_finite_tokens_are_refused(name: str, where: str, value: float) -> N
 @each_pruning
 def test_gradients_reach_kept_tokens_only(name: str) -> None:
     visual = checks.make_visual(2)
-    visual.projected.requires_grad_(True)
+    # Methods that merge before the projector reach the features instead.
+    sides = [visual.features.requires_grad_(True), visual.projected.requires_grad_(True)]
     out = prune_visual_tokens(visual, PruningConfig(name, keep_tokens=9))
     out.projected.sum().backward()
-    touched = visual.projected.grad.abs().sum(-1) > 0
+    reached = [side.grad.abs().sum(-1) > 0 for side in sides if side.grad is not None]
+    touched = torch.stack(reached).any(dim=0)
     if out.kept is not None:
         want = torch.zeros_like(touched).scatter(1, out.kept, True)
     else:
@@ -141,6 +144,7 @@ def test_select_equals_the_stage(name: str) -> None:
         "projector": visual.projector,
         "keep_tokens": 9,
         "grid": checks.GRID,
+        "extras": visual.extras,
     }
     if get_method(name).merges:
         with pytest.raises(PruningError, match="no indices"):

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.selection.picks import Picks
@@ -14,10 +15,27 @@ from llava.pruning.tokens import VisualTokens
 
 
 class Merged(NamedTuple):
-    """New tokens: `projected` [T, K, D], zero padded; `sources` BoolTensor [T, K, N]."""
+    """New tokens: `projected` [T, K, D], zero padded; `sources` BoolTensor [T, K, N].
+
+    A token that is none of the N, such as the class token, has no source. `places` LongTensor
+    [T, K] says where outputs of crops (LLaVA-1.6) stand in the sequence: in the place of that patch
+    of their tile, or after all those, first -1, then -2, tile by tile. Base views, and everything
+    without `places`, are read in the order of K.
+    """
 
     projected: Tensor
     sources: Tensor
+    places: Tensor | None = None
+
+
+def stack_merged(tiles: list[tuple[Tensor, Tensor, Tensor]]) -> Merged:
+    """Merged from (projected [K, D], sources [K, N], places [K]) of every tile."""
+    projected, sources, places = zip(*tiles, strict=True)
+    return Merged(
+        pad_sequence(list(projected), batch_first=True),
+        pad_sequence(list(sources), batch_first=True),
+        pad_sequence(list(places), batch_first=True, padding_value=-1),
+    )
 
 
 @dataclass(frozen=True)
@@ -129,3 +147,9 @@ def check_whole(name: str, value: object, at_least: int) -> None:
     """Raise PruningError unless `value` is a whole number of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise PruningError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise PruningError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise PruningError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
