@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import pruning_checks as checks
+import pytest
 import torch
 from encoder_vectors import X, attention
 from PIL import Image

@@ -35,11 +35,11 @@ class VisionZip(PruningMethod):
         assignment  each other patch to the target whose key is most similar (cosine)
         contextual  x_target + mean of the x assigned to it, then the projector
 
-    c = floor(5 k / 32): 54 + 10 of 64, 108 + 20 of 128, 162 + 30 of 192, 27 + 5 of 32, as published;
-    below k = 7 there are none, and k = 1 is the class token alone.
+    c = floor(5 k / 32), as published: 54 + 10 of 64, 108 + 20 of 128, 162 + 30 of 192, 27 + 5 of
+    32; below k = 7 there are none, and k = 1 is the class token alone.
 
-    Options: contextual, c of every tile; ctx_merge `sum` (target plus mean, as the released code) or
-    `mean` (of the target and what was assigned to it, as the paper words it).
+    Options: contextual, c of every tile; ctx_merge `sum` (target plus mean, as the released code
+    does) or `mean` (of the target and what was assigned to it, as the paper words it).
 
     LLaVA-1.6: k of every tile; base view first, then the crops' patches in the order of the canvas,
     their class tokens, their contextual tokens, and no newlines, all as in the released code. That
@@ -81,7 +81,7 @@ class VisionZip(PruningMethod):
         if contextual >= count:
             raise PruningError(
                 f"visionzip cannot make {contextual} contextual tokens and keep the class token in "
-                f"a budget of {count} a tile; keep more tokens or set contextual={count - 1} or less"
+                f"a budget of {count} a tile; keep more, or set contextual={count - 1} or less"
             )
         return contextual
 
