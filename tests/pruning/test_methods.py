@@ -29,6 +29,8 @@ each_pruning = pytest.mark.parametrize("name", PRUNING)
 def test_catalogue() -> None:
     assert METHODS == [
         "divprune",
+        "fastervlm",
+        "fopru",
         "grid",
         "none",
         "norm",

@@ -89,6 +89,11 @@ class PruningMethod:
         """Tokens an image of `n` tokens has after pruning to `budget`: a pure function."""
         return min(n, budget)
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether rows and columns of a tile count, so that tiles cannot be chosen from as one."""
+        return False
+
     def pick(self, rows: VisualTokens, importance: Tensor | None, counts: list[int]) -> Picks:
         """`choose`, held to its contract; indices come back sorted. Used by the stage.
 
@@ -153,3 +158,9 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise PruningError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise PruningError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise PruningError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise PruningError(f"{name} must be true or false, got {value!r}")
