@@ -155,10 +155,15 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
     counts = tile_counts(visual, budgets)
     sizes = visual.tile_sizes()
     work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
-    device, slots = visual.projected.device, max(counts)
-    refuse_non_finite(visual.subset(work))
+    some = visual.subset(work)
+    refuse_non_finite(some)
     start = time.perf_counter()
-    merged = config.pruner.merge(visual.subset(work), torch.tensor([counts[t] for t in work]))
+    with torch.no_grad():
+        adapted = config.pruner.adapt(some, [counts[t] for t in work])
+    for tile, count in zip(work, adapted, strict=True):
+        counts[tile] = count
+    device, slots = visual.projected.device, max(counts)
+    merged = config.pruner.merge(some, torch.tensor(adapted))
     seconds = time.perf_counter() - start
     whole = torch.tensor([k == n for k, n in zip(counts, sizes, strict=True)], device=device)
     valid = torch.ones(visual.projected.shape[:2], dtype=torch.bool, device=device)

@@ -35,6 +35,8 @@ def test_catalogue() -> None:
         "none",
         "norm",
         "pool",
+        "prumerge",
+        "prumerge-plus",
         "random",
         "visionzip",
         "zoo",

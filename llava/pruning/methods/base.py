@@ -50,7 +50,8 @@ class PruningMethod:
         name: registered name.
         paper: where it was published, in a few words.
         needs: inputs beyond the projected tokens: `features`, `projector`, or a key of
-            `VisualTokens.extras` that the pipeline collects only for methods naming it.
+            `VisualTokens.extras` that the pipeline collects only for methods naming it. Where that
+            depends on options, an instance has its own (`set_needs`).
         query_aware: whether the text of the prompt changes the choice.
         merges: whether outputs are new vectors rather than some of the inputs.
         fixed_count: whether the number of kept tokens is `num_kept`, whatever the content.
@@ -85,9 +86,23 @@ class PruningMethod:
         """Make counts[t] new tokens from the valid ones of every tile t; keeps gradients."""
         raise NotImplementedError(f"{type(self).__name__} merges: it must define merge()")
 
+    def adapt(self, visual: VisualTokens, counts: list[int]) -> list[int]:
+        """Tokens of every tile, at most counts[t] and at least one: for methods that merge.
+
+        Methods without a fixed count say here what the content asks for.
+        """
+        return counts
+
     def num_kept(self, n: int, budget: int) -> int:
-        """Tokens an image of `n` tokens has after pruning to `budget`: a pure function."""
+        """Tokens an image of `n` tokens has after pruning to `budget`: a pure function.
+
+        Without a fixed count (`fixed_count`) the most it may have.
+        """
         return min(n, budget)
+
+    def set_needs(self, *needs: str) -> None:
+        """What this instance needs with its options; called from `__post_init__`."""
+        object.__setattr__(self, "needs", needs)
 
     @property
     def needs_grid(self) -> bool:
