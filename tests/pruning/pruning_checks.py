@@ -14,7 +14,10 @@ from llava.pruning.tokens import ENCODER_EXTRAS
 GRID = (6, 6)
 N = GRID[0] * GRID[1]
 # Methods whose choice follows the tokens and not their places.
-EQUIVARIANT = ("divprune", "fastervlm", "fopru", "norm", "zoo", "zoo-exact", "least-sensitive")
+EQUIVARIANT = (
+    *("agilepruner", "divprune", "fastervlm", "fopru", "norm", "scope", "vispruner"),
+    *("zoo", "zoo-exact", "least-sensitive"),
+)
 
 
 def make_projector(dtype: torch.dtype = torch.float32, dv: int = 10, d: int = 14) -> nn.Module:

@@ -28,17 +28,21 @@ each_pruning = pytest.mark.parametrize("name", PRUNING)
 
 def test_catalogue() -> None:
     assert METHODS == [
+        "agilepruner",
         "divprune",
         "fastervlm",
         "fopru",
         "grid",
+        "hiprune",
         "none",
         "norm",
         "pool",
         "prumerge",
         "prumerge-plus",
         "random",
+        "scope",
         "visionzip",
+        "vispruner",
         "zoo",
         "zoo-exact",
         "least-sensitive",

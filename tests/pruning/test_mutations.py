@@ -41,7 +41,7 @@ def backwards(chosen):
     return raster_slots(chosen).flip(1)
 
 
-row_cosine = max_min._cosine
+row_cosine = max_min.cosine
 
 
 def unsteady_cosine(z):
@@ -56,7 +56,7 @@ MUTATIONS = {
     "tie to highest index": (max_min, "first_argmax", highest_argmax),
     "position off by one": (base, "raster_order", shifted),
     "global random state": (sensitivity_module, "direction_bank", global_bank),
-    "batch-dependent product": (max_min, "_cosine", unsteady_cosine),
+    "batch-dependent product": (max_min, "cosine", unsteady_cosine),
 }
 
 

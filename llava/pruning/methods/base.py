@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -179,3 +180,10 @@ def check_switch(name: str, value: object) -> None:
     """Raise PruningError unless `value` is true or false."""
     if not isinstance(value, bool):
         raise PruningError(f"{name} must be true or false, got {value!r}")
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Raise PruningError unless `value` is a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        span = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise PruningError(f"{name} must be a number {span}, got {value!r}")

@@ -45,8 +45,7 @@ class PruMergePlus(PruMerge):
         )
 
     def _adaptive_samples(self, attention: Tensor, attended: int) -> Tensor:
-        # At most a quarter lies above the third quartile, so the step is at least 1.
-        step = len(attention) // attended // 3
+        step = max(1, len(attention) // attended // 3)
         rest = _others(attention, super()._choose(attention, attended))
         # The last token is never sampled, as in the released code.
         return rest[(rest % step == 0) & (rest < len(attention) - 1)]

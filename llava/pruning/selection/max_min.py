@@ -106,7 +106,7 @@ def selectable(z: Tensor, valid: Tensor | None, row: int) -> Tensor:
 def _similarities(z: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """LongTensor [B, n] of valid tokens, padded with -1, and their similarities [B, n, n]."""
     rows = [selectable(z, valid, row) for row in range(z.shape[0])]
-    grams = [_cosine(z[row, tokens].to(dtype)) for row, tokens in enumerate(rows)]
+    grams = [cosine(z[row, tokens].to(dtype)) for row, tokens in enumerate(rows)]
     if all(len(tokens) == len(rows[0]) for tokens in rows):
         return torch.stack(rows), torch.stack(grams)
     size = max(len(tokens) for tokens in rows)
@@ -114,7 +114,7 @@ def _similarities(z: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[
     return pad_sequence(rows, batch_first=True, padding_value=-1), torch.stack(padded)
 
 
-def _cosine(z: Tensor) -> Tensor:
+def cosine(z: Tensor) -> Tensor:
     """[n, n] cosine similarities of one row's valid tokens z [n, D].
 
     One matrix product per row, on a freshly allocated operand: inside a batched product, or at

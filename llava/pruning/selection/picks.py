@@ -20,6 +20,13 @@ class Picks(NamedTuple):
     margins: Tensor
 
 
+def joined(rows: list[Picks]) -> Picks:
+    """Picks of single rows, indices [k] and margins [k], as one batch."""
+    indices = pad_sequence([row.indices for row in rows], batch_first=True, padding_value=-1)
+    margins = [row.margins for row in rows]
+    return Picks(indices, pad_sequence(margins, batch_first=True, padding_value=torch.inf))
+
+
 def unscored(rows: list[Tensor]) -> Picks:
     """Picks from one LongTensor of indices per tile, for methods that rank nothing."""
     indices = pad_sequence(rows, batch_first=True, padding_value=-1)
