@@ -286,3 +286,20 @@ def test_agilepruner_is_the_walk(count: int, centre: bool, tau_max: float) -> No
 def test_wrong_options_are_named(name: str, option: str, value: object) -> None:
     with pytest.raises(PruningError, match=option):
         PruningConfig.of(name, keep_tokens=3, **{option: value})
+
+
+ENCODER_METHODS = [
+    *("agilepruner", "fastervlm", "fopru", "hiprune", "prumerge", "prumerge-plus"),
+    *("scope", "visionzip", "vispruner"),
+]
+
+
+@pytest.mark.parametrize("name", ENCODER_METHODS)
+@pytest.mark.parametrize("budget", [64, 128, 192, 160, 320, 640])
+def test_published_budgets(name: str, budget: int) -> None:
+    """64 of one tile of 576, 160 of five: what tables report, every tile an equal share."""
+    tiles = 5 if budget in (160, 320, 640) else 1
+    visual = checks.make_visual(tiles, owners=[0] * tiles, grid=(24, 24))
+    out = prune_visual_tokens(visual, PruningConfig(name, keep_tokens=budget))
+    assert out.embeddings(0).shape[0] == budget
+    assert out.valid.sum(dim=1).tolist() == [budget // tiles] * tiles

@@ -62,8 +62,8 @@ class HiPrune(PruningMethod):
         rows = []
         for tile, count in enumerate(counts.tolist()):
             tokens = selectable(importance, visual.valid, tile)
-            anchors = _ranked(visual.extra("object_attention")[tile], tokens)
-            anchors = anchors[: round(self.alpha * count / 5)].tolist()
+            objects = _ranked(visual.extra("object_attention")[tile], tokens).tolist()
+            anchors = objects[: round(self.alpha * count / 5)]
             near = [n for a in anchors for n in self._neighbours(a, visual.grid)]
             valid = set(tokens.tolist())
             # A dictionary keeps the first of equal entries in its place.
@@ -79,8 +79,8 @@ class HiPrune(PruningMethod):
             around = (token - 1, token + 1, token - cols, token + cols)
             return [min(max(place, 0), rows * cols - 1) for place in around]
         row, col = divmod(token, cols)
-        around = ((row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col))
-        return [r * cols + c for r, c in around if 0 <= r < rows and 0 <= c < cols]
+        beside = ((row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col))
+        return [r * cols + c for r, c in beside if 0 <= r < rows and 0 <= c < cols]
 
 
 def _ranked(scores: Tensor, tokens: Tensor) -> Tensor:

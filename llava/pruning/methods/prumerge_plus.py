@@ -39,10 +39,9 @@ class PruMergePlus(PruMerge):
             return torch.cat([super()._choose(attention, attended), samples])[:count]
         kept = super()._choose(attention, math.ceil(count / 4))
         rest = _others(attention, kept)
-        samples = count - len(kept)
-        return torch.cat(
-            [kept, rest[torch.arange(samples, device=kept.device) * len(rest) // max(1, samples)]]
-        )
+        wanted = count - len(kept)
+        places = torch.arange(wanted, device=kept.device) * len(rest) // max(1, wanted)
+        return torch.cat([kept, rest[places]])
 
     def _adaptive_samples(self, attention: Tensor, attended: int) -> Tensor:
         step = max(1, len(attention) // attended // 3)
