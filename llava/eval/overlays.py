@@ -23,7 +23,7 @@ def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) 
     """
     name = runner.task.questions[0].image
     image = runner.task.load_image(name)
-    visual = runner.encode([name])
+    visual = runner.encode([name], [arm.method for arm in arms])
     pictures = {f"{name}: all {visual.embeddings(0).shape[0]}": image}
     pruned = [arm for arm in arms if arm.method != UNPRUNED and arm.unavailable is None]
     budgets = {arm.budget for arm in pruned if arm.budget is not None}

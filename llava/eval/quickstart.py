@@ -147,7 +147,7 @@ def load_subject(path: Path, device: str) -> Subject:
 
 def plan(runner: Runner, methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]:
     """All arms; what a method refuses to do with the first image is known to be unavailable."""
-    first = runner.encode([runner.task.questions[0].image])
+    first = runner.encode([runner.task.questions[0].image], methods)
     return plan_arms(
         methods,
         budgets,

@@ -8,7 +8,7 @@ the machine down for a while slows all arms alike, and ratios taken within a bat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -87,18 +87,25 @@ class Runner:
         for number in range(first, len(self.batches)):
             yield self._run_batch(number, arms, cold=number == first)
 
-    def encode(self, names: Sequence[str]) -> VisualTokens:
-        """Visual tokens of the named images, one image after the other."""
+    def encode(self, names: Sequence[str], methods: Iterable[str] = ()) -> VisualTokens:
+        """Visual tokens of the named images, one image after the other.
+
+        They carry what any of `methods` needs, so that arms share one encoding.
+        """
         images = [self.task.load_image(name) for name in names]
         config = self.subject.model.config
         pixels = process_images(images, self.subject.image_processor, config)
+        needs = {need for method in methods for need in get_method(method).needs}
+        needs.discard("image_digest")
         with torch.inference_mode():
-            visual = self.subject.model.encode_visual_tokens(pixels, [i.size for i in images])
-        # All arms share this encoding, so it carries what any of them needs: `random` draws from
-        # the image itself, not from features that move with the batch they were computed in.
+            sizes = [image.size for image in images]
+            visual = self.subject.model.encode_visual_tokens(pixels, sizes, needs)
+        # `random` draws from the image itself, not from features that move with the batch they
+        # were computed in.
         digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
         owners = visual.image_index.tolist()
-        return replace(visual, extras={"image_digest": [digests[owner] for owner in owners]})
+        digest = {"image_digest": [digests[owner] for owner in owners]}
+        return replace(visual, extras=visual.extras | digest)
 
     @torch.inference_mode()
     def prune_images(
@@ -162,7 +169,7 @@ class Runner:
         others = [self.stand_ins[name] for name in own] if self.stand_ins else []
         names = list(dict.fromkeys(own + others))
         clock = Stopwatch(self.subject.model.device)
-        visual = self.encode(names)
+        visual = self.encode(names, [arm.method for arm in arms])
         encode_ms = clock.lap() / len(names)
         outcomes: dict[str, Outcome] = {}
         turn = number % len(arms)

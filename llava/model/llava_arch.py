@@ -6,7 +6,7 @@ Each step is a method that may be called, replaced or patched alone.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -22,6 +22,7 @@ from llava.model.instruction import asked, needed_of_question, read_questions
 from llava.model.layouts import TileGeometry, image_layouts, padding_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.readings import TowerReader
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import (
     count_marks,
@@ -36,7 +37,7 @@ from llava.model.tiles import Images, flatten_tiles, tile_digest
 from llava.pruning.config import PruningConfig
 from llava.pruning.layout import ImageLayout
 from llava.pruning.stage import prune_visual_tokens
-from llava.pruning.tokens import Prompt, VisualTokens
+from llava.pruning.tokens import ENCODER_EXTRAS, Prompt, VisualTokens
 from llava.utils import UserInputError
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
@@ -169,7 +170,10 @@ class LlavaMetaForCausalLM:
         return model.mm_projector(self._for_projector(features))
 
     def encode_visual_tokens(
-        self, images: Images, image_sizes: list[tuple[int, int]] | None = None
+        self,
+        images: Images,
+        image_sizes: list[tuple[int, int]] | None = None,
+        needs: Iterable[str] | None = None,
     ) -> VisualTokens:
         """Encode every tile of every image once.
 
@@ -181,19 +185,26 @@ class LlavaMetaForCausalLM:
             image_sizes: (width, height) of the original images. Tiles are arranged by them
                 (``spatial``, ``spatial_unpad``); images of one tile need them only for pictures of
                 what was kept.
+            needs: what to collect beyond features and embeddings, by the names that methods put
+                into their ``needs``; by default what the active method asks for.
 
         Returns:
             VisualTokens, flat over tiles: features [T, N, Dv], projected [T, N, D].
 
         Raises:
-            UserInputError: shapes that are none of these, tiles that do not fit ``image_sizes``.
+            UserInputError: shapes that are none of these, tiles that do not fit ``image_sizes``,
+                and features computed before where the method needs more of the tower.
         """
+        if needs is None:
+            needs = () if self.pruning is None else self.pruning.pruner.needs
+        needs = set(needs)
         tiles, image_index = flatten_tiles(images)
         projector = self.get_model().mm_projector
+        reader = TowerReader(name for name in ENCODER_EXTRAS if name in needs)
         if tiles.ndim == 4:
             # encode_images is what others patch, so it is called as it is and its projector tells
             # which features it saw.
-            with _inputs_of(projector) as seen:
+            with _inputs_of(projector) as seen, reader.reading():
                 projected = self.encode_images(tiles)
             features = torch.cat(seen)
         else:
@@ -216,7 +227,7 @@ class LlavaMetaForCausalLM:
             image_index=image_index.to(projected.device),
             grid=grid,
             valid=None if valid is None else valid.to(projected.device),
-            extras=self._extras(tiles),
+            extras=_digests(tiles, needs) | reader.extras(len(tiles)),
             layouts=layouts,
             newline=self._newline(layouts),
             released=next_protocol(self.config) == "zoo-release",
@@ -356,13 +367,6 @@ class LlavaMetaForCausalLM:
         # With the class token among them, the tokens of a tile form no square.
         return (side, side) if tokens == side * side else (1, tokens)
 
-    def _extras(self, tiles: torch.Tensor) -> dict[str, Any]:
-        """What the active method asked for beyond features and embeddings."""
-        config = self.pruning
-        if config is None or "image_digest" not in config.pruner.needs:
-            return {}
-        return {"image_digest": [tile_digest(tile) for tile in tiles]}
-
     def _for_projector(self, features: torch.Tensor) -> torch.Tensor:
         # Callers may hold pixels or cached features in another precision than the model.
         weight = next(self.get_model().mm_projector.parameters(), None)
@@ -393,6 +397,12 @@ class LlavaMetaForCausalLM:
             for row, share, count in zip(rows, shares, marks, strict=True)
             if count
         )
+
+
+def _digests(tiles: torch.Tensor, needs: set[str]) -> dict[str, Any]:
+    if "image_digest" not in needs:
+        return {}
+    return {"image_digest": [tile_digest(tile) for tile in tiles]}
 
 
 @contextmanager

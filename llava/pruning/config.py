@@ -81,6 +81,11 @@ class PruningConfig:
                 raise PruningError(
                     f"{self.method!r} makes new tokens, so {name} can only be {allowed[0]!r}"
                 )
+        if self.pruner.needs_grid and self.allocation == "global":
+            raise PruningError(
+                f"{self.method!r} with these options goes by the rows and columns of a tile, so "
+                "allocation can only be 'per_tile'"
+            )
         if self.newline == "select" and self.allocation != "global":
             raise PruningError("newline='select' needs allocation='global': no tile owns newlines")
 

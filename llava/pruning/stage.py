@@ -155,10 +155,15 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
     counts = tile_counts(visual, budgets)
     sizes = visual.tile_sizes()
     work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
-    device, slots = visual.projected.device, max(counts)
-    refuse_non_finite(visual.subset(work))
+    some = visual.subset(work)
+    refuse_non_finite(some)
     start = time.perf_counter()
-    merged = config.pruner.merge(visual.subset(work), torch.tensor([counts[t] for t in work]))
+    with torch.no_grad():
+        adapted = config.pruner.adapt(some, [counts[t] for t in work])
+    for tile, count in zip(work, adapted, strict=True):
+        counts[tile] = count
+    device, slots = visual.projected.device, max(counts)
+    merged = config.pruner.merge(some, torch.tensor(adapted))
     seconds = time.perf_counter() - start
     whole = torch.tensor([k == n for k, n in zip(counts, sizes, strict=True)], device=device)
     valid = torch.ones(visual.projected.shape[:2], dtype=torch.bool, device=device)
@@ -173,7 +178,10 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
     projected = projected.index_copy(0, at, nn.functional.pad(merged.projected, fill))
     sources[at, :width] = merged.sources
     filled = torch.arange(slots)[None] < torch.tensor(counts)[:, None]
-    sequences = _merged_sequences(visual, budgets, counts, slots)
+    places = None
+    if merged.places is not None:
+        places = kept.index_copy(0, at, nn.functional.pad(merged.places, (0, slots - width)))
+    sequences = _merged_sequences(visual, budgets, counts, slots, places)
     trace = PruningTrace(
         method=config.pruner.label(visual),
         kept=None,
@@ -194,9 +202,13 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
 
 
 def _merged_sequences(
-    visual: VisualTokens, budgets: list[int | None], counts: list[int], slots: int
+    visual: VisualTokens,
+    budgets: list[int | None],
+    counts: list[int],
+    slots: int,
+    places: Tensor | None,
 ) -> tuple[TokenSequence, ...]:
-    """Merged tokens tile after tile; images kept whole as they were."""
+    """Merged tokens, base view first, crops by `places`; images kept whole as they were."""
     count = visual.projected.shape[1]
     sequences = []
     for image, budget in enumerate(budgets):
@@ -215,8 +227,29 @@ def _merged_sequences(
             continue
         own = [counts[t] for t in visual.tiles_of(image)]
         source = torch.cat([torch.arange(k) + tile * slots for tile, k in enumerate(own)])
-        sequences.append(TokenSequence(source.to(old.source.device), None, old.total))
+        source = source.to(old.source.device)
+        if places is not None:
+            place = places[visual.tiles_of(image)].flatten()[source]
+            source = source[_reading_order(place, source // slots, old.source, count)]
+        sequences.append(TokenSequence(source, None, old.total))
     return tuple(sequences)
+
+
+def _reading_order(place: Tensor, tile: Tensor, sequence: Tensor, count: int) -> Tensor:
+    """LongTensor [n]: the order of an image's merged tokens; see `Merged.places`.
+
+    Args:
+        place: LongTensor [n], patch of its tile or below zero.
+        tile: LongTensor [n], ascending.
+        sequence: LongTensor, the unpruned sequence.
+        count: patches of a tile.
+    """
+    rank = torch.zeros(int(tile.max() + 1) * count, dtype=torch.long, device=place.device)
+    patches = (sequence >= 0) & (sequence < len(rank))
+    rank[sequence[patches]] = patches.nonzero().flatten()
+    key = torch.where(place >= 0, rank[tile * count + place.clamp(min=0)], len(sequence) * -place)
+    # The base view stays as it is, before everything else; the sort is stable.
+    return key.masked_fill(tile == 0, -1).argsort(stable=True)
 
 
 def select(

@@ -13,8 +13,20 @@ from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE, Box, ImageLayout
 from llava.pruning.trace import PruningTrace
 
+# Keys of `extras` that the vision tower is read for.
+ENCODER_EXTRAS = (
+    "cls_attention",
+    "received_attention",
+    "encoder_keys",
+    "cls_feature",
+    "object_attention",
+    "next_cls_attention",
+    "next_single_head_attention",
+    "next_keys",
+)
+
 # Keys of `extras` that hold one entry per tile; the others hold one per image.
-TILE_EXTRAS = ("image_digest", "clip_image")
+TILE_EXTRAS = ("image_digest", "clip_image", *ENCODER_EXTRAS)
 
 
 class TokenSequence(NamedTuple):
@@ -64,7 +76,16 @@ class VisualTokens:
             `clip_image` (list of T [N, E]: patches in the space that CLIP's images and texts
             share), `clip_text` (list: [m, E], the m segments of image i's instruction there),
             `question_embeddings` (list: [m, D], the language model's embeddings of the m words that
-            image i's question is about).
+            image i's question is about), and of the vision tower, lists of T tensors in at least
+            float32:
+            `cls_attention`, `received_attention` [N]: attention in the block that makes the
+            features, from the class token, and the mean over all queries; summed over heads. A
+            tower without a class token gives the second under both names.
+            `encoder_keys` [N, C]: keys there, mean over heads.
+            `cls_feature` [Dv]: the class token's feature, in the tower's precision.
+            `object_attention` [N]: as `received_attention`, at 9/24 of the depth.
+            `next_cls_attention`, `next_single_head_attention` [N], `next_keys` [N, C]: of the block
+            after the features, with its heads, all heads taken for one, heads side by side.
         layouts: how each image's tiles follow each other; None: one after the other.
         newline: [D] embedding of the newline token, where a layout has any.
         released: select as the code released with ZOO-Prune does on LLaVA-NeXT, see

@@ -16,7 +16,7 @@ PRUNED = ("random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact", "lea
 
 
 def plan(runner: Runner, methods: tuple[str, ...], budgets: list[int]) -> tuple[Arm, ...]:
-    visual = runner.encode([runner.task.questions[0].image])
+    visual = runner.encode([runner.task.questions[0].image], methods)
     return plan_arms(methods, budgets, 576, lambda *arm: runner.refusal(visual, *arm))
 
 
@@ -108,6 +108,16 @@ def test_kept_tokens_agree_alone_and_in_a_batch(
             continue
         both = set(alone.kept[0].tolist()) & set(together.kept[position].tolist())
         assert len(both) >= 0.98 * 64
+
+
+def test_arms_share_what_was_read_of_the_tower(make_runner: Callable[..., Runner]) -> None:
+    runner = make_runner()
+    arms = plan(runner, ("none", "fastervlm", "visionzip"), [64])
+    assert [arm.name for arm in arms if arm.unavailable] == []
+    names = {record["arm"] for answers, _ in runner.run(arms) for record in answers}
+    assert {"fastervlm@64", "visionzip@64"} <= names
+    bare = runner.encode([runner.task.questions[0].image])
+    assert set(bare.extras) == {"image_digest"}
 
 
 def test_take_images_repeats_and_reorders(make_runner: Callable[..., Runner]) -> None:

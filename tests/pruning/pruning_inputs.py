@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning import VisualTokens, get_method
+from llava.pruning.tokens import ENCODER_EXTRAS
 
 Maker = Callable[[VisualTokens], list[Any]]
 
@@ -93,6 +94,25 @@ def supply(visual: VisualTokens, name: str) -> VisualTokens:
         if make is not None:
             extras[need] = make(visual)
     return replace(visual, extras=extras)
+
+
+def read_visual(*args: Any, **kwargs: Any) -> VisualTokens:
+    """`make_visual` with all that a vision tower can be read for."""
+    visual = make_visual(*args, **kwargs)
+    return replace(visual, extras={need: MAKERS[need](visual) for need in ENCODER_EXTRAS})
+
+
+def one_tile(visual: VisualTokens, tile: int) -> VisualTokens:
+    """Tile `tile` as a batch of its own."""
+    return VisualTokens(
+        visual.features[tile : tile + 1].clone(),
+        visual.projected[tile : tile + 1].clone(),
+        visual.projector,
+        torch.zeros(1, dtype=torch.long),
+        visual.grid,
+        None if visual.valid is None else visual.valid[tile : tile + 1].clone(),
+        visual.tile_extras([tile]),
+    )
 
 
 def make_projector(dtype: torch.dtype = torch.float32, dv: int = 10, d: int = 14) -> nn.Module:

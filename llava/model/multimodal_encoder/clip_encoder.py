@@ -9,6 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import cached_file
 
+from llava.model.multimodal_encoder.readings import active_reader
 from llava.utils import UserInputError
 
 # Buffers that old checkpoints stored and the model computes itself.
@@ -121,9 +122,18 @@ class CLIPVisionTower(nn.Module):
             )
         tower = self.vision_tower
         hidden = tower.pre_layrnorm(tower.embeddings(pixels.to(self.device, self.dtype)))
+        layers, used = tower.encoder.layers, self.num_layers_used
+        # Methods weigh patches; where the class token is one of the tokens they have no reading.
+        reader = active_reader.get() if self.select_feature == "patch" else None
         # Later blocks cannot change the result, so they are not run.
-        for layer in tower.encoder.layers[: self.num_layers_used]:
+        for index, layer in enumerate(layers[:used]):
+            if reader is not None:
+                reader.read_block(index, used, layers, hidden)
             hidden = layer(hidden, None)
+        if reader is not None:
+            if used < len(layers):
+                reader.read_block(used, used, layers, hidden)
+            reader.read_output(hidden)
         return self.feature_select(hidden).to(pixels.dtype)
 
     def feature_select(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.selection.picks import Picks
@@ -14,10 +16,27 @@ from llava.pruning.tokens import VisualTokens
 
 
 class Merged(NamedTuple):
-    """New tokens: `projected` [T, K, D], zero padded; `sources` BoolTensor [T, K, N]."""
+    """New tokens: `projected` [T, K, D], zero padded; `sources` BoolTensor [T, K, N].
+
+    A token that is none of the N, such as the class token, has no source. `places` LongTensor
+    [T, K] says where outputs of crops (LLaVA-1.6) stand in the sequence: in the place of that patch
+    of their tile, or after all those, first -1, then -2, tile by tile. Base views, and everything
+    without `places`, are read in the order of K.
+    """
 
     projected: Tensor
     sources: Tensor
+    places: Tensor | None = None
+
+
+def stack_merged(tiles: list[tuple[Tensor, Tensor, Tensor]]) -> Merged:
+    """Merged from (projected [K, D], sources [K, N], places [K]) of every tile."""
+    projected, sources, places = zip(*tiles, strict=True)
+    return Merged(
+        pad_sequence(list(projected), batch_first=True),
+        pad_sequence(list(sources), batch_first=True),
+        pad_sequence(list(places), batch_first=True, padding_value=-1),
+    )
 
 
 @dataclass(frozen=True)
@@ -74,8 +93,18 @@ class PruningMethod:
         """Make counts[t] new tokens from the valid ones of every tile t; keeps gradients."""
         raise NotImplementedError(f"{type(self).__name__} merges: it must define merge()")
 
+    def adapt(self, visual: VisualTokens, counts: list[int]) -> list[int]:
+        """Tokens of every tile, at most counts[t] and at least one: for methods that merge.
+
+        Methods without a fixed count say here what the content asks for.
+        """
+        return counts
+
     def num_kept(self, n: int, budget: int) -> int:
-        """Tokens an image of `n` tokens has after pruning to `budget`: a pure function."""
+        """Tokens an image of `n` tokens has after pruning to `budget`: a pure function.
+
+        Without a fixed count (`fixed_count`) the most it may have.
+        """
         return min(n, budget)
 
     def label(self, visual: VisualTokens) -> str:
@@ -86,6 +115,11 @@ class PruningMethod:
         """What this instance needs with its options; called from `__post_init__`."""
         object.__setattr__(self, "needs", needs)
         object.__setattr__(self, "wants", wants)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether rows and columns of a tile count, so that tiles cannot be chosen from as one."""
+        return False
 
     def pick(self, rows: VisualTokens, importance: Tensor | None, counts: list[int]) -> Picks:
         """`choose`, held to its contract; indices come back sorted. Used by the stage.
@@ -188,3 +222,16 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise PruningError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise PruningError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise PruningError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise PruningError(f"{name} must be true or false, got {value!r}")
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Raise PruningError unless `value` is a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        span = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise PruningError(f"{name} must be a number {span}, got {value!r}")

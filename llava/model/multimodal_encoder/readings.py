@@ -1,0 +1,160 @@
+"""What pruning methods read inside the vision tower: rows of attention and keys of one block.
+
+Nothing is computed unless it is asked for, and the tower itself goes on under sdpa: a reading makes
+its own few products from the block's input. S = 1 + N tokens, the class token first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llava.utils import UserInputError
+
+
+def attention_from_class(attention: nn.Module, x: Tensor) -> Tensor:
+    """[B, N]: what the class token gives every patch, after softmax, summed over heads."""
+    scores = _scores(attention, attention.q_proj(x[:, :1]), attention.k_proj(x))
+    return scores.softmax(dim=-1).sum(dim=1)[:, 0, 1:]
+
+
+def attention_received(attention: nn.Module, x: Tensor) -> Tensor:
+    """[B, N]: what every patch is given, summed over heads, mean over all queries, class included.
+
+    Importance also in towers without a class token. One tile at a time: a tile's attention is
+    heads x S x S numbers.
+    """
+    rows = []
+    for tile in x:
+        tile = tile[None].clone()
+        scores = _scores(attention, attention.q_proj(tile), attention.k_proj(tile))
+        rows.append(scores.softmax(dim=-1).mean(dim=2).sum(dim=1)[0, 1:])
+    return torch.stack(rows)
+
+
+def single_head_attention(attention: nn.Module, x: Tensor) -> Tensor:
+    """[B, N]: softmax(q K^T / sqrt(C)) of the class token, all heads taken for one.
+
+    No attention the tower computes: PruMerge's released code does.
+    """
+    query, keys = _widen(attention.q_proj(x[:, :1])), _widen(attention.k_proj(x))
+    scores = query @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+    return scores.softmax(dim=-1)[:, 0, 1:]
+
+
+def mean_keys(attention: nn.Module, x: Tensor) -> Tensor:
+    """[B, N, C / heads]: the patches' keys, mean over heads."""
+    return _heads(attention, _widen(attention.k_proj(x[:, 1:]))).mean(dim=1)
+
+
+def whole_keys(attention: nn.Module, x: Tensor) -> Tensor:
+    """[B, N, C]: the patches' keys, heads side by side."""
+    return _widen(attention.k_proj(x[:, 1:]))
+
+
+def _scores(attention: nn.Module, query: Tensor, keys: Tensor) -> Tensor:
+    """[B, heads, queries, S] before softmax, at least float32."""
+    query, keys = (_heads(attention, _widen(t)) for t in (query, keys))
+    return query @ keys.transpose(2, 3) * attention.head_dim**-0.5
+
+
+def _heads(attention: nn.Module, tokens: Tensor) -> Tensor:
+    """[B, S, C] -> [B, heads, S, C / heads]."""
+    return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+
+def _widen(tokens: Tensor) -> Tensor:
+    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+
+
+def _feature_block(used: int, total: int) -> int:
+    return used - 1
+
+
+def _next_block(used: int, total: int) -> int:
+    return used
+
+
+def _object_block(used: int, total: int) -> int:
+    # HiPrune's 9th of 24, as a share of the depth.
+    return max(1, round(total * 9 / 24)) - 1
+
+
+class _Reading(NamedTuple):
+    """Which block is read, from (blocks that run, blocks there are), and what of it."""
+
+    block: Callable[[int, int], int]
+    value: Callable[[nn.Module, Tensor], Tensor]
+
+
+# By the name that methods put into `needs`; `cls_feature` is no reading of a block.
+READINGS = {
+    "cls_attention": _Reading(_feature_block, attention_from_class),
+    "received_attention": _Reading(_feature_block, attention_received),
+    "encoder_keys": _Reading(_feature_block, mean_keys),
+    "object_attention": _Reading(_object_block, attention_received),
+    "next_cls_attention": _Reading(_next_block, attention_from_class),
+    "next_single_head_attention": _Reading(_next_block, single_head_attention),
+    "next_keys": _Reading(_next_block, whole_keys),
+}
+
+
+active_reader: ContextVar[TowerReader | None] = ContextVar("active_reader", default=None)
+
+
+class TowerReader:
+    """Collects the named readings of every tile that passes through the tower.
+
+    Attributes:
+        found: per name the tensors [B, N, ...] (`cls_feature`: [B, C]) of every call so far.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """The towers that run inside are read; other threads do not see it."""
+        token = active_reader.set(self if self.found else None)
+        try:
+            yield
+        finally:
+            active_reader.reset(token)
+
+    def read_block(self, index: int, used: int, layers: nn.ModuleList, hidden: Tensor) -> None:
+        """Read block `index`, whose input is `hidden` [B, S, C]; `used` blocks run in all."""
+        names = [
+            name
+            for name in self.found
+            if name in READINGS and READINGS[name].block(used, len(layers)) == index
+        ]
+        if names:
+            x = layers[index].layer_norm1(hidden)
+            for name in names:
+                self.found[name].append(READINGS[name].value(layers[index].self_attn, x))
+
+    def read_output(self, hidden: Tensor) -> None:
+        """Read the tower's last hidden state [B, S, C]."""
+        if "cls_feature" in self.found:
+            self.found["cls_feature"].append(hidden[:, 0])
+
+    def extras(self, tiles: int) -> dict[str, list[Tensor]]:
+        """Per name one tensor a tile.
+
+        Raises:
+            UserInputError: the tower was not run on these tiles, or has no such block.
+        """
+        for name, parts in self.found.items():
+            if sum(len(part) for part in parts) != tiles:
+                raise UserInputError(
+                    f"the pruning method needs {name!r} of the vision tower, which it did not "
+                    "give: pass pixels and not features computed before, and use a tower with "
+                    "mm_vision_select_layer -2 and mm_vision_select_feature 'patch'"
+                )
+        return {name: list(torch.cat(parts)) for name, parts in self.found.items()}

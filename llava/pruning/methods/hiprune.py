@@ -1,0 +1,88 @@
+"""HiPrune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llava.pruning.methods.base import PruningMethod, check_number, check_switch
+from llava.pruning.registry import register
+from llava.pruning.selection.max_min import selectable
+from llava.pruning.selection.picks import Picks, unscored
+from llava.pruning.tokens import VisualTokens
+
+
+@register
+@dataclass(frozen=True)
+class HiPrune(PruningMethod):
+    """Keep what a middle layer attends to, with its neighbours, then what the deep layer does.
+
+    Paper: "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in VLMs",
+    arXiv 2508.00553. s is attention received: mean over heads and all queries, the class included.
+
+        anchors     the round(alpha k / 5) patches with the highest s of the middle layer
+        buffers     the patches above, below, left and right of each anchor
+        registers   the highest s of the layer that makes the features, until k are kept
+
+    The middle layer is the 9th of 24, the same share of another tower's depth. At k = 64 there is
+    one anchor; below k = 26 there is none.
+
+    Where the released code differs: left and right of the ends of a row it takes the neighbouring
+    row's patch, and beyond the image the first or last patch. wrap_neighbours=true does so too. An
+    alpha with more anchors and buffers than k keeps the first k of them, anchors first.
+
+    Options: alpha, wrap_neighbours. Margins are not recorded. The "++" variant, which reads the
+    question, is not built. Tiles are pruned one by one, a joined choice has no neighbours.
+    """
+
+    name: ClassVar[str] = "hiprune"
+    paper: ClassVar[str] = "arXiv 2508.00553"
+    needs: ClassVar[tuple[str, ...]] = ("received_attention", "object_attention")
+    fidelity: ClassVar[str] = "sheet-only"
+
+    alpha: float = 0.1
+    wrap_neighbours: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("alpha", self.alpha, 0, 5)
+        check_switch("wrap_neighbours", self.wrap_neighbours)
+
+    @property
+    def needs_grid(self) -> bool:
+        return True
+
+    def importance(self, visual: VisualTokens) -> Tensor:
+        return torch.stack(visual.extra("received_attention"))
+
+    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
+        assert importance is not None
+        rows = []
+        for tile, count in enumerate(counts.tolist()):
+            tokens = selectable(importance, visual.valid, tile)
+            objects = _ranked(visual.extra("object_attention")[tile], tokens).tolist()
+            anchors = objects[: round(self.alpha * count / 5)]
+            near = [n for a in anchors for n in self._neighbours(a, visual.grid)]
+            valid = set(tokens.tolist())
+            # A dictionary keeps the first of equal entries in its place.
+            taken = [token for token in dict.fromkeys(anchors + near) if token in valid]
+            registers = _ranked(importance[tile], tokens).tolist()
+            chosen = list(dict.fromkeys(taken + registers))[:count]
+            rows.append(torch.tensor(chosen, dtype=torch.long, device=importance.device))
+        return unscored(rows)
+
+    def _neighbours(self, token: int, grid: tuple[int, int]) -> list[int]:
+        rows, cols = grid
+        if self.wrap_neighbours:
+            around = (token - 1, token + 1, token - cols, token + cols)
+            return [min(max(place, 0), rows * cols - 1) for place in around]
+        row, col = divmod(token, cols)
+        beside = ((row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col))
+        return [r * cols + c for r, c in beside if 0 <= r < rows and 0 <= c < cols]
+
+
+def _ranked(scores: Tensor, tokens: Tensor) -> Tensor:
+    """`tokens` by descending score, ties to the lowest index."""
+    return tokens[scores[tokens].argsort(descending=True, stable=True)]
