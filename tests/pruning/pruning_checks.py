@@ -202,7 +202,8 @@ def check_declared_needs(name: str) -> None:
 def check_permutation(name: str) -> None:
     """Permuting tokens permutes the choice (margins are checked, so rounding cannot decide)."""
     visual = visual_for(name, 1, dtype=torch.float64, seed=5)
-    config = PruningConfig(name, keep_tokens=12)
+    # Fewer than the 10 features: beyond their rank a determinant has nothing left to tell apart.
+    config = PruningConfig(name, keep_tokens=9)
     out = prune_visual_tokens(visual, config)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     moved = replace_tokens(visual, visual.features[:, order], name)
