@@ -26,6 +26,8 @@ def package(checkpoint: Path, tokenizer: Path, output: Path) -> None:
     tower.vision_tower_name = model.config.mm_vision_tower = TOWER_NAME
     model.config.unfreeze_mm_vision_tower = True
     model.config.mm_conv_mode = "vicuna_v1"
+    # the vocabulary is complete: LLaVA adds a token of its own where the config is silent
+    model.config.mm_use_im_patch_token = model.config.mm_use_im_start_end = False
     model.config.use_cache = True
     model.generation_config = GenerationConfig(
         bos_token_id=model.config.bos_token_id,

@@ -89,6 +89,18 @@ def test_patch_token_is_added_where_the_config_is_silent(folder: Path) -> None:
     assert model.config.vocab_size == len(tokenizer)
 
 
+def test_new_rows_depend_on_nothing_random(folder: Path) -> None:
+    _edit(folder / "config.json", mm_use_im_patch_token=True)
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        _, model, _, _ = load_pretrained_model(str(folder), device="cpu")
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_missing_and_damaged_tokenizers(folder: Path, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path) is None
     (folder / "tokenizer.model").write_bytes(b"no model")
