@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up .venv and run the main job: llava-tiny at five token budgets under every pruning method.
+# Set up .venv and run the main job: llava-tiny at five token budgets under eight pruning methods.
 #
 #   bash scripts/quickstart.sh [--limit N] [options of python -m llava.eval quickstart]
 #
