@@ -4,7 +4,7 @@ import re
 
 from PIL import Image
 
-from llava.world.scene import Scene, make_scene
+from llava.world.scene import Scene, make_scene, make_varied_scene
 
 SPLITS = {"train": 1, "val": 2, "test": 3}
 _NAME = re.compile(r"(train|val|test)/(\d{6})(\.png)?")
@@ -13,12 +13,15 @@ _NAME = re.compile(r"(train|val|test)/(\d{6})(\.png)?")
 def scene(name: str) -> Scene:
     """The scene called ``split/index`` (six digits, an optional ``.png``).
 
-    Splits draw from seeds that no other split uses. Raises ``ValueError`` for another name.
+    Splits draw from seeds that no other split uses. Every second training scene is a varied one.
+    Raises ``ValueError`` for another name.
     """
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"no scene is called {name!r}; names look like 'test/000012'")
-    return make_scene((SPLITS[match[1]], int(match[2])))
+    split, index = match[1], int(match[2])
+    make = make_varied_scene if split == "train" and index % 2 else make_scene
+    return make((SPLITS[split], index))
 
 
 def render(name: str) -> Image.Image:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.world import FAMILIES, ask, render, scene
+from llava.world import FAMILIES, Scene, ask, render, scene
 from llava.world.benchmark import build
 from llava.world.font import ALPHABET, GLYPHS
 from llava.world.scene import ITEM_SPAN, PATCH, SIDE
@@ -70,10 +70,30 @@ def test_splits_share_no_layout() -> None:
 
 @pytest.mark.parametrize("index", range(8))
 def test_scenes_are_cluttered_and_nothing_overlaps(index: int) -> None:
-    made = scene(f"train/{index:06d}")
+    made = scene(f"test/{index:06d}")
     assert 15 <= len(made.items) <= 25
     assert len(made.signs) == 2
     assert made.pixels.shape == (SIDE, SIDE, 3)
+    assert _taken(made).max() == 1
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_every_second_training_scene_alone_varies_in_background(split: str) -> None:
+    def shares(names: list[str]) -> list[float]:
+        return [float((_taken(scene(name)) == 0).mean()) for name in names]
+
+    usual = shares([f"{split}/{i:06d}" for i in range(30)])
+    usual += shares([f"train/{i:06d}" for i in range(0, 60, 2)])
+    assert min(usual) > 0.78 and max(usual) < 0.9
+    varied = [scene(f"train/{i:06d}") for i in range(1, 120, 2)]
+    assert max(_taken(made).max() for made in varied) == 1
+    found = shares([f"train/{i:06d}" for i in range(1, 120, 2)])
+    assert min(found) < 0.4 and max(found) > 0.85
+    assert min(len(made.items) for made in varied) >= 3
+
+
+def _taken(made: Scene) -> np.ndarray:
+    """How many things own each patch, int [24, 24]; every item is checked to lie in its patches."""
     taken = np.zeros((SIDE // PATCH, SIDE // PATCH), dtype=int)
     for item in made.items:
         taken[item.row : item.row + ITEM_SPAN, item.column : item.column + ITEM_SPAN] += 1
@@ -81,12 +101,13 @@ def test_scenes_are_cluttered_and_nothing_overlaps(index: int) -> None:
         assert item.row * PATCH < item.y <= item.y + item.size < (item.row + 2) * PATCH
     for sign in made.signs:
         taken[sign.row : sign.row + 2, sign.column : sign.column + len(sign.text)] += 1
-    assert taken.max() == 1
+    return taken
 
 
+@pytest.mark.parametrize("split", ["val", "train"])
 @pytest.mark.parametrize("index", range(20))
-def test_answers_are_true_of_the_scene(index: int) -> None:
-    made = scene(f"val/{index:06d}")
+def test_answers_are_true_of_the_scene(split: str, index: int) -> None:
+    made = scene(f"{split}/{index:06d}")
     rng = np.random.RandomState(index)
     shapes = Counter(item.shape for item in made.items)
 
