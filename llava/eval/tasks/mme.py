@@ -51,9 +51,9 @@ class MME(PublishedQuestions):
         for (category, file), questions in pairs.items():
             if category not in mme.PERCEPTION + mme.COGNITION:
                 raise TaskError(f"{self.question_file()} asks for {category!r}, no category of MME")
-            if len(questions) != 2 or questions[0] == questions[1]:
+            if len(questions) != 2:
                 raise TaskError(
-                    f"{self.question_file()} must ask two different questions about "
+                    f"{self.question_file()} must ask two questions about "
                     f"{category}/{file.removesuffix('.txt')}, it asks {questions}"
                 )
         return ({"key": list(key), "answer": truth[key]} for key in keys)
