@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
-from llava.eval.scorers.pope import Confusion, count, decide
+from llava.eval.scorers.pope import Answer, Confusion, count, decide
 from llava.eval.submissions import Row, read_results
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import check_ids, index_by, read_jsonl
@@ -89,7 +89,8 @@ def print_figures(category: str, confusion: Confusion) -> None:
 
 
 def _confusion(answers: Sequence[Row], path: Path, result_file: Path) -> Confusion:
-    labels = ["no" if row["label"] == "no" else "yes" for row in read_jsonl(path, keys=("label",))]
+    rows = read_jsonl(path, keys=("label",))
+    labels: list[Answer] = ["no" if row["label"] == "no" else "yes" for row in rows]
     if len(labels) != len(answers) or not labels:
         raise TaskError(
             f"{path} holds {len(labels)} labels for {len(answers)} answers of {result_file}; is it "

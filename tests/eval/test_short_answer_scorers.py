@@ -224,13 +224,17 @@ class TestPope:
         jackknife = math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in rest))
         assert exact == pytest.approx(jackknife, rel=0.02)
 
-    def test_shared_images_widen_the_error_of_the_mean(self) -> None:
+    def test_error_of_the_mean_over_splits(self) -> None:
+        """Splits about other images err apart, splits about the same images err together."""
         texts, labels = ["yes", "no", "yes", "yes", "no", "yes"] * 2, ["yes"] * 12
         splits = ["random"] * 6 + ["popular"] * 6
-        shared = pope.score(texts, labels, splits, [*range(6), *range(6)])["mean_f1"]
-        apart = pope.score(texts, labels, splits, range(12))["mean_f1"]
-        assert shared.value == apart.value
-        assert shared.se == pytest.approx(apart.se * math.sqrt(2), rel=0.06)
+        apart = pope.score(texts, labels, splits, range(12))
+        one, other = apart["random_f1"].se, apart["popular_f1"].se
+        small_sample = math.sqrt(12 / 11 / (6 / 5))
+        assert apart["mean_f1"].se == pytest.approx(math.hypot(one, other) / 2 * small_sample)
+        shared = pope.score(texts, labels, splits, [*range(6), *range(6)])
+        assert shared["mean_f1"].value == apart["mean_f1"].value
+        assert shared["mean_f1"].se == pytest.approx(one)
 
 
 class TestGqa:
