@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava.eval import __main__ as eval_command
-from llava.eval import run_llava
+from llava.eval import loading, run_llava
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, VisualTokens, max_min, parse_options, prune, select
 from llava.pruning import __main__ as pruning_command
@@ -114,7 +114,7 @@ def test_pictures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(command, "load_pretrained_model", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(loading, "load_pretrained_model", lambda *_, **__: pytest.fail("too late"))
     make, pattern = PICTURES[name]
     flags = ["--model-path", str(world.checkpoint), "--image-file", make(world)]
     flags += ["--query", "What?"] if command is run_llava else []
@@ -160,6 +160,9 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (run_llava, ("--top_p", "1.5"), r"top_p must be a share in \(0, 1\], got 1.5"),
     (run_llava, ("--num_beams", "0"), r"num_beams must be a whole number of at least 1, got 0"),
     (run_llava, ("--conv-mode", "v2"), r"unknown --conv-mode 'v2'; valid: "),
+    (run_llava, ("--conv-mode", "plain"), r"'plain' holds captions, no chat; use another"),
+    (run_llava, ("--query", ""), r"query '' asks nothing; write the question, such as"),
+    (run_llava, ("--query", " <image>\n"), r"query ' <image>\\n' asks nothing; write the quest"),
     (run_llava, ("--image-file", "scene.png,no.png"), r"no\.png: no such file"),
     (run_llava, ("--keep-ratio", "0.5"), r"need --pruner"),
     (eval_command, (), r"required: COMMAND"),

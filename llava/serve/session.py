@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from llava.command_line import check_chat_template
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import SeparatorStyle, conv_templates
+from llava.conversation import conv_templates
+from llava.eval.loading import Loaded
 from llava.eval.prompts import image_mark
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.pruning import PruningConfig, get_method, prune
@@ -21,15 +23,6 @@ from llava.pruning.visualize import overlay_tokens
 from llava.sampling import Sampling
 from llava.serve.turn import ClockedStreamer, PipelineClock, Turn
 from llava.utils import UserInputError
-
-
-@dataclass
-class Loaded:
-    """What `load_pretrained_model` returns, without the context length."""
-
-    tokenizer: Any
-    model: Any
-    processor: Any
 
 
 class Session:
@@ -183,14 +176,6 @@ class Session:
         turn = Turn(setting, answer, stopped, not self._warm, cost, clock.tokens.get("prune"))
         self._warm = True
         return turn
-
-
-def check_chat_template(template: str) -> None:
-    """Raise UserInputError for a template without turns."""
-    if conv_templates[template].sep_style is SeparatorStyle.PLAIN:
-        raise UserInputError(
-            f"template {template!r} holds captions, no chat; use another --conv-mode"
-        )
 
 
 def budget_of(config: PruningConfig | None) -> dict[str, Any]:

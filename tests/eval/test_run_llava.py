@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_llava import draw_picture
 
 from llava.constants import IMAGE_PLACEHOLDER
-from llava.eval import run_llava
+from llava.eval import loading, run_llava
 from llava.eval.run_llava import build_parser, build_prompt, eval_model, image_parser, load_images
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -49,7 +49,7 @@ def cached(loaded: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> list[tup
         calls.append((args, kwargs))
         return loaded
 
-    monkeypatch.setattr(run_llava, "load_pretrained_model", load)
+    monkeypatch.setattr(loading, "load_pretrained_model", load)
     return calls
 
 

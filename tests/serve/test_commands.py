@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from llava.conversation import conv_templates
+from llava.eval import loading
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import list_methods
@@ -322,7 +323,7 @@ def test_ctrl_c_while_loading_ends_quietly(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_pretrained_model", interrupted)
+    monkeypatch.setattr(loading, "load_pretrained_model", interrupted)
     assert cli.main(["--image-file", str(picture)]) == 130
     assert capsys.readouterr().err == ""
 
@@ -334,7 +335,7 @@ def test_loading_flags_reach_the_loader(picture: Path, monkeypatch: pytest.Monke
         calls.append((args, kwargs))
         return None, None, None, 2048
 
-    monkeypatch.setattr(cli, "load_pretrained_model", load)
+    monkeypatch.setattr(loading, "load_pretrained_model", load)
     flags = ["--model-path", "a/llava-v1.5-7b-lora", "--model-base", "vicuna", "--load-4bit"]
     with pytest.raises(SystemExit):  # this loader returns no vision model
         cli.main([*flags, "--image-file", str(picture), "--device", "cpu"])
