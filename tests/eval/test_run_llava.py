@@ -163,6 +163,18 @@ def test_decoding_settings_reach_the_model(
     assert seen[0]["image_sizes"] == [(336, 336)]
 
 
+def test_flags_set_every_choice(
+    checkpoint: Path, pictures: list[str], loaded: tuple[Any, ...], cached: list[Any]
+) -> None:
+    flags = ["--model-path", str(checkpoint), "--image-file", pictures[0], "--query", "What?"]
+    flags += ["--pruner", "zoo", "--keep-tokens", "64", "--max_new_tokens", "1"]
+    flags += ["--allocation", "global", "--newline", "keep", "--positions", "original"]
+    assert run_llava.main(flags) == 0 and cached
+    choices = {"allocation": "global", "newline": "keep", "positions": "original"}
+    assert loaded[1].pruning.to_dict() == {"method": "zoo", "keep_tokens": 64} | choices
+    assert loaded[1].pruning.choices == choices
+
+
 def test_missing_attributes_have_the_defaults_of_the_flags(
     checkpoint: Path, pictures: list[str], cached: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,9 @@ from llava.serve import cli
 from llava.serve.commands import COMMANDS, run_command
 from llava.serve.session import Loaded, Session
 from llava.serve.turn import ClockedStreamer
+from llava.utils import UserInputError
+
+BUDGETED = ", ".join(name for name in list_methods() if name != "none")
 
 
 class Terminal(io.StringIO):
@@ -79,7 +82,7 @@ def test_method_and_budget_hold_from_the_next_turn(talk: Callable[..., str]) -> 
     said = re.findall(r"\[(.*)\]", out)
     assert said == [
         "unpruned",
-        "noted; choose a method with /method NAME",
+        f"noted: 64 tokens for the method that you choose with /method NAME: {BUDGETED}",
         "zoo, 64 tokens, directions=8",
         "zoo, ratio 0.25, directions=8",
         "random, 32 tokens, seed=3",
@@ -94,6 +97,55 @@ def test_the_flags_of_the_start_are_a_budget_too(session: Session) -> None:
     session.model.pruning = {"method": "zoo", "keep_tokens": 48}
     again = Session(session.loaded, "vicuna_v1", session.image, session.sampling)
     assert run_command(again, "/method norm") == "[norm, 48 tokens]"
+
+
+def test_choices_hold_across_methods_and_budgets(talk: Callable[..., str]) -> None:
+    out = talk(
+        "/set newline=keep positions=original", "/method zoo keep_tokens=64 directions=8",
+        "/keep 32", "/method divprune allocation=global", "/set newline=select", "Hello?",
+        "/set newline=drop positions=compact", "/method none", "/method",
+    )  # fmt: skip
+    kept = "newline=keep, positions=original"
+    assert re.findall(r"\[(.*)\]", out) == [
+        f"unpruned, {kept}",
+        f"zoo, 64 tokens, directions=8, {kept}",
+        f"zoo, 32 tokens, directions=8, {kept}",
+        f"divprune, 32 tokens, allocation=global, {kept}",
+        "divprune, 32 tokens, allocation=global, newline=select, positions=original",
+        "divprune, 32 tokens, allocation=global",
+        "unpruned, allocation=global",
+        "unpruned, allocation=global",
+    ]
+    assert "576 -> 32 tokens" in out
+
+
+def test_a_saved_choice_keeps_nobody_from_a_method(session: Session) -> None:
+    saved = {"method": "zoo", "keep_tokens": 64, "newline": "keep", "positions": "original"}
+    session.model.pruning = saved
+    session = Session(session.loaded, "vicuna_v1", session.image, session.sampling)
+    said = run_command(session, "/method pool")
+    assert said == (
+        "[pool, 64 tokens]\n(no longer newline=keep, positions=original: 'pool' makes new tokens, "
+        "so newline can only be 'drop'; for 'keep' use a method that selects)"
+    )
+    assert session.model.pruning.to_dict() == {"method": "pool", "keep_tokens": 64}
+    session.model.pruning = saved
+    with pytest.raises(UserInputError, match="so newline can only be 'drop'"):
+        run_command(session, "/method pool newline=keep")
+    with pytest.raises(UserInputError, match="unknown option of 'pool': 'size'"):
+        run_command(session, "/method pool size=3")
+    assert session.model.pruning.to_dict() == saved
+
+
+def test_set_alone_says_what_there_is(session: Session) -> None:
+    session.model.pruning = {"method": "zoo", "keep_tokens": 64, "newline": "keep"}
+    lines = run_command(session, "/set").splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "allocation=per_tile",
+        "newline=keep",
+        "positions=compact",
+    ]
+    assert "drop | keep | select: " in lines[1]
 
 
 def test_compare(session: Session) -> None:
@@ -202,6 +254,10 @@ MISTAKES = [
     ("/method zoo keep_tokens=8 directions=none", "directions"),
     ("/method zoo keep_tokens=8 keep_ratio=0.1", "not both"),
     ("/method zoo 64", "key=value"),
+    ("/set newlines=keep", "did you mean 'newline'"),
+    ("/set newline=kept", "did you mean 'keep'"),
+    ("/set newline", "key=value"),
+    ("/set newline=select", "needs allocation='global'"),
     ("/compare", "ask a question first"),
     ("/overlay kept.png", "ask a question first"),
     ("/image nowhere.png", "nowhere.png"),
