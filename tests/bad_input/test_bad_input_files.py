@@ -1,0 +1,160 @@
+"""Checkpoints, configs and benchmarks that are damaged, incomplete or of something else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bad_input_checks import ANSWER, QUESTION, World, needed, one_line, refused
+from safetensors.torch import load_file, save_file
+from tiny_llava import write_lines
+
+from llava.eval import __main__ as eval_command
+from llava.eval import run_llava
+from llava.model.builder import load_pretrained_model
+from llava.serve import cli
+
+
+def config(**changes: Any) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return damage
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_a_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": SimpleNamespace()}, folder / "pytorch_model.bin")
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:100])
+
+
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mm_vision_tower": None}
+CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json"),
+    "config cut": (cut("config.json"), r"config\.json.* cannot be read"),
+    "config no object": (lambda f: (f / "config.json").write_text("[]"), r"config\.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no weights"),
+    "weights cut": (cut("model.safetensors"), r"model\.safetensors.* is damaged"),
+    "weight missing": (without_a_weight, r"missing weights, for example 'model\.norm\.weight'"),
+    "shard missing": (without_a_shard, r"model-00001-of-00002\.safetensors.*missing"),
+    "code in weights": (pickled, r"pytorch_model\.bin.* no plain weight file"),
+    "other model": (config(**QWEN), r"Qwen2ForCausalLM"),
+    "other sizes": (config(hidden_size=64, head_dim=32), r"mismatched weights"),
+    "no tower": (lambda f: shutil.rmtree(f / "tower"), r"tower"),
+    "tokenizer cut": (cut("tokenizer.model"), r"tokenizer .* cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(world: World, name: str) -> None:
+    damage, pattern = CHECKPOINTS[name]
+    folder = world.broken(f"broken {name}", damage)
+    refused(lambda: load_pretrained_model(folder, device="cpu"), pattern)
+
+
+def without_tower(folder: Path) -> None:
+    config(mm_vision_tower=None)(folder)
+    weights = load_file(folder / "model.safetensors")
+    text = {k: v for k, v in weights.items() if "vision_tower" not in k and "projector" not in k}
+    save_file(text, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+INCOMPLETE: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "tokenizer": (
+        lambda f: (f / "tokenizer.model").unlink(),
+        0,
+        r"mute holds no tokenizer, .*; put the tokenizer\.model or",
+    ),
+    "tower": (without_tower, 2, r"mute is not a LLaVA model: it has no vision tower; give"),
+}
+
+
+@pytest.mark.parametrize("missing", INCOMPLETE)
+@pytest.mark.parametrize("command", [cli, run_llava, eval_command], ids=["chat", "run", "eval"])
+def test_incomplete_models_are_loaded_but_not_asked(
+    world: World, tmp_path: Path, command: Any, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, result, pattern = INCOMPLETE[missing]
+    folder = tmp_path / "mute"
+    shutil.copytree(world.checkpoint, folder)
+    damage(folder)
+    assert load_pretrained_model(str(folder), device="cpu")[result] is None
+    capsys.readouterr()
+    words = ["--model-path", str(folder)]
+    if command is eval_command:
+        write_lines(tmp_path / "questions.jsonl", [QUESTION])
+        write_lines(tmp_path / "answers.jsonl", [ANSWER])
+        words = ["quickstart", *words, "--benchmark", str(tmp_path)]
+        words += ["--image-folder", str(world.folder), "--output", str(tmp_path / "out")]
+    words += needed(command, world, words)
+    line = one_line(lambda: command.main(words), capsys)
+    assert re.search(pattern, line), line
+
+
+# --- benchmarks ---
+
+BENCHMARKS: dict[str, tuple[dict[str, str], str]] = {
+    "no questions": ({"questions.jsonl": ""}, r"holds no question"),
+    "no JSON": ({"questions.jsonl": "{question"}, r"questions\.jsonl is not JSON lines"),
+    "no objects": ({"questions.jsonl": "[1]"}, r"record 1 of .*questions\.jsonl lacks question_id"),
+    "no text": ({"questions.jsonl": '{"question_id": 1, "image": "a"}'}, r"record 1 .* lacks text"),
+    "no answer": ({"answers.jsonl": ""}, r"has no answer to question 1"),
+    "no manifest": ({}, r"cannot read .*manifest\.json"),
+    "odd manifest": ({"manifest.json": "3"}, r"manifest\.json holds no hashes"),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks(
+    world: World, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, pattern = BENCHMARKS[name]
+    write_lines(tmp_path / "questions.jsonl", [QUESTION])
+    write_lines(tmp_path / "answers.jsonl", [ANSWER])
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    words = ["--model-path", str(world.checkpoint), "--benchmark", str(tmp_path)]
+    words += ["--output", str(tmp_path / "out")]
+    line = one_line(lambda: eval_command.main(["quickstart", *words]), capsys)
+    assert re.search(pattern, line), line
+
+
+@pytest.mark.parametrize(("damaged", "pattern"), [(True, "cut short"), (False, "cannot read")])
+def test_pictures_of_a_benchmark(
+    world: World,
+    tmp_path: Path,
+    damaged: bool,
+    pattern: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_lines(tmp_path / "questions.jsonl", [QUESTION])
+    write_lines(tmp_path / "answers.jsonl", [ANSWER])
+    if damaged:
+        (tmp_path / "scene.png").write_bytes(world.picture.read_bytes()[:600])
+    words = ["--model-path", str(world.checkpoint), "--benchmark", str(tmp_path)]
+    words += ["--image-folder", str(tmp_path), "--output", str(tmp_path / "out")]
+    line = one_line(lambda: eval_command.main(["quickstart", *words]), capsys)
+    assert re.search(pattern, line), line
