@@ -65,6 +65,32 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other sizes": (config(hidden_size=64, head_dim=32), r"mismatched weights"),
     "no tower": (lambda f: shutil.rmtree(f / "tower"), r"tower"),
     "tokenizer cut": (cut("tokenizer.model"), r"tokenizer .* cannot be read"),
+    "length": (config(tokenizer_model_max_length="x"), r"max_length .* is 'x'; give the longest"),
+    "no length": (config(tokenizer_model_max_length=0), r"max_length .* is 0; give the longest"),
+    "true length": (config(tokenizer_model_max_length=True), r"max_length .* is True; give"),
+    "broken length": (config(tokenizer_model_max_length=9.5), r"max_length .* is 9\.5; give"),
+    "padding": (config(tokenizer_padding_side="both"), r"padding_side .* is 'both'; use one of"),
+    "aspect number": (config(image_aspect_ratio=3), r"aspect_ratio .* is 3; use one of pad, any"),
+    "aspect word": (config(image_aspect_ratio="padd"), r"aspect_ratio .* is 'padd'; use one of"),
+    "template": (config(mm_conv_mode="v2"), r"mm_conv_mode 'v2' .* no known template; use one of"),
+    "template number": (config(mm_conv_mode=[1]), r"mm_conv_mode \[1\] .* use one of"),
+    "pruning word": (config(mm_token_pruning="zoo"), r"mm_token_pruning .*: .* got 'zoo'; correct"),
+    "pruning key": (
+        config(mm_token_pruning={"method": "zoo", "keep_token": 3}),
+        r"mm_token_pruning in config\.json cannot be used: .* did you mean 'keep_tokens'",
+    ),
+    "canvases": (
+        config(image_aspect_ratio="anyres", image_grid_pinpoints="[[336]]"),
+        r"image_grid_pinpoints is '\[\[336\]\]'; give canvases",
+    ),
+    "canvas sides": (
+        config(image_aspect_ratio="anyres", image_grid_pinpoints=[[336, 500]]),
+        r"image_grid_pinpoints .* no multiples of .* 336 pixels",
+    ),
+    "protocol": (config(mm_next_protocol="fixed"), r"mm_next_protocol is 'fixed'; use one of"),
+    "layer": (config(mm_vision_select_layer=-4), r"mm_vision_select_layer -4 does not exist"),
+    "layer word": (config(mm_vision_select_layer="x"), r"mm_vision_select_layer 'x' does not"),
+    "feature": (config(mm_vision_select_feature="cls"), r"unknown mm_vision_select_feature 'cls'"),
 }
 
 
