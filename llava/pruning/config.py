@@ -31,7 +31,7 @@ CHOICES = {
         ("drop", "keep", "select"),
         "newline tokens of LLaVA-1.6: leave out, keep with their rows, or choose like patches",
     ),
-    "positions": Choice(("compact", "original"), "number kept tokens anew, or as in the prompt"),
+    "positions": Choice(("compact", "original"), "number kept tokens anew, or as unpruned"),
 }
 # Words of other tools. The first two say what is removed, we say what is kept.
 ALIASES = ("pruning_ratio", "reduction_ratio", "visual_token_num")

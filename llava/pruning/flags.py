@@ -27,8 +27,8 @@ def pruning_from(args: argparse.Namespace) -> PruningConfig | None:
         if given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise PruningError(
-                f"{flags} need --pruner METHOD, such as --pruner zoo; "
-                "python -m llava.pruning list names all methods"
+                f"{flags}: give a method too, such as --pruner zoo; "
+                "python -m llava.pruning list names all"
             )
         return None
     choices = {name: getattr(args, name) for name in CHOICES if name in given}

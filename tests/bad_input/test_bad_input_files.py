@@ -140,6 +140,22 @@ def test_incomplete_models_are_loaded_but_not_asked(
     assert re.search(pattern, line), line
 
 
+@pytest.mark.parametrize("command", [cli, run_llava], ids=["chat", "run"])
+def test_models_that_write_captions_are_not_asked(
+    world: World, tmp_path: Path, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "captions"
+    shutil.copytree(world.checkpoint, folder)
+    config(mm_conv_mode="plain")(folder)
+    line = one_line(
+        lambda: command.main(
+            ["--model-path", str(folder), *needed(command, world, ["--model-path"])]
+        ),
+        capsys,
+    )
+    assert re.search(r"template 'plain' holds captions, no chat; use another --conv-mode", line)
+
+
 # --- benchmarks ---
 
 BENCHMARKS: dict[str, tuple[dict[str, str], str]] = {
