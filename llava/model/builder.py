@@ -17,6 +17,7 @@ from llava.constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
 from llava.model.checkpoint import local_checkpoint, read_config
+from llava.model.config_check import check_config
 from llava.model.hugging_face import native_form
 from llava.model.language_model.llava_llama import (
     LlavaCausalLM,
@@ -102,6 +103,7 @@ def load_pretrained_model(
     model = _load_model(folder, base, part, device_map=placement, **kwargs)
     if pruning is not None:
         model.pruning = pruning
+    check_config(model)
 
     tokenizer = load_tokenizer(base)
     if tokenizer is None and part is not None:

@@ -386,14 +386,14 @@ class LlavaMetaForCausalLM:
         return newline
 
     def _prompts(self, rows: list[torch.Tensor], num_images: int) -> tuple[Prompt, ...]:
-        """How much room every prompt leaves for its images, where the length is limited."""
+        """What every prompt with images holds, where its length is limited."""
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         if limit is None:
             return ()
         marks = count_marks(rows)
         shares = share_images(marks, num_images)
         return tuple(
-            Prompt(tuple(share), limit - (len(row) - count))
+            Prompt(tuple(share), len(row) - count, limit)
             for row, share, count in zip(rows, shares, marks, strict=True)
             if count
         )

@@ -46,10 +46,16 @@ class TokenSequence(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The images of one prompt, and how many visual tokens it has room for."""
+    """The images of one prompt, its tokens of text, and how long it may be with all of them."""
 
     images: tuple[int, ...]
-    room: int
+    text: int
+    limit: int
+
+    @property
+    def room(self) -> int:
+        """Visual tokens that fit beside the text; at least one for each image."""
+        return max(self.limit - self.text, len(self.images))
 
 
 @dataclass

@@ -36,6 +36,7 @@ from llava.model.llava_arch import (
 )
 from llava.model.multimodal_encoder.builder import is_portable, resolve_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import read_tower_config
+from llava.model.one_by_one import generate_rows
 from llava.model.tiles import Images
 from llava.utils import UserInputError
 
@@ -212,6 +213,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         image_sizes: list[tuple[int, int]] | None = None,
         *,
         questions: Sequence[str] | None = None,
+        strict: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Generate text about images, or from text alone.
@@ -225,6 +227,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             images: see ``encode_visual_tokens``.
             questions: what each prompt asks, without template and system text; read by pruning
                 methods that choose by it, and by nothing else.
+            strict: run the rows one by one, so that each is bit for bit what it is alone; in a
+                batch, rounding may decide between tokens of nearly equal scores.
 
         Returns:
             The new tokens only, int64 [B, new], or transformers' dictionary of them.
@@ -241,6 +245,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         attention_mask = kwargs.pop("attention_mask", None)
         check_prompt(input_ids, attention_mask, self.get_input_embeddings().num_embeddings)
         check_images(images)
+        if strict and len(input_ids) > 1:
+            kwargs["position_ids"] = position_ids
+            return generate_rows(
+                self, input_ids, attention_mask, images, image_sizes, questions, **kwargs
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         with padding_side("left"), asking(questions):

@@ -138,25 +138,30 @@ class CLIPVisionTower(nn.Module):
 
     def feature_select(self, hidden: torch.Tensor) -> torch.Tensor:
         """Drop the class token of [B, 1 + patches, C] unless ``cls_patch`` keeps it."""
-        if self.select_feature == "patch":
-            return hidden[:, 1:]
-        if self.select_feature == "cls_patch":
-            return hidden
-        raise UserInputError(
-            f"unknown mm_vision_select_feature {self.select_feature!r}; use 'patch' or 'cls_patch'"
-        )
+        self.check_selection()
+        return hidden if self.select_feature == "cls_patch" else hidden[:, 1:]
+
+    def check_selection(self) -> None:
+        """Raise UserInputError for a layer that the tower does not have, or unknown features."""
+        layer, layers = self.select_layer, self.config.num_hidden_layers
+        if type(layer) is not int or not -layers - 1 <= layer <= layers:
+            raise UserInputError(
+                f"mm_vision_select_layer {layer!r} does not exist in a tower of {layers} layers; "
+                f"use a value from {-layers - 1} to {layers}"
+            )
+        if self.select_feature not in ("patch", "cls_patch"):
+            raise UserInputError(
+                f"unknown mm_vision_select_feature {self.select_feature!r}; "
+                "use 'patch' or 'cls_patch'"
+            )
 
     @property
     def num_layers_used(self) -> int:
         """Blocks that run: ``select_layer`` counts hidden states, the embeddings being the 0th."""
-        layers = self.config.num_hidden_layers
-        index = self.select_layer if self.select_layer >= 0 else layers + 1 + self.select_layer
-        if not 0 <= index <= layers:
-            raise UserInputError(
-                f"mm_vision_select_layer {self.select_layer} does not exist in a tower of "
-                f"{layers} layers; use a value from {-layers - 1} to {layers}"
-            )
-        return index
+        self.check_selection()
+        if self.select_layer >= 0:
+            return self.select_layer
+        return self.config.num_hidden_layers + 1 + self.select_layer
 
     @property
     def config(self) -> CLIPVisionConfig:
