@@ -144,15 +144,12 @@ def image_layouts(
     Args:
         geometry: the model's settings.
         tiles: tiles of every image.
-        sizes: original (width, height) of every image; with another number of entries they cannot
-            be told apart and count as unknown.
+        sizes: original (width, height) of every image; None where they are unknown.
         stacked: see ``TileGeometry.layout``.
     """
-    if sizes is None or len(sizes) != len(tiles):
-        sizes = [None] * len(tiles)
+    known = [None] * len(tiles) if sizes is None else sizes
     return tuple(
-        geometry.layout(count, None if size is None else (int(size[0]), int(size[1])), stacked)
-        for count, size in zip(tiles, sizes, strict=True)
+        geometry.layout(count, size, stacked) for count, size in zip(tiles, known, strict=True)
     )
 
 

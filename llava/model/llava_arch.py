@@ -18,6 +18,7 @@ from transformers import CLIPVisionConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import next_protocol, unpad_image
+from llava.model.inputs import check_ids, check_images, check_prompt, check_sizes
 from llava.model.instruction import asked, needed_of_question, read_questions
 from llava.model.layouts import TileGeometry, image_layouts, padding_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
@@ -182,7 +183,7 @@ class LlavaMetaForCausalLM:
                 [3, H, W] or [T, 3, H, W]. Tower features that were computed before are taken
                 too, as [B, N, mm_hidden_size] or a list of [N, mm_hidden_size]: the tower is
                 frozen, so a trainer may run it once.
-            image_sizes: (width, height) of the original images. Tiles are arranged by them
+            image_sizes: (width, height) of all original images. Tiles are arranged by them
                 (``spatial``, ``spatial_unpad``); images of one tile need them only for pictures of
                 what was kept.
             needs: what to collect beyond features and embeddings, by the names that methods put
@@ -192,13 +193,17 @@ class LlavaMetaForCausalLM:
             VisualTokens, flat over tiles: features [T, N, Dv], projected [T, N, D].
 
         Raises:
-            UserInputError: shapes that are none of these, tiles that do not fit ``image_sizes``,
+            UserInputError: shapes that are none of these, ``image_sizes`` that are not one pair for
+                each image or that the tiles do not fit,
                 and features computed before where the method needs more of the tower.
         """
         if needs is None:
             needs = () if self.pruning is None else self.pruning.pruner.needs
         needs = set(needs)
+        check_images(images)
         tiles, image_index = flatten_tiles(images)
+        tiles_of_images = image_index.bincount().tolist()
+        sizes = check_sizes(image_sizes, len(tiles_of_images))
         projector = self.get_model().mm_projector
         reader = TowerReader(name for name in ENCODER_EXTRAS if name in needs)
         if tiles.ndim == 4:
@@ -218,7 +223,7 @@ class LlavaMetaForCausalLM:
         grid = self._grid(projected.shape[1])
         geometry = TileGeometry.of(self.config, grid, self.get_vision_tower().config.image_size)
         stacked = not isinstance(images, torch.Tensor) or images.ndim == 5
-        layouts = image_layouts(geometry, image_index.bincount().tolist(), image_sizes, stacked)
+        layouts = image_layouts(geometry, tiles_of_images, sizes, stacked)
         valid = padding_mask(layouts)
         return VisualTokens(
             features=features,
@@ -335,8 +340,10 @@ class LlavaMetaForCausalLM:
             None, labels), with all lengths those of the merged sequence.
 
         Raises:
-            UserInputError: image marks without images, or another number of images than marks.
+            UserInputError: image marks without images, another number of images than marks, or
+                tensors of the wrong kind.
         """
+        check_ids(input_ids)
         decoding = input_ids.shape[1] == 1 and not bool((input_ids == IMAGE_TOKEN_INDEX).any())
         if self.get_vision_tower() is None or images is None or decoding:
             if not decoding and bool((input_ids == IMAGE_TOKEN_INDEX).any()):
@@ -345,6 +352,13 @@ class LlavaMetaForCausalLM:
                     "use a model with a vision tower"
                 )
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        check_prompt(
+            input_ids,
+            attention_mask,
+            self.get_model().embed_tokens.num_embeddings,
+            labels=labels,
+            position_ids=position_ids,
+        )
         visual = self.encode_visual_tokens(images, image_sizes)
         rows = unpadded(input_ids, attention_mask)
         visual.prompts = self._prompts(rows, visual.num_images)
