@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,26 +18,24 @@ from transformers import CLIPVisionConfig
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import next_protocol, unpad_image
 from llava.model.inputs import check_ids, check_images, check_prompt, check_sizes
-from llava.model.instruction import asked, needed_of_question, read_questions
 from llava.model.layouts import TileGeometry, image_layouts, padding_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.readings import TowerReader
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.needs import add_prompts, add_questions, encode_tiles, for_projector
 from llava.model.splice import (
     count_marks,
-    image_positions,
     pad_rows,
     row_positions,
     share_images,
     splice_row,
     unpadded,
 )
-from llava.model.tiles import Images, flatten_tiles, tile_digest
+from llava.model.tiles import Images, flatten_tiles
 from llava.pruning.config import PruningConfig
 from llava.pruning.layout import ImageLayout
 from llava.pruning.stage import prune_visual_tokens
-from llava.pruning.tokens import ENCODER_EXTRAS, Prompt, VisualTokens
+from llava.pruning.tokens import VisualTokens
 from llava.utils import UserInputError
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
@@ -168,7 +165,7 @@ class LlavaMetaForCausalLM:
         """Pixels [B, 3, H, W] to embeddings [B, N, hidden_size]."""
         model = self.get_model()
         features = model.get_vision_tower()(images)
-        return model.mm_projector(self._for_projector(features))
+        return model.mm_projector(for_projector(model.mm_projector, features))
 
     def encode_visual_tokens(
         self,
@@ -194,32 +191,14 @@ class LlavaMetaForCausalLM:
 
         Raises:
             UserInputError: shapes that are none of these, ``image_sizes`` that are not one pair for
-                each image or that the tiles do not fit,
-                and features computed before where the method needs more of the tower.
+                each image or that the tiles do not fit, and features computed before where the
+                method needs more of the tower.
         """
-        if needs is None:
-            needs = () if self.pruning is None else self.pruning.pruner.needs
-        needs = set(needs)
         check_images(images)
         tiles, image_index = flatten_tiles(images)
         tiles_of_images = image_index.bincount().tolist()
         sizes = check_sizes(image_sizes, len(tiles_of_images))
-        projector = self.get_model().mm_projector
-        reader = TowerReader(name for name in ENCODER_EXTRAS if name in needs)
-        if tiles.ndim == 4:
-            # encode_images is what others patch, so it is called as it is and its projector tells
-            # which features it saw.
-            with _inputs_of(projector) as seen, reader.reading():
-                projected = self.encode_images(tiles)
-            features = torch.cat(seen)
-        else:
-            if tiles.shape[-1] != self.config.mm_hidden_size:
-                raise UserInputError(
-                    f"3-dimensional images are tower features [B, N, {self.config.mm_hidden_size}] "
-                    f"but have shape {tuple(tiles.shape)}; pixels need 4 dimensions [B, 3, H, W]"
-                )
-            features = self._for_projector(tiles)
-            projected = projector(features)
+        features, projected, extras = encode_tiles(self, tiles, needs)
         grid = self._grid(projected.shape[1])
         geometry = TileGeometry.of(self.config, grid, self.get_vision_tower().config.image_size)
         stacked = not isinstance(images, torch.Tensor) or images.ndim == 5
@@ -228,11 +207,11 @@ class LlavaMetaForCausalLM:
         return VisualTokens(
             features=features,
             projected=projected,
-            projector=projector,
+            projector=self.get_model().mm_projector,
             image_index=image_index.to(projected.device),
             grid=grid,
             valid=None if valid is None else valid.to(projected.device),
-            extras=_digests(tiles, needs) | reader.extras(len(tiles)),
+            extras=extras,
             layouts=layouts,
             newline=self._newline(layouts),
             released=next_protocol(self.config) == "zoo-release",
@@ -249,8 +228,7 @@ class LlavaMetaForCausalLM:
             UserInputError: another number of questions than images, or the model lacks the text
                 tower or the tokenizer that the method needs.
         """
-        extras = read_questions(self, visual, questions)
-        return replace(visual, extras=visual.extras | extras) if extras else visual
+        return add_questions(self, visual, questions)
 
     def prune_visual_tokens(self, visual: VisualTokens) -> VisualTokens:
         """Keep the tokens that the active settings keep; without settings nothing changes."""
@@ -360,16 +338,7 @@ class LlavaMetaForCausalLM:
             position_ids=position_ids,
         )
         visual = self.encode_visual_tokens(images, image_sizes)
-        rows = unpadded(input_ids, attention_mask)
-        visual.prompts = self._prompts(rows, visual.num_images)
-        if visual.extras:
-            visual.extras["image_position"] = image_positions(rows, visual.num_images)
-        if needed_of_question(self.pruning, self.get_vision_tower()):
-            shares = share_images(count_marks(rows), visual.num_images)
-            questions = asked(len(rows), self.pruning.method)
-            visual = self.with_questions(
-                visual, [questions[row] for row, share in enumerate(shares) for _ in share]
-            )
+        visual = add_prompts(self, visual, unpadded(input_ids, attention_mask))
         visual = self.prune_visual_tokens(visual)
         position_ids, attention_mask, inputs_embeds, labels = self.splice_visual_tokens(
             visual, input_ids, position_ids, attention_mask, labels
@@ -380,11 +349,6 @@ class LlavaMetaForCausalLM:
         side = self.get_vision_tower().num_patches_per_side
         # With the class token among them, the tokens of a tile form no square.
         return (side, side) if tokens == side * side else (1, tokens)
-
-    def _for_projector(self, features: torch.Tensor) -> torch.Tensor:
-        # Callers may hold pixels or cached features in another precision than the model.
-        weight = next(self.get_model().mm_projector.parameters(), None)
-        return features if weight is None else features.to(weight.device, weight.dtype)
 
     def _newline(self, layouts: tuple[ImageLayout, ...]) -> torch.Tensor | None:
         """The newline's embedding [D], where an image has any."""
@@ -398,32 +362,3 @@ class LlavaMetaForCausalLM:
                 "checkpoint, or mm_patch_merge_type 'spatial' or 'flat'"
             )
         return newline
-
-    def _prompts(self, rows: list[torch.Tensor], num_images: int) -> tuple[Prompt, ...]:
-        """How much room every prompt leaves for its images, where the length is limited."""
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
-        if limit is None:
-            return ()
-        marks = count_marks(rows)
-        shares = share_images(marks, num_images)
-        return tuple(
-            Prompt(tuple(share), limit - (len(row) - count))
-            for row, share, count in zip(rows, shares, marks, strict=True)
-            if count
-        )
-
-
-def _digests(tiles: torch.Tensor, needs: set[str]) -> dict[str, Any]:
-    if "image_digest" not in needs:
-        return {}
-    return {"image_digest": [tile_digest(tile) for tile in tiles]}
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    seen: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
