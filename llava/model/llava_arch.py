@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import next_protocol, unpad_image
+from llava.model.finite import check_projected
 from llava.model.inputs import check_ids, check_images, check_prompt, check_sizes
 from llava.model.layouts import TileGeometry, image_layouts, padding_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
@@ -191,14 +192,15 @@ class LlavaMetaForCausalLM:
 
         Raises:
             UserInputError: shapes that are none of these, ``image_sizes`` that are not one pair for
-                each image or that the tiles do not fit, and features computed before where the
-                method needs more of the tower.
+                each image or that the tiles do not fit, features computed before where the
+                method needs more of the tower, and NaN or inf wherever it comes from.
         """
         check_images(images)
         tiles, image_index = flatten_tiles(images)
         tiles_of_images = image_index.bincount().tolist()
         sizes = check_sizes(image_sizes, len(tiles_of_images))
         features, projected, extras = encode_tiles(self, tiles, needs)
+        check_projected(self, tiles, projected, image_index)
         grid = self._grid(projected.shape[1])
         geometry = TileGeometry.of(self.config, grid, self.get_vision_tower().config.image_size)
         stacked = not isinstance(images, torch.Tensor) or images.ndim == 5

@@ -167,6 +167,10 @@ COMPLETE: dict[str, tuple[Damage, str]] = {
         _weights(lambda w: w.update({"model.norm.weight": torch.ones(31)})),
         "1 mismatched weights, for example 'model.norm.weight'",
     ),
+    "NaN in the projector": (
+        _weights(lambda w: w["model.mm_projector.2.bias"].fill_(float("nan"))),
+        "'mm_projector.2.bias' of",
+    ),
     "no config": (_remove("config.json"), "holds no config.json"),
     "bad config": (_write("config.json", "{"), "config.json' cannot be read"),
     "list for config": (_write("config.json", "[]"), "config.json' holds no JSON object"),
@@ -302,6 +306,10 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
         ),
         "changes 'model.layers.0.self_attn.qkv.weight', which is no linear layer",
     ),
+    "inf in a factor": (
+        _adapter_weights(lambda w: w[A].fill_(float("inf"))),
+        "adapter_model.safetensors' holds NaN or inf",
+    ),
     "alpha is NaN": (_adapter(lora_alpha=float("nan")), "lora_alpha=nan"),
     "alpha of a module is text": (_adapter(alpha_pattern={"q_proj": "8"}), "alpha_pattern"),
     "a part of the projector": (
@@ -393,6 +401,13 @@ PROJECTORS: dict[str, tuple[Damage, str]] = {
             {**torch.load(_file(folder)), "mm_projector.4.bias": torch.ones(32)}, _file(folder)
         ),
         "holds 'model.mm_projector.4.bias', for which the model has no place",
+    ),
+    "NaN": (
+        lambda folder: torch.save(
+            {**torch.load(_file(folder)), "mm_projector.0.bias": torch.full((32,), float("nan"))},
+            _file(folder),
+        ),
+        "mm_projector.bin' holds NaN or inf",
     ),
     "one weight twice": (
         lambda folder: torch.save(

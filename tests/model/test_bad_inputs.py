@@ -10,6 +10,7 @@ import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
+from llava.model.finite import all_finite
 from llava.model.inputs import check_sizes
 from llava.utils import UserInputError
 
@@ -117,3 +118,55 @@ def test_prompts_of_a_forward_pass(small_model: Make) -> None:
 def test_sizes_in_every_form_that_callers_have(sizes: Any) -> None:
     assert check_sizes(sizes, 2) == [(640, 480), (31, 7)]
     assert check_sizes(None, 2) is None
+
+
+def _spoil(tensor: torch.Tensor, value: float = math.nan) -> None:
+    with torch.no_grad():
+        tensor.view(-1)[3] = value
+
+
+@pytest.mark.parametrize("pruning", [None, {"method": "zoo", "keep_tokens": 2}])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_is_traced_to_what_holds_it(value: float, pruning, small_model: Make) -> None:
+    model = small_model()
+    model.pruning = pruning
+    inner = model.get_model()
+
+    def refusal(images: torch.Tensor) -> str:
+        with pytest.raises(UserInputError) as caught:
+            model.generate(IDS, images=images, **GREEDY)
+        return str(caught.value)
+
+    pixels = _pixels()
+    _spoil(pixels[1], value)
+    assert "the pixels of image 1 hold NaN or inf values; check the pixels" in refusal(pixels)
+    features = inner.vision_tower(_pixels())
+    _spoil(features[0], value)
+    assert "the features of image 0 hold NaN or inf" in refusal(features)
+    kept = inner.mm_projector[2].weight.detach().clone()
+    _spoil(inner.mm_projector[2].weight, value)
+    assert "'2.weight' of the projector holds NaN or inf" in refusal(_pixels())
+    with torch.no_grad():
+        inner.mm_projector[2].weight.copy_(kept)
+    _spoil(inner.vision_tower.vision_tower.encoder.layers[0].mlp.fc1.bias, value)
+    assert "layers.0.mlp.fc1.bias' of the vision tower holds NaN" in refusal(_pixels())
+
+
+def test_overflow_is_told_from_damage(small_model: Make) -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.get_model().mm_projector[2].weight.fill_(1e38)
+    with pytest.raises(UserInputError, match=r"overflow in float32, though pixels .*bfloat16"):
+        model.generate(IDS, images=_pixels(), **GREEDY)
+
+
+def test_large_tokens_whose_sum_overflows_are_finite() -> None:
+    assert all_finite(torch.full((40,), 1e38)) and all_finite(torch.ones(3, dtype=torch.int8))
+    assert all_finite(torch.full((4, 70), 65504, dtype=torch.float16))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        values = torch.randn(40, 30).to(dtype)
+        assert all_finite(values)
+        for bad in ([math.nan], [math.inf], [math.inf, -math.inf]):
+            spoilt = values.clone()
+            spoilt[7, : len(bad)] = torch.tensor(bad)
+            assert not all_finite(spoilt)
