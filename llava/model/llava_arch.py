@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig
+from transformers import PretrainedConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import next_protocol, unpad_image
@@ -21,7 +21,7 @@ from llava.model.finite import check_projected
 from llava.model.inputs import check_ids, check_images, check_prompt, check_sizes
 from llava.model.layouts import TileGeometry, image_layouts, padding_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.needs import add_prompts, add_questions, encode_tiles, for_projector
 from llava.model.splice import (
@@ -45,14 +45,14 @@ logger = logging.getLogger(__name__)
 
 # Set while a checkpoint with tower weights of its own is loading: the constructor then builds the
 # tower, so that the loader fills it. A context variable, because transformers calls it for us.
-_tower_in_checkpoint: ContextVar[CLIPVisionConfig | None] = ContextVar(
+_tower_in_checkpoint: ContextVar[PretrainedConfig | None] = ContextVar(
     "tower_in_checkpoint", default=None
 )
 _padding_side: ContextVar[str | None] = ContextVar("padding_side", default=None)
 
 
 @contextmanager
-def tower_from_checkpoint(config: CLIPVisionConfig | None) -> Iterator[None]:
+def tower_from_checkpoint(config: PretrainedConfig | None) -> Iterator[None]:
     """Models constructed inside build their vision tower from ``config``."""
     token = _tower_in_checkpoint.set(config)
     try:
@@ -90,7 +90,7 @@ class LlavaMetaModel:
         size = self.config.hidden_size
         self.image_newline = nn.Parameter(torch.randn(size) * size**-0.5)
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         return getattr(self, "vision_tower", None)
 
     def initialize_vision_modules(self, model_args: Any) -> None:
@@ -139,7 +139,7 @@ class LlavaMetaForCausalLM:
     def get_model(self) -> Any:
         return self.model
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         return self.get_model().get_vision_tower()
 
     @property
@@ -202,7 +202,8 @@ class LlavaMetaForCausalLM:
         features, projected, extras = encode_tiles(self, tiles, needs)
         check_projected(self, tiles, projected, image_index)
         grid = self._grid(projected.shape[1])
-        geometry = TileGeometry.of(self.config, grid, self.get_vision_tower().config.image_size)
+        tower = self.get_vision_tower()
+        geometry = TileGeometry.of(self.config, grid, tower.config.image_size, tower.crops_centre)
         stacked = not isinstance(images, torch.Tensor) or images.ndim == 5
         layouts = image_layouts(geometry, tiles_of_images, sizes, stacked)
         valid = padding_mask(layouts)
@@ -215,6 +216,7 @@ class LlavaMetaForCausalLM:
             valid=None if valid is None else valid.to(projected.device),
             extras=extras,
             layouts=layouts,
+            class_token=tower.has_class_token,
             newline=self._newline(layouts),
             released=next_protocol(self.config) == "zoo-release",
         )

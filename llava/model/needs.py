@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llava.model.instruction import asked, needed_of_question, read_questions
-from llava.model.multimodal_encoder.readings import TowerReader
+from llava.model.multimodal_encoder.readings import CLASS_FEATURE, TowerReader
 from llava.model.splice import count_marks, image_positions, share_images
 from llava.model.tiles import tile_digest
 from llava.pruning.config import PruningConfig
@@ -46,7 +46,10 @@ def encode_tiles(model: Any, tiles: torch.Tensor, needs: Iterable[str] | None) -
     """
     needs = _needed_of_images(model.pruning) if needs is None else set(needs)
     projector = model.get_model().mm_projector
-    reader = TowerReader(name for name in ENCODER_EXTRAS if name in needs)
+    names = [name for name in ENCODER_EXTRAS if name in needs]
+    if not model.get_vision_tower().has_class_token and CLASS_FEATURE in names:
+        names.remove(CLASS_FEATURE)  # methods are told by VisualTokens.class_token
+    reader = TowerReader(names)
     if tiles.ndim == 4:
         # encode_images is what others patch, so it is called as it is and its projector tells
         # which features it saw.
