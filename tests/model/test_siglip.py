@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.eval.runner import Runner
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.hugging_face import native_form
@@ -268,3 +269,12 @@ def test_hugging_face_form_that_drops_a_patch_is_refused(theirs) -> None:
     config = {**theirs.config.to_dict(), "vision_feature_select_strategy": "default"}
     with pytest.raises(UserInputError, match="vision_feature_select_strategy is 'default'"):
         native_form(config, "somewhere")
+
+
+def test_tables_say_what_a_method_read(model, pixels: Callable) -> None:
+    subject = SimpleNamespace(model=model)
+    task = SimpleNamespace(questions=[])
+    runner = Runner(subject, task, batch_size=1, max_new_tokens=1, seed=0)
+    visual = model.encode_visual_tokens(pixels(1, side=28))
+    labels = [runner.label(visual, name) for name in ("none", "random", "hiprune", "scope")]
+    assert labels == ["none", "random", "hiprune", "scope(attention=received)"]
