@@ -134,14 +134,14 @@ class Runner:
     def label(self, visual: VisualTokens, method: str) -> str:
         """What tables call `method`: its name, with what it cannot read of this model's images."""
         questions = self._stand_in_questions(visual, method)
-        setting = self._setting(method, 1)
-        if not questions or setting is None:
-            return method
-        with prune(self.subject.model, setting):
-            try:
-                return setting.pruner.label(self._with(visual, questions))
-            except UserInputError:  # the arm itself will say so
+        try:
+            setting = self._setting(method, 1)
+            if setting is None:
                 return method
+            with prune(self.subject.model, setting):
+                return setting.pruner.label(self._with(visual, questions))
+        except UserInputError:  # the arm itself will say so
+            return method
 
     def _setting(self, method: str, budget: int | None) -> PruningConfig | None:
         if method == UNPRUNED:

@@ -34,8 +34,11 @@ from llava.model.llava_arch import (
     padding_side,
     tower_from_checkpoint,
 )
-from llava.model.multimodal_encoder.builder import is_portable, resolve_vision_tower
-from llava.model.multimodal_encoder.clip_encoder import read_tower_config
+from llava.model.multimodal_encoder.builder import (
+    is_portable,
+    read_tower_config,
+    resolve_vision_tower,
+)
 from llava.model.one_by_one import generate_rows
 from llava.model.tiles import Images
 from llava.utils import UserInputError
@@ -98,8 +101,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             )
         tower_config = None
         name = getattr(config, "mm_vision_tower", None)
-        if name and any(name_in_memory(key).startswith(TOWER_PREFIX) for key in keys):
-            tower_config = read_tower_config(resolve_vision_tower(name, str(folder)), name)
+        names = [name_in_memory(key) for key in keys]
+        held = {key.removeprefix(TOWER_PREFIX) for key in names if key.startswith(TOWER_PREFIX)}
+        if name and held:
+            source = resolve_vision_tower(name, str(folder))
+            tower_config = read_tower_config(source, name, held)
         with tower_from_checkpoint(tower_config):
             model, info = super().from_pretrained(
                 str(folder),
@@ -284,7 +290,7 @@ class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
     config_class = LlavaConfig
     base_type = "llama"
     # The tower is called block by block, so its parts must stay on one device.
-    _no_split_modules = ["LlamaDecoderLayer", "CLIPVisionTower"]  # noqa: RUF012
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPVisionTower", "SiglipVisionTower"]  # noqa: RUF012
 
     def __init__(self, config: LlavaConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)
