@@ -49,6 +49,7 @@ class PruningMethod:
 
     Flags (class attributes, the method table is generated from them):
         name: registered name.
+        signal: what tokens are chosen by, in a few words.
         paper: where it was published, in a few words.
         needs: inputs beyond the projected tokens: `features`, `projector`, or a key of
             `VisualTokens.extras` that the pipeline collects only for methods naming it. Where that
@@ -69,6 +70,7 @@ class PruningMethod:
     """
 
     name: ClassVar[str] = ""
+    signal: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
     wants: ClassVar[tuple[str, ...]] = ()

@@ -52,6 +52,7 @@ class CDPruner(SimilarityMethod):
     """
 
     name: ClassVar[str] = "cdpruner"
+    signal: ClassVar[str] = "determinant of relevance x cosine"
     paper: ClassVar[str] = "NeurIPS 2025, arXiv 2506.10967"
     needs: ClassVar[tuple[str, ...]] = ("features",)
     wants: ClassVar[tuple[str, ...]] = CLIP

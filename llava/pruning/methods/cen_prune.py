@@ -37,6 +37,7 @@ class CenPrune(PruningMethod):
     """
 
     name: ClassVar[str] = "cen-prune"
+    signal: ClassVar[str] = "host's, on centred tokens x distinctiveness"
     paper: ClassVar[str] = "arXiv 2608.30263"
     fidelity: ClassVar[str] = "vectors"
 

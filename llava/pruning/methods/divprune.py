@@ -31,6 +31,7 @@ class DivPrune(SimilarityMethod):
     """
 
     name: ClassVar[str] = "divprune"
+    signal: ClassVar[str] = "max-min cosine distance"
     paper: ClassVar[str] = "CVPR 2025, arXiv 2503.02175"
     fidelity: ClassVar[str] = "golden"
 

@@ -39,6 +39,7 @@ class HiPrune(PruningMethod):
     """
 
     name: ClassVar[str] = "hiprune"
+    signal: ClassVar[str] = "attention received, two layers"
     paper: ClassVar[str] = "arXiv 2508.00553"
     needs: ClassVar[tuple[str, ...]] = ("received_attention", "object_attention")
     fidelity: ClassVar[str] = "sheet-only"

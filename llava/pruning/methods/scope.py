@@ -37,6 +37,7 @@ class Scope(PruningMethod):
     """
 
     name: ClassVar[str] = "scope"
+    signal: ClassVar[str] = "coverage gain x class attention"
     paper: ClassVar[str] = "NeurIPS 2025, arXiv 2510.24214"
     needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
     fidelity: ClassVar[str] = "vectors"

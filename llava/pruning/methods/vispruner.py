@@ -41,6 +41,7 @@ class VisPruner(PruningMethod):
     """
 
     name: ClassVar[str] = "vispruner"
+    signal: ClassVar[str] = "class attention, duplicates removed"
     paper: ClassVar[str] = "ICCV 2025, arXiv 2412.01818 v2"
     needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
     fidelity: ClassVar[str] = "vectors"
