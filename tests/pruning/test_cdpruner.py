@@ -80,7 +80,7 @@ def sheet_visual(dtype: torch.dtype) -> VisualTokens:
     cosine = sheet.TEXT_COSINE
     image = torch.stack([cosine, (1 - cosine.square()).clamp_min(0).sqrt()], dim=1).to(dtype)
     text = torch.tensor([[1.0, 0.0]], dtype=dtype)
-    return sheet.visual(dtype, extras={"clip_image": [image], "clip_text": [text]})
+    return sheet.visual(dtype, clip_image=image, clip_text=text)
 
 
 @DTYPES
@@ -97,7 +97,7 @@ def sheet_visual(dtype: torch.dtype) -> VisualTokens:
     ],
 )
 def test_picks_equal_the_reference(name, options, want, dtype) -> None:
-    got = sheet.picks(sheet.method(name, **options), sheet_visual(dtype), 6)
+    got = sheet.picks(sheet_visual(dtype), name, 6, **options)
     assert got == sheet.row(want)
 
 
@@ -133,7 +133,7 @@ def test_budget_above_the_rank(dtype) -> None:
     method = sheet.method("cdpruner", relevance="clip")
     visual = sheet_visual(dtype)
     r = method.importance(visual)[0]
-    got = sheet.picks(method, visual, 36)
+    got = sheet.picks(visual, "cdpruner", 36, relevance="clip")
     assert sorted(got) == list(range(36))
     assert got[:6] == sheet.row("31 10 3 24 11 18")
     rest = [i for i in r.argsort(descending=True, stable=True).tolist() if i not in got[:8]]

@@ -36,7 +36,7 @@ def test_parts_equal_the_reference(dtype) -> None:
     ],
 )
 def test_picks_equal_the_reference(name, options, want, dtype) -> None:
-    got = sheet.picks(sheet.method(name, **options), sheet.visual(dtype), 9)
+    got = sheet.picks(sheet.visual(dtype), name, 9, **options)
     assert got == sheet.row(want)
 
 
@@ -82,13 +82,13 @@ def test_equals_brute_force(host, combine) -> None:
     rule = torch.add if combine == "sum" else torch.mul
     own = None if importance is None else importance[0]
     want = brute_force(visual, 12, own, lambda weight, far: rule(weight, torch.tensor(far)))
-    got = sheet.picks(method, visual, 12)
+    got = sheet.picks(visual, "cen-prune", 12, host=host, host_options=options)
     if host == "divprune":
         # Two mutually nearest tokens may tie for the first pick; the rest does not hang on rounding
         assert set(got) == set(want)
     else:
         assert got == want
-    assert got != sheet.picks(sheet.method(host, **options), visual, 12)
+    assert got != sheet.picks(visual, host, 12, **options)
 
 
 def test_host_options_reach_the_host() -> None:
