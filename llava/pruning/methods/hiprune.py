@@ -42,6 +42,7 @@ class HiPrune(PruningMethod):
     signal: ClassVar[str] = "attention received, two layers"
     paper: ClassVar[str] = "arXiv 2508.00553"
     needs: ClassVar[tuple[str, ...]] = ("received_attention", "object_attention")
+    equivariant: ClassVar[bool] = False
     fidelity: ClassVar[str] = "sheet-only"
 
     alpha: float = 0.1
