@@ -34,8 +34,10 @@ class HiPrune(PruningMethod):
     row's patch, and beyond the image the first or last patch. wrap_neighbours=true does so too. An
     alpha with more anchors and buffers than k keeps the first k of them, anchors first.
 
-    Options: alpha, wrap_neighbours. Margins are not recorded. The "++" variant, which reads the
-    question, is not built. Tiles are pruned one by one, a joined choice has no neighbours.
+    Options: alpha, wrap_neighbours. Margins are not recorded. Tiles are pruned one by one, a joined
+    choice has no neighbours. The "++" variant is not built: it adds the cosines of patches to the
+    question, and what we have of it says neither which embeddings nor how they are weighed against
+    attention.
     """
 
     name: ClassVar[str] = "hiprune"
