@@ -34,9 +34,9 @@ class VisPruner(PruningMethod):
                     residual = the others of a by descending similarity, then b
 
     r = 1 is FasterVLM. Where the released code differs: it stops with an error when the residual
-    has an odd length (k = 58, for one), and works in half precision; here neither, and no option brings
-    the error back. On
-    LLaVA-1.6 it keeps k of each of five tiles, `mm_next_protocol="fixed2880"` here.
+    has an odd length (k = 58, for one), and works in half precision; here neither,
+    and no option brings the error back. On LLaVA-1.6 it keeps k of each of five tiles,
+    `mm_next_protocol="fixed2880"` here.
 
     Option: important_ratio r. Margins are not recorded: a choice is the end of many rounds.
     """
