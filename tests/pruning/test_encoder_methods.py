@@ -15,7 +15,7 @@ from llava.pruning.methods.agilepruner import effective_rank
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fastervlm_vector(dtype: torch.dtype) -> None:
     got = sheet.picks(sheet.visual(dtype), "fastervlm", 9)
-    assert got == sheet.row("1 18 24 35 7 12 30 29 13")
+    assert got == sorted(sheet.row("1 18 24 35 7 12 30 29 13"))
 
 
 def fopru_inputs():
@@ -33,7 +33,7 @@ def test_fopru_ranks_by_attention_received() -> None:
         ({"class_query": True}, matrix[:, 1:].mean(dim=0)),
         ({"significance": "class"}, matrix[0, 1:]),
     ):
-        want = scores.argsort(descending=True)[:10].tolist()
+        want = sorted(scores.argsort(descending=True)[:10].tolist())
         assert sheet.picks(visual, "fopru", 10, **options) == want
 
 

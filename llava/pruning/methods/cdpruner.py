@@ -20,7 +20,7 @@ from llava.pruning.methods.base import (
 )
 from llava.pruning.registry import register
 from llava.pruning.selection.dpp import dpp
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.picks import Picks, unscored
 from llava.pruning.tokens import VisualTokens
 
 RELEVANCES = ("auto", "clip", "none")
@@ -136,13 +136,23 @@ class CDPruner(SimilarityMethod):
 
     def adapt(self, visual: VisualTokens, counts: list[int]) -> list[int]:
         """Without the guard, the number of different tokens among the picks."""
-        picks = self._unguarded(visual, torch.tensor(counts))
-        return [len(set(row.tolist()) - {-1}) for row in picks]
+        if self.rank_guard:
+            return counts
+        picks = self._unguarded(visual)
+        return [len(set(row[:count])) for row, count in zip(picks, counts, strict=True)]
 
     def merge(self, visual: VisualTokens, counts: Tensor) -> Merged:
-        # Repetitions only come after all other picks, so this many picks are all different.
-        return listed(visual, raster_order(self._unguarded(visual, counts)))
+        # The first so many different ones, in raster order.
+        rows = [
+            torch.tensor(list(dict.fromkeys(row))[:count])
+            for row, count in zip(self._unguarded(visual), counts.tolist(), strict=True)
+        ]
+        picks = unscored(rows).indices.to(visual.projected.device)
+        return listed(visual, raster_order(picks))
 
     @torch.no_grad()
-    def _unguarded(self, visual: VisualTokens, counts: Tensor) -> Tensor:
-        return self.choose(visual, self.importance(visual), counts).indices
+    def _unguarded(self, visual: VisualTokens) -> list[list[int]]:
+        """As many picks as every tile has tokens: both callers have to see the same noise."""
+        sizes = torch.tensor(visual.tile_sizes())
+        picks = self.choose(visual, self.importance(visual), sizes).indices.tolist()
+        return [row[:size] for row, size in zip(picks, sizes.tolist(), strict=True)]

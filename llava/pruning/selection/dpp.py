@@ -72,48 +72,48 @@ def greedy_map(similarity: Tensor, quality: Tensor, k: int, *, rank_guard: bool 
     """
     kernel = quality[:, None] * similarity * quality
     spent = SPENT * torch.finfo(kernel.dtype).eps * kernel.diagonal()
-    history, factor = kernel.new_empty(k + 1, len(kernel)), torch.zeros_like(kernel[:k])
-    history[0] = kernel.diagonal()
+    history, factor = kernel.new_empty(k + 1, len(kernel)), kernel.new_empty(k, len(kernel))
+    gains, factors = history.split(1), factor.split(1)
+    gains[0].copy_(kernel.diagonal())
     picks: list[Tensor] = []
     for step in range(k):
-        left = history[step]
-        pick = left.argmax(keepdim=True)  # the lowest of several
-        row = kernel.index_select(0, pick)[0]
+        left, next_left, own = gains[step], gains[step + 1], factors[step]
+        pick = left.argmax(dim=1)  # the lowest of several
+        row = kernel.index_select(0, pick)
         if step:
-            column = factor[:step].index_select(1, pick)[:, 0]
-            row = torch.addmv(row, factor[:step].T, column, alpha=-1)
-        torch.div(row, left.index_select(0, pick).sqrt_(), out=factor[step])
-        torch.addcmul(left, factor[step], factor[step], value=-1, out=history[step + 1])
-        history[step + 1].index_fill_(0, pick, -torch.inf)
+            before = factor[:step]
+            row -= before.index_select(1, pick).T @ before
+        torch.div(row, left.index_select(1, pick).sqrt_(), out=own)
+        torch.addcmul(left, own, own, value=-1, out=next_left)
+        next_left.index_fill_(1, pick, -torch.inf)
         picks.append(pick)
     if not picks:
         return Picks(kernel.new_empty(0, dtype=torch.long), kernel.new_empty(0))
-    indices, gains = torch.cat(picks), history[:-1]
-    best = gains.gather(1, indices[:, None])[:, 0]
+    indices = torch.cat(picks)
+    best = history[:k].gather(1, indices[:, None])[:, 0]
     sound = (best > spent[indices]).tolist() if rank_guard else []
-    passed_over = gains.scatter(1, indices[:, None], -torch.inf).amax(dim=1)
-    if False in sound:
-        start = sound.index(False)
-        rest = _guarded(kernel, quality, spent, history, factor, indices, start)
-        indices = torch.cat([indices[:start], rest.indices])
-        return Picks(indices, torch.cat([(best - passed_over)[:start], rest.margins]))
-    return Picks(indices, best - passed_over)
+    start = sound.index(False) if False in sound else k
+    left = history[start].clone()
+    passed_over = history[:k].scatter_(1, indices[:, None], -torch.inf).amax(dim=1)
+    picked = Picks(indices, best - passed_over)
+    if start == k:
+        return picked
+    rest = _guarded(kernel, quality, spent, left, factor, indices[:start])
+    return Picks(*(torch.cat([sure[:start], new]) for sure, new in zip(picked, rest, strict=True)))
 
 
 def _guarded(
     kernel: Tensor,
     quality: Tensor,
     spent: Tensor,
-    history: Tensor,
+    left: Tensor,
     factor: Tensor,
     picked: Tensor,
-    start: int,
 ) -> Picks:
-    """The picks from number `start` on: what is spent gains nothing, then quality decides."""
-    left = history[start].clone()
-    taken = torch.zeros_like(left, dtype=torch.bool).index_fill_(0, picked[:start], True)
+    """The picks after `picked`: what is spent gains nothing, then quality decides."""
+    taken = torch.zeros_like(left, dtype=torch.bool).index_fill_(0, picked, True)
     picks, margins = [], []
-    for step in range(start, len(factor)):
+    for step in range(len(picked), len(factor)):
         gain = torch.where(left > spent, left, 0).masked_fill(taken, -torch.inf)
         exhausted = gain.amax() <= 0
         score = torch.where(exhausted, quality.masked_fill(taken, -torch.inf), gain)
