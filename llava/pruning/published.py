@@ -20,7 +20,7 @@ class Source(NamedTuple):
 
 
 class Retention(NamedTuple):
-    """`percent` of the unpruned score as in `source`, a key of SOURCES; `setting` if not ours."""
+    """`percent` of the unpruned score in `source`, a key of SOURCES; `setting`: which options."""
 
     percent: float
     source: str
