@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 UNPRUNED = "none"
+CONTROL = "least-sensitive"
 Control = Literal["image", "tokens"]
 
 
@@ -51,12 +52,13 @@ def plan_arms(
         name = f"{method}@{budget}"
         return Arm(name, label(method), method, budget, control=control, unavailable=reason)
 
-    named = [method for method in dict.fromkeys(methods) if method != UNPRUNED]
+    # The unpruned arm and the control are in every plan already.
+    named = [method for method in dict.fromkeys(methods) if method not in (UNPRUNED, CONTROL)]
     alone = "needs questions about two images" if one_image else None
     return (
         Arm(UNPRUNED, "none (unpruned)", budget=tokens),
         *(pruned(method, budget) for method in named for budget in smaller),
-        *(pruned("least-sensitive", budget, "tokens") for budget in smaller),
+        *(pruned(CONTROL, budget, "tokens") for budget in smaller),
         Arm(
             "shuffled-image",
             "shuffled image",

@@ -38,11 +38,12 @@ from llava.eval.tables import render
 from llava.eval.tasks.question_file import Task, load_task
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from llava.pruning import PruningError, get_method
+from llava.pruning import PruningError, get_method, list_methods
 from llava.utils import UserInputError
 
 METHODS = ("none", "random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact")
 BUDGETS = (576, 192, 128, 64, 32)
+ALL = "all"
 DEFAULT_LIMIT = 240  # questions: about five minutes on two CPU cores with llava-tiny
 MAX_NEW_TOKENS = 8
 OVERLAY_TOKENS = 64
@@ -58,7 +59,13 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--benchmark", type=Path, help="folder of questions.jsonl; default: MODEL_PATH/benchmark")
     add("--image-folder", type=Path, help="read images from here instead of rendering them")
     add("--limit", type=int, default=DEFAULT_LIMIT, help="questions to ask, 0 for all")
-    add("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    add(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"registered names, or {ALL!r} for every method that prunes before the language model",
+    )
     add("--budgets", nargs="+", type=int, default=list(BUDGETS), metavar="TOKENS")
     add("--output", type=Path, default=Path("outputs/quickstart"))
     add("--save-result", type=Path, metavar="PATH", help="also write one compact result JSON")
@@ -71,6 +78,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer, tabulate, draw; returns the exit code."""
     started = time.monotonic()
+    if ALL in args.methods:
+        args.methods = every_method()
     check(args)
     benchmark = args.benchmark or args.model_path / "benchmark"
     task = load_task(benchmark, args.limit, args.image_folder)
@@ -145,14 +154,27 @@ def load_subject(path: Path, device: str) -> Subject:
     return Subject(model.eval(), tokenizer, processor, conv_mode_for(name, model.config))
 
 
+def every_method() -> list[str]:
+    """All registered methods of this stage: those of a plain run, then the others by name."""
+    stage = [name for name in list_methods() if get_method(name).stage == "pre_llm"]
+    return [*METHODS, *(name for name in stage if name not in METHODS)]
+
+
 def plan(runner: Runner, methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]:
-    """All arms; what a method refuses to do with the first image is known to be unavailable."""
-    first = runner.encode([runner.task.questions[0].image], methods)
+    """All arms; what a method refuses to do with the first image is known to be unavailable.
+
+    So is a method that needs what the model's vision tower does not have.
+    """
+    image = [runner.task.questions[0].image]
+    lacking = {method: runner.lacking(image, method) for method in methods}
+    first = runner.encode(image, [method for method in methods if lacking[method] is None])
     return plan_arms(
         methods,
         budgets,
         tokens=first.embeddings(0).shape[0],
-        impossible=lambda method, budget: runner.refusal(first, method, budget),
+        impossible=lambda method, budget: (
+            lacking.get(method) or runner.refusal(first, method, budget)
+        ),
         one_image=runner.stand_ins is None,
         label=lambda method: runner.label(first, method),
     )

@@ -24,6 +24,7 @@ from llava.eval.results import Record
 from llava.eval.scorers.exact_match import is_correct
 from llava.eval.tasks.question_file import Question, Task, other_images
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.instruction import needed_of_question
 from llava.model.llava_arch import padding_side
 from llava.pruning import PruningConfig, VisualTokens, get_method, prune
 from llava.utils import UserInputError
@@ -107,6 +108,14 @@ class Runner:
         digest = {"image_digest": [digests[owner] for owner in owners]}
         return replace(visual, extras=visual.extras | digest)
 
+    def lacking(self, names: Sequence[str], method: str) -> str | None:
+        """What `method` needs and the model cannot read of the named images, or None."""
+        try:
+            self.encode(names, [method])
+        except UserInputError as error:
+            return str(error)
+        return None
+
     @torch.inference_mode()
     def prune_images(
         self,
@@ -133,11 +142,11 @@ class Runner:
     @torch.inference_mode()
     def label(self, visual: VisualTokens, method: str) -> str:
         """What tables call `method`: its name, with what it cannot read of this model's images."""
-        questions = self._stand_in_questions(visual, method)
         try:
             setting = self._setting(method, 1)
             if setting is None:
                 return method
+            questions = self._stand_in_questions(visual, method)
             with prune(self.subject.model, setting):
                 return setting.pruner.label(self._with(visual, questions))
         except UserInputError:  # the arm itself will say so
@@ -158,8 +167,16 @@ class Runner:
 
     def _stand_in_questions(self, visual: VisualTokens, method: str) -> list[Question]:
         """One question for every image, where `method` reads any."""
-        aware = get_method(method).query_aware
-        return [self.task.questions[0]] * visual.num_images if aware else []
+        asked = self.reads_question(method)
+        return [self.task.questions[0]] * visual.num_images if asked else []
+
+    def reads_question(self, method: str) -> bool:
+        """Whether `method` reads the question on this model, so that every question prunes anew.
+
+        CDPruner, for one, does so only where the vision tower has a text tower.
+        """
+        tower = self.subject.model.get_vision_tower()
+        return bool(needed_of_question(self._setting(method, 1), tower))
 
     def _run_batch(
         self, number: int, arms: Sequence[Arm], cold: bool
@@ -196,7 +213,7 @@ class Runner:
         shown = [self._shown(arm, question) for question in questions]
         # Only what this arm shows is pruned: each image once however many questions it has, or
         # anew for every question by a method that reads it.
-        aware = get_method(arm.method).query_aware
+        aware = self.reads_question(arm.method)
         needed = shown if aware else list(dict.fromkeys(shown))
         images = visual.take_images([names.index(name) for name in needed])
         clock = Stopwatch(self.subject.model.device)

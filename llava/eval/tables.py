@@ -24,16 +24,45 @@ over batches of ratios taken within a batch, with all arms run one after another
 another question's image; `no image` removes the image from the prompt."""
 
 
+SUMMARY_LEGEND = (
+    "Accuracy in per cent ± standard error, by visual tokens of an image; methods in the order of "
+    "the run, controls last:"
+)
+
+
 def render(result: Record) -> str:
-    """The main table, its legend and the table per question family, as Markdown."""
-    parts = [main_table(result), *notes(result), LEGEND, family_table(result)]
+    """One line per method, the main table, its legend and the table per family, as Markdown."""
+    summary = [SUMMARY_LEGEND, summary_table(result)]
+    parts = [*summary, main_table(result), *notes(result), LEGEND, family_table(result)]
     return "\n\n".join(parts) + "\n"
 
 
 def notes(result: Record) -> list[str]:
-    """Why cells of the main table are empty, one paragraph each."""
-    rows = [row for row in result["rows"] if row["unavailable"]]
-    return [f"n/a: {row['label']} at {row['budget']}: {row['unavailable']}." for row in rows]
+    """Why cells of the main table are empty, one paragraph for each method and reason."""
+    budgets: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        if row["unavailable"]:
+            reason = row["label"], row["unavailable"]
+            budgets.setdefault(reason, []).append(_count(row["budget"]))
+    return [
+        f"n/a: {label} at {', '.join(own)}: {reason}." for (label, reason), own in budgets.items()
+    ]
+
+
+def summary_table(result: Record) -> str:
+    """One line per method and control, in the order of the run: accuracy at every budget."""
+    lines: dict[tuple[str, str | None], dict[int | None, str]] = {}
+    for row in result["rows"]:
+        shown = "n/a" if row["unavailable"] else _percent(row["accuracy"], row["accuracy_se"])
+        lines.setdefault((row["label"], row["control"]), {})[row["budget"]] = shown
+    budgets = sorted({row["budget"] for row in result["rows"] if row["budget"]}, reverse=True)
+    columns = [*budgets, None] if any(None in cells for cells in lines.values()) else budgets
+    header = ["method", *("none" if budget is None else str(budget) for budget in columns)]
+    body = [
+        [label, *(cells.get(budget, "") for budget in columns)]
+        for (label, _), cells in lines.items()
+    ]
+    return _markdown(header, body)
 
 
 def main_table(result: Record) -> str:

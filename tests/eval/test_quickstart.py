@@ -22,6 +22,8 @@ from llava.eval.__main__ import main
 from llava.eval.quickstart import FILES, PICTURES, describe, load_subject
 from llava.eval.tables import readme_section
 from llava.eval.tasks.question_file import load_task
+from llava.pruning import list_methods
+from llava.pruning.catalogue import figures
 
 ROOT = Path(__file__).resolve().parents[2]
 DETERMINISTIC = ("answers.jsonl", "metrics.json")
@@ -125,6 +127,34 @@ def test_one_weight_changes_the_table(
     assert len(list((output / "runs").iterdir())) == 2, "the other model's answers stay apart"
     assert quickstart(output) == 0
     assert read(output / "metrics.json")["rows"][0]["accuracy"] == 1.0
+
+
+def test_all_methods_run_side_by_side(
+    tmp_path: Path, quickstart: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every registered method once, those of a plain run first; the catalogue reads the file."""
+    file = tmp_path / "result.json"
+    budgets = ["--budgets", "576", "64"]
+    extra = ["--methods", "all", *budgets, "--limit", "3", "--save-result", str(file)]
+    assert quickstart(tmp_path, *extra) == 0
+    result = read(file)
+    assert result["config"]["methods"][: len(command.METHODS)] == list(command.METHODS)
+    assert sorted(result["config"]["methods"]) == sorted(list_methods())
+    rows = [row for row in result["rows"] if row["budget"] == 64]
+    assert sorted(row["method"] for row in rows) == sorted(set(list_methods()) - {"none"})
+    assert len({row["arm"] for row in result["rows"]}) == len(result["rows"])
+    for row in rows:
+        assert row["unavailable"] is None, row
+        assert row["tokens_min"] == row["tokens_max"] == 64
+    labels = {row["method"]: row["label"] for row in rows}
+    assert labels["cdpruner"] == "cdpruner(relevance=none)"
+    assert labels["cen-prune"] == "cen-prune(divprune)"
+    assert labels["zoo"] == "zoo"
+    out = capsys.readouterr().out
+    assert all(f"| {label} " in out for label in labels.values())
+    ours = figures(file)
+    assert set(ours) == set(list_methods())
+    assert ours["cdpruner"].endswith("(relevance=none)")
 
 
 def test_every_setting_has_its_own_key(

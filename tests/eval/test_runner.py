@@ -6,11 +6,17 @@ from collections.abc import Callable
 
 import pytest
 
+from llava.eval import quickstart
 from llava.eval.arms import Arm, plan_arms
 from llava.eval.overlays import save_overlays
 from llava.eval.results import Record
 from llava.eval.runner import Runner
 from llava.eval.tasks.question_file import other_images
+from llava.model import instruction
+from llava.model.multimodal_encoder.readings import TowerReader
+from llava.pruning import list_methods, register, registry
+from llava.pruning.methods.fastervlm import FasterVLM
+from llava.utils import UserInputError
 
 PRUNED = ("random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact", "least-sensitive")
 
@@ -145,10 +151,10 @@ def test_timings_cover_every_arm_and_batch(make_runner: Callable[..., Runner]) -
 
 
 @pytest.mark.parametrize("method", ["mmtok", "cdpruner"])
-def test_query_aware_methods_prune_for_every_question(
+def test_an_image_is_pruned_for_every_question_that_is_read(
     method, make_runner, monkeypatch, tmp_path
 ) -> None:
-    """An image with several questions is pruned for each, as if it had been asked alone."""
+    """As if it had been asked alone; but once where no question is read, as without text tower."""
     runner = make_runner(batch_size=4)
     model, seen = runner.subject.model, []
     own = model.prune_visual_tokens
@@ -167,7 +173,10 @@ def test_query_aware_methods_prune_for_every_question(
     assert label == {"mmtok": "mmtok", "cdpruner": "cdpruner(relevance=none)"}[method]
     seen.clear()
     records = records_of(runner, arms)
-    assert sum(visual.num_images for visual in seen) == len(runner.task.questions)
+    images = sum(len({question.image for question in batch}) for batch in runner.batches)
+    assert images < len(runner.task.questions)
+    prunings = {"mmtok": len(runner.task.questions), "cdpruner": images}[method]
+    assert sum(visual.num_images for visual in seen) == prunings
     alone = records_of(make_runner(batch_size=1), arms)
     assert {key: record["kept"] for key, record in records.items()} == {
         key: record["kept"] for key, record in alone.items()
@@ -177,3 +186,47 @@ def test_query_aware_methods_prune_for_every_question(
         for record in records.values():
             by_image.setdefault(record["image"], set()).add(record["kept"])
         assert any(len(kept) > 1 for kept in by_image.values())
+
+
+def test_a_question_is_read_where_the_model_can(make_runner, monkeypatch) -> None:
+    runner = make_runner()
+    asked = {"mmtok": True, "cdpruner": False, "cen-prune": False, "zoo": False, "none": False}
+    assert {name: runner.reads_question(name) for name in asked} == asked
+    monkeypatch.setattr(instruction, "has_text_tower", lambda tower: True)
+    asked["cdpruner"] = True
+    assert {name: runner.reads_question(name) for name in asked} == asked
+
+
+def test_a_method_that_needs_what_the_model_lacks_is_unavailable(make_runner, monkeypatch) -> None:
+    """Its arms say why, and those of the other methods run."""
+
+    class Blind(FasterVLM):
+        name = "blind"
+        needs = ("cls_attention", "depth_map")
+
+        def importance(self, visual):
+            visual.extra("depth_map")
+
+    runner = make_runner()
+    own = TowerReader.extras
+
+    def without_attention(self, tiles):
+        if "cls_attention" in self.found:
+            raise UserInputError("this tower has no class token")
+        return own(self, tiles)
+
+    list_methods()
+    register(Blind)
+    try:
+        arms = {arm.name: arm for arm in quickstart.plan(runner, ["none", "blind", "norm"], [64])}
+        assert "depth_map" in arms["blind@64"].unavailable
+        monkeypatch.setattr(TowerReader, "extras", without_attention)
+        names = ["none", "blind", "fastervlm", "norm"]
+        arms = {arm.name: arm for arm in quickstart.plan(runner, names, [64])}
+        for name in ("blind@64", "fastervlm@64"):
+            assert arms[name].unavailable == "this tower has no class token"
+        assert arms["norm@64"].unavailable is None
+        seen = {record["arm"] for batch, _ in runner.run(arms.values()) for record in batch}
+        assert seen == {"none", "norm@64", "least-sensitive@64", "shuffled-image", "no-image"}
+    finally:
+        del registry._methods["blind"]

@@ -10,8 +10,18 @@ import pytest
 from llava.eval.__main__ import main
 from llava.eval.arms import Arm, plan_arms
 from llava.eval.metrics import accuracy_rows, timing_columns
+from llava.eval.plots import draw_accuracy
 from llava.eval.results import SCHEMA_VERSION
-from llava.eval.tables import BEGIN, END, family_table, main_table, readme_drift, render
+from llava.eval.tables import (
+    BEGIN,
+    END,
+    family_table,
+    main_table,
+    notes,
+    readme_drift,
+    render,
+    summary_table,
+)
 
 
 def refuse(method: str, budget: int) -> str | None:
@@ -102,6 +112,54 @@ def test_impossible_cell_gives_the_reason_and_no_number(result: dict) -> None:
     text = render(result)
     assert cells(main_table(result), "pool") == ["64", *["n/a"] * 6]
     assert "pool at 64: no factors" in text
+
+
+def test_summary_has_one_line_per_method(result: dict) -> None:
+    table = summary_table(result)
+    header = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
+    assert header == ["method", "576", "64", "none"]
+    assert cells(table, "none") == ["75.0 ± 25.0", "", ""]
+    assert cells(table, "zoo") == ["", "50.0 ± 28.9", ""]
+    assert cells(table, "pool") == ["", "n/a", ""]
+    assert cells(table, "no image") == ["", "", "0.0 ± 0.0"]
+    labels = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert labels == list(dict.fromkeys(row["label"] for row in result["rows"]))
+    assert render(result).index("| none (unpruned)") == render(result).index(table.splitlines()[2])
+
+
+def test_a_reason_stands_once_for_all_budgets(result: dict) -> None:
+    rows = [row | {"budget": budget} for row in result["rows"] for budget in (64, 32)]
+    (note,) = [line for line in notes(result | {"rows": rows}) if "pool" in line]
+    assert note == "n/a: pool at 64, 32: no factors."
+
+
+def many_methods(result: dict, count: int) -> dict:
+    (row,) = [row for row in result["rows"] if row["arm"] == "zoo@64"]
+    extra = [
+        row | {"arm": f"m{i}@{k}", "label": f"method-{i}", "method": f"m{i}", "budget": k}
+        for i in range(count)
+        for k in (192, 64)
+    ]
+    for line in extra:
+        line["tokens_min"] = line["tokens_max"] = line["budget"]
+    return result | {"rows": [*result["rows"], *extra]}
+
+
+def test_a_plot_of_many_methods_can_be_read(result: dict) -> None:
+    figure = draw_accuracy(many_methods(result, 25))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    looks = {(curve.lines[0].get_color(), curve.lines[0].get_marker()) for curve in axes.containers}
+    assert len(looks) == len(axes.containers) == 27
+    legend, page = axes.get_legend().get_window_extent(), figure.bbox
+    assert page.y0 <= legend.y0 and legend.y1 <= page.y1
+    assert page.x0 <= legend.x0 and legend.x1 <= page.x1
+    # Shifted points stay nearer to their own budget than to any other.
+    for curve in axes.containers:
+        for x, budget in zip(sorted(curve.lines[0].get_xdata())[-2:], (64, 192), strict=False):
+            assert abs(x / budget - 1) < 0.1
+    small = draw_accuracy(result)
+    assert tuple(small.get_size_inches()) == (8.0, 5.0)
 
 
 def test_family_table(result: dict) -> None:

@@ -199,13 +199,31 @@ def check_declared_needs(name: str) -> None:
         assert torch.equal(want.embeddings(image), got.embeddings(image))
 
 
+def check_equivariance(name: str) -> None:
+    """What a method says of places in `equivariant` is true, whichever it says."""
+    if get_method(name).equivariant:
+        check_permutation(name)
+        return
+    with pytest.raises(AssertionError):
+        check_permutation(name)
+
+
 def check_permutation(name: str) -> None:
-    """Permuting tokens permutes the choice (margins are checked, so rounding cannot decide)."""
-    visual = visual_for(name, 1, dtype=torch.float64, seed=5)
-    # Fewer than the 10 features: beyond their rank a determinant has nothing left to tell apart.
-    config = PruningConfig(name, keep_tokens=9)
+    """Permuting tokens permutes the choice (margins are checked, so rounding cannot decide).
+
+    Once on the suite's grid with a budget below the rank of the features, beyond which a
+    determinant has nothing left to tell apart; and once on a grid and with a budget large enough
+    for what a method does with places to decide over a token (HiPrune: from 26 on).
+    """
+    for grid, keep in ((GRID, 9), ((12, 12), 40)):
+        _check_permutation(name, grid, keep)
+
+
+def _check_permutation(name: str, grid: tuple[int, int], keep: int) -> None:
+    visual = visual_for(name, 1, dtype=torch.float64, seed=5, grid=grid)
+    config = PruningConfig(name, keep_tokens=keep)
     out = prune_visual_tokens(visual, config)
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(visual.features.shape[1], generator=torch.Generator().manual_seed(1))
     moved = replace_tokens(visual, visual.features[:, order], name)
     shuffled = prune_visual_tokens(moved, config)
     if out.kept is None:

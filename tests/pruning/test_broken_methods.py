@@ -13,6 +13,7 @@ from pruning_inputs import MAKERS
 
 from llava.pruning import PruningError, selector
 from llava.pruning.methods.base import PruningMethod
+from llava.pruning.methods.hiprune import HiPrune
 from llava.pruning.selection.topk import top_k
 
 # The last one: a projector that was not asked for has no forward.
@@ -161,6 +162,21 @@ def test_a_sound_method_keeps_every_promise(check) -> None:
 def test_a_broken_method_is_caught(check, broken) -> None:
     with checks.registered(broken) as name, pytest.raises(FAILURES):
         check(name)
+
+
+class SaysItLooksAtPlaces(Toy):
+    equivariant = False
+
+
+class HidesItsNeighbours(HiPrune):
+    name = "hides"
+    equivariant = True
+
+
+@pytest.mark.parametrize("liar", [SaysItLooksAtPlaces, HidesItsNeighbours, LooksAtPlaces])
+def test_a_wrong_word_about_places_is_caught(liar) -> None:
+    with checks.registered(liar) as name, pytest.raises(FAILURES):
+        checks.check_equivariance(name)
 
 
 def test_a_stage_that_lets_nan_pass_is_caught(monkeypatch) -> None:

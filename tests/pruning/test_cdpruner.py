@@ -80,7 +80,7 @@ def sheet_visual(dtype: torch.dtype) -> VisualTokens:
     cosine = sheet.TEXT_COSINE
     image = torch.stack([cosine, (1 - cosine.square()).clamp_min(0).sqrt()], dim=1).to(dtype)
     text = torch.tensor([[1.0, 0.0]], dtype=dtype)
-    return sheet.visual(dtype, extras={"clip_image": [image], "clip_text": [text]})
+    return sheet.visual(dtype, clip_image=image, clip_text=text)
 
 
 @DTYPES
@@ -97,7 +97,7 @@ def sheet_visual(dtype: torch.dtype) -> VisualTokens:
     ],
 )
 def test_picks_equal_the_reference(name, options, want, dtype) -> None:
-    got = sheet.picks(sheet.method(name, **options), sheet_visual(dtype), 6)
+    got = sheet.picks(sheet_visual(dtype), name, 6, **options)
     assert got == sheet.row(want)
 
 
@@ -133,7 +133,7 @@ def test_budget_above_the_rank(dtype) -> None:
     method = sheet.method("cdpruner", relevance="clip")
     visual = sheet_visual(dtype)
     r = method.importance(visual)[0]
-    got = sheet.picks(method, visual, 36)
+    got = sheet.picks(visual, "cdpruner", 36, relevance="clip")
     assert sorted(got) == list(range(36))
     assert got[:6] == sheet.row("31 10 3 24 11 18")
     rest = [i for i in r.argsort(descending=True, stable=True).tolist() if i not in got[:8]]
@@ -224,3 +224,44 @@ def test_missing_inputs_are_named() -> None:
     bad = torch.full((1, checks.N), torch.nan)
     with pytest.raises(PruningError, match="NaN"):
         dpp(visual.features, 3, quality=bad)
+
+
+@DTYPES
+def test_without_the_guard_fewer_tokens_are_kept(dtype) -> None:
+    """As released: beyond the rank, 8, the root of a negative number ends the choice."""
+    visual = sheet_visual(dtype)
+    options = {"relevance": "clip", "rank_guard": False}
+    config = PruningConfig.of("cdpruner", keep_tokens=20, **options)
+    guarded = sheet.picks(visual, "cdpruner", 20, relevance="clip")
+    picks = sheet.picks(visual, "cdpruner", 20, **options)
+    assert picks[:8] == guarded[:8]
+    distinct = set(picks)
+    assert 8 <= len(distinct) < 20
+    out = prune_visual_tokens(visual, config)
+    assert out.sources[0].float().argmax(dim=1).tolist() == sorted(distinct)
+    assert torch.equal(out.embeddings(0), visual.projected[0][sorted(distinct)])
+    assert not config.pruner.fixed_count
+    # Below the rank the guard has nothing to do.
+    for guard in (True, False):
+        got = sheet.picks(visual, "cdpruner", 6, relevance="clip", rank_guard=guard)
+        assert got == sheet.row("31 10 3 24 11 18")
+
+
+def test_the_guard_takes_over_in_the_middle() -> None:
+    """Rank 6 of 12 dimensions, several rows: volume first, then quality, nothing twice."""
+    generator = torch.Generator().manual_seed(4)
+    z = torch.randn(3, 30, 6, generator=generator) @ torch.randn(6, 12, generator=generator)
+    quality = torch.rand(3, 30, generator=generator) + 0.1
+    got = dpp(z, 15, quality=quality)
+    assert got.margins.isfinite().all() and (got.margins >= 0).all()
+    for row in range(3):
+        picks = got.indices[row].tolist()
+        assert picks[:6] == determinants(z[row].double(), quality[row].double(), 6)
+        rest = [i for i in quality[row].argsort(descending=True).tolist() if i not in picks[:6]]
+        assert picks[6:] == rest[:9]
+
+
+def test_cen_prune_needs_the_guard() -> None:
+    with pytest.raises(PruningError, match="set of tokens"):
+        options = {"rank_guard": False}
+        PruningConfig.of("cen-prune", keep_tokens=5, host="cdpruner", host_options=options)

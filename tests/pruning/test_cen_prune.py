@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pruning_checks as checks
 import pytest
 import sheet_vectors as sheet
@@ -36,7 +37,7 @@ def test_parts_equal_the_reference(dtype) -> None:
     ],
 )
 def test_picks_equal_the_reference(name, options, want, dtype) -> None:
-    got = sheet.picks(sheet.method(name, **options), sheet.visual(dtype), 9)
+    got = sheet.picks(sheet.visual(dtype), name, 9, **options)
     assert got == sheet.row(want)
 
 
@@ -82,13 +83,13 @@ def test_equals_brute_force(host, combine) -> None:
     rule = torch.add if combine == "sum" else torch.mul
     own = None if importance is None else importance[0]
     want = brute_force(visual, 12, own, lambda weight, far: rule(weight, torch.tensor(far)))
-    got = sheet.picks(method, visual, 12)
+    got = sheet.picks(visual, "cen-prune", 12, host=host, host_options=options)
     if host == "divprune":
         # Two mutually nearest tokens may tie for the first pick; the rest does not hang on rounding
         assert set(got) == set(want)
     else:
         assert got == want
-    assert got != sheet.picks(sheet.method(host, **options), visual, 12)
+    assert got != sheet.picks(visual, host, 12, **options)
 
 
 def test_host_options_reach_the_host() -> None:
@@ -131,3 +132,45 @@ def test_tiles(host, allocation) -> None:
 def test_what_cannot_be_wrapped(options, message) -> None:
     with pytest.raises(PruningError, match=message):
         PruningConfig("cen-prune", 9, options=options)
+
+
+def test_qwen_form_scales_channels_and_weighs_by_a_sigmoid() -> None:
+    """One channel that carries nearly all variance decides the plain form, not this one."""
+    visual = checks.make_visual(2, dtype=torch.float64, seed=6)
+    visual.features[..., 0] *= 1000
+    config = PruningConfig.of("cen-prune", keep_tokens=8, form="qwen")
+    got = prune_visual_tokens(visual, config)
+    assert config.pruner.needs == ("features",)
+    for tile in range(2):
+        x = visual.features[tile].numpy()
+        x = x / np.sqrt(x.var(axis=0) + 1e-6)
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        g = -((unit @ unit.T).sum(axis=1) - 1) / (len(x) - 1)
+        weight = 1 / (1 + np.exp(-(g - g.mean()) / g.std()))
+        x = x - x.mean(axis=0)
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        cosine = unit @ unit.T
+        distance = 1 - cosine
+        np.fill_diagonal(distance, 9)
+        picks = [int(distance.min(axis=0).argmax())]
+        while len(picks) < 8:
+            score = weight * distance[picks].min(axis=0)
+            score[picks] = -1
+            picks.append(int(score.argmax()))
+        assert got.kept[tile].tolist() == sorted(picks)
+    plain = prune_visual_tokens(visual, PruningConfig("cen-prune", 8))
+    assert not torch.equal(plain.kept, got.kept)
+
+
+def test_qwen_form_with_padding_and_equal_tokens() -> None:
+    valid = torch.ones(1, checks.N, dtype=torch.bool)
+    valid[0, 20:] = False
+    visual = checks.make_visual(1, valid=valid)
+    config = PruningConfig.of("cen-prune", keep_tokens=8, form="qwen")
+    kept = prune_visual_tokens(visual, config).kept
+    visual.features[0, 20:] = 1e6
+    assert torch.equal(prune_visual_tokens(visual, config).kept, kept)
+    visual.features[:] = 1.0
+    assert prune_visual_tokens(visual, config).kept.tolist() == [list(range(8))]
+    with pytest.raises(PruningError, match="form"):
+        PruningConfig.of("cen-prune", keep_tokens=8, form="internvl")

@@ -45,7 +45,7 @@ from llava.pruning.methods.base import PruningMethod
             {"method": "zoo", "keep_tokens": 4, "options": {"direction": 3}},
             "unknown option of 'zoo': 'direction'; did you mean 'directions'",
         ),
-        ({"method": "divprune", "keep_tokens": 4, "options": {"seed": 3}}, "valid: none"),
+        ({"method": "fastervlm", "keep_tokens": 4, "options": {"seed": 3}}, "valid: none"),
         ({"method": "zoo", "keep_tokens": 4, "options": {"fusion": "max"}}, "multiply, sum"),
         ({"method": "zoo", "keep_tokens": 4, "options": {"directions": 0}}, "at least 1"),
         ({"method": "zoo", "keep_tokens": 4, "options": {"step": 0}}, "positive"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import encoder_vectors as vectors
 import numpy as np
 import pytest
+import sheet_vectors as sheet
 import torch
 from pruning_inputs import read_visual
 
@@ -12,28 +12,17 @@ from llava.pruning import PruningConfig, PruningError, prune_visual_tokens, sele
 from llava.pruning.methods.agilepruner import effective_rank
 
 
-def words(text: str) -> list[int]:
-    return [int(word) for word in text.split()]
-
-
-def test_the_vector_is_the_reference_one() -> None:
-    first = [0.9, 1.19552, 1.832039, 1.32738, -0.096165, 1.838, -0.080936, 1.745747]
-    last = [0.272299, 0.041333, 0.220798, 1.031887, 1.861512, 0.33081, 0.95117, 0.651978]
-    want = torch.tensor([first, last], dtype=torch.float64)
-    torch.testing.assert_close(vectors.X[[0, -1]], want, atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fastervlm_vector(dtype: torch.dtype) -> None:
-    got = vectors.picks(vectors.visual(dtype), "fastervlm", 9)
-    assert got == words("1 18 24 35 7 12 30 29 13")
+    got = sheet.picks(sheet.visual(dtype), "fastervlm", 9)
+    assert got == sorted(sheet.row("1 18 24 35 7 12 30 29 13"))
 
 
 def fopru_inputs():
     """A full attention matrix of one head over 1 + 36 tokens, and what the tower would report."""
     generator = torch.Generator().manual_seed(3)
     matrix = torch.randn(37, 37, generator=generator, dtype=torch.float64).mul(3).softmax(dim=1)
-    visual = vectors.visual(cls_attention=matrix[0, 1:], received_attention=matrix.mean(dim=0)[1:])
+    visual = sheet.visual(cls_attention=matrix[0, 1:], received_attention=matrix.mean(dim=0)[1:])
     return matrix, visual
 
 
@@ -44,8 +33,8 @@ def test_fopru_ranks_by_attention_received() -> None:
         ({"class_query": True}, matrix[:, 1:].mean(dim=0)),
         ({"significance": "class"}, matrix[0, 1:]),
     ):
-        want = scores.argsort(descending=True)[:10].tolist()
-        assert vectors.picks(visual, "fopru", 10, **options) == want
+        want = sorted(scores.argsort(descending=True)[:10].tolist())
+        assert sheet.picks(visual, "fopru", 10, **options) == want
 
 
 def test_fopru_keeps_whole_rows() -> None:
@@ -80,8 +69,8 @@ def test_methods_that_go_by_rows_cannot_choose_among_joined_tiles() -> None:
 
 
 def test_select_takes_readings() -> None:
-    z = vectors.X
-    extras = {"cls_attention": [vectors.attention()]}
+    z = sheet.TOKENS
+    extras = {"cls_attention": [sheet.ATTENTION]}
     kept = select("fastervlm", projected=z, keep_tokens=3, extras=extras)
     assert kept.tolist() == [1, 18, 24]
     with pytest.raises(PruningError, match="cls_attention"):
@@ -101,7 +90,7 @@ def test_fopru_options_are_checked(word: str) -> None:
     ("alpha", "want"), [(1.0, "1 18 7 13 30 24 29 23 8"), (0.5, "1 18 7 13 6 23 30 29 8")]
 )
 def test_scope_vector(alpha: float, want: str, dtype: torch.dtype) -> None:
-    assert vectors.picks(vectors.visual(dtype), "scope", 9, alpha=alpha) == words(want)
+    assert sheet.picks(sheet.visual(dtype), "scope", 9, alpha=alpha) == sheet.row(want)
 
 
 def scope_by_hand(x: np.ndarray, a: np.ndarray, count: int, combine: str) -> list[int]:
@@ -123,10 +112,10 @@ def scope_by_hand(x: np.ndarray, a: np.ndarray, count: int, combine: str) -> lis
 @pytest.mark.parametrize("combine", ["multiply", "sum"])
 def test_scope_is_the_formula(combine: str) -> None:
     # Attention of the size of a gain, so that a sum depends on it too.
-    a = vectors.attention() * 20
-    visual = vectors.visual(cls_attention=a)
-    want = scope_by_hand(vectors.X.numpy(), a.numpy(), 7, combine)
-    assert vectors.picks(visual, "scope", 7, combine=combine) == want
+    a = sheet.ATTENTION * 20
+    visual = sheet.visual(cls_attention=a)
+    want = scope_by_hand(sheet.TOKENS.numpy(), a.numpy(), 7, combine)
+    assert sheet.picks(visual, "scope", 7, combine=combine) == want
 
 
 def test_scope_in_half_precision_follows_rounded_gains() -> None:
@@ -134,13 +123,13 @@ def test_scope_in_half_precision_follows_rounded_gains() -> None:
     # Near-equal tokens: the first gains are sums of 576 similarities near 1, 0.5 apart in float16.
     visual.features = visual.features * 0.05 + 1
     visual.extras["cls_attention"] = [torch.ones(576)]
-    wide = vectors.picks(visual, "scope", 64)
-    model = vectors.picks(visual, "scope", 64, precision="model")
+    wide = sheet.picks(visual, "scope", 64)
+    model = sheet.picks(visual, "scope", 64, precision="model")
     assert wide != model
     assert len(set(model)) == 64
     # Features that hold half precision numbers are the same whatever they are stored in.
     visual.features = visual.features.float()
-    assert vectors.picks(visual, "scope", 64, precision="model") == wide
+    assert sheet.picks(visual, "scope", 64, precision="model") == wide
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -148,7 +137,7 @@ def test_scope_in_half_precision_follows_rounded_gains() -> None:
     ("count", "want"), [(8, "1 18 24 35 9 23 31 21"), (9, "1 18 24 35 26 9 23 31 21")]
 )
 def test_vispruner_vector(count: int, want: str, dtype: torch.dtype) -> None:
-    assert vectors.picks(vectors.visual(dtype), "vispruner", count) == words(want)
+    assert sheet.picks(sheet.visual(dtype), "vispruner", count) == sheet.row(want)
 
 
 def vispruner_by_hand(x: np.ndarray, a: np.ndarray, count: int, ratio: float) -> set[int]:
@@ -229,9 +218,9 @@ def test_hiprune_never_keeps_more_than_asked() -> None:
 
 
 def test_effective_rank_of_the_reference() -> None:
-    assert effective_rank(vectors.X, centre=False) == pytest.approx(6.893518, abs=1e-6)
-    assert effective_rank(vectors.X, centre=True) == pytest.approx(7.202784, abs=1e-6)
-    assert effective_rank(vectors.X.T, centre=False) == pytest.approx(6.893518, abs=1e-6)
+    assert effective_rank(sheet.TOKENS, centre=False) == pytest.approx(6.893518, abs=1e-6)
+    assert effective_rank(sheet.TOKENS, centre=True) == pytest.approx(7.202784, abs=1e-6)
+    assert effective_rank(sheet.TOKENS.T, centre=False) == pytest.approx(6.893518, abs=1e-6)
 
 
 def agile_by_hand(x: np.ndarray, a: np.ndarray, count: int, centre: bool, tau_max: float):
@@ -256,12 +245,9 @@ def agile_by_hand(x: np.ndarray, a: np.ndarray, count: int, centre: bool, tau_ma
     [(9, True, 0.95), (9, False, 0.95), (30, True, 0.95), (9, True, 0.1)],
 )
 def test_agilepruner_is_the_walk(count: int, centre: bool, tau_max: float) -> None:
-    a = vectors.attention().numpy()
-    want, walked = agile_by_hand(vectors.X.numpy(), a, count, centre, tau_max)
-    assert (
-        vectors.picks(vectors.visual(), "agilepruner", count, centre=centre, tau_max=tau_max)
-        == want
-    )
+    a = sheet.ATTENTION.numpy()
+    want, walked = agile_by_hand(sheet.TOKENS.numpy(), a, count, centre, tau_max)
+    assert sheet.picks(sheet.visual(), "agilepruner", count, centre=centre, tau_max=tau_max) == want
     # At 30 of 36 the walk runs out and attention fills up.
     assert (walked < count) == (count == 30)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llava.pruning import PruningError, max_min
 from llava.pruning.selection.max_min import max_min_with_margins
-from llava.pruning.selection.topk import top_k
+from llava.pruning.selection.topk import ranking, top_k
 
 few = settings(max_examples=30, deadline=None)
 
@@ -191,15 +191,38 @@ def test_top_k(n, seed, data) -> None:
     scores = torch.randint(0, 4, (1, n), generator=torch.Generator().manual_seed(seed)).float()
     got = top_k(scores, k)
     want = sorted(range(n), key=lambda i: (-float(scores[0, i]), i))[:k]
-    assert got.indices[0].tolist() == want
-    for step, margin in enumerate(got.margins[0].tolist()):
-        rest = [float(scores[0, i]) for i in range(n) if i not in want[: step + 1]]
-        assert margin == (float(scores[0, want[step]]) - max(rest) if rest else float("inf"))
+    assert got.indices[0].tolist() == sorted(want)
+    assert ranking(scores)[0, :k].tolist() == want
+    rest = [float(scores[0, i]) for i in range(n) if i not in want]
+    margin = float(scores[0, want[-1]]) - max(rest) if rest and want else float("inf")
+    assert got.margins[0].tolist() == [margin] * k
 
 
 def test_top_k_counts_and_mask() -> None:
     scores = torch.tensor([[5.0, 4.0, 3.0], [1.0, 2.0, 3.0]])
     valid = torch.tensor([[False, True, True], [True, True, True]])
     got = top_k(scores, torch.tensor([1, 2]), valid=valid)
-    assert got.indices.tolist() == [[1, -1], [2, 1]]
+    assert got.indices.tolist() == [[1, -1], [1, 2]]
     assert got.margins.tolist() == [[1.0, float("inf")], [1.0, 1.0]]
+    assert ranking(scores, valid).tolist() == [[1, 2, 0], [2, 1, 0]]
+    assert ranking(torch.full((1, 3), -torch.inf), valid[:1]).tolist() == [[1, 2, 0]]
+
+
+def test_top_k_of_several_rows() -> None:
+    """All rows at once where none has a tie at the edge or a NaN, and one by one elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(4, 50, generator=generator)
+    want = scores.argsort(dim=1, descending=True)[:, :7].sort(dim=1).values
+    got = top_k(scores, 7)
+    assert torch.equal(got.indices, want)
+    edge = scores.sort(dim=1, descending=True).values
+    torch.testing.assert_close(got.margins, (edge[:, 6:7] - edge[:, 7:8]).expand(-1, 7))
+    tied = scores.clone()
+    tied[2, 11:14] = 2.0
+    assert top_k(tied, 2).indices[2].tolist() == [11, 12]
+    assert top_k(tied, 2).margins[2].tolist() == [0.0, 0.0]
+    for place in (0, 49):
+        broken = scores.clone()
+        broken[3, place] = torch.nan
+        with pytest.raises(PruningError, match="NaN"):
+            top_k(broken, 7)

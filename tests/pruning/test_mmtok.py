@@ -14,8 +14,8 @@ from llava.pruning.selection.coverage import cover
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_picks_equal_the_reference(dtype) -> None:
-    visual = sheet.visual(dtype, extras={"question_embeddings": [sheet.TEXT.to(dtype)]})
-    assert sheet.picks(sheet.method("mmtok"), visual, 9) == sheet.row("23 22 12 25 8 15 27 28 29")
+    visual = sheet.visual(dtype, question_embeddings=sheet.TEXT)
+    assert sheet.picks(visual, "mmtok", 9) == sheet.row("23 22 12 25 8 15 27 28 29")
 
 
 def covered(similarity: Tensor, chosen: list[int]) -> float:

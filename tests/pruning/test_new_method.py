@@ -26,6 +26,7 @@ class LastTokens(PruningMethod):
     """Keep the last k tokens of every tile."""
 
     name: ClassVar[str] = "last-tokens"
+    signal: ClassVar[str] = "place"
     paper: ClassVar[str] = "this test"
     equivariant: ClassVar[bool] = False
 
@@ -44,7 +45,7 @@ def test_it_is_listed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert name in list_methods()
     assert get_method(name) is LastTokens
     main(["list", "--markdown"])
-    line = "| last-tokens | - | no | no | sheet-only | this test |"
+    line = "| last-tokens | place | - | no | no | sheet-only | n/a | n/a | this test |"
     assert line in capsys.readouterr().out.splitlines()
 
 

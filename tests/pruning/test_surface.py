@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,12 +16,16 @@ from PIL import Image
 from pruning_checks import registered
 
 import llava.pruning
-from llava.pruning import list_methods
-from llava.pruning.__main__ import BEGIN, END, main, readme_drift
+from llava.pruning import catalogue, list_methods
+from llava.pruning.__main__ import main
+from llava.pruning.catalogue import BEGIN, COLUMNS, END, RESULTS, method_table, readme_drift
+from llava.pruning.errors import PruningError
 from llava.pruning.methods.base import PruningMethod
+from llava.pruning.published import RETENTION, SOURCES, Retention
 from llava.pruning.visualize import overlay
 
 PACKAGE = Path(llava.pruning.__file__).parent
+ROOT = PACKAGE.parents[1]
 
 
 def test_public_names_exist() -> None:
@@ -59,37 +64,131 @@ def test_list(capsys) -> None:
     assert [line.split()[0] for line in lines] == ["method", *list_methods()]
     main(["list", "--markdown"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "| --- | --- | --- | --- | --- | --- |"
-    zoo = "| zoo | features, projector | no | no | vectors | CVPR 2026, arXiv 2509.24837 |"
-    assert zoo in lines
+    assert lines[1] == "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    (zoo,) = [line for line in lines if line.startswith("| zoo |")]
+    signal = "projector sensitivity x max-min cosine distance"
+    assert zoo.startswith(
+        f"| zoo | {signal} | features, projector | no | no | vectors | 95.5 [1], "
+    )
+    assert zoo.endswith(" | CVPR 2026, arXiv 2509.24837 |")
+
+
+def cell(table: list[tuple[str, ...]], name: str, column: str) -> str:
+    (row,) = [row for row in table if row[0] == name]
+    return row[COLUMNS.index(column)]
+
+
+def test_every_method_names_its_signal() -> None:
+    for name in list_methods():
+        assert llava.pruning.get_method(name).signal, name
+
+
+def test_published_figures_belong_to_methods_and_sources() -> None:
+    assert RETENTION.keys() <= set(list_methods())
+    assert {figure.source for row in RETENTION.values() for figure in row} == SOURCES.keys()
+    for source in SOURCES.values():
+        assert source.where and source.kind and source.averages
+    assert all(50 < figure.percent < 100 for row in RETENTION.values() for figure in row)
+
+
+def test_published_cells(monkeypatch) -> None:
+    table = method_table()
+    for name in ("fastervlm", "fopru", "agilepruner", "random", "none", "zoo-exact"):
+        assert cell(table, name, "published %") == "n/a", "no report is known"
+    figures = (Retention(12.34, "tops"), Retention(50.0, "eadp", "host=x"))
+    monkeypatch.setitem(RETENTION, "zoo", figures)
+    number = {name: place for place, name in enumerate(SOURCES, start=1)}
+    want = f"12.3 [{number['tops']}], 50.0 [{number['eadp']}] (host=x)"
+    assert cell(method_table(), "zoo", "published %") == want
+    text = catalogue.render(markdown=True)
+    assert f"\n{number['tops']}. {SOURCES['tops'].where}" in text
+
+
+def result_file(path: Path, *rows: dict) -> Path:
+    filled = [{"unavailable": None, "accuracy_se": 0.012, "budget": 64} | row for row in rows]
+    for row in filled:
+        row.setdefault("label", row["method"])
+        row.setdefault("arm", f"{row['method']}@{row['budget']}")
+    path.write_text(json.dumps({"schema_version": 1, "rows": filled}))
+    return path
+
+
+def test_our_figures_come_from_the_result_file(tmp_path: Path, capsys) -> None:
+    file = result_file(
+        tmp_path / "tiny.json",
+        {"method": "none", "arm": "none", "label": "none (unpruned)", "budget": 576, "accuracy": 1},
+        {"method": "zoo", "budget": 128, "accuracy": 0.9},
+        {"method": "zoo", "accuracy": 0.5},
+        {"method": "cdpruner", "label": "cdpruner(relevance=none)", "accuracy": 0.25},
+        {"method": "cen-prune", "label": "cen-prune(divprune)", "accuracy": 0.125},
+        {"method": "norm", "accuracy": 0.3, "accuracy_se": None},
+        {"method": "pool", "unavailable": "no factors"},
+        {"method": "none", "arm": "shuffled-image", "budget": 576, "accuracy": 0.2},
+    )
+    table = method_table(catalogue.figures(file))
+    ours = {row[0]: row[COLUMNS.index("llava-tiny %")] for row in table}
+    assert ours["none"] == "100.0 ± 1.2 (all 576 tokens)"
+    assert ours["zoo"] == "50.0 ± 1.2"
+    assert ours["cdpruner"] == "25.0 ± 1.2 (relevance=none)"
+    assert ours["cen-prune"] == "12.5 ± 1.2 (divprune)"
+    assert ours["norm"] == "30.0 ± n/a"
+    assert ours["pool"] == ours["grid"] == "n/a"
+    main(["list", "--markdown", "--results", str(file)])
+    out = capsys.readouterr().out
+    assert "| 25.0 ± 1.2 (relevance=none) |" in out and "`tiny.json`" in out
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": [{}]}', '{"rows": 3}'])
+def test_an_unusable_result_file_is_one_line(tmp_path: Path, capsys, content) -> None:
+    file = tmp_path / "result.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(PruningError):
+        catalogue.figures(file)
+    with pytest.raises(SystemExit) as leaving:
+        main(["list", "--results", str(file)])
+    assert leaving.value.code == 2
+    assert "result.json" in capsys.readouterr().err
 
 
 def test_readme_shows_the_registered_methods() -> None:
-    assert readme_drift(PACKAGE.parents[1] / "README.md") is None
+    assert readme_drift(ROOT / "README.md", ROOT / RESULTS) is None
 
 
 def test_readme_drift(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = tmp_path / "README.md"
+    """The result file beside the README is the one that counts."""
+    readme, results = tmp_path / "README.md", tmp_path / RESULTS
+    results.parent.mkdir(parents=True)
+    result_file(results, {"method": "grid", "accuracy": 0.125})
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert "--update-readme" in readme_drift(readme)
+    assert "--update-readme" in readme_drift(readme, results)
     main(["list", "--update-readme", str(readme)])
-    assert readme_drift(readme) is None
+    assert readme_drift(readme, results) is None
     text = readme.read_text()
     assert text.startswith(f"before\n{BEGIN}\n| method |")
-    assert text.endswith(f"|\n{END}\nafter\n")
+    assert text.endswith(f"\n{END}\nafter\n")
+    assert "| 12.5 ± 1.2 |" in text
     capsys.readouterr()
-    main(["list", "--markdown"])
+    main(["list", "--markdown", "--results", str(results)])
     assert capsys.readouterr().out in text
-    readme.write_text(text.replace("| grid | - |", "| grid | features |"))
-    assert readme_drift(readme) is not None
+    readme.write_text(text.replace("| grid | place |", "| grid | chance |"))
+    assert readme_drift(readme, results) is not None
+    readme.write_text(text)
+    result_file(results, {"method": "grid", "accuracy": 0.25})
+    assert readme_drift(readme, results) is not None, "the figures were measured anew"
+    main(["list", "--update-readme", str(readme)])
+    text = readme.read_text()
 
     @dataclass(frozen=True)
     class Unlisted(PruningMethod):
         name = "unlisted"
 
-    readme.write_text(text)
     with registered(Unlisted):
-        assert readme_drift(readme) is not None
+        assert readme_drift(readme, results) is not None
+        assert cell(method_table(), "unlisted", "signal") == "-"
+    results.unlink()
+    main(["list", "--update-readme", str(readme)])
+    assert "no result file was read" in readme.read_text()
 
 
 @pytest.mark.parametrize("arguments", [[], ["lst"], ["list", "--html"]])

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoder_vectors import X, attention
 from PIL import Image
 from pruning_inputs import read_visual
 from safetensors.torch import load_file
+from sheet_vectors import ATTENTION, TOKENS
 from torch import nn
 
 from llava.mm_utils import process_images
@@ -101,14 +101,14 @@ def test_equals_the_official_run(name: str, record_error) -> None:
 
 def small(contextual: int | None, keep: int, **options):
     visual = VisualTokens(
-        X[None],
-        X[None].clone(),
+        TOKENS[None],
+        TOKENS[None].clone(),
         nn.Identity(),
         torch.zeros(1, dtype=torch.long),
         (6, 6),
         extras={
-            "cls_attention": [attention()],
-            "encoder_keys": [X],
+            "cls_attention": [ATTENTION],
+            "encoder_keys": [TOKENS],
             "cls_feature": [torch.ones(8, dtype=torch.float64)],
         },
     )
@@ -131,7 +131,7 @@ def test_equals_the_reference_vector() -> None:
 def test_mean_is_the_mean_of_target_and_assigned() -> None:
     out = small(3, 10, ctx_merge="mean")
     for row in range(7, 10):
-        members = X[out.sources[0, row]]
+        members = TOKENS[out.sources[0, row]]
         torch.testing.assert_close(out.projected[0, row], members.mean(dim=0))
 
 

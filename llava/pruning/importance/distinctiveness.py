@@ -24,6 +24,32 @@ def centred(z: Tensor, valid: Tensor | None = None) -> Tensor:
     return out
 
 
+def scaled(z: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Every channel of z [B, N, C] divided by sqrt(var + 1e-6) over a row's valid tokens.
+
+    Half precision is computed in float32; invalid tokens become 0. Where one channel carries nearly
+    all variance, all cosines are those of that channel alone (Cen-Prune on Qwen2.5-VL).
+    """
+    out = z.new_zeros(z.shape, dtype=torch.promote_types(z.dtype, torch.float32))
+    for row, tokens in _rows(z, valid):
+        own = z[row, tokens].to(out.dtype)
+        out[row, tokens] = own / (own.var(dim=0, correction=0) + 1e-6).sqrt()
+    return out
+
+
+def sigmoid_of_z_score(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """sigmoid((s - mean) / std) of scores [B, N] over a row's valid tokens; invalid ones get 0.
+
+    1/2 everywhere in a row of equal scores.
+    """
+    out = torch.zeros_like(scores)
+    for row, tokens in _rows(scores, valid):
+        own = scores[row, tokens]
+        spread = own.std(correction=0).clamp_min(1e-6)
+        out[row, tokens] = ((own - own.mean()) / spread).sigmoid()
+    return out
+
+
 def distinctiveness(z: Tensor, valid: Tensor | None = None) -> Tensor:
     """g_i = -mean_{j != i} cos(z_i, z_j) over the valid tokens of every row, before any centring.
 

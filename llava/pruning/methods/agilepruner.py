@@ -40,6 +40,7 @@ class AgilePruner(PruningMethod):
     """
 
     name: ClassVar[str] = "agilepruner"
+    signal: ClassVar[str] = "class attention, distance threshold by effective rank"
     paper: ClassVar[str] = "ICLR 2026, arXiv 2603.01236"
     needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
     fidelity: ClassVar[str] = "reconstructed"

@@ -39,6 +39,17 @@ def stack_merged(tiles: list[tuple[Tensor, Tensor, Tensor]]) -> Merged:
     )
 
 
+def listed(visual: VisualTokens, picks: Tensor) -> Merged:
+    """Tokens as they are, in the order of LongTensor picks [T, K] and as often as they stand there.
+
+    For options that reproduce what no set of tokens in raster order can: such methods then merge.
+    """
+    rows = picks.clamp(min=0)[..., None].expand(-1, -1, visual.projected.shape[-1])
+    projected = visual.projected.gather(1, rows).masked_fill((picks < 0)[..., None], 0)
+    tokens = torch.arange(visual.projected.shape[1], device=picks.device)
+    return Merged(projected, picks[..., None] == tokens)
+
+
 @dataclass(frozen=True)
 class PruningMethod:
     """A method: frozen dataclass, its fields are its options with the published defaults.
@@ -49,6 +60,7 @@ class PruningMethod:
 
     Flags (class attributes, the method table is generated from them):
         name: registered name.
+        signal: what tokens are chosen by, in a few words.
         paper: where it was published, in a few words.
         needs: inputs beyond the projected tokens: `features`, `projector`, or a key of
             `VisualTokens.extras` that the pipeline collects only for methods naming it. Where that
@@ -56,7 +68,8 @@ class PruningMethod:
         wants: as `needs`, but only where the model can provide it; without, the method does
             something else and says so in its `label`.
         query_aware: whether the text of the prompt changes the choice.
-        merges: whether outputs are new vectors rather than some of the inputs.
+        merges: whether outputs are new vectors rather than some of the inputs. Where that depends
+            on options, an instance has its own (`set_merges`).
         equivariant: whether the choice follows the tokens wherever they stand; False where places
             or a seed have a part in it.
         fixed_count: whether the number of kept tokens is `num_kept`, whatever the content.
@@ -69,6 +82,7 @@ class PruningMethod:
     """
 
     name: ClassVar[str] = ""
+    signal: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
     wants: ClassVar[tuple[str, ...]] = ()
@@ -124,6 +138,10 @@ class PruningMethod:
         """What this instance needs with its options; called from `__post_init__`."""
         object.__setattr__(self, "needs", needs)
         object.__setattr__(self, "wants", wants)
+
+    def set_merges(self) -> None:
+        """With its options this instance merges, see `listed`; called from `__post_init__`."""
+        object.__setattr__(self, "merges", True)
 
     @property
     def needs_grid(self) -> bool:

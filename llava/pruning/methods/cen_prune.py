@@ -9,9 +9,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.importance.distinctiveness import centred, distinctiveness
+from llava.pruning.importance.distinctiveness import (
+    centred,
+    distinctiveness,
+    scaled,
+    sigmoid_of_z_score,
+)
 from llava.pruning.importance.norm import min_max
-from llava.pruning.methods.base import PruningMethod, SimilarityMethod
+from llava.pruning.methods.base import PruningMethod, SimilarityMethod, check_choice
 from llava.pruning.registry import get_method, list_methods, make_method, register
 from llava.pruning.selection.picks import Picks
 from llava.pruning.tokens import VisualTokens
@@ -32,22 +37,32 @@ class CenPrune(PruningMethod):
     `zoo`, `zoo-exact` and `norm` g multiplies the normalised importance; with `cdpruner` the
     relevance. With allocation="global" the mean is the image's.
 
-    Options: host; host_options, a mapping of the host's own options. On the command line
-    `--pruner-option host=zoo --pruner-option 'host_options={"directions": 32}'`.
+    `form="qwen"` is the published form for models whose merger mixes neighbours and whose tokens
+    are nearly parallel: it compares tokens before the projector, every channel divided by
+    sqrt(var + 1e-6) over the tile, and g becomes sigmoid((g - mean) / std). There a token is the
+    mean of what the merger joins, which the pipeline of such a model has to provide. The paper
+    names neither the 1e-6 nor the kind of std; population values here.
+
+    Options: host; form `llava` | `qwen`; host_options, a mapping of the host's own options. On the
+    command line `--pruner-option host=zoo --pruner-option 'host_options={"directions": 32}'`.
     """
 
     name: ClassVar[str] = "cen-prune"
+    signal: ClassVar[str] = "host's, on centred tokens x distinctiveness"
     paper: ClassVar[str] = "arXiv 2608.30263"
     fidelity: ClassVar[str] = "vectors"
 
     host: str = "divprune"
     host_options: Mapping[str, Any] = field(default_factory=dict)
+    form: str = "llava"
     _host: SimilarityMethod = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_choice("form", self.form, ("llava", "qwen"))
         host = _make_host(self.host, self.host_options)
         object.__setattr__(self, "_host", host)
-        self.set_needs(*host.needs, wants=host.wants)
+        needs = ("features", *host.needs) if self.form == "qwen" else host.needs
+        self.set_needs(*dict.fromkeys(needs), wants=host.wants)
 
     def label(self, visual: VisualTokens) -> str:
         return f"{self.name}({self._host.label(visual)})"
@@ -56,8 +71,13 @@ class CenPrune(PruningMethod):
         return self._host.importance(visual)
 
     def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
-        z, valid = self._host.compared(visual), visual.valid
-        factor = min_max(distinctiveness(z, valid), valid)
+        valid = visual.valid
+        if self.form == "qwen":
+            z = scaled(visual.features, valid)
+            factor = sigmoid_of_z_score(distinctiveness(z, valid), valid)
+        else:
+            z = self._host.compared(visual)
+            factor = min_max(distinctiveness(z, valid), valid)
         return self._host.choose_among(
             centred(z, valid), importance, counts, valid=valid, factor=factor
         )
@@ -75,6 +95,11 @@ def _make_host(name: str, options: Mapping[str, Any]) -> SimilarityMethod:
         raise PruningError(
             f"cen-prune cannot wrap {name!r}, which does not choose by how similar tokens are; "
             f"host can be {', '.join(hosts)}"
+        )
+    if host.merges:
+        raise PruningError(
+            f"cen-prune cannot wrap {name!r} with {dict(options)}: these options make it return "
+            "something else than a set of tokens"
         )
     if not host.compares:
         raise PruningError(

@@ -7,10 +7,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava.pruning.methods.base import SimilarityMethod
+from llava.pruning.methods.base import (
+    Merged,
+    SimilarityMethod,
+    check_choice,
+    check_switch,
+    listed,
+    raster_order,
+)
 from llava.pruning.registry import register
 from llava.pruning.selection.max_min import max_min_with_margins
 from llava.pruning.selection.picks import Picks
+from llava.pruning.tokens import VisualTokens
 
 
 @register
@@ -27,12 +35,32 @@ class DivPrune(SimilarityMethod):
 
     Where the released code differs: it works in the model's half precision, can pick a token twice
     when fewer than k are distinct, and reads only the first image of a batch. Here: float32, never
-    twice, every image. Both emit the kept tokens in raster order.
+    twice, every image. Both emit the kept tokens in raster order; the paper's figures were made
+    with tokens in the order of picks, as its authors say.
+
+    Options, all for comparison with those: precision `float32` | `model`; mask_selected, false for
+    picks that may repeat, so that a token is fed several times; emit_order `raster` | `selection`.
     """
 
     name: ClassVar[str] = "divprune"
+    signal: ClassVar[str] = "max-min cosine distance"
     paper: ClassVar[str] = "CVPR 2025, arXiv 2503.02175"
     fidelity: ClassVar[str] = "golden"
+
+    precision: str = "float32"
+    mask_selected: bool = True
+    emit_order: str = "raster"
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, ("float32", "model"))
+        check_switch("mask_selected", self.mask_selected)
+        check_choice("emit_order", self.emit_order, ("raster", "selection"))
+        if not self.mask_selected or self.emit_order == "selection":
+            self.set_merges()
+
+    def merge(self, visual: VisualTokens, counts: Tensor) -> Merged:
+        picks = self.choose(visual, None, counts).indices
+        return listed(visual, picks if self.emit_order == "selection" else raster_order(picks))
 
     def choose_among(
         self,
@@ -43,4 +71,11 @@ class DivPrune(SimilarityMethod):
         valid: Tensor | None = None,
         factor: Tensor | None = None,
     ) -> Picks:
-        return max_min_with_margins(z, counts, weights=factor, valid=valid, first="isolated")
+        return max_min_with_margins(
+            *(z, counts),
+            weights=factor,
+            valid=valid,
+            first="isolated",
+            precision=self.precision,
+            mask_selected=self.mask_selected,
+        )

@@ -31,6 +31,7 @@ class FasterVLM(PruningMethod):
     """
 
     name: ClassVar[str] = "fastervlm"
+    signal: ClassVar[str] = "class attention"
     paper: ClassVar[str] = "arXiv 2412.01818 v1"
     needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
     fidelity: ClassVar[str] = "vectors"

@@ -40,6 +40,7 @@ class FoPru(PruningMethod):
     """
 
     name: ClassVar[str] = "fopru"
+    signal: ClassVar[str] = "attention received"
     paper: ClassVar[str] = "arXiv 2411.14164"
     needs: ClassVar[tuple[str, ...]] = ("cls_attention", "received_attention")
     fidelity: ClassVar[str] = "reconstructed"

@@ -25,6 +25,7 @@ class Grid(PruningMethod):
     """
 
     name: ClassVar[str] = "grid"
+    signal: ClassVar[str] = "place"
     equivariant: ClassVar[bool] = False
 
     def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:

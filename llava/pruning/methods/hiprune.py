@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llava.pruning.methods.base import PruningMethod, check_number, check_switch
 from llava.pruning.registry import register
-from llava.pruning.selection.max_min import selectable
 from llava.pruning.selection.picks import Picks, unscored
+from llava.pruning.selection.topk import ranking, top_k
 from llava.pruning.tokens import VisualTokens
 
 
@@ -34,13 +34,17 @@ class HiPrune(PruningMethod):
     row's patch, and beyond the image the first or last patch. wrap_neighbours=true does so too. An
     alpha with more anchors and buffers than k keeps the first k of them, anchors first.
 
-    Options: alpha, wrap_neighbours. Margins are not recorded. The "++" variant, which reads the
-    question, is not built. Tiles are pruned one by one, a joined choice has no neighbours.
+    Options: alpha, wrap_neighbours. Margins are not recorded. Tiles are pruned one by one, a joined
+    choice has no neighbours. The "++" variant is not built: it adds the cosines of patches to the
+    question, and what we have of it says neither which embeddings nor how they are weighed against
+    attention.
     """
 
     name: ClassVar[str] = "hiprune"
+    signal: ClassVar[str] = "attention received, two layers"
     paper: ClassVar[str] = "arXiv 2508.00553"
     needs: ClassVar[tuple[str, ...]] = ("received_attention", "object_attention")
+    equivariant: ClassVar[bool] = False
     fidelity: ClassVar[str] = "sheet-only"
 
     alpha: float = 0.1
@@ -61,17 +65,23 @@ class HiPrune(PruningMethod):
         assert importance is not None
         rows = []
         for tile, count in enumerate(counts.tolist()):
-            tokens = selectable(importance, visual.valid, tile)
-            objects = _ranked(visual.extra("object_attention")[tile], tokens).tolist()
-            anchors = objects[: round(self.alpha * count / 5)]
-            near = [n for a in anchors for n in self._neighbours(a, visual.grid)]
-            valid = set(tokens.tolist())
-            # A dictionary keeps the first of equal entries in its place.
-            taken = [token for token in dict.fromkeys(anchors + near) if token in valid]
-            registers = _ranked(importance[tile], tokens).tolist()
-            chosen = list(dict.fromkeys(taken + registers))[:count]
-            rows.append(torch.tensor(chosen, dtype=torch.long, device=importance.device))
+            valid = None if visual.valid is None else visual.valid[tile]
+            anchored = self.anchored(
+                visual.extra("object_attention")[tile], valid, visual.grid, count
+            )
+            rows.append(filled_up(anchored, importance[tile], valid, count))
         return unscored(rows)
+
+    def anchored(
+        self, scores: Tensor, valid: Tensor | None, grid: tuple[int, int], count: int
+    ) -> list[int]:
+        """Anchors, then their neighbours: at most `count` valid tokens, none twice."""
+        number = min(round(self.alpha * count / 5), count)
+        anchors = ranking(scores[None], None if valid is None else valid[None])[0, :number].tolist()
+        near = [n for anchor in anchors for n in self._neighbours(anchor, grid)]
+        # A dictionary keeps the first of equal entries in its place.
+        taken = list(dict.fromkeys(anchors + near))
+        return [token for token in taken if valid is None or valid[token]][:count]
 
     def _neighbours(self, token: int, grid: tuple[int, int]) -> list[int]:
         rows, cols = grid
@@ -83,6 +93,9 @@ class HiPrune(PruningMethod):
         return [r * cols + c for r, c in beside if 0 <= r < rows and 0 <= c < cols]
 
 
-def _ranked(scores: Tensor, tokens: Tensor) -> Tensor:
-    """`tokens` by descending score, ties to the lowest index."""
-    return tokens[scores[tokens].argsort(descending=True, stable=True)]
+def filled_up(taken: list[int], scores: Tensor, valid: Tensor | None, count: int) -> Tensor:
+    """LongTensor [count]: tokens taken before, and the highest scores of the others."""
+    first = torch.tensor(taken, dtype=torch.long, device=scores.device)
+    rest = scores.index_fill(0, first, -torch.inf)[None]
+    free = None if valid is None else valid.index_fill(0, first, False)[None]
+    return torch.cat([first, top_k(rest, count - len(taken), valid=free).indices[0]])

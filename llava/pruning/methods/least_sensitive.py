@@ -25,6 +25,7 @@ class LeastSensitive(PruningMethod):
     """
 
     name: ClassVar[str] = "least-sensitive"
+    signal: ClassVar[str] = "projector sensitivity, lowest first"
     paper: ClassVar[str] = "control"
     needs: ClassVar[tuple[str, ...]] = ("features", "projector")
     control: ClassVar[bool] = True

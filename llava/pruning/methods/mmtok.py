@@ -42,6 +42,7 @@ class MMTok(PruningMethod):
     """
 
     name: ClassVar[str] = "mmtok"
+    signal: ClassVar[str] = "coverage of question words and patches"
     paper: ClassVar[str] = "ICLR 2026, arXiv 2508.18264"
     needs: ClassVar[tuple[str, ...]] = ("features", "question_embeddings")
     query_aware: ClassVar[bool] = True

@@ -15,6 +15,7 @@ class Unpruned(PruningMethod):
     """Keep everything: the unpruned model, bit for bit. The reference of every table."""
 
     name: ClassVar[str] = "none"
+    signal: ClassVar[str] = "-"
     budgeted: ClassVar[bool] = False
     fidelity: ClassVar[str] = "golden"
 

@@ -25,6 +25,7 @@ class Norm(SimilarityMethod):
     """
 
     name: ClassVar[str] = "norm"
+    signal: ClassVar[str] = "token norm x max-min cosine distance"
 
     def importance(self, visual: VisualTokens) -> Tensor:
         wide = torch.promote_types(visual.projected.dtype, torch.float32)

@@ -26,6 +26,7 @@ class Pool(PruningMethod):
     """
 
     name: ClassVar[str] = "pool"
+    signal: ClassVar[str] = "place"
     merges: ClassVar[bool] = True
     equivariant: ClassVar[bool] = False
 

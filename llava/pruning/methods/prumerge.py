@@ -48,6 +48,7 @@ class PruMerge(PruningMethod):
     """
 
     name: ClassVar[str] = "prumerge"
+    signal: ClassVar[str] = "class attention, key similarity"
     paper: ClassVar[str] = "ICCV 2025, arXiv 2403.15388"
     needs: ClassVar[tuple[str, ...]] = (
         *("features", "projector"),

@@ -30,6 +30,7 @@ class PruMergePlus(PruMerge):
     """
 
     name: ClassVar[str] = "prumerge-plus"
+    signal: ClassVar[str] = "class attention, place, key similarity"
     equivariant: ClassVar[bool] = False
     fidelity: ClassVar[str] = "reconstructed"
 

@@ -28,6 +28,7 @@ class Random(PruningMethod):
     """
 
     name: ClassVar[str] = "random"
+    signal: ClassVar[str] = "chance"
     needs: ClassVar[tuple[str, ...]] = ("image_digest",)
     equivariant: ClassVar[bool] = False
 

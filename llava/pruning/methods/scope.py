@@ -37,6 +37,7 @@ class Scope(PruningMethod):
     """
 
     name: ClassVar[str] = "scope"
+    signal: ClassVar[str] = "coverage gain x class attention"
     paper: ClassVar[str] = "NeurIPS 2025, arXiv 2510.24214"
     needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
     fidelity: ClassVar[str] = "vectors"
@@ -63,18 +64,20 @@ class Scope(PruningMethod):
             tokens = selectable(importance, visual.valid, row)
             similarity = cosine(visual.features[row, tokens].to(dtype))
             saliency = importance[row, tokens].to(dtype) ** self.alpha
-            picks = self._cover(similarity, saliency, count)
+            picks = self.cover(similarity, saliency, count)
             rows.append(Picks(tokens[picks.indices], picks.margins))
         return joined(rows)
 
-    def _cover(self, similarity: Tensor, saliency: Tensor, count: int) -> Picks:
+    def cover(self, similarity: Tensor, saliency: Tensor, count: int) -> Picks:
         """Positions [count] of the greedy picks and their margins."""
         covered = similarity.new_zeros(len(similarity))
         taken = torch.zeros(len(similarity), dtype=torch.bool, device=similarity.device)
         picks, margins = [], []
+        added = torch.empty_like(similarity)  # fresh memory of this size costs more than the sums
         for _ in range(count):
             # S is symmetric, so rows serve as columns and are read in one piece.
-            gain = (similarity - covered).clamp_min_(0).sum(dim=1)
+            torch.sub(similarity, covered, out=added)
+            gain = added.clamp_min_(0).sum(dim=1)
             score = gain * saliency if self.combine == "multiply" else gain + saliency
             score = score.masked_fill(taken, -torch.inf)
             pick = first_argmax(score)

@@ -51,6 +51,7 @@ class VisionZip(PruningMethod):
     """
 
     name: ClassVar[str] = "visionzip"
+    signal: ClassVar[str] = "class attention, key similarity"
     paper: ClassVar[str] = "CVPR 2025, arXiv 2412.04467"
     needs: ClassVar[tuple[str, ...]] = (
         *("features", "projector"),

@@ -12,7 +12,7 @@ from llava.pruning.methods.base import PruningMethod, check_number
 from llava.pruning.registry import register
 from llava.pruning.selection.max_min import cosine, selectable
 from llava.pruning.selection.picks import Picks, unscored
-from llava.pruning.selection.topk import top_k
+from llava.pruning.selection.topk import ranking
 from llava.pruning.tokens import VisualTokens
 
 # Duplicates that leave in one round.
@@ -34,13 +34,15 @@ class VisPruner(PruningMethod):
                     residual = the others of a by descending similarity, then b
 
     r = 1 is FasterVLM. Where the released code differs: it stops with an error when the residual
-    has an odd length (k = 58, for one), and works in half precision; here it does neither. On
-    LLaVA-1.6 it keeps k of each of five tiles, `mm_next_protocol="fixed2880"` here.
+    has an odd length (k = 58, for one), and works in half precision; here neither,
+    and no option brings the error back. On LLaVA-1.6 it keeps k of each of five tiles,
+    `mm_next_protocol="fixed2880"` here.
 
     Option: important_ratio r. Margins are not recorded: a choice is the end of many rounds.
     """
 
     name: ClassVar[str] = "vispruner"
+    signal: ClassVar[str] = "class attention, duplicates removed"
     paper: ClassVar[str] = "ICCV 2025, arXiv 2412.01818 v2"
     needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
     fidelity: ClassVar[str] = "vectors"
@@ -56,24 +58,30 @@ class VisPruner(PruningMethod):
     def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
         assert importance is not None
         sizes = [len(selectable(importance, visual.valid, row)) for row in range(len(counts))]
-        ranked = top_k(importance, torch.tensor(sizes), valid=visual.valid).indices
+        ranked = ranking(importance, visual.valid)
         rows = []
         for row, (count, size) in enumerate(zip(counts.tolist(), sizes, strict=True)):
             order, important = ranked[row, :size], int(count * self.important_ratio)
-            diverse = _without_doubles(visual.features[row, order[important:]], count - important)
+            x = visual.features[row, order[important:]]
+            similarity = cosine(x.to(torch.promote_types(x.dtype, torch.float32)))
+            diverse = without_doubles(similarity, count - important)
             rows.append(torch.cat([order[:important], order[important:][diverse]]))
         return unscored(rows)
 
 
-def _without_doubles(x: Tensor, count: int) -> Tensor:
-    """LongTensor [count]: which of x [n, C] stay, in the order the rounds leave them in."""
-    residual = torch.arange(len(x), device=x.device)
+def without_doubles(similarity: Tensor, count: int) -> Tensor:
+    """LongTensor [count]: which of n tokens stay, in the order the rounds leave them in.
+
+    Args:
+        similarity: [n, n] of tokens in the order of the first round.
+        count: how many stay.
+    """
+    residual = torch.arange(len(similarity), device=similarity.device)
     if count == 0:
         return residual[:0]
-    similarity = cosine(x.to(torch.promote_types(x.dtype, torch.float32)))
     while len(residual) > count:
         a, b = residual[0::2], residual[1::2]
-        nearest = similarity[a[:, None], b].amax(dim=1)
+        nearest = similarity.index_select(0, a).index_select(1, b).amax(dim=1)
         order = nearest.argsort(descending=True, stable=True)
         drop = min(ROUND, len(residual) - count, len(a))
         residual = torch.cat([a[order[drop:]], b])

@@ -41,6 +41,7 @@ class Zoo(SimilarityMethod):
     """
 
     name: ClassVar[str] = "zoo"
+    signal: ClassVar[str] = "projector sensitivity x max-min cosine distance"
     paper: ClassVar[str] = "CVPR 2026, arXiv 2509.24837"
     needs: ClassVar[tuple[str, ...]] = ("features", "projector")
     fidelity: ClassVar[str] = "vectors"

@@ -29,6 +29,7 @@ class ZooExact(SimilarityMethod):
     """
 
     name: ClassVar[str] = "zoo-exact"
+    signal: ClassVar[str] = "exact projector sensitivity x max-min cosine distance"
     paper: ClassVar[str] = "this project, after arXiv 2509.24837"
     needs: ClassVar[tuple[str, ...]] = ("features", "projector")
     fidelity: ClassVar[str] = "vectors"

@@ -34,8 +34,10 @@ def cover(similarity: Tensor, k: int) -> Picks:
     taken = torch.zeros(count, dtype=torch.bool, device=similarity.device)
     picks = torch.empty(k, dtype=torch.long, device=similarity.device)
     margins = similarity.new_empty(k)
+    added = torch.empty_like(similarity)  # fresh memory of this size costs more than the sums
     for step in range(k):
-        gain = (similarity - best).clamp_min(0).sum(dim=0).masked_fill(taken, -torch.inf)
+        torch.sub(similarity, best, out=added)
+        gain = added.clamp_min_(0).sum(dim=0).masked_fill_(taken, -torch.inf)
         pick = first_argmax(gain)
         taken = taken.scatter(0, pick[None], True)
         passed_over = gain.masked_fill(taken, -torch.inf).amax()

@@ -20,6 +20,7 @@ def dpp(
     *,
     quality: Tensor | None = None,
     valid: Tensor | None = None,
+    rank_guard: bool = True,
 ) -> Picks:
     """Greedy MAP inference on the kernel L = diag(q) S diag(q), S the cosines of z.
 
@@ -34,6 +35,8 @@ def dpp(
         k: tokens per row, one count or LongTensor [B].
         quality: [B, N], q; None means 1 everywhere.
         valid: BoolTensor [B, N]; False is never picked.
+        rank_guard: False goes on as published beyond the rank of the kernel, through roots of
+            negative numbers: NaN, and from then on the first valid token again and again.
 
     Returns Picks: indices LongTensor [B, max k] in pick order, padded with -1, and margins of the
     gain. A row gives the same alone and in any batch. Raises PruningError for NaN or inf, for k
@@ -56,30 +59,70 @@ def dpp(
         own = similarity.new_ones(len(tokens)) if quality is None else quality[row, tokens]
         if not own.isfinite().all():
             raise PruningError("quality holds NaN or inf")
-        picked = _greedy(similarity, own.to(dtype), count)
+        picked = greedy_map(similarity, own.to(dtype), count, rank_guard=rank_guard)
         rows.append(Picks(tokens[picked.indices], picked.margins))
     return joined(rows)
 
 
-def _greedy(similarity: Tensor, quality: Tensor, k: int) -> Picks:
-    """One row: positions [k] and margins [k] for similarity [n, n] and quality [n]."""
+def greedy_map(similarity: Tensor, quality: Tensor, k: int, *, rank_guard: bool = True) -> Picks:
+    """One row of `dpp`: positions [k] and margins [k] for similarity [n, n] and quality [n].
+
+    The steps are taken as published, with nothing but them in the loop. Where a pick had already
+    been spent, everything from there on is made again under guard.
+    """
     kernel = quality[:, None] * similarity * quality
-    whole = kernel.diagonal().clone()
-    spent = SPENT * torch.finfo(kernel.dtype).eps * whole
-    left, taken = whole.clone(), torch.zeros_like(whole, dtype=torch.bool)
-    factor = kernel.new_zeros(k, len(whole))
-    picks = torch.empty(k, dtype=torch.long, device=kernel.device)
-    margins = kernel.new_empty(k)
+    spent = SPENT * torch.finfo(kernel.dtype).eps * kernel.diagonal()
+    history, factor = kernel.new_empty(k + 1, len(kernel)), kernel.new_empty(k, len(kernel))
+    gains, factors = history.split(1), factor.split(1)
+    gains[0].copy_(kernel.diagonal())
+    picks: list[Tensor] = []
     for step in range(k):
+        left, next_left, own = gains[step], gains[step + 1], factors[step]
+        pick = left.argmax(dim=1)  # the lowest of several
+        row = kernel.index_select(0, pick)
+        if step:
+            before = factor[:step]
+            row -= before.index_select(1, pick).T @ before
+        torch.div(row, left.index_select(1, pick).sqrt_(), out=own)
+        torch.addcmul(left, own, own, value=-1, out=next_left)
+        next_left.index_fill_(1, pick, -torch.inf)
+        picks.append(pick)
+    if not picks:
+        return Picks(kernel.new_empty(0, dtype=torch.long), kernel.new_empty(0))
+    indices = torch.cat(picks)
+    best = history[:k].gather(1, indices[:, None])[:, 0]
+    sound = (best > spent[indices]).tolist() if rank_guard else []
+    start = sound.index(False) if False in sound else k
+    left = history[start].clone()
+    passed_over = history[:k].scatter_(1, indices[:, None], -torch.inf).amax(dim=1)
+    picked = Picks(indices, best - passed_over)
+    if start == k:
+        return picked
+    rest = _guarded(kernel, quality, spent, left, factor, indices[:start])
+    return Picks(*(torch.cat([sure[:start], new]) for sure, new in zip(picked, rest, strict=True)))
+
+
+def _guarded(
+    kernel: Tensor,
+    quality: Tensor,
+    spent: Tensor,
+    left: Tensor,
+    factor: Tensor,
+    picked: Tensor,
+) -> Picks:
+    """The picks after `picked`: what is spent gains nothing, then quality decides."""
+    taken = torch.zeros_like(left, dtype=torch.bool).index_fill_(0, picked, True)
+    picks, margins = [], []
+    for step in range(len(picked), len(factor)):
         gain = torch.where(left > spent, left, 0).masked_fill(taken, -torch.inf)
         exhausted = gain.amax() <= 0
         score = torch.where(exhausted, quality.masked_fill(taken, -torch.inf), gain)
         pick = first_argmax(score)
         taken = taken.scatter(0, pick[None], True)
-        passed_over = score.masked_fill(taken, -torch.inf).amax()
-        picks[step], margins[step] = pick, score[pick] - passed_over
+        margins.append(score[pick] - score.masked_fill(taken, -torch.inf).amax())
+        picks.append(pick)
         root = left[pick].clamp_min(torch.finfo(left.dtype).tiny).sqrt()
         row = kernel[pick] - factor[:step, pick] @ factor[:step]
         factor[step] = torch.where(exhausted, 0, row / root)
         left = left - factor[step].square()
-    return Picks(picks, margins)
+    return Picks(torch.stack(picks), torch.stack(margins))

@@ -52,8 +52,15 @@ def max_min_with_margins(
     valid: Tensor | None = None,
     first: str | int = "importance",
     combine: str = "multiply",
+    precision: str = "float32",
+    mask_selected: bool = True,
 ) -> Picks:
-    """As `max_min`, with the margin of every pick: its score minus the best score passed over."""
+    """As `max_min`, with the margin of every pick: its score minus the best score passed over.
+
+    precision "model" computes in z's own type. Without mask_selected a token that was taken is only
+    as far from what was taken as rounding makes it, and may be taken again where others are no
+    farther, as in DivPrune's released code.
+    """
     if z.dim() != 3:
         raise PruningError(f"z must be [B, N, D], got {list(z.shape)}")
     if combine not in ("multiply", "sum"):
@@ -65,13 +72,18 @@ def max_min_with_margins(
             raise PruningError(f"{name} must be {list(z.shape[:2])}, got {list(value.shape)}")
     counts = check_counts(k, z, valid)
     width = max(counts, default=0)
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    dtype = z.dtype if precision == "model" else torch.promote_types(z.dtype, torch.float32)
     if width == 0:
         nothing = torch.empty(len(counts), 0, dtype=dtype, device=z.device)
         return Picks(nothing.long(), nothing)
     rows = [selectable(z, valid, row) for row in range(z.shape[0])]
     tokens = pad_sequence(rows, batch_first=True, padding_value=-1)
-    distances = distances_of([cosine(z[row, own].to(dtype)) for row, own in enumerate(rows)])
+    similarities = [cosine(z[row, own].to(dtype)) for row, own in enumerate(rows)]
+    itself = None
+    if not mask_selected:
+        own = [1 - similarity.diagonal() for similarity in similarities]
+        itself = pad_sequence(own, batch_first=True)
+    distances = distances_of(similarities)
     inside = tokens >= 0
     if weights is not None:
         weights = weights.to(dtype).gather(1, tokens.clamp(min=0)).masked_fill(~inside, 0)
@@ -80,7 +92,7 @@ def max_min_with_margins(
         if combine == "multiply" and (weights < 0).any():
             raise PruningError("weights below 0 would turn distance around; give at least 0")
     score = first_score(distances, weights, tokens, first)
-    picks, margins = greedy(distances, weights, score, ~inside, width, combine)
+    picks, margins = greedy(distances, weights, score, ~inside, width, combine, itself=itself)
     filled = torch.arange(width) < torch.tensor(counts)[:, None]
     filled = filled.to(z.device)
     indices = tokens.gather(1, picks).masked_fill(~filled, -1)
@@ -137,13 +149,21 @@ def cosine(z: Tensor) -> Tensor:
     """
     if not z.isfinite().all():
         raise PruningError("z holds NaN or inf; distances to it mean nothing")
-    unit = z / z.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    smallest = max(1e-12, torch.finfo(z.dtype).tiny)  # 1e-12 is 0 in half precision
+    unit = z / z.norm(dim=-1, keepdim=True).clamp_min(smallest)
     gram = unit @ unit.T
     return (gram + gram.T).div_(2)
 
 
 def greedy(
-    distances: Tensor, weights: Tensor | None, score: Tensor, taken: Tensor, k: int, combine: str
+    distances: Tensor,
+    weights: Tensor | None,
+    score: Tensor,
+    taken: Tensor,
+    k: int,
+    combine: str,
+    *,
+    itself: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Positions [B, k] and margins [B, k] of the greedy picks of all rows at once.
 
@@ -158,14 +178,21 @@ def greedy(
         taken: BoolTensor [B, n], out of reach from the start. A row that has nothing left goes on
             with meaningless picks, which the caller cuts off.
         k: number of picks, at least 1.
+        itself: [B, n], every token's distance to itself, all rounding, where a token may be taken
+            again; None for never.
     """
     batch, size = score.shape
-    limits = distances.clamp_(0, 2)
+    if itself is None:
+        limits = distances.clamp_(0, 2)
+    else:
+        limits = distances
+        limits.diagonal(dim1=1, dim2=2).copy_(itself)
     if weights is not None:
         limits = (limits.mul_ if combine == "multiply" else limits.add_)(weights[:, None])
     if taken.any():
         limits.masked_fill_(taken[:, None], -torch.inf)
-    exclude(limits)
+    if itself is None:
+        exclude(limits)
     rows = limits.view(batch * size, size)
     first_row = torch.arange(batch, device=score.device) * size
     history = score.new_empty(k, batch, size)

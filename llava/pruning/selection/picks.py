@@ -13,7 +13,7 @@ class Picks(NamedTuple):
     """Chosen tokens: `indices` LongTensor [T, K], pick order, -1 padded; `margins` [T, K].
 
     A margin is the score of the token picked minus the best score passed over at that step, `inf`
-    where there was no choice.
+    where there was no choice. What is picked at once (top-k) is ascending and has one margin.
     """
 
     indices: Tensor

@@ -1,0 +1,143 @@
+"""The catalogue of methods: what the classes say of themselves, what papers and we measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llava.pruning.errors import PruningError
+from llava.pruning.published import KEEP_TOKENS, RETENTION, SOURCES
+from llava.pruning.registry import get_method, list_methods
+
+BEGIN = "<!-- methods:begin -->"
+END = "<!-- methods:end -->"
+# Tracked, beside the README of this repository.
+RESULTS = Path("playground/results/llava-tiny.json")
+COLUMNS = (
+    *("method", "signal", "needs", "query-aware", "merges", "fidelity"),
+    *("published %", "llava-tiny %", "paper"),
+)
+MISSING = "n/a"
+
+
+def method_table(measured: dict[str, str] | None = None) -> list[tuple[str, ...]]:
+    """One row per registered method, in the order of COLUMNS; `measured` as of `figures`."""
+    rows: list[tuple[str, ...]] = []
+    for name in list_methods():
+        cls = get_method(name)
+        wants = (f"({name})" for name in cls.wants)
+        needs = ", ".join([*cls.needs, *wants]) or "-"
+        aware, merges = ("yes" if flag else "no" for flag in (cls.query_aware, cls.merges))
+        ours = (measured or {}).get(name, MISSING)
+        facts = (cls.signal or "-", needs, aware, merges, cls.fidelity)
+        rows.append((name, *facts, published(name), ours, cls.paper or "-"))
+    return rows
+
+
+def published(name: str) -> str:
+    """What papers report of a method, each figure with the number of its source; or n/a."""
+    numbers = {source: number for number, source in enumerate(SOURCES, start=1)}
+    cells = [
+        f"{figure.percent:.1f} [{numbers[figure.source]}]"
+        + (f" ({figure.setting})" if figure.setting else "")
+        for figure in RETENTION.get(name, ())
+    ]
+    return ", ".join(cells) or MISSING
+
+
+def legend(results: Path | None) -> str:
+    """What the two columns of figures mean, and the sources by number."""
+    if results is None:
+        ours = f"no result file was read, so it is {MISSING} everywhere"
+    else:
+        ours = f"from `{results.name}`; {MISSING} where that run did not have the method"
+    lines = [
+        f"*published %*: mean over benchmarks of pruned score / unpruned score on LLaVA-1.5-7B at "
+        f"{KEEP_TOKENS} of 576 tokens, as reported; {MISSING} where we know of no report. Figures "
+        "compare only inside one source, because each averages other benchmarks:",
+        "",
+        *(
+            f"{number}. {source.where}: {source.kind}; mean of {source.averages}."
+            for number, source in enumerate(SOURCES.values(), start=1)
+        ),
+        "",
+        f"*llava-tiny %*: accuracy on the model in this repository at {KEEP_TOKENS} of 576 tokens "
+        f"± standard error, {ours}. Parentheses: the setting, where it is not the plain method.",
+    ]
+    return "\n".join(lines)
+
+
+def render(markdown: bool, results: Path | None = None) -> str:
+    """The table as aligned text, or as Markdown with its legend.
+
+    `results`: result file with our figures, None for none. Raises PruningError if it has none.
+    """
+    rows = [COLUMNS, *method_table(None if results is None else figures(results))]
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "| " + " | ".join("---" for _ in COLUMNS) + " |")
+        return "\n".join([*lines, "", legend(results)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def figures(results: Path) -> dict[str, str]:
+    """Accuracy at KEEP_TOKENS by method, from a result file of `llava.eval quickstart`.
+
+    The unpruned model is there with all its tokens. Raises PruningError for any other file.
+    """
+    try:
+        rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+        found: dict[str, str] = {}
+        for row in rows:
+            whole = row["arm"] == "none"
+            if row["unavailable"] or not (whole or row["budget"] == KEEP_TOKENS):
+                continue
+            found.setdefault(row["method"], _figure(row, whole))
+    except OSError as error:
+        raise PruningError(f"cannot read {results}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise PruningError(
+            f"{results} is no result file; make one with python -m llava.eval quickstart "
+            "--save-result FILE"
+        ) from error
+    return found
+
+
+def _figure(row: dict[str, Any], whole: bool) -> str:
+    error = MISSING if row["accuracy_se"] is None else f"{100 * row['accuracy_se']:.1f}"
+    setting = row["label"].partition("(")[2]
+    note = f"all {row['budget']} tokens" if whole else setting.rstrip(")")
+    return f"{100 * row['accuracy']:.1f} ± {error}" + (f" ({note})" if note else "")
+
+
+def readme_drift(readme: Path, results: Path | None) -> str | None:
+    """Why the table of `readme` between the markers is not the generated one, or None."""
+    _, section, _ = _split(readme)
+    if section == f"\n{render(markdown=True, results=results)}\n":
+        return None
+    fix = f"python -m llava.pruning list --update-readme {readme}"
+    return f"the methods table in {readme} is not that of the registered methods; run {fix}"
+
+
+def update_readme(readme: Path, results: Path | None) -> None:
+    """Write the table between the markers of `readme`. Raises PruningError if it has none."""
+    before, _, after = _split(readme)
+    text = render(markdown=True, results=results)
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def _split(readme: Path) -> tuple[str, str, str]:
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PruningError(f"{readme} is not UTF-8 text: {error}") from error
+    before, begin, rest = text.partition(BEGIN)
+    section, end, after = rest.partition(END)
+    if not begin or not end:
+        raise PruningError(f"{readme} has no section between {BEGIN} and {END}")
+    return before, section, after
