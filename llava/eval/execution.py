@@ -133,8 +133,7 @@ def possible_arms(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
 
     Raises UserInputError if none is left.
     """
-    loaded = (runner.source.load([name]) for name in runner.plan.images())
-    readable = next((images for images in loaded if images.names), None)
+    readable = runner.first_image()
     if readable is not None:
         visual = runner.encode(readable, [arm.method for arm in arms])
         arms = without_impossible(arms, lambda arm: runner.refusal(visual, arm))

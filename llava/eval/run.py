@@ -254,6 +254,8 @@ def figures(metrics: Record) -> str:
         figure = arm["metrics"].get(metrics["headline"])
         if arm.get("unavailable"):
             shown = f"n/a: {arm['unavailable']}"
+        elif arm["answered"] == 0:
+            shown = "n/a: no item could be asked"
         elif figure is None:
             shown = "answered; its figures come from a server or a grader"
         else:

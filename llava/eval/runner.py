@@ -77,12 +77,10 @@ class Runner:
         for place, (number, images) in enumerate(zip(numbers, stream, strict=True)):
             yield self._run_batch(number, images, arms, cold=place == 0)
 
-    def load(self, names: Sequence[str]) -> LoadedImages:
-        """The named images. Raises UserInputError if one of them cannot be read."""
-        loaded = self.source.load(names)
-        for reason in loaded.failed.values():
-            raise UserInputError(reason)
-        return loaded
+    def first_image(self) -> LoadedImages | None:
+        """The first image of the plan that can be read; None if there is none."""
+        loaded = (self.source.load([name]) for name in self.plan.images())
+        return next((images for images in loaded if images.names), None)
 
     @torch.inference_mode()
     def encode(self, images: LoadedImages, methods: Iterable[str] = ()) -> VisualTokens:

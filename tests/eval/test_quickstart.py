@@ -208,7 +208,7 @@ def test_an_unreadable_image_is_counted(
 ) -> None:
     images = tmp_path / "images"
     shutil.copytree(benchmark_folder / "images", images)
-    (images / "3.png").write_bytes(b"no image")
+    (images / "0.png").write_bytes(b"no image")
     flags = ["--image-folder", str(images), "--methods", "none", "--budgets", "64"]
     assert quickstart(tmp_path / "output", *flags) == 1
     assert read(tmp_path / "output" / "run.json")["failed_items"] > 0

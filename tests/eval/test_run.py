@@ -198,6 +198,7 @@ def test_unreadable_images_are_counted(
         (["--arm", "none@3"], "takes no options and no budget"),
         (["--arm", "zoo@64", "--arm", "zoo@64"], "given twice"),
         (["--arm", "pool@31"], "31"),
+        (["--mm-next-protocol", "fixed2880"], "image_aspect_ratio"),
         (["--keep-tokens", "3"], "need --pruner"),
         (["--preset", "papre", "--keep-tokens", "3"], "did you mean paper"),
         (["--preset", "paper", "--pruner", "zoo"], "--preset"),
