@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from llava.conversation import conv_mode_for, conv_templates
+from llava.conversation import SeparatorStyle, conv_mode_for, conv_templates
 from llava.utils import UserInputError
 
 
@@ -64,16 +64,32 @@ def check_complete(path: str | Path, tokenizer: Any, processor: Any) -> None:
 
 
 def check_conv_mode(mode: str | None) -> None:
-    """Refuse an unknown template before a model is loaded for nothing. Raises UserInputError."""
-    if mode is not None and mode not in conv_templates:
+    """Refuse a useless template before a model is loaded for nothing. Raises UserInputError."""
+    if mode is None:
+        return
+    if mode not in conv_templates:
         known = ", ".join(sorted(conv_templates))
         raise UserInputError(f"unknown --conv-mode {mode!r}; valid: {known}")
+    check_chat_template(mode)
+
+
+def check_chat_template(template: str) -> None:
+    """Raise UserInputError for a template without turns, in which nothing can be asked."""
+    if conv_templates[template].sep_style is SeparatorStyle.PLAIN:
+        raise UserInputError(
+            f"template {template!r} holds captions, no chat; use another --conv-mode"
+        )
 
 
 def choose_conv_mode(mode: str | None, model_name: str, config: Any) -> str:
-    """The template asked for, else the model's; says on stderr when both exist and differ."""
+    """The template asked for, else the model's; says on stderr when both exist and differ.
+
+    Raises UserInputError for one that does not exist or holds no chat.
+    """
     check_conv_mode(mode)
     own = conv_mode_for(model_name, config)
     if mode is not None and mode != own:
         print(f"note: --conv-mode {mode} replaces {own}, this model's own", file=sys.stderr)
-    return mode or own
+    chosen = mode or own
+    check_chat_template(chosen)
+    return chosen

@@ -335,7 +335,7 @@ def conv_mode_for(model_name: str, config: Any = None) -> str:
     else:
         chosen = getattr(config, "mm_conv_mode", None)
     if chosen is not None:
-        if chosen not in conv_templates:
+        if not isinstance(chosen, str) or chosen not in conv_templates:
             raise UserInputError(
                 f"mm_conv_mode {chosen!r} in config.json is no known template; "
                 f"use one of {', '.join(conv_templates)}"

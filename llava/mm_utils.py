@@ -209,12 +209,18 @@ def process_anyres_image(
         without regard to its aspect.
     """
     canvas = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
-    side = processor.size["shortest_edge"]
+    tile = tile_side(processor)
+    side = processor.size.get("shortest_edge") or tile
     views = [image.resize((side, side))]
-    views += divide_to_patches(resize_and_pad_image(image, canvas), processor.crop_size["height"])
+    views += divide_to_patches(resize_and_pad_image(image, canvas), tile)
     return torch.stack(
         [processor.preprocess(view, return_tensors="pt")["pixel_values"][0] for view in views]
     )
+
+
+def tile_side(processor: Any) -> int:
+    """Side in pixels of the squares that a tower's processor makes: it crops, or only resizes."""
+    return (getattr(processor, "crop_size", None) or processor.size)["height"]
 
 
 def process_images(
@@ -223,8 +229,9 @@ def process_images(
     """Turn PIL images into the pixels a model was trained on.
 
     ``model_cfg.image_aspect_ratio`` decides: ``"pad"`` pads to a square with the processor's mean
-    colour; ``"anyres"`` makes tiles, see ``process_anyres_image``; None or anything else resizes
-    the shorter side and crops the centre.
+    colour; ``"anyres"`` makes tiles, see ``process_anyres_image``; None or anything else leaves the
+    image to the processor: CLIP's resizes the shorter side and crops the centre, SigLIP's squeezes
+    the whole image into a square.
 
     Args:
         images: PIL images of any mode; they are converted to RGB.
@@ -246,7 +253,7 @@ def process_images(
     next_protocol(model_cfg)  # refuses one that has no effect on these images
     images = [image.convert("RGB") for image in images]
     if aspect == "anyres":
-        canvases = canvas_choices(model_cfg, image_processor.crop_size["height"])
+        canvases = canvas_choices(model_cfg, tile_side(image_processor))
         tiles = [process_anyres_image(image, image_processor, canvases) for image in images]
         same = all(t.shape == tiles[0].shape for t in tiles)
         return torch.stack(tiles) if same else tiles

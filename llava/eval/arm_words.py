@@ -8,6 +8,8 @@ from typing import Any
 
 from llava.eval.arms import UNPRUNED, Arm
 from llava.pruning import PruningError, parse_options
+from llava.pruning.config import CHOICES
+from llava.pruning.flags import pruning_from
 from llava.utils import UserInputError
 
 
@@ -17,19 +19,20 @@ def arms_from(args: argparse.Namespace) -> tuple[Arm, ...]:
     Raises UserInputError (PruningError among them) for one that does not exist or stands twice.
     """
     arms = [parse_arm(word) for word in args.arm]
-    budgeted = args.keep_tokens is not None or args.keep_ratio is not None
     preset = preset_of(args)
+    own = parse_options(args.pruner_option)
+    own |= {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
+    words = ",".join(f"{key}={value}" for key, value in own.items())
     if preset is not None:
         if args.pruner is not None or args.pruner_option:
             raise UserInputError("--preset names method and options; leave --pruner out")
-        arms.append(_flag_arm(args, preset.method, preset.options, preset.name))
+        name = f"{preset.name}:{words}" if words else preset.name
+        arms.append(_flag_arm(args, preset.method, {**preset.options, **own}, name))
     elif args.pruner is not None:
-        options = parse_options(args.pruner_option)
-        words = ",".join(f"{key}={value}" for key, value in options.items())
         name = f"{args.pruner}:{words}" if words else args.pruner
-        arms.append(_flag_arm(args, args.pruner, options, name))
-    elif budgeted or args.pruner_option:
-        raise UserInputError("--keep-tokens, --keep-ratio and --pruner-option need --pruner METHOD")
+        arms.append(_flag_arm(args, args.pruner, own, name))
+    else:
+        pruning_from(args)  # refuses a budget or options without a method
     arms = arms or [parse_arm(UNPRUNED)]
     names = [arm.name for arm in arms]
     for name in names:

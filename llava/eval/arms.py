@@ -49,7 +49,10 @@ class Arm:
 def without_impossible(
     arms: Sequence[Arm], refusal: Callable[[Arm], str | None]
 ) -> tuple[Arm, ...]:
-    """The same arms; those that `refusal` gives a reason for are marked unavailable with it."""
+    """The same arms; those that `refusal` gives a reason for are marked unavailable with it.
+
+    It is not asked about arms that have a reason already.
+    """
     return tuple(replace(arm, unavailable=arm.unavailable or refusal(arm)) for arm in arms)
 
 

@@ -135,7 +135,9 @@ def possible_arms(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
     """
     readable = runner.first_image()
     if readable is not None:
-        visual = runner.encode(readable, [arm.method for arm in arms])
+        arms = without_impossible(arms, lambda arm: runner.lacking(readable, arm.method))
+        able = [arm.method for arm in arms if arm.unavailable is None]
+        visual = runner.encode(readable, able)
         arms = without_impossible(arms, lambda arm: runner.refusal(visual, arm))
     reasons = [arm.unavailable for arm in arms]
     if all(reason is not None for reason in reasons):

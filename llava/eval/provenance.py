@@ -23,7 +23,7 @@ ANSWER_SOURCES = (
     "world/**/*.py",
     "eval/arms.py",
     "eval/generation.py",
-    "eval/loading.py",
+    "eval/image_loading.py",
     "eval/plan.py",
     "eval/prompts.py",
     "eval/records.py",

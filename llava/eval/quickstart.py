@@ -140,17 +140,22 @@ def check(args: argparse.Namespace) -> None:
 def choose_arms(runner: Runner, methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]:
     """All arms; what a method refuses to do with the first image is known to be unavailable.
 
+    So is a method that needs what the model's vision tower does not have.
+
     Raises UserInputError if no image can be read.
     """
     readable = runner.first_image()
     if readable is None:
         raise UserInputError(f"none of the {len(runner.plan.images())} images can be read")
-    first = runner.encode(readable, methods)
+    lacking = {method: runner.lacking(readable, method) for method in methods}
+    first = runner.encode(readable, [method for method in methods if lacking[method] is None])
     return plan_arms(
         methods,
         budgets,
         tokens=first.embeddings(0).shape[0],
-        impossible=lambda *setting: runner.refusal(first, Arm("", "", *setting)),
+        impossible=lambda method, budget: (
+            lacking.get(method) or runner.refusal(first, Arm("", "", method, budget))
+        ),
         one_image=runner.stand_ins is None,
         label=lambda method: runner.label(first, method),
     )

@@ -15,21 +15,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.command_line import (
-    OneLineParser,
-    check_complete,
-    check_conv_mode,
-    choose_conv_mode,
-    device_name,
-    one_line_errors,
-)
+from llava.command_line import OneLineParser, one_line_errors
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
+from llava.eval.loading import add_model_flags, load_from_flags
 from llava.eval.prompts import image_mark
 from llava.images import load_image
-from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
-from llava.pruning.flags import add_pruning_flags, pruning_from
+from llava.mm_utils import process_images, tokenizer_image_token
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
@@ -50,19 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="llava.eval.run_llava", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model-path", required=True, help="checkpoint folder or hub name")
-    add("--model-base", help="base model of a LoRA or projector-only checkpoint")
     add("--image-file", required=True, help="paths or http(s) URLs, separated by --sep")
     add("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} marks an image in it")
-    add("--conv-mode", help="conversation template, instead of the model's own")
     add("--sep", default=",", help="what separates several image files")
     add("--temperature", type=float, default=0.2, help="0 is greedy")
     add("--top_p", type=float, help="sample from the likeliest tokens of this total probability")
     add("--num_beams", type=int, default=1)
     add("--max_new_tokens", type=int, default=512)
-    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--load-8bit", action="store_true")
-    add("--load-4bit", action="store_true")
-    add_pruning_flags(parser)
+    add_model_flags(parser)
     return parser
 
 
@@ -79,34 +66,26 @@ def eval_model(args: Any) -> str:
         UserInputError: names what cannot be used and what to do.
     """
     args = _complete(args)
-    check_conv_mode(args.conv_mode)
     sampling = Sampling(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
-    pruning = pruning_from(args)
     images = load_images(image_parser(args))
     count_marks(args.query, len(images))
-    name = args.model_name or get_model_name_from_path(args.model_path)
-    tokenizer, model, processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        name,
-        args.load_8bit,
-        args.load_4bit,
-        device=args.device,
-    )
-    check_complete(args.model_path, tokenizer, processor)
-    if pruning is not None:
-        model.pruning = pruning
-    template = choose_conv_mode(args.conv_mode, name, model.config)
+    words = _words(args.query)
+    if not words:
+        raise UserInputError(
+            f"the query {args.query!r} asks nothing; write the question, such as 'What is this?'"
+        )
+    loaded, template = load_from_flags(args, args.model_name)
+    tokenizer, model = loaded.tokenizer, loaded.model
     prompt = build_prompt(args.query, len(images), template, image_mark(model.config))
     ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
     ids = ids[None].to(model.device)
     with torch.inference_mode():
         output = model.generate(
             inputs=ids,
-            images=process_images(images, processor, model.config),
+            images=process_images(images, loaded.processor, model.config),
             image_sizes=[image.size for image in images],
             attention_mask=torch.ones_like(ids),
-            questions=[_words(args.query)],
+            questions=[words],
             **sampling.arguments(),
         )
     answer = tokenizer.decode(output[0], skip_special_tokens=True).strip()

@@ -16,14 +16,15 @@ from torch import Tensor
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.arms import Arm
 from llava.eval.generation import Decoded, Stopwatch, decode, row_seed
-from llava.eval.loading import ImageSource, LoadedImages
+from llava.eval.image_loading import ImageSource, LoadedImages
 from llava.eval.plan import Plan, other_images
 from llava.eval.prompts import prompt_ids, question_prompt
 from llava.eval.records import Outcome, Record, answer_id, failure, kept_digests
 from llava.eval.subject import Subject
 from llava.eval.tasks.base import Benchmark, Item
-from llava.model.instruction import needed_of_question
+from llava.model.instruction import asking, needed_of_question
 from llava.model.llava_arch import padding_side
+from llava.model.needs import add_prompts
 from llava.model.splice import unpadded
 from llava.pruning import VisualTokens, get_method, prune
 from llava.sampling import Sampling
@@ -93,6 +94,14 @@ class Runner:
         needs = {"image_digest"}.union(*(get_method(method).needs for method in methods))
         return self.subject.model.encode_visual_tokens(images.batch(), images.sizes, needs)
 
+    def lacking(self, images: LoadedImages, method: str) -> str | None:
+        """What `method` needs and the model cannot read of images, or None."""
+        try:
+            self.encode(images, [method])
+        except UserInputError as error:
+            return str(error)
+        return None
+
     @torch.inference_mode()
     def prune_images(
         self, visual: VisualTokens, arm: Arm, questions: Sequence[str] = ()
@@ -103,9 +112,17 @@ class Runner:
         """
         model = self.subject.model
         with prune(model, arm.pruning(self.seed)):
-            if self._reads_question(arm):
+            if self.reads_question(arm):
                 visual = model.with_questions(visual, questions)
             return model.prune_visual_tokens(visual)
+
+    def reads_question(self, arm: Arm) -> bool:
+        """Whether `arm` reads the question on this model, so that every question prunes anew.
+
+        CDPruner, for one, does so only where the vision tower has a text tower.
+        """
+        setting, tower = arm.pruning(self.seed), self.subject.model.get_vision_tower()
+        return bool(needed_of_question(setting, tower))
 
     def refusal(self, visual: VisualTokens, arm: Arm) -> str | None:
         """Why `arm` cannot prune the images in `visual`, or None if it can."""
@@ -118,16 +135,16 @@ class Runner:
     @torch.inference_mode()
     def label(self, visual: VisualTokens, method: str) -> str:
         """What tables call `method`: its name, with what it cannot read of this model's images."""
-        if not get_method(method).query_aware:
-            return method
-        arm = Arm(method, method, method, budget=1)
-        setting, model = arm.pruning(self.seed), self.subject.model
-        with prune(model, setting):
-            try:
+        model = self.subject.model
+        try:
+            setting = Arm(method, method, method, budget=1).pruning(self.seed)
+            if setting is None:
+                return method
+            with prune(model, setting):
                 questions = self._stand_in_questions(visual)
                 return setting.pruner.label(model.with_questions(visual, questions))
-            except UserInputError:  # the arm itself will say so
-                return method
+        except UserInputError:  # the arm itself will say so
+            return method
 
     def shown(self, arm: Arm, item: Item) -> tuple[str, ...]:
         """The images that `arm` shows the model with `item`."""
@@ -152,11 +169,6 @@ class Runner:
         own = [name for item in items for name in item.images]
         others = [name for arm in arms for item in items for name in self.shown(arm, item)]
         return list(dict.fromkeys(own + others))
-
-    def _reads_question(self, arm: Arm) -> bool:
-        """Whether pruning under `arm` differs from question to question on this model."""
-        setting, tower = arm.pruning(self.seed), self.subject.model.get_vision_tower()
-        return bool(needed_of_question(setting, tower))
 
     def _stand_in_questions(self, visual: VisualTokens) -> list[str]:
         return [self.plan.items[0].question] * visual.num_images
@@ -196,6 +208,33 @@ class Runner:
         reasons = [images.failed.get(name) for name in self._names([item], arms)]
         return next((reason for reason in reasons if reason is not None), None)
 
+    def _prune_for_prompts(
+        self, arm: Arm, visual: VisualTokens, rows: list[Tensor], items: Sequence[Item]
+    ) -> VisualTokens:
+        """Prune the images of every prompt (its ids in `rows`) as `generate` does."""
+        model = self.subject.model
+        with prune(model, arm.pruning(self.seed)), asking([item.question for item in items]):
+            return model.prune_visual_tokens(add_prompts(model, visual, rows))
+
+    def _depends_on_prompt(
+        self, visual: VisualTokens, rows: Sequence[Tensor], shown: Sequence[Sequence[str]]
+    ) -> bool:
+        """Whether an image may be pruned otherwise in one prompt than in another.
+
+        So it is where a prompt has several images, or too little room for all their tokens.
+        """
+        if any(len(names) > 1 for names in shown):
+            return True
+        limit = getattr(self.subject.model.config, "tokenizer_model_max_length", None)
+        if limit is None:
+            return False
+        sizes = [visual.sequence(image).total for image in range(visual.num_images)]
+        longest = [
+            len(row) - len(share) + sum(sizes[i] for i in share)
+            for row, share in zip(rows, _shares(shown), strict=True)
+        ]
+        return max(longest) > limit
+
     @torch.inference_mode()
     def _run_arm(self, arm: Arm, items: Sequence[Item], encoded: Encoded | None) -> Outcome:
         """Prune what this arm shows, splice it into the prompts and decode."""
@@ -203,20 +242,16 @@ class Runner:
         ids, mask = self.prompts(items, [len(names) for names in shown])
         if encoded is None or not any(shown):
             return self._answer(items, ids, mask, None, [()] * len(items))
-        rows = [name for names in shown for name in names]
-        together = encoded.take(rows)
-        together.prompts = self.subject.model.prompts_of(unpadded(ids, mask), len(rows))
+        needed = [name for names in shown for name in names]
+        visual = encoded.take(needed)
+        rows = unpadded(ids, mask)
         clock = Stopwatch(ids.device)
-        if self._reads_question(arm) or _depends_on_prompt(together, shown):
-            together.extras["image_position"] = [i for names in shown for i in range(len(names))]
-            pairs = zip(items, shown, strict=True)
-            questions = [item.question for item, names in pairs for _ in names]
-            needed = rows
-            visual = pruned = self.prune_images(together, arm, questions)
+        if self.reads_question(arm) or self._depends_on_prompt(visual, rows, shown):
+            visual = pruned = self._prune_for_prompts(arm, visual, rows, items)
         else:  # each image once, however many items ask about it
-            needed = list(dict.fromkeys(rows))
+            rows_of, needed = needed, list(dict.fromkeys(needed))
             pruned = self.prune_images(encoded.take(needed), arm)
-            visual = pruned.take_images([needed.index(name) for name in rows])
+            visual = pruned.take_images([needed.index(name) for name in rows_of])
         times = {"prune_ms": clock.lap(), "score_ms": 0.0, "select_ms": 0.0}
         if pruned.trace is not None:
             times["score_ms"] = 1000 * pruned.trace.score_seconds
@@ -281,17 +316,6 @@ class Runner:
             answer = text.strip()
             score = self.benchmark.item_score(item, answer)
             yield {"tokens_in": tokens_in, "kept": kept, "answer": answer, "score": score}
-
-
-def _depends_on_prompt(visual: VisualTokens, shown: Sequence[Sequence[str]]) -> bool:
-    """Whether an image may be pruned otherwise in one prompt than in another.
-
-    So it is where a prompt has several images, or too little room for all their tokens.
-    """
-    if any(len(names) > 1 for names in shown):
-        return True
-    sizes = [visual.sequence(image).total for image in range(visual.num_images)]
-    return any(sum(sizes[i] for i in prompt.images) > prompt.room for prompt in visual.prompts)
 
 
 def _visual_tokens(ids: Tensor, images: Sequence[int], length: int) -> int:

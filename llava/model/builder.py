@@ -17,6 +17,8 @@ from llava.constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
 from llava.model.checkpoint import local_checkpoint, read_config
+from llava.model.config_check import check_config
+from llava.model.finite import check_weights
 from llava.model.hugging_face import native_form
 from llava.model.language_model.llava_llama import (
     LlavaCausalLM,
@@ -102,6 +104,7 @@ def load_pretrained_model(
     model = _load_model(folder, base, part, device_map=placement, **kwargs)
     if pruning is not None:
         model.pruning = pruning
+    check_config(model)
 
     tokenizer = load_tokenizer(base)
     if tokenizer is None and part is not None:
@@ -147,7 +150,21 @@ def _load_model(
         tower.load_model(device_map={"": model.device}, dtype=model.dtype)
     if part is not None:
         part.apply(model)
+    _check_projector(model, base if part is None else folder)
     return model
+
+
+def _check_projector(model: LlavaCausalLM, folder: Path) -> None:
+    """Refuse NaN and inf in what was trained first, and is small enough to look at.
+
+    A tower with such weights is found by the first image.
+    """
+    small = {
+        name: value
+        for name, value in model.get_model().named_parameters()
+        if name.startswith(("mm_projector.", "image_newline"))
+    }
+    check_weights(small, repr(str(folder)))
 
 
 def _check_attention(implementation: str | None) -> None:

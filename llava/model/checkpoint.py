@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from llava.model.finite import check_weights
 from llava.utils import UserInputError
 
 # LLaVA's files nest the CLIP model twice and keep an inner level that CLIPVisionModel has lost.
@@ -163,7 +164,7 @@ def read_weights(folder: Path, stem: str) -> dict[str, torch.Tensor] | None:
     """Tensors of ``<stem>.safetensors``, else ``<stem>.bin``, on the CPU; None without either.
 
     Raises:
-        UserInputError: the file is damaged or holds more than tensors.
+        UserInputError: the file is damaged, or holds more than tensors, or NaN or inf.
     """
     file = folder / f"{stem}.safetensors"
     if not file.is_file():
@@ -180,6 +181,7 @@ def read_weights(folder: Path, stem: str) -> dict[str, torch.Tensor] | None:
             f"{str(file)!r} is no plain weight file (it holds more than named tensors); "
             "save it again as a dictionary of tensors"
         )
+    check_weights(weights, repr(str(file)))
     return weights
 
 

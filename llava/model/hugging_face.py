@@ -7,7 +7,6 @@ Weights need no translation beyond their names, see ``checkpoint.KEY_MAPPING``. 
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CLIPVisionConfig
 from transformers import LlavaConfig as HuggingFaceLlavaConfig
 from transformers import LlavaNextConfig as HuggingFaceLlavaNextConfig
 
@@ -19,7 +18,12 @@ _LANGUAGE_MODELS = {
     "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
     "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
 }
-_SELECT_FEATURE = {"default": "patch", "full": "cls_patch"}
+# Vision tower -> what vision_feature_select_strategy means for it. "default" drops the first token,
+# which is a patch where there is no class token.
+_SELECT_FEATURE = {
+    "clip_vision_model": {"default": "patch", "full": "cls_patch"},
+    "siglip_vision_model": {"full": "patch"},
+}
 # The tower LLaVA was trained with, by the sizes that tell it from other CLIP models. The original
 # code can read a saved model only if the config names a tower that it finds.
 _STOCK_TOWER = "openai/clip-vit-large-patch14-336"
@@ -68,7 +72,9 @@ def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
         "mm_vision_tower": _tower_name(vision),
         "mm_hidden_size": vision.hidden_size,
         "mm_vision_select_layer": parsed.vision_feature_layer,
-        "mm_vision_select_feature": _SELECT_FEATURE[parsed.vision_feature_select_strategy],
+        "mm_vision_select_feature": _SELECT_FEATURE[vision.model_type][
+            parsed.vision_feature_select_strategy
+        ],
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
@@ -89,7 +95,7 @@ def _aspect(config: Mapping[str, Any], parsed: Any) -> dict[str, Any]:
     }
 
 
-def _tower_name(vision: CLIPVisionConfig) -> str:
+def _tower_name(vision: Any) -> str:
     stock = all(getattr(vision, key) == size for key, size in _STOCK_SIZES.items())
     return _STOCK_TOWER if stock else _OWN_TOWER
 
@@ -100,9 +106,11 @@ def _check(config: Mapping[str, Any], parsed: Any, where: str) -> None:
     layer, strategy = parsed.vision_feature_layer, parsed.vision_feature_select_strategy
     faults = {
         f"its language model is of type {text!r}": text not in _LANGUAGE_MODELS,
-        f"its vision tower is of type {vision!r}": vision != "clip_vision_model",
+        f"its vision tower is of type {vision!r}": vision not in _SELECT_FEATURE,
         f"vision_feature_layer is {layer!r}": not isinstance(layer, int),
-        f"vision_feature_select_strategy is {strategy!r}": strategy not in _SELECT_FEATURE,
+        f"vision_feature_select_strategy is {strategy!r}": (
+            strategy not in _SELECT_FEATURE.get(vision, {strategy})
+        ),
         f"projector_hidden_act is {parsed.projector_hidden_act!r}": (
             parsed.projector_hidden_act != "gelu"
         ),
@@ -112,6 +120,6 @@ def _check(config: Mapping[str, Any], parsed: Any, where: str) -> None:
     if found:
         raise UserInputError(
             f"{where!r} is a checkpoint in Hugging Face's format that this package cannot hold: "
-            f"{', '.join(found)}; use a LLaVA with a CLIP tower on Llama or Mistral, such as "
-            "llava-hf/llava-1.5-7b-hf, or load this one with transformers"
+            f"{', '.join(found)}; use a LLaVA with a CLIP or SigLIP tower on Llama or Mistral, "
+            "such as llava-hf/llava-1.5-7b-hf, or load this one with transformers"
         )

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.clip_text import has_text_tower, text_tower_of
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.pruning.config import PruningConfig
 from llava.pruning.tokens import VisualTokens
 from llava.utils import UserInputError
@@ -79,7 +79,7 @@ def check_questions(questions: Any, count: int, kind: str) -> None:
             raise UserInputError(f"a question must be a text that is not blank, got {text!r}")
 
 
-def needed_of_question(config: PruningConfig | None, tower: CLIPVisionTower) -> set[str]:
+def needed_of_question(config: PruningConfig | None, tower: VisionTower) -> set[str]:
     """Which of INSTRUCTION_EXTRAS a setting reads and can have with this tower."""
     if config is None:
         return set()

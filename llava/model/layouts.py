@@ -28,6 +28,7 @@ class TileGeometry(NamedTuple):
         aspect: ``image_aspect_ratio``.
         merge: ``mm_patch_merge_type``; the protocol ``fixed2880`` neither unpads nor has newlines.
         canvases: (width, height) of the canvases that crops are cut from; none without anyres.
+        crops_centre: whether the tower's own preprocessing cuts the longer side of an image off.
     """
 
     grid: tuple[int, int]
@@ -35,9 +36,12 @@ class TileGeometry(NamedTuple):
     aspect: str | None
     merge: str
     canvases: tuple[Size, ...]
+    crops_centre: bool = True
 
     @classmethod
-    def of(cls, config: Any, grid: tuple[int, int], side: int) -> "TileGeometry":
+    def of(
+        cls, config: Any, grid: tuple[int, int], side: int, crops_centre: bool = True
+    ) -> "TileGeometry":
         """Read a model's config.
 
         Raises:
@@ -52,7 +56,7 @@ class TileGeometry(NamedTuple):
             merge = merge.removesuffix("_unpad")
         aspect = getattr(config, "image_aspect_ratio", None)
         canvases = canvas_choices(config, side) if aspect == "anyres" else ()
-        return cls(grid, side, aspect, merge, tuple(canvases))
+        return cls(grid, side, aspect, merge, tuple(canvases), crops_centre)
 
     def layout(self, tiles: int, size: Size | None, stacked: bool) -> ImageLayout:
         """The layout of one image.
@@ -106,7 +110,7 @@ class TileGeometry(NamedTuple):
         if size is None or self.grid[0] != self.grid[1]:
             return None
         width, height = size
-        if self.aspect == "anyres":
+        if self.aspect == "anyres" or (self.aspect != "pad" and not self.crops_centre):
             return 0.0, 0.0, float(width), float(height)
         if self.aspect == "pad":
             side = max(size)
@@ -144,15 +148,12 @@ def image_layouts(
     Args:
         geometry: the model's settings.
         tiles: tiles of every image.
-        sizes: original (width, height) of every image; with another number of entries they cannot
-            be told apart and count as unknown.
+        sizes: original (width, height) of every image; None where they are unknown.
         stacked: see ``TileGeometry.layout``.
     """
-    if sizes is None or len(sizes) != len(tiles):
-        sizes = [None] * len(tiles)
+    known = [None] * len(tiles) if sizes is None else sizes
     return tuple(
-        geometry.layout(count, None if size is None else (int(size[0]), int(size[1])), stacked)
-        for count, size in zip(tiles, sizes, strict=True)
+        geometry.layout(count, size, stacked) for count, size in zip(tiles, known, strict=True)
     )
 
 

@@ -9,35 +9,34 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig
+from transformers import PretrainedConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import next_protocol, unpad_image
-from llava.model.instruction import asked, needed_of_question, read_questions
+from llava.model.finite import check_projected
+from llava.model.inputs import check_ids, check_images, check_prompt, check_sizes
 from llava.model.layouts import TileGeometry, image_layouts, padding_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.readings import TowerReader
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.needs import add_prompts, add_questions, encode_tiles, for_projector
 from llava.model.splice import (
     count_marks,
-    image_positions,
     pad_rows,
     row_positions,
     share_images,
     splice_row,
     unpadded,
 )
-from llava.model.tiles import Images, flatten_tiles, tile_digest
+from llava.model.tiles import Images, flatten_tiles
 from llava.pruning.config import PruningConfig
 from llava.pruning.layout import ImageLayout
 from llava.pruning.stage import prune_visual_tokens
-from llava.pruning.tokens import ENCODER_EXTRAS, Prompt, VisualTokens
+from llava.pruning.tokens import VisualTokens
 from llava.utils import UserInputError
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
@@ -46,14 +45,14 @@ logger = logging.getLogger(__name__)
 
 # Set while a checkpoint with tower weights of its own is loading: the constructor then builds the
 # tower, so that the loader fills it. A context variable, because transformers calls it for us.
-_tower_in_checkpoint: ContextVar[CLIPVisionConfig | None] = ContextVar(
+_tower_in_checkpoint: ContextVar[PretrainedConfig | None] = ContextVar(
     "tower_in_checkpoint", default=None
 )
 _padding_side: ContextVar[str | None] = ContextVar("padding_side", default=None)
 
 
 @contextmanager
-def tower_from_checkpoint(config: CLIPVisionConfig | None) -> Iterator[None]:
+def tower_from_checkpoint(config: PretrainedConfig | None) -> Iterator[None]:
     """Models constructed inside build their vision tower from ``config``."""
     token = _tower_in_checkpoint.set(config)
     try:
@@ -91,7 +90,7 @@ class LlavaMetaModel:
         size = self.config.hidden_size
         self.image_newline = nn.Parameter(torch.randn(size) * size**-0.5)
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         return getattr(self, "vision_tower", None)
 
     def initialize_vision_modules(self, model_args: Any) -> None:
@@ -140,7 +139,7 @@ class LlavaMetaForCausalLM:
     def get_model(self) -> Any:
         return self.model
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         return self.get_model().get_vision_tower()
 
     @property
@@ -167,7 +166,7 @@ class LlavaMetaForCausalLM:
         """Pixels [B, 3, H, W] to embeddings [B, N, hidden_size]."""
         model = self.get_model()
         features = model.get_vision_tower()(images)
-        return model.mm_projector(self._for_projector(features))
+        return model.mm_projector(for_projector(model.mm_projector, features))
 
     def encode_visual_tokens(
         self,
@@ -182,7 +181,7 @@ class LlavaMetaForCausalLM:
                 [3, H, W] or [T, 3, H, W]. Tower features that were computed before are taken
                 too, as [B, N, mm_hidden_size] or a list of [N, mm_hidden_size]: the tower is
                 frozen, so a trainer may run it once.
-            image_sizes: (width, height) of the original images. Tiles are arranged by them
+            image_sizes: (width, height) of all original images. Tiles are arranged by them
                 (``spatial``, ``spatial_unpad``); images of one tile need them only for pictures of
                 what was kept.
             needs: what to collect beyond features and embeddings, by the names that methods put
@@ -192,43 +191,32 @@ class LlavaMetaForCausalLM:
             VisualTokens, flat over tiles: features [T, N, Dv], projected [T, N, D].
 
         Raises:
-            UserInputError: shapes that are none of these, tiles that do not fit ``image_sizes``,
-                and features computed before where the method needs more of the tower.
+            UserInputError: shapes that are none of these, ``image_sizes`` that are not one pair for
+                each image or that the tiles do not fit, features computed before where the
+                method needs more of the tower, and NaN or inf wherever it comes from.
         """
-        if needs is None:
-            needs = () if self.pruning is None else self.pruning.pruner.needs
-        needs = set(needs)
+        check_images(images)
         tiles, image_index = flatten_tiles(images)
-        projector = self.get_model().mm_projector
-        reader = TowerReader(name for name in ENCODER_EXTRAS if name in needs)
-        if tiles.ndim == 4:
-            # encode_images is what others patch, so it is called as it is and its projector tells
-            # which features it saw.
-            with _inputs_of(projector) as seen, reader.reading():
-                projected = self.encode_images(tiles)
-            features = torch.cat(seen)
-        else:
-            if tiles.shape[-1] != self.config.mm_hidden_size:
-                raise UserInputError(
-                    f"3-dimensional images are tower features [B, N, {self.config.mm_hidden_size}] "
-                    f"but have shape {tuple(tiles.shape)}; pixels need 4 dimensions [B, 3, H, W]"
-                )
-            features = self._for_projector(tiles)
-            projected = projector(features)
+        tiles_of_images = image_index.bincount().tolist()
+        sizes = check_sizes(image_sizes, len(tiles_of_images))
+        features, projected, extras = encode_tiles(self, tiles, needs)
+        check_projected(self, tiles, projected, image_index)
         grid = self._grid(projected.shape[1])
-        geometry = TileGeometry.of(self.config, grid, self.get_vision_tower().config.image_size)
+        tower = self.get_vision_tower()
+        geometry = TileGeometry.of(self.config, grid, tower.config.image_size, tower.crops_centre)
         stacked = not isinstance(images, torch.Tensor) or images.ndim == 5
-        layouts = image_layouts(geometry, image_index.bincount().tolist(), image_sizes, stacked)
+        layouts = image_layouts(geometry, tiles_of_images, sizes, stacked)
         valid = padding_mask(layouts)
         return VisualTokens(
             features=features,
             projected=projected,
-            projector=projector,
+            projector=self.get_model().mm_projector,
             image_index=image_index.to(projected.device),
             grid=grid,
             valid=None if valid is None else valid.to(projected.device),
-            extras=_digests(tiles, needs) | reader.extras(len(tiles)),
+            extras=extras,
             layouts=layouts,
+            class_token=tower.has_class_token,
             newline=self._newline(layouts),
             released=next_protocol(self.config) == "zoo-release",
         )
@@ -244,8 +232,7 @@ class LlavaMetaForCausalLM:
             UserInputError: another number of questions than images, or the model lacks the text
                 tower or the tokenizer that the method needs.
         """
-        extras = read_questions(self, visual, questions)
-        return replace(visual, extras=visual.extras | extras) if extras else visual
+        return add_questions(self, visual, questions)
 
     def prune_visual_tokens(self, visual: VisualTokens) -> VisualTokens:
         """Keep the tokens that the active settings keep; without settings nothing changes."""
@@ -335,8 +322,10 @@ class LlavaMetaForCausalLM:
             None, labels), with all lengths those of the merged sequence.
 
         Raises:
-            UserInputError: image marks without images, or another number of images than marks.
+            UserInputError: image marks without images, another number of images than marks, or
+                tensors of the wrong kind.
         """
+        check_ids(input_ids)
         decoding = input_ids.shape[1] == 1 and not bool((input_ids == IMAGE_TOKEN_INDEX).any())
         if self.get_vision_tower() is None or images is None or decoding:
             if not decoding and bool((input_ids == IMAGE_TOKEN_INDEX).any()):
@@ -345,17 +334,15 @@ class LlavaMetaForCausalLM:
                     "use a model with a vision tower"
                 )
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        check_prompt(
+            input_ids,
+            attention_mask,
+            self.get_model().embed_tokens.num_embeddings,
+            labels=labels,
+            position_ids=position_ids,
+        )
         visual = self.encode_visual_tokens(images, image_sizes)
-        rows = unpadded(input_ids, attention_mask)
-        visual.prompts = self.prompts_of(rows, visual.num_images)
-        if visual.extras:
-            visual.extras["image_position"] = image_positions(rows, visual.num_images)
-        if needed_of_question(self.pruning, self.get_vision_tower()):
-            shares = share_images(count_marks(rows), visual.num_images)
-            questions = asked(len(rows), self.pruning.method)
-            visual = self.with_questions(
-                visual, [questions[row] for row, share in enumerate(shares) for _ in share]
-            )
+        visual = add_prompts(self, visual, unpadded(input_ids, attention_mask))
         visual = self.prune_visual_tokens(visual)
         position_ids, attention_mask, inputs_embeds, labels = self.splice_visual_tokens(
             visual, input_ids, position_ids, attention_mask, labels
@@ -366,11 +353,6 @@ class LlavaMetaForCausalLM:
         side = self.get_vision_tower().num_patches_per_side
         # With the class token among them, the tokens of a tile form no square.
         return (side, side) if tokens == side * side else (1, tokens)
-
-    def _for_projector(self, features: torch.Tensor) -> torch.Tensor:
-        # Callers may hold pixels or cached features in another precision than the model.
-        weight = next(self.get_model().mm_projector.parameters(), None)
-        return features if weight is None else features.to(weight.device, weight.dtype)
 
     def _newline(self, layouts: tuple[ImageLayout, ...]) -> torch.Tensor | None:
         """The newline's embedding [D], where an image has any."""
@@ -384,37 +366,3 @@ class LlavaMetaForCausalLM:
                 "checkpoint, or mm_patch_merge_type 'spatial' or 'flat'"
             )
         return newline
-
-    def prompts_of(self, rows: list[torch.Tensor], num_images: int) -> tuple[Prompt, ...]:
-        """How much room every prompt leaves for its images, where the length is limited.
-
-        Args:
-            rows: ids [L] of every prompt, padding removed.
-            num_images: images of all prompts together.
-        """
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
-        if limit is None:
-            return ()
-        marks = count_marks(rows)
-        shares = share_images(marks, num_images)
-        return tuple(
-            Prompt(tuple(share), limit - (len(row) - count))
-            for row, share, count in zip(rows, shares, marks, strict=True)
-            if count
-        )
-
-
-def _digests(tiles: torch.Tensor, needs: set[str]) -> dict[str, Any]:
-    if "image_digest" not in needs:
-        return {}
-    return {"image_digest": [tile_digest(tile) for tile in tiles]}
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    seen: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()

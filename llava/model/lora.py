@@ -48,11 +48,14 @@ class LoraAdapter:
         factors: name of a weight [out, in] -> (A [r, in], B [out, r]).
         scales: name of that weight -> s.
         whole: weights that were trained as they are (biases, PEFT's ``modules_to_save``).
+        targets: every linear layer of the language model whose name ends in one of these has
+            factors; empty where the settings choose layers by another rule.
     """
 
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     scales: Mapping[str, float]
     whole: Mapping[str, torch.Tensor]
+    targets: tuple[str, ...] = ()
 
 
 def read_adapter(folder: Path) -> LoraAdapter:
@@ -75,6 +78,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
         factor = _FACTOR.fullmatch(key)
         if factor is not None:
             name = name_in_memory(f"{_WRAPPED_PART.sub('', factor['module'])}.weight")
+            _check_factor(folder, key, value, known=name in sides[factor["side"]])
             sides[factor["side"]][name] = value
             if factor["side"] == "A":
                 scales[name] = _scale(config, factor["module"], value.shape[0])
@@ -91,8 +95,34 @@ def read_adapter(folder: Path) -> LoraAdapter:
             f"the adapter in {str(folder)!r} holds only one of the two factors of {halves[0]!r}; "
             "download or save it again"
         )
+    if not scales:
+        raise UserInputError(
+            f"the adapter in {str(folder)!r} holds no factors (lora_A, lora_B), so it changes "
+            "nothing; download or save it again"
+        )
     factors = {name: (a, sides["B"][name]) for name, a in sides["A"].items()}
-    return LoraAdapter(factors, scales, whole)
+    return LoraAdapter(factors, scales, whole, _target_names(config))
+
+
+def _check_factor(folder: Path, key: str, value: torch.Tensor, known: bool) -> None:
+    fault = None
+    if value.ndim != 2 or 0 in value.shape:
+        fault = f"of shape {list(value.shape)}, where a matrix with a rank of at least 1 belongs"
+    elif not value.is_floating_point():
+        fault = f"of type {str(value.dtype).removeprefix('torch.')}, where numbers belong"
+    elif known:
+        fault = "twice, with and without the adapter's name"
+    if fault is not None:
+        raise UserInputError(
+            f"the adapter in {str(folder)!r} holds {key!r} {fault}; download or save it again"
+        )
+
+
+def _target_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names that every module called so was trained under; none where the rule is another."""
+    names = config.get("target_modules")
+    partial = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
+    return () if partial or not isinstance(names, list) else tuple(map(str, names))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -115,10 +145,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         odd.append(f"init_lora_weights={start!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    if not _is_number(alpha):
         odd.append(f"lora_alpha={alpha!r}")
     patterns = config.get("alpha_pattern") or {}
-    if not (isinstance(patterns, dict) and all(map(_is_pattern, patterns))):
+    readable = isinstance(patterns, dict) and all(map(_is_pattern, patterns))
+    if not (readable and all(map(_is_number, patterns.values()))):
         odd.append(f"alpha_pattern={patterns!r}")
     if odd:
         raise UserInputError(
@@ -126,6 +157,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             "cannot be merged here; merge it with PEFT and give the merged folder"
         )
     return config
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_pattern(text: str) -> bool:
@@ -156,10 +191,11 @@ def merge_adapter(model: nn.Module, adapter: LoraAdapter, where: str) -> None:
     ``nn.Linear`` store their weights transposed, and LLaVA has none.
 
     Raises:
-        UserInputError: a module the model lacks, or another shape.
+        UserInputError: a module the model lacks or the adapter does, or another shape.
     """
     parameters = dict(model.named_parameters())
     linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    _check_targets(linear, adapter, where)
     for name, (a, b) in adapter.factors.items():
         if name not in linear:
             raise UserInputError(
@@ -175,3 +211,15 @@ def merge_adapter(model: nn.Module, adapter: LoraAdapter, where: str) -> None:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         a, b = a.to(weight.device, dtype), b.to(weight.device, dtype)
         weight.copy_(torch.addmm(weight.to(dtype), b, a, alpha=adapter.scales[name]))
+
+
+def _check_targets(linear: set[str], adapter: LoraAdapter, where: str) -> None:
+    """Refuse an adapter that lost factors: what it trained would be half there."""
+    ends = tuple(f".{name}.weight" for name in adapter.targets)
+    trained = {name for name in linear if name.startswith("model.layers.") and name.endswith(ends)}
+    lost = sorted(trained - set(adapter.factors)) if ends else []
+    if lost:
+        raise UserInputError(
+            f"the adapter in {where!r} lacks the factors of {len(lost)} layers that its "
+            f"target_modules name, for example {lost[0]!r}; download or save it again"
+        )

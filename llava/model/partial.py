@@ -13,6 +13,7 @@ from llava.model.checkpoint import TOWER_PREFIX, has_weights, name_in_memory, re
 from llava.utils import UserInputError
 
 _PROJECTOR = "mm_projector"
+_PROJECTOR_PREFIX = f"model.{_PROJECTOR}."
 _REST = "non_lora_trainables"
 
 
@@ -35,9 +36,11 @@ class PartialCheckpoint:
         """Bring the folder's weights into a model that holds those of the base.
 
         Raises:
-            UserInputError: weights that the model has no place for, or of another shape.
+            UserInputError: weights that the model has no place for, of another shape, or of a part
+                of the projector only.
         """
         state = model.state_dict(keep_vars=True)
+        self._check_projector(state)
         for name, value in self.weights.items():
             self._check(name, value, state.get(name))
             state[name].copy_(value)
@@ -49,6 +52,17 @@ class PartialCheckpoint:
             # The tower is no longer the one its name says: it must be saved with the model.
             model.get_vision_tower().from_checkpoint = True
             model.config.unfreeze_mm_vision_tower = True
+
+    def _check_projector(self, state: Mapping[str, torch.Tensor]) -> None:
+        """A projector of two trainings is none: where one tensor comes along, all have to."""
+        own = {name for name in state if name.startswith(_PROJECTOR_PREFIX)}
+        lost = sorted(own - set(self.weights))
+        if lost and (self.adapter is None or len(lost) < len(own)):
+            raise UserInputError(
+                f"{str(self.folder)!r} holds {len(own) - len(lost)} of the {len(own)} weights of "
+                f"the projector, {lost[0]!r} is missing; download or save it again, with the "
+                "config.json of its training"
+            )
 
     def _check(self, name: str, value: torch.Tensor, own: nn.Parameter | None) -> None:
         if own is None:
@@ -119,15 +133,15 @@ def _rest(folder: Path) -> dict[str, torch.Tensor]:
 
 def _projector(folder: Path) -> dict[str, torch.Tensor]:
     """``model.mm_projector.*``, whatever stands before it, and a table of embeddings if any."""
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for key, value in (read_weights(folder, _PROJECTOR) or {}).items():
-        for part in (f"{_PROJECTOR}.", "embed_tokens."):
-            if part in key:
-                weights[f"model.{part}{key.split(part, 1)[1]}"] = value
-                break
-        else:
+        part = next((p for p in (f"{_PROJECTOR}.", "embed_tokens.") if p in key), None)
+        name = None if part is None else f"model.{part}{key.split(part, 1)[1]}"
+        if name is None or name in weights:
+            fault = "which is no weight of a projector" if name is None else "a weight it has twice"
             raise UserInputError(
-                f"{_PROJECTOR}.bin in {str(folder)!r} holds {key!r}, which is no weight of a "
-                "projector; save the projector again"
+                f"{_PROJECTOR}.bin in {str(folder)!r} holds {key!r}, {fault}; save the projector "
+                "again"
             )
+        weights[name] = value
     return weights

@@ -8,11 +8,7 @@ from llava.pruning.tokens import VisualTokens
 
 
 def image_budgets(visual: VisualTokens, config: PruningConfig) -> list[int | None]:
-    """Tokens every image keeps; None for an image that stays as it is.
-
-    A prompt that would be too long for the model keeps fewer, so that none of its text is lost. One
-    without any pruned image is left alone: it is the unpruned model's.
-    """
+    """Tokens that every image should keep; None for an image that stays as it is."""
     sizes = visual.tile_sizes()
     totals = [visual.sequence(image).total for image in range(visual.num_images)]
     budgets: list[int | None] = []
@@ -22,30 +18,7 @@ def image_budgets(visual: VisualTokens, config: PruningConfig) -> list[int | Non
         else:
             kept, extra = config.num_kept(total, sum(sizes[t] for t in visual.tiles_of(image))), 0
         budgets.append(None if kept >= total else kept + extra)
-    for prompt in visual.prompts:
-        wanted = [budgets[image] for image in prompt.images]
-        if any(budget is not None for budget in wanted):
-            most = [
-                totals[i] if k is None else k for i, k in zip(prompt.images, wanted, strict=True)
-            ]
-            for image, k, m in zip(
-                prompt.images, level(max(prompt.room, 0), most), most, strict=True
-            ):
-                budgets[image] = budgets[image] if k == m else k
     return budgets
-
-
-def level(room: int, most: list[int]) -> list[int]:
-    """What each of several may have of `room`: all it wants, or as much as any other that does not.
-
-    The result sums to min(room, sum(most)); what does not divide evenly goes to the later ones of
-    those that get least of what they want.
-    """
-    shares = list(most)
-    for rank, index in enumerate(sorted(range(len(most)), key=most.__getitem__)):
-        shares[index] = min(most[index], room // (len(most) - rank))
-        room -= shares[index]
-    return shares
 
 
 def tile_counts(

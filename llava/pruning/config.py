@@ -8,18 +8,30 @@ import operator
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava.pruning.errors import PruningError, unknown
 from llava.pruning.methods.base import PruningMethod
 from llava.pruning.registry import get_method, make_method
 
 BUDGETS = ("keep_tokens", "keep_ratio")
-# Where the choice is made, what becomes of newline tokens, and which positions are kept.
+
+
+class Choice(NamedTuple):
+    """A setting of few values, the first being the default, and what they mean."""
+
+    values: tuple[str, ...]
+    summary: str
+
+
+# Settings of the stage, for every method: flags, chat and saved settings know them from here.
 CHOICES = {
-    "allocation": ("per_tile", "global"),
-    "newline": ("drop", "keep", "select"),
-    "positions": ("compact", "original"),
+    "allocation": Choice(("per_tile", "global"), "choose in every tile, or in the whole image"),
+    "newline": Choice(
+        ("drop", "keep", "select"),
+        "newline tokens of LLaVA-1.6: leave out, keep with their rows, or choose like patches",
+    ),
+    "positions": Choice(("compact", "original"), "number kept tokens anew, or as unpruned"),
 }
 # Words of other tools. The first two say what is removed, we say what is kept.
 ALIASES = ("pruning_ratio", "reduction_ratio", "visual_token_num")
@@ -73,13 +85,14 @@ class PruningConfig:
         self._check_choices()
 
     def _check_choices(self) -> None:
-        for name, allowed in CHOICES.items():
+        for name, (values, _) in CHOICES.items():
             value = getattr(self, name)
-            if value not in allowed:
-                raise unknown(name, value, allowed)
-            if self.pruner.merges and value != allowed[0]:
+            if value not in values:
+                raise unknown(name, value, values)
+            if self.pruner.merges and value != values[0]:
                 raise PruningError(
-                    f"{self.method!r} makes new tokens, so {name} can only be {allowed[0]!r}"
+                    f"{self.method!r} makes new tokens, so {name} can only be {values[0]!r}; for "
+                    f"{value!r} use a method that selects"
                 )
         if self.pruner.needs_grid and self.allocation == "global":
             raise PruningError(
@@ -88,6 +101,12 @@ class PruningConfig:
             )
         if self.newline == "select" and self.allocation != "global":
             raise PruningError("newline='select' needs allocation='global': no tile owns newlines")
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The settings named in CHOICES that are not their defaults."""
+        values = {name: getattr(self, name) for name in CHOICES}
+        return {name: v for name, v in values.items() if v != CHOICES[name].values[0]}
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
@@ -118,10 +137,7 @@ class PruningConfig:
                 data[name] = getattr(self, name)
         if self.options:
             data["options"] = dict(self.options)
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) != allowed[0]:
-                data[name] = getattr(self, name)
-        return data
+        return data | self.choices
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:

@@ -1,10 +1,10 @@
-"""The pruning flags of all commands: `--pruner --keep-tokens | --keep-ratio --pruner-option`."""
+"""The pruning flags of all commands: `--pruner`, its budget, its options, and CHOICES."""
 
 from __future__ import annotations
 
 import argparse
 
-from llava.pruning.config import PruningConfig, parse_options
+from llava.pruning.config import CHOICES, PruningConfig, parse_options
 from llava.pruning.errors import PruningError
 
 
@@ -15,16 +15,22 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
     add("--keep-tokens", type=int, metavar="N", help="visual tokens kept per image")
     add("--keep-ratio", type=float, metavar="R", help="or the share of them kept, in (0, 1]")
     add("--pruner-option", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
+    for name, (values, summary) in CHOICES.items():
+        add(f"--{name}", choices=values, help=f"{summary}; default {values[0]}")
 
 
 def pruning_from(args: argparse.Namespace) -> PruningConfig | None:
     """The setting of the flags; None leaves the model's own in place. Raises PruningError."""
-    extra = args.keep_tokens is not None or args.keep_ratio is not None or args.pruner_option
+    names = ("keep_tokens", "keep_ratio", "pruner_option", *CHOICES)
+    given = [name for name in names if getattr(args, name) not in (None, [])]
     if args.pruner is None:
-        if extra:
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise PruningError(
-                "--keep-tokens, --keep-ratio and --pruner-option need --pruner METHOD"
+                f"{flags}: give a method too, such as --pruner zoo; "
+                "python -m llava.pruning list names all"
             )
         return None
+    choices = {name: getattr(args, name) for name in CHOICES if name in given}
     options = parse_options(args.pruner_option)
-    return PruningConfig(args.pruner, args.keep_tokens, args.keep_ratio, options)
+    return PruningConfig(args.pruner, args.keep_tokens, args.keep_ratio, options, **choices)

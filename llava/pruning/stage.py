@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +16,16 @@ from llava.pruning.budget import image_budgets, tile_counts
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE
-from llava.pruning.methods.base import refuse_non_finite
+from llava.pruning.methods.base import Merged, refuse_non_finite
 from llava.pruning.newlines import choose_with_newlines
 from llava.pruning.released import applies_to, check_released, extra_places, released_counts
+from llava.pruning.room import fit_prompts
 from llava.pruning.selector import Selector
 from llava.pruning.tokens import TokenSequence, VisualTokens
 from llava.pruning.trace import PruningTrace
 from llava.utils import describe_value
+
+logger = logging.getLogger(__name__)
 
 
 def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> VisualTokens:
@@ -31,16 +35,37 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> V
     back when there is nothing to remove (no config, `none`, or a budget of at least every image's
     tokens), so an unpruned run is the unpruned model bit for bit.
 
+    Where a prompt leaves less room than that (`visual.prompts`), its images keep what there is, and
+    one warning says how many.
+
     Returns VisualTokens with projected [T, Kmax, D], valid [T, Kmax], kept (or sources), sequences
     and trace. Raises PruningError for NaN or inf tokens and for budgets the method cannot meet.
     """
     if config is None:
         return visual
-    budgets = image_budgets(visual, config)
-    if all(budget is None for budget in budgets):
+    asked = image_budgets(visual, config)
+    if all(budget is None for budget in asked):
         return visual
     if visual.released:
         check_released(config)
+    budgets, lowered = fit_prompts(visual, asked)
+    if lowered is None:
+        return _prune(visual, config, budgets)
+    try:
+        pruned = _prune(visual, config, budgets)
+    except PruningError as error:  # perhaps of a budget that nobody asked for
+        raise PruningError(
+            f"{error} ({lowered}; keep fewer tokens or shorten the prompt)"
+        ) from error
+    logger.warning(
+        "%s; visual tokens are dropped before any text is cut: keep fewer tokens or shorten the "
+        "prompt to choose the number yourself",
+        lowered,
+    )
+    return pruned
+
+
+def _prune(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]) -> VisualTokens:
     if config.pruner.merges:
         return _merge(visual, config, budgets)
     selector = Selector(visual, config, [i for i, k in enumerate(budgets) if k is not None])
@@ -163,7 +188,7 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
     for tile, count in zip(work, adapted, strict=True):
         counts[tile] = count
     device, slots = visual.projected.device, max(counts)
-    merged = config.pruner.merge(some, torch.tensor(adapted))
+    merged = _made(some, config, adapted)
     seconds = time.perf_counter() - start
     whole = torch.tensor([k == n for k, n in zip(counts, sizes, strict=True)], device=device)
     valid = torch.ones(visual.projected.shape[:2], dtype=torch.bool, device=device)
@@ -172,7 +197,7 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
     sources = kept[..., None] == torch.arange(visual.projected.shape[1], device=device)
     rows = kept.clamp(min=0)[..., None].expand(-1, -1, visual.projected.shape[-1])
     projected = visual.projected.gather(1, rows).masked_fill((kept < 0)[..., None], 0)
-    at = torch.tensor(work, device=device)
+    at = torch.tensor(work, dtype=torch.long, device=device)
     width = merged.projected.shape[1]
     fill = (0, 0, 0, slots - width)
     projected = projected.index_copy(0, at, nn.functional.pad(merged.projected, fill))
@@ -199,6 +224,14 @@ def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None
         sequences=sequences,
         trace=trace,
     )
+
+
+def _made(visual: VisualTokens, config: PruningConfig, counts: list[int]) -> Merged:
+    """What the method makes of the tiles of `visual`; nothing of no tiles."""
+    if not counts:  # a budget of all patches only drops newlines
+        tokens, patches = visual.projected[:, :0], visual.projected.shape[1]
+        return Merged(tokens, tokens.new_zeros(0, 0, patches, dtype=torch.bool))
+    return config.pruner.merge(visual, torch.tensor(counts))
 
 
 def _merged_sequences(

@@ -25,6 +25,9 @@ ENCODER_EXTRAS = (
     "next_keys",
 )
 
+# Those that are the class token's attention where the tower has one.
+CLASS_ATTENTION = ("cls_attention", "next_cls_attention", "next_single_head_attention")
+
 # Keys of `extras` that hold one entry per tile; the others hold one per image.
 TILE_EXTRAS = ("image_digest", "clip_image", *ENCODER_EXTRAS)
 
@@ -46,10 +49,16 @@ class TokenSequence(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The images of one prompt, and how many visual tokens it has room for."""
+    """The images of one prompt, its tokens of text, and how long it may be with all of them."""
 
     images: tuple[int, ...]
-    room: int
+    text: int
+    limit: int
+
+    @property
+    def room(self) -> int:
+        """Visual tokens that fit beside the text; at least one for each image."""
+        return max(self.limit - self.text, len(self.images))
 
 
 @dataclass
@@ -80,12 +89,15 @@ class VisualTokens:
             float32:
             `cls_attention`, `received_attention` [N]: attention in the block that makes the
             features, from the class token, and the mean over all queries; summed over heads. A
-            tower without a class token gives the second under both names.
+            tower without a class token gives the second under both names (see `class_token`).
             `encoder_keys` [N, C]: keys there, mean over heads.
             `cls_feature` [Dv]: the class token's feature, in the tower's precision.
             `object_attention` [N]: as `received_attention`, at 9/24 of the depth.
             `next_cls_attention`, `next_single_head_attention` [N], `next_keys` [N, C]: of the block
             after the features, with its heads, all heads taken for one, heads side by side.
+        class_token: whether the tower has one. Where it has none (SigLIP), everything in `extras`
+            that is its attention is the mean over all patches' queries, and there is no
+            `cls_feature`.
         layouts: how each image's tiles follow each other; None: one after the other.
         newline: [D] embedding of the newline token, where a layout has any.
         released: select as the code released with ZOO-Prune does on LLaVA-NeXT, see
@@ -106,6 +118,7 @@ class VisualTokens:
     grid: tuple[int, int]
     valid: Tensor | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+    class_token: bool = True
     layouts: tuple[ImageLayout, ...] | None = None
     newline: Tensor | None = None
     released: bool = False

@@ -14,21 +14,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from llava.command_line import (
-    OneLineParser,
-    check_complete,
-    check_conv_mode,
-    choose_conv_mode,
-    device_name,
-    one_line_errors,
-)
+from llava.command_line import OneLineParser, one_line_errors
+from llava.eval.loading import add_model_flags, load_from_flags
 from llava.images import load_image
-from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
-from llava.pruning.flags import add_pruning_flags, pruning_from
 from llava.sampling import Sampling
 from llava.serve.commands import Leave, is_command, run_command
-from llava.serve.session import Loaded, Session, check_chat_template
+from llava.serve.session import Session
 from llava.utils import UserInputError
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
@@ -52,42 +43,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="llava.serve.cli", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model-path", default="playground/llava-tiny", help="checkpoint folder or hub name")
-    add("--model-base", help="base model of a LoRA or projector-only checkpoint")
     add("--image-file", required=True, help="path or http(s) URL of the image")
-    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--conv-mode", help="conversation template, instead of the model's own")
     add("--temperature", type=float, default=0.2, help="0 is greedy")
     add("--max-new-tokens", type=int, default=512)
-    add("--load-8bit", action="store_true")
-    add("--load-4bit", action="store_true")
     add("--debug", action="store_true", help="show prompts, and tracebacks of errors")
-    add_pruning_flags(parser)
+    add_model_flags(parser)
     add("--save-overlay", type=Path, metavar="PATH", help="save a picture of the kept tokens")
     return parser
 
 
 def open_session(args: argparse.Namespace) -> Session:
-    """Check the flags, then load image and model. Raises UserInputError."""
-    check_conv_mode(args.conv_mode)
-    if args.conv_mode is not None:
-        check_chat_template(args.conv_mode)
+    """Load image and model. Raises UserInputError for flags that cannot be used, and for both."""
     sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens)
     image = load_image(args.image_file)
-    pruning = pruning_from(args)
-    name = get_model_name_from_path(args.model_path)
-    tokenizer, model, processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        name,
-        args.load_8bit,
-        args.load_4bit,
-        device=args.device,
-    )
-    check_complete(args.model_path, tokenizer, processor)
-    if pruning is not None:
-        model.pruning = pruning
-    template = choose_conv_mode(args.conv_mode, name, model.config)
-    return Session(Loaded(tokenizer, model, processor), template, image, sampling, args.debug)
+    loaded, template = load_from_flags(args)
+    return Session(loaded, template, image, sampling, args.debug)
 
 
 def chat(session: Session, overlay: Path | None = None) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.images import load_image
-from llava.pruning import get_method, list_methods, parse_options
+from llava.pruning import PruningConfig, get_method, list_methods, parse_options
+from llava.pruning.config import CHOICES
 from llava.pruning.errors import unknown
-from llava.serve.session import Session, describe
+from llava.serve.session import Session, describe, describe_budget
 from llava.serve.turn import Turn
 from llava.utils import UserInputError
 
@@ -58,7 +59,9 @@ def run_command(session: Session, line: str) -> str:
 def set_method(session: Session, argument: str) -> str:
     if argument:
         name, *pairs = argument.split()
-        session.use_method(name, parse_options(pairs))
+        note = session.use_method(name, parse_options(pairs))
+        if note is not None:
+            return f"[{describe(session.model.pruning)}]\n({note})"
     return f"[{describe(session.model.pruning)}]"
 
 
@@ -66,8 +69,21 @@ def set_budget(session: Session, argument: str) -> str:
     session.use_budget(parse_budget(argument))
     config = session.model.pruning
     if config is None or not config.pruner.budgeted:
-        return "[noted; choose a method with /method NAME]"
+        names = ", ".join(name for name in list_methods() if get_method(name).budgeted)
+        budget = describe_budget(session.budget)
+        return f"[noted: {budget} for the method that you choose with /method NAME: {names}]"
     return f"[{describe(config)}]"
+
+
+def set_choices(session: Session, argument: str) -> str:
+    if argument:
+        session.use_choices(parse_options(argument.split()))
+        return f"[{describe(session.model.pruning)}]"
+    config = session.model.pruning or PruningConfig()
+    return "\n".join(
+        f"{name}={getattr(config, name)}  {' | '.join(values)}: {summary}"
+        for name, (values, summary) in CHOICES.items()
+    )
 
 
 def parse_budget(text: str) -> dict[str, Any]:
@@ -186,6 +202,12 @@ COMMANDS: dict[str, Command] = {
         optional=True,
     ),
     "/keep": Command(set_budget, "N|RATIO", "visual tokens to keep, or their share in (0, 1]"),
+    "/set": Command(
+        set_choices,
+        "NAME=VALUE ...",
+        f"change {', '.join(CHOICES)}; alone: say what they are",
+        optional=True,
+    ),
     "/compare": Command(compare, "", "answer the last turn again unpruned, side by side"),
     "/overlay": Command(save_overlay, "PATH", "save a picture of the tokens the last turn kept"),
     "/methods": Command(show_methods, "", "list the pruning methods"),

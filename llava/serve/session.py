@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from llava.command_line import check_chat_template
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import SeparatorStyle, conv_templates
+from llava.conversation import conv_templates
+from llava.eval.loading import Loaded
 from llava.eval.prompts import image_mark
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.pruning import PruningConfig, get_method, prune
-from llava.pruning.config import BUDGETS
+from llava.pruning import PruningConfig, PruningError, get_method, prune
+from llava.pruning.config import BUDGETS, CHOICES
+from llava.pruning.errors import unknown
 from llava.pruning.visualize import overlay_tokens
 from llava.sampling import Sampling
 from llava.serve.turn import ClockedStreamer, PipelineClock, Turn
 from llava.utils import UserInputError
-
-
-@dataclass
-class Loaded:
-    """What `load_pretrained_model` returns, without the context length."""
-
-    tokenizer: Any
-    model: Any
-    processor: Any
 
 
 class Session:
@@ -78,24 +73,44 @@ class Session:
         self.last: Turn | None = None
         self._last_prompt = self._last_question = ""
 
-    def use_method(self, name: str, options: dict[str, Any]) -> None:
-        """Prune with another method; a budget among `options` replaces the one in use.
+    def use_method(self, name: str, options: dict[str, Any]) -> str | None:
+        """Prune with another method; budget and choices among `options` replace those in use.
+
+        Choices in use that do not go with the method must not keep anyone from it: they are the
+        defaults again. Returns what was changed so, and why, or None.
 
         Raises UserInputError for unknown names, and without any budget.
         """
         options = dict(options)
         budget = {key: options.pop(key) for key in BUDGETS if key in options} or self.budget
+        chosen = {key: options.pop(key) for key in CHOICES if key in options}
         if not get_method(name).budgeted:
             budget = {}
         elif not budget:
             raise UserInputError(f"{name} needs a budget; set one first: /keep 64, or /keep 0.1")
-        config = self._changed(budget, method=name, options=options)
+        before = self.model.pruning.choices if self.model.pruning is not None else {}
+        note = None
+        try:
+            config = PruningConfig(name, **budget, options=options, **(before | chosen))
+        except PruningError as error:  # of what is in use, or of what was typed
+            config = PruningConfig(name, **budget, options=options, **chosen)
+            note = f"no longer {_listed(before)}: {error}"
         self.model.pruning = config
         self.budget = budget_of(config) or self.budget
+        return note
+
+    def use_choices(self, choices: dict[str, Any]) -> None:
+        """Change settings named in CHOICES. Raises UserInputError for others and their values."""
+        for name in choices:
+            if name not in CHOICES:
+                raise unknown("setting", name, CHOICES)
+        self.model.pruning = replace(self.model.pruning or PruningConfig(), **choices)
 
     def use_budget(self, budget: dict[str, Any]) -> None:
         """Keep as many tokens from now on; without a method the budget waits for the next one."""
-        config = self._changed(budget)  # built also where nothing uses it yet: it checks numbers
+        budgets = {name: budget.get(name) for name in BUDGETS}
+        # Built also where nothing uses it yet: it checks numbers.
+        config = replace(self.model.pruning or PruningConfig(), **budgets)
         if config.pruner.budgeted:
             self.model.pruning = config
         self.budget = budget
@@ -148,11 +163,6 @@ class Session:
                 f"cannot save {path}: {error}; give a path that ends in .png"
             ) from error
 
-    def _changed(self, budget: dict[str, Any], **settings: Any) -> PruningConfig:
-        """The active setting with another budget, and perhaps more changed."""
-        budgets = {name: budget.get(name) for name in BUDGETS}
-        return replace(self.model.pruning or PruningConfig(), **budgets, **settings)
-
     def _answer(self, prompt: str, question: str, silent: bool = False) -> Turn:
         if self.debug:
             print(f"\n{prompt!r}", file=sys.stderr)
@@ -185,14 +195,6 @@ class Session:
         return turn
 
 
-def check_chat_template(template: str) -> None:
-    """Raise UserInputError for a template without turns."""
-    if conv_templates[template].sep_style is SeparatorStyle.PLAIN:
-        raise UserInputError(
-            f"template {template!r} holds captions, no chat; use another --conv-mode"
-        )
-
-
 def budget_of(config: PruningConfig | None) -> dict[str, Any]:
     """The budget of a setting as keyword arguments; empty if it has none."""
     return {
@@ -201,10 +203,20 @@ def budget_of(config: PruningConfig | None) -> dict[str, Any]:
 
 
 def describe(config: PruningConfig | None) -> str:
-    """A setting in a few words, such as `zoo, 64 tokens, directions=8`."""
-    if config is None or config.method == "none":
+    """A setting in a few words, such as `zoo, 64 tokens, directions=8, newline=keep`."""
+    if config is None:
         return "unpruned"
+    parts = [config.method, describe_budget(budget_of(config)), _listed(config.options)]
+    if config.method == "none":
+        parts = ["unpruned"]
+    return ", ".join(part for part in [*parts, _listed(config.choices)] if part)
+
+
+def describe_budget(budget: Mapping[str, Any]) -> str:
+    """`64 tokens` or `ratio 0.1`; empty without a budget."""
     words = {"keep_tokens": "{} tokens", "keep_ratio": "ratio {:g}"}
-    budget = [words[name].format(value) for name, value in budget_of(config).items()]
-    options = [f"{key}={value}" for key, value in config.options.items()]
-    return ", ".join([config.method, *budget, *options])
+    return "".join(words[name].format(value) for name, value in budget.items())
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items())

@@ -9,6 +9,7 @@ features end.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from tqdm import tqdm
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.train.descriptions import TRAINING_FAMILIES, describe
 from llava.world import Scene, ask, render, scene
+
+MARK = "<image>\n"
+BLIND_EVERY = 25
 
 
 class Images(Dataset):
@@ -52,7 +56,7 @@ def conversation(
     messages = []
     for index in rng.permutation(len(pairs)):
         question, answer = list(pairs.items())[index]
-        mark = "" if messages else "<image>\n"
+        mark = "" if messages else MARK
         messages += [
             {"from": "human", "value": mark + question},
             {"from": "gpt", "value": answer},
@@ -63,19 +67,26 @@ def conversation(
 def write_conversations(
     path: Path, split: str, scenes: int, variants: int, turns: int, lists: bool
 ) -> None:
-    """``variants`` conversations for each scene, LLaVA's sample format."""
-    samples = []
+    """``variants`` conversations for each scene, LLaVA's sample format.
+
+    Without ``lists`` one conversation in 25 shows no image. LLaVA learns from text alone too; here
+    the model learns to guess blindly, which is the floor that pruning is held against.
+    """
+    samples: list[dict[str, Any]] = []
     for index in tqdm(range(scenes), desc="questions", mininterval=10):
         made = scene(f"{split}/{index:06d}")
         for variant in range(variants):
             rng = np.random.RandomState([index, variant, 77 if lists else 78])
-            samples.append(
-                {
-                    "id": f"{split}-{index:06d}-{variant}",
-                    "image": f"{split}/{index:06d}.png",
-                    "conversations": conversation(made, rng, turns, lists),
-                }
-            )
+            sample = {
+                "id": f"{split}-{index:06d}-{variant}",
+                "image": f"{split}/{index:06d}.png",
+                "conversations": conversation(made, rng, turns, lists),
+            }
+            if not lists and len(samples) % BLIND_EVERY == BLIND_EVERY - 1:
+                del sample["image"]
+                opening = sample["conversations"][0]
+                opening["value"] = opening["value"].removeprefix(MARK)
+            samples.append(sample)
     path.write_text(json.dumps(samples))
 
 

@@ -223,8 +223,8 @@ def make_scene(seed: tuple[int, ...]) -> Scene:
 def make_varied_scene(seed: tuple[int, ...]) -> Scene:
     """A scene that may be nearly empty or nearly full, where things may touch.
 
-    Its share of background is about 0.3 to 0.95, a usual scene's about 0.85: what is learnt from both
-    cannot lean on the share. Same promises as `make_scene`.
+    Its share of background is about 0.3 to 0.95, a usual scene's about 0.85: what is learnt from
+    both cannot lean on the share. Same promises as `make_scene`.
     """
     for attempt in range(100):
         rng = np.random.RandomState([*seed, attempt])

@@ -17,6 +17,8 @@ from llava.eval.compare import mcnemar, paired_bootstrap
 from llava.eval.results import exclusive
 from llava.eval.run import FILES
 from llava.eval.stats import mean_estimate
+from llava.model.multimodal_encoder.readings import TowerReader
+from llava.utils import UserInputError
 
 Run = Callable[..., int]
 
@@ -87,6 +89,25 @@ def test_the_flags_of_one_setting(run: Run, tmp_path: Path) -> None:
     (arm,) = read(tmp_path / "metrics.json")["arms"].values()
     assert (arm["method"], arm["budget"]) == ("zoo", 0.1)
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_what_the_tower_lacks_stops_one_arm(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = TowerReader.extras
+
+    def without_attention(self, tiles: int) -> dict:
+        extras = own(self, tiles)
+        if "cls_attention" in extras:
+            raise UserInputError("this tower has no class token")
+        return extras
+
+    monkeypatch.setattr(TowerReader, "extras", without_attention)
+    flags = ["--limit", "3", "--arm", "fastervlm@64", "--arm", "grid@64"]
+    assert run(tmp_path, *flags) == 0
+    arms = read(tmp_path / "metrics.json")["arms"]
+    assert arms["fastervlm@64"]["unavailable"] == "this tower has no class token"
+    assert arms["grid@64"]["answered"] == 3
 
 
 def test_chunks_are_the_whole(run: Run, finished: Path, tmp_path: Path) -> None:
@@ -199,7 +220,7 @@ def test_unreadable_images_are_counted(
         (["--arm", "zoo@64", "--arm", "zoo@64"], "given twice"),
         (["--arm", "pool@31"], "31"),
         (["--mm-next-protocol", "fixed2880"], "image_aspect_ratio"),
-        (["--keep-tokens", "3"], "need --pruner"),
+        (["--keep-tokens", "3"], "give a method too"),
         (["--preset", "papre", "--keep-tokens", "3"], "did you mean paper"),
         (["--preset", "paper", "--pruner", "zoo"], "--preset"),
         (["--conv-mode", "vicuna"], "unknown --conv-mode"),

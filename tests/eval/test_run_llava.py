@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_llava import draw_picture
 
 from llava.constants import IMAGE_PLACEHOLDER
-from llava.eval import run_llava
+from llava.eval import loading, run_llava
 from llava.eval.run_llava import build_parser, build_prompt, eval_model, image_parser, load_images
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -49,7 +49,7 @@ def cached(loaded: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> list[tup
         calls.append((args, kwargs))
         return loaded
 
-    monkeypatch.setattr(run_llava, "load_pretrained_model", load)
+    monkeypatch.setattr(loading, "load_pretrained_model", load)
     return calls
 
 
@@ -161,6 +161,18 @@ def test_decoding_settings_reach_the_model(
         (False, None, None, 1, 6),
     ]
     assert seen[0]["image_sizes"] == [(336, 336)]
+
+
+def test_flags_set_every_choice(
+    checkpoint: Path, pictures: list[str], loaded: tuple[Any, ...], cached: list[Any]
+) -> None:
+    flags = ["--model-path", str(checkpoint), "--image-file", pictures[0], "--query", "What?"]
+    flags += ["--pruner", "zoo", "--keep-tokens", "64", "--max_new_tokens", "1"]
+    flags += ["--allocation", "global", "--newline", "keep", "--positions", "original"]
+    assert run_llava.main(flags) == 0 and cached
+    choices = {"allocation": "global", "newline": "keep", "positions": "original"}
+    assert loaded[1].pruning.to_dict() == {"method": "zoo", "keep_tokens": 64} | choices
+    assert loaded[1].pruning.choices == choices
 
 
 def test_missing_attributes_have_the_defaults_of_the_flags(

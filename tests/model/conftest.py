@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
@@ -35,21 +40,39 @@ def pixels() -> Callable[..., torch.Tensor]:
     return make
 
 
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
 @pytest.fixture
 def small_tower() -> Callable[..., CLIPVisionModel]:
     """``small_tower(folder)``: save a random CLIP tower of 28 pixels, 4 patches, 3 layers."""
 
     def make(folder: Path, **changes: object) -> CLIPVisionModel:
-        sizes = {
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        }
         torch.manual_seed(1)
-        tower = CLIPVisionModel(CLIPVisionConfig(**{**sizes, **changes})).eval()
+        tower = CLIPVisionModel(CLIPVisionConfig(**{**SIZES, **changes})).eval()
+        tower.save_pretrained(folder)
+        return tower
+
+    return make
+
+
+@pytest.fixture
+def small_siglip() -> Callable[..., SiglipVisionModel]:
+    """``small_siglip(folder)``: save a random SigLIP tower of the same sizes, no class token."""
+
+    def make(folder: Path, **changes: object) -> SiglipVisionModel:
+        torch.manual_seed(1)
+        tower = SiglipVisionModel(SiglipVisionConfig(**{**SIZES, **changes})).eval()
+        with torch.no_grad():  # the default initialisation hardly tells patches apart
+            for parameter in tower.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
         tower.save_pretrained(folder)
         return tower
 

@@ -19,6 +19,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00001.safetensors"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+NORM = "base_model.model.model.norm.weight"
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
 
 
@@ -166,6 +167,10 @@ COMPLETE: dict[str, tuple[Damage, str]] = {
         _weights(lambda w: w.update({"model.norm.weight": torch.ones(31)})),
         "1 mismatched weights, for example 'model.norm.weight'",
     ),
+    "NaN in the projector": (
+        _weights(lambda w: w["model.mm_projector.2.bias"].fill_(float("nan"))),
+        "'mm_projector.2.bias' of",
+    ),
     "no config": (_remove("config.json"), "holds no config.json"),
     "bad config": (_write("config.json", "{"), "config.json' cannot be read"),
     "list for config": (_write("config.json", "[]"), "config.json' holds no JSON object"),
@@ -266,10 +271,53 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     ),
     "misshapen projector": (
         lambda folder: torch.save(
-            {"base_model.model.model.mm_projector.0.bias": torch.ones(31)},
+            {f"base_model.model.{k}": v for k, v in _whole_projector(bias=31).items()},
             folder / "non_lora_trainables.bin",
         ),
         "holds 'model.mm_projector.0.bias' of shape [31], the model has [32]",
+    ),
+    "empty": (_adapter_weights(lambda w: w.clear()), "holds no factors (lora_A, lora_B)"),
+    "factors lost": (
+        _adapter_weights(lambda w: (w.clear(), w.update({NORM: torch.ones(32)}))),
+        "holds no factors (lora_A, lora_B)",
+    ),
+    "only B": (_adapter_weights(lambda w: w.pop(A)), "only one of the two factors of"),
+    "rank 0": (
+        _adapter_weights(lambda w: w.update({A: torch.ones(0, 32), B: torch.ones(32, 0)})),
+        "where a matrix with a rank of at least 1 belongs",
+    ),
+    "flat factor": (_adapter_weights(lambda w: w.update({A: torch.ones(128)})), "of shape [128]"),
+    "whole numbers": (
+        _adapter_weights(lambda w: w.update({A: torch.ones(4, 32, dtype=torch.int8)})),
+        "of type int8",
+    ),
+    "factor twice": (
+        _adapter_weights(lambda w: w.update({f"{Q}.lora_A.default.weight": torch.ones(4, 32)})),
+        "twice, with and without the adapter's name",
+    ),
+    "a layer lost": (
+        _adapter(target_modules=["q_proj"]),
+        "lacks the factors of 1 layers that its target_modules name, for example "
+        "'model.layers.1.self_attn.q_proj.weight'",
+    ),
+    "no module of this model": (
+        _adapter_weights(
+            lambda w: [w.update({k.replace("q_proj", "qkv"): w.pop(k)}) for k in (A, B)]
+        ),
+        "changes 'model.layers.0.self_attn.qkv.weight', which is no linear layer",
+    ),
+    "inf in a factor": (
+        _adapter_weights(lambda w: w[A].fill_(float("inf"))),
+        "adapter_model.safetensors' holds NaN or inf",
+    ),
+    "alpha is NaN": (_adapter(lora_alpha=float("nan")), "lora_alpha=nan"),
+    "alpha of a module is text": (_adapter(alpha_pattern={"q_proj": "8"}), "alpha_pattern"),
+    "a part of the projector": (
+        lambda folder: torch.save(
+            {"base_model.model.model.mm_projector.0.bias": torch.ones(32)},
+            folder / "non_lora_trainables.bin",
+        ),
+        "holds 1 of the 4 weights of the projector, 'model.mm_projector.0.weight' is missing",
     ),
     "no config": (_remove("config.json"), "holds no config.json"),
     "qwen": (_qwen, "holds Qwen2VLForConditionalGeneration"),
@@ -313,6 +361,23 @@ def test_adapters(damage: str, lora: Path, saved: Path) -> None:
     assert message in _refusal(lora, base.get(damage, saved))
 
 
+def test_an_adapter_of_chosen_layers_loads(saved: Path, lora: Path) -> None:
+    """PEFT's rules by which fewer layers than all are trained."""
+    for settings in (
+        {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+        {"target_modules": r".*layers\.0\.self_attn\.q_proj"},
+        {"target_modules": ["layers.0.self_attn.q_proj"]},
+    ):
+        _adapter(**{"layers_to_transform": "absent", "exclude_modules": "absent", **settings})(lora)
+        load_pretrained_model(str(lora), str(saved), device="cpu")
+
+
+def _whole_projector(bias: int = 32) -> dict[str, torch.Tensor]:
+    shapes = {"0.weight": (32, 16), "0.bias": (bias,), "2.weight": (32, 32), "2.bias": (32,)}
+    return {f"model.mm_projector.{name}": torch.ones(shape) for name, shape in shapes.items()}
+
+
 PROJECTORS: dict[str, tuple[Damage, str]] = {
     "no base": (lambda folder: None, "holds only a projector; give the language model"),
     "garbage": (_write("mm_projector.bin", b"x"), "mm_projector.bin' is"),
@@ -330,6 +395,26 @@ PROJECTORS: dict[str, tuple[Damage, str]] = {
             {**torch.load(_file(folder)), "mm_projector.2.bias": torch.ones(9)}, _file(folder)
         ),
         "holds 'model.mm_projector.2.bias' of shape [9], the model has [32]",
+    ),
+    "deeper": (
+        lambda folder: torch.save(
+            {**torch.load(_file(folder)), "mm_projector.4.bias": torch.ones(32)}, _file(folder)
+        ),
+        "holds 'model.mm_projector.4.bias', for which the model has no place",
+    ),
+    "NaN": (
+        lambda folder: torch.save(
+            {**torch.load(_file(folder)), "mm_projector.0.bias": torch.full((32,), float("nan"))},
+            _file(folder),
+        ),
+        "mm_projector.bin' holds NaN or inf",
+    ),
+    "one weight twice": (
+        lambda folder: torch.save(
+            {**torch.load(_file(folder)), "model.mm_projector.0.bias": torch.ones(32)},
+            _file(folder),
+        ),
+        "holds 'model.mm_projector.0.bias', a weight it has twice",
     ),
     "no config": (_remove("config.json"), "holds no config.json"),
 }
@@ -354,6 +439,19 @@ def test_projectors(damage: str, saved: Path, tmp_path: Path) -> None:
     act, message = PROJECTORS[damage]
     act(folder)
     assert message in _refusal(folder, None if damage == "no base" else base)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_a_part_of_a_projector_over_a_whole_llava(kept: int, saved: Path, tmp_path: Path) -> None:
+    """The rest would silently be the base's: half of one training, half of another."""
+    folder = tmp_path / "projector"
+    folder.mkdir()
+    (folder / "config.json").write_text((saved / "config.json").read_text())
+    weights = dict(list(_whole_projector().items())[:kept])
+    if not kept:
+        weights["model.embed_tokens.weight"] = torch.ones(64, 32)
+    torch.save(weights, _file(folder))
+    assert f"holds {kept} of the 4 weights of the projector" in _refusal(folder, saved)
 
 
 ARGUMENTS: dict[str, tuple[dict[str, object], str]] = {

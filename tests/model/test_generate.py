@@ -43,6 +43,66 @@ def test_batch_equals_single_rows(pad_left, config_side, pruning, small_model: M
     assert model.config.tokenizer_padding_side == config_side
 
 
+@pytest.mark.parametrize("dummies", [True, False])
+@pytest.mark.parametrize("pruning", [None, {"method": "zoo", "keep_tokens": 3}])
+def test_strict_rows_are_bit_equal_to_single_ones(
+    pruning: dict | None, dummies: bool, small_next: Make, pixels, monkeypatch
+) -> None:
+    """Two images, none, other tiles: what reaches the language model, and what it says."""
+    model = small_next(tokenizer_padding_side="left")
+    model.pruning = pruning
+    rows = [[1, 5, IMG, 9, IMG, 13], [1, 20, 21, 22, 23, 24, 25], [1, IMG, 7]]
+    sizes = [(60, 50), (90, 30), (28, 28), (30, 100)]
+    images = [pixels(5, side=28, seed=1), pixels(4, side=28, seed=2)]
+    images += [pixels(3, side=28, seed=3), pixels(4, side=28, seed=4)]
+    if not dummies:
+        del sizes[2], images[2]
+    seen: list[torch.Tensor] = []
+    splice = model.splice_visual_tokens
+
+    def spy(*arguments):
+        out = splice(*arguments)
+        seen.append(out[2])
+        return out
+
+    monkeypatch.setattr(model, "splice_visual_tokens", spy)
+    shares = [slice(0, 2), slice(2, 3) if dummies else None, slice(-1, None)]
+    alone = [
+        model.generate(
+            torch.tensor([row]),
+            images=None if share is None else images[share],
+            image_sizes=None if share is None else sizes[share],
+            **GREEDY,
+        )[0].tolist()
+        for row, share in zip(rows, shares, strict=True)
+    ]
+    single, seen[:] = list(seen), []
+    ids, mask = _batch(rows, pad_left=False)
+    settings = {"attention_mask": mask, "image_sizes": sizes, "strict": True}
+    assert model.generate(ids, images=images, **settings, **GREEDY).tolist() == alone
+    assert len(seen) == 3 and all(map(torch.equal, seen, single))
+
+    # A row that ends early is filled up, as in a batch.
+    ending = {**GREEDY, "eos_token_id": alone[0][2], "pad_token_id": 63}
+    ended = model.generate(ids, images=images, **settings, **ending)
+    assert ended[0, :3].tolist() == alone[0][:3] and (ended[0, 3:] == 63).all()
+    together = model.generate(ids, images=images, **{**settings, "strict": False}, **ending)
+    assert ended.tolist() == together.tolist()
+
+
+def test_strict_refuses_what_belongs_to_a_batch(small_model: Make) -> None:
+    ids = torch.tensor([[1, 5], [1, 6]])
+    for name, value in (
+        ("position_ids", torch.zeros_like(ids)),
+        ("return_dict_in_generate", True),
+        ("streamer", object()),
+    ):
+        with pytest.raises(UserInputError, match=f"{name} belongs to a batch as a whole"):
+            small_model().generate(ids, strict=True, **{name: value}, **GREEDY)
+    with pytest.raises(UserInputError, match="1 texts were given for 2 prompts"):
+        small_model().generate(ids, strict=True, questions=["What?"], **GREEDY)
+
+
 @pytest.mark.parametrize("pruning", [None, {"method": "divprune", "keep_tokens": 3}])
 def test_generation_equals_repeated_forward(pruning, small_model: Make, pixels) -> None:
     model, images = small_model(), pixels(2, side=28)

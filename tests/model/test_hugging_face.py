@@ -352,7 +352,7 @@ def test_native_configs_pass_through() -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[dict], None], str]] = {
-    "tower": (lambda c: c.update(vision_config={"model_type": "siglip_vision_model"}), "'siglip_"),
+    "tower": (lambda c: c.update(vision_config={"model_type": "dinov2"}), "of type 'dinov2'"),
     "language": (lambda c: c.update(text_config={"model_type": "qwen2"}), "of type 'qwen2'"),
     "layers": (lambda c: c.update(vision_feature_layer=[-2, -1]), "vision_feature_layer is [-2"),
     "activation": (lambda c: c.update(projector_hidden_act="relu"), "projector_hidden_act is 'r"),

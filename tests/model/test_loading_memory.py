@@ -71,9 +71,12 @@ def _lora(checkpoint: Path, folder: Path) -> Path:
             weights[f"{module}.lora_A.weight"] = torch.randn(8, WIDTH)
             weights[f"{module}.lora_B.weight"] = torch.randn(WIDTH, 8)
     save_file(weights, folder / "adapter_model.safetensors")
-    torch.save(
-        {"model.mm_projector.0.bias": torch.zeros(WIDTH)}, folder / "non_lora_trainables.bin"
-    )
+    shapes = {"0.weight": (WIDTH, 64), "0.bias": (WIDTH,), "2.weight": (WIDTH, WIDTH)}
+    projector = {
+        f"model.mm_projector.{name}": torch.zeros(shape)
+        for name, shape in {**shapes, "2.bias": (WIDTH,)}.items()
+    }
+    torch.save(projector, folder / "non_lora_trainables.bin")
     return folder
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import MistralConfig, MistralForCausalLM
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
 from llava.model.builder import load_pretrained_model
-from llava.pruning import PruningConfig, prune
+from llava.pruning import PruningConfig, prune, prune_visual_tokens
 from llava.pruning.layout import NEWLINE
 from llava.pruning.visualize import kept_pixels, overlay_tokens
 from llava.utils import UserInputError
@@ -227,19 +228,64 @@ def test_errors(small_next: Make, small_model: Make, pixels) -> None:
         model.encode_visual_tokens(**inputs)
 
 
+def as_mistral(llama: LlavaLlamaForCausalLM, folder: Path, **changes) -> LlavaMistralForCausalLM:
+    """The same weights as a Mistral, saved in ``folder`` and loaded by what it holds."""
+    llama.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral"}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    model = load_pretrained_model(str(folder), device="cpu")[1]
+    assert type(model) is LlavaMistralForCausalLM
+    return model
+
+
+@pytest.mark.parametrize("settings", SETTINGS[1:4])
+def test_a_pruned_mistral_is_a_plain_one_on_pruned_tokens(
+    settings: dict, tmp_path: Path, small_next: Make
+) -> None:
+    """transformers' Mistral reads what is pruned and spliced by hand; its window cuts in."""
+    llama = small_next(num_key_value_heads=2, max_position_embeddings=512)
+    model = as_mistral(llama, tmp_path / "llava", sliding_window=5)
+    text = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if not key.startswith(("mm_", "image_")) and key not in ("architectures", "model_type")
+    }
+    plain = MistralForCausalLM(MistralConfig(**text)).eval()
+    beside = ("model.vision_tower.", "model.mm_projector.", "model.image_newline")
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(beside)}
+    plain.load_state_dict(weights)
+
+    inputs = prepared(model, SHOWN)
+    with torch.no_grad():
+        visual = model.encode_visual_tokens(**inputs)
+        pruned = prune_visual_tokens(visual, PruningConfig.from_dict(settings))
+    wanted = []
+    for row, images in zip(ROWS, OWNED, strict=True):
+        shown = iter(images)
+        pieces = [
+            pruned.embeddings(next(shown))
+            if token == IMG
+            else plain.model.embed_tokens.weight[[token]]
+            for token in row
+        ]
+        embeds = torch.cat(pieces)[None]
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        new = plain.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY)
+        wanted.append(new[0].tolist())
+        assert embeds.shape[1] > 5 or IMG not in row, "too short for the window"
+    ids, mask = batch(ROWS)
+    model.pruning = settings
+    assert model.generate(ids, attention_mask=mask, **inputs, **GREEDY).tolist() == wanted
+    model.pruning = None
+    unpruned = model.generate(ids, attention_mask=mask, **inputs, **GREEDY)
+    assert unpruned.tolist() != wanted, "pruning changes nothing here"
+
+
 def test_mistral(tmp_path: Path, small_next: Make) -> None:
     """Saved as a Mistral and loaded by what the folder holds, it answers like the same Llama."""
     llama = small_next(num_key_value_heads=2, max_position_embeddings=512)
-    llama.save_pretrained(tmp_path / "llava")
-    config = json.loads((tmp_path / "llava" / "config.json").read_text())
-    config |= {
-        "architectures": ["LlavaMistralForCausalLM"],
-        "model_type": "llava_mistral",
-        "sliding_window": None,
-    }
-    (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
-    mistral = load_pretrained_model(str(tmp_path / "llava"), device="cpu")[1]
-    assert type(mistral) is LlavaMistralForCausalLM
+    mistral = as_mistral(llama, tmp_path / "llava", sliding_window=None)
     inputs = prepared(llama, SHOWN)
     ids, mask = batch(ROWS)
     for pruning in (None, {"method": "zoo", "keep_tokens": 9}):

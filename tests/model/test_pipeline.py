@@ -132,10 +132,10 @@ def test_too_long_rows_are_cut_with_a_warning(small_model: Make, pixels, caplog)
 
 @pytest.mark.parametrize(
     ("limit", "kept"),
-    [(20, [3, 3, 3]), (12, [3, 2, 3]), (11, [2, 2, 3]), (8, [0, 1, 3]), (7, [0, 0, 3])],
+    [(20, [3, 3, 3]), (12, [2, 3, 3]), (11, [2, 2, 3]), (9, [1, 1, 3])],
 )
 def test_pruning_makes_room_for_the_prompt(limit, kept, small_model: Make, pixels, caplog) -> None:
-    """Visual tokens go before any word does; a row that fits is as it would be alone."""
+    """Visual tokens go before any word does, and are counted; a row that fits is as if alone."""
     model = small_model(tokenizer_model_max_length=limit)
     model.pruning = {"method": "zoo", "keep_tokens": 3}
     ids, mask = _ids([1, IMG, 5, IMG, 6, 7, 8, 9, 10], [1, IMG, 3])
@@ -148,7 +148,46 @@ def test_pruning_makes_room_for_the_prompt(limit, kept, small_model: Make, pixel
         [1, 3],
     ]
     assert out[2].sum(dim=1).tolist() == [7 + kept[0] + kept[1], 2 + kept[2]]
-    assert not caplog.records
+    lowered = [
+        f"image {image} room for {count} of 3 tokens beside 7 of text"
+        for image, count in enumerate(kept)
+        if count < 3
+    ]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == bool(lowered)
+    for warning in warnings:
+        assert warning.startswith(
+            f"tokenizer_model_max_length is {limit} and leaves {', '.join(lowered)}; "
+        )
+
+
+def test_text_that_fills_the_prompt_is_cut_after_one_token_an_image(
+    small_model: Make, pixels, caplog
+) -> None:
+    """Where no visual token is left to drop, LLaVA's cut and its warning remain."""
+    model = small_model(tokenizer_model_max_length=5)
+    model.pruning = {"method": "zoo", "keep_tokens": 3}
+    ids, mask = _ids([1, IMG, 5, 6, 7, 8, 9], [1, IMG, 3])
+    labels = ids.masked_fill(ids == IMG, IGNORE_INDEX)
+    out = model.prepare_inputs_labels_for_multimodal(
+        ids, None, mask, None, labels, pixels(2, side=28)
+    )
+    assert out[5].tolist() == [[1, -100, 5, 6, 7], [1, *[-100] * 3, 3]]
+    lowered, cut = (record.getMessage() for record in caplog.records)
+    assert "leaves image 0 room for 1 of 3 tokens beside 6 of text" in lowered
+    assert "row 0 has 7 tokens (6 of text, 1 of images)" in cut
+    assert "its last 2 tokens are cut off" in cut
+
+
+def test_a_full_prompt_leaves_a_token_to_methods_that_merge(small_model: Make, pixels) -> None:
+    model, images = small_model(tokenizer_model_max_length=4), pixels(1, side=28)
+    model.pruning = {"method": "pool", "keep_tokens": 2}
+    ids, mask = _ids([1, IMG, 5, 6, 7])
+    prepare = model.prepare_inputs_labels_for_multimodal
+    with torch.no_grad():
+        embeds = prepare(ids, None, mask, None, None, images)[4][0]
+    assert len(embeds) == 4
+    assert torch.allclose(embeds[1], model.encode_images(images)[0].mean(dim=0), atol=1e-6)
 
 
 def test_a_budget_above_the_image_is_cut_like_the_unpruned_model(small_model: Make, pixels) -> None:

@@ -108,7 +108,10 @@ def test_adapters_are_not_merged_into_quantized_weights(
     folder.mkdir()
     (folder / "config.json").write_text((saved / "config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
-    torch.save({}, folder / "adapter_model.bin")
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(32, 2)}
+    weights = {f"{module}.{side}.weight": value for side, value in factors.items()}
+    torch.save(weights, folder / "adapter_model.bin")
     with pytest.raises(UserInputError, match=r"cannot be merged into .* save the merged model"):
         load_pretrained_model(str(folder), str(saved), load_4bit=True)
 

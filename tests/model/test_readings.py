@@ -61,9 +61,9 @@ def test_nothing_is_read_that_no_method_asked_for(model, pixels, monkeypatch) ->
     calls: list[str] = []
     for name, reading in readings.READINGS.items():
 
-        def counted(attention, x, name=name, value=reading.value):
+        def counted(*args, name=name, value=reading.value):
             calls.append(name)
-            return value(attention, x)
+            return value(*args)
 
         monkeypatch.setitem(readings.READINGS, name, reading._replace(value=counted))
     images = pixels(2, side=28)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pruning_checks import make_projector
 
 from llava.pruning import PruningConfig, PruningError, VisualTokens, prune_visual_tokens
-from llava.pruning.budget import level
 from llava.pruning.layout import NEWLINE, ImageLayout
 from llava.pruning.methods.zoo import Zoo
+from llava.pruning.room import level
 from llava.pruning.selection.max_min import max_min
 from llava.pruning.tokens import Prompt
 
@@ -256,13 +256,62 @@ def test_level(room, most) -> None:
 
 
 @pytest.mark.parametrize("name", ["zoo", "divprune"])
-def test_prompts_share_their_room(name) -> None:
+def test_prompts_share_their_room(name, caplog) -> None:
     visual = tiled(WIDE, STRIP, WIDE)
     config = PruningConfig(name, keep_tokens=50)
-    visual = replace(visual, prompts=(Prompt((0, 1), 61), Prompt((2,), 70)))
+    visual = replace(visual, prompts=(Prompt((0, 1), 39, 100), Prompt((2,), 30, 100)))
     assert prune_visual_tokens(visual, config).trace.tokens_after == [30, 31, 50]
-    limited = replace(released(WIDE), prompts=(Prompt((0,), 40),))
+    assert [(r.levelname, r.getMessage().partition(";")[0]) for r in caplog.records] == [
+        (
+            "WARNING",
+            "tokenizer_model_max_length is 100 and leaves image 0 room for 30 of 50 tokens beside "
+            "39 of text, image 1 room for 31 of 50 tokens beside 39 of text",
+        )
+    ]
+    caplog.clear()
+    limited = replace(released(WIDE), prompts=(Prompt((0,), 60, 100),))
     assert prune_visual_tokens(limited, config).trace.tokens_after[0] <= 40
+    assert len(caplog.records) == 1
+
+
+def test_every_image_keeps_a_token_however_long_its_prompt(caplog) -> None:
+    visual = tiled(*[ALONE] * 5)
+    visual = replace(visual, prompts=(Prompt(tuple(range(5)), 400, 100),))
+    pruned = prune_visual_tokens(visual, PruningConfig("zoo", keep_tokens=7))
+    assert pruned.trace.tokens_after == [1] * 5
+    (record,) = caplog.records
+    assert "image 2 room for 1 of 7 tokens" in record.getMessage()
+    assert "image 3" not in record.getMessage()
+    assert "2 more images less than was asked" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("visual", "setting", "own"),
+    [
+        (tiled(ALONE), {"method": "pool", "keep_tokens": 12}, r"pool cannot make 11 .* 10 and 12"),
+        (tiled(WIDE), {"method": "zoo", "keep_tokens": 50, "newline": "keep"}, "reserves 8 tokens"),
+        (replace(tiled(WIDE), released=True), {"method": "zoo", "keep_tokens": 50}, "leave none"),
+    ],
+    ids=["pool", "newline", "released"],
+)
+def test_a_budget_that_nobody_asked_for_names_what_lowered_it(visual, setting, own) -> None:
+    room = 11 if setting["method"] == "pool" else 8
+    visual = replace(visual, prompts=(Prompt((0,), 100 - room, 100),))
+    cause = (
+        rf"{own}.*\(tokenizer_model_max_length is 100 and leaves image 0 room for {room} of \d+ "
+        rf"tokens beside {100 - room} of text; keep fewer tokens or shorten the prompt\)"
+    )
+    with pytest.raises(PruningError, match=cause):
+        prune_visual_tokens(visual, PruningConfig.from_dict(setting))
+
+
+@pytest.mark.parametrize("name", ["pool", "visionzip", "zoo"])
+def test_a_budget_of_all_patches_only_drops_newlines(name) -> None:
+    layout = replace(ALONE, newline=True)
+    visual = tiled(layout)
+    pruned = prune_visual_tokens(visual, PruningConfig(name, keep_tokens=N))
+    assert torch.equal(pruned.embeddings(0), visual.embeddings(0)[:N])
+    assert pruned.trace.tokens_after == [N]
 
 
 def test_gradients_reach_kept_tokens_and_newlines() -> None:

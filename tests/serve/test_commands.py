@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from llava.conversation import conv_templates
+from llava.eval import loading
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import list_methods
@@ -21,6 +22,9 @@ from llava.serve import cli
 from llava.serve.commands import COMMANDS, run_command
 from llava.serve.session import Loaded, Session
 from llava.serve.turn import ClockedStreamer
+from llava.utils import UserInputError
+
+BUDGETED = ", ".join(name for name in list_methods() if name != "none")
 
 
 class Terminal(io.StringIO):
@@ -78,7 +82,7 @@ def test_method_and_budget_hold_from_the_next_turn(talk: Callable[..., str]) -> 
     said = re.findall(r"\[(.*)\]", out)
     assert said == [
         "unpruned",
-        "noted; choose a method with /method NAME",
+        f"noted: 64 tokens for the method that you choose with /method NAME: {BUDGETED}",
         "zoo, 64 tokens, directions=8",
         "zoo, ratio 0.25, directions=8",
         "random, 32 tokens, seed=3",
@@ -93,6 +97,55 @@ def test_the_flags_of_the_start_are_a_budget_too(session: Session) -> None:
     session.model.pruning = {"method": "zoo", "keep_tokens": 48}
     again = Session(session.loaded, "vicuna_v1", session.image, session.sampling)
     assert run_command(again, "/method norm") == "[norm, 48 tokens]"
+
+
+def test_choices_hold_across_methods_and_budgets(talk: Callable[..., str]) -> None:
+    out = talk(
+        "/set newline=keep positions=original", "/method zoo keep_tokens=64 directions=8",
+        "/keep 32", "/method divprune allocation=global", "/set newline=select", "Hello?",
+        "/set newline=drop positions=compact", "/method none", "/method",
+    )  # fmt: skip
+    kept = "newline=keep, positions=original"
+    assert re.findall(r"\[(.*)\]", out) == [
+        f"unpruned, {kept}",
+        f"zoo, 64 tokens, directions=8, {kept}",
+        f"zoo, 32 tokens, directions=8, {kept}",
+        f"divprune, 32 tokens, allocation=global, {kept}",
+        "divprune, 32 tokens, allocation=global, newline=select, positions=original",
+        "divprune, 32 tokens, allocation=global",
+        "unpruned, allocation=global",
+        "unpruned, allocation=global",
+    ]
+    assert "576 -> 32 tokens" in out
+
+
+def test_a_saved_choice_keeps_nobody_from_a_method(session: Session) -> None:
+    saved = {"method": "zoo", "keep_tokens": 64, "newline": "keep", "positions": "original"}
+    session.model.pruning = saved
+    session = Session(session.loaded, "vicuna_v1", session.image, session.sampling)
+    said = run_command(session, "/method pool")
+    assert said == (
+        "[pool, 64 tokens]\n(no longer newline=keep, positions=original: 'pool' makes new tokens, "
+        "so newline can only be 'drop'; for 'keep' use a method that selects)"
+    )
+    assert session.model.pruning.to_dict() == {"method": "pool", "keep_tokens": 64}
+    session.model.pruning = saved
+    with pytest.raises(UserInputError, match="so newline can only be 'drop'"):
+        run_command(session, "/method pool newline=keep")
+    with pytest.raises(UserInputError, match="unknown option of 'pool': 'size'"):
+        run_command(session, "/method pool size=3")
+    assert session.model.pruning.to_dict() == saved
+
+
+def test_set_alone_says_what_there_is(session: Session) -> None:
+    session.model.pruning = {"method": "zoo", "keep_tokens": 64, "newline": "keep"}
+    lines = run_command(session, "/set").splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "allocation=per_tile",
+        "newline=keep",
+        "positions=compact",
+    ]
+    assert "drop | keep | select: " in lines[1]
 
 
 def test_compare(session: Session) -> None:
@@ -201,6 +254,10 @@ MISTAKES = [
     ("/method zoo keep_tokens=8 directions=none", "directions"),
     ("/method zoo keep_tokens=8 keep_ratio=0.1", "not both"),
     ("/method zoo 64", "key=value"),
+    ("/set newlines=keep", "did you mean 'newline'"),
+    ("/set newline=kept", "did you mean 'keep'"),
+    ("/set newline", "key=value"),
+    ("/set newline=select", "needs allocation='global'"),
     ("/compare", "ask a question first"),
     ("/overlay kept.png", "ask a question first"),
     ("/image nowhere.png", "nowhere.png"),
@@ -322,7 +379,7 @@ def test_ctrl_c_while_loading_ends_quietly(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_pretrained_model", interrupted)
+    monkeypatch.setattr(loading, "load_pretrained_model", interrupted)
     assert cli.main(["--image-file", str(picture)]) == 130
     assert capsys.readouterr().err == ""
 
@@ -334,7 +391,7 @@ def test_loading_flags_reach_the_loader(picture: Path, monkeypatch: pytest.Monke
         calls.append((args, kwargs))
         return None, None, None, 2048
 
-    monkeypatch.setattr(cli, "load_pretrained_model", load)
+    monkeypatch.setattr(loading, "load_pretrained_model", load)
     flags = ["--model-path", "a/llava-v1.5-7b-lora", "--model-base", "vicuna", "--load-4bit"]
     with pytest.raises(SystemExit):  # this loader returns no vision model
         cli.main([*flags, "--image-file", str(picture), "--device", "cpu"])

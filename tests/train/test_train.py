@@ -91,6 +91,18 @@ def test_pixels_and_cached_features_train_alike(work: Path, trained: Path) -> No
     assert first_loss(work / "pixels") == pytest.approx(first_loss(trained), abs=2e-3)
 
 
+def test_one_conversation_of_questions_in_25_shows_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "finetune.json"
+    write_conversations(path, "train", scenes=10, variants=5, turns=6, lists=False)
+    samples = json.loads(path.read_text())
+    blind = [number for number, sample in enumerate(samples) if "image" not in sample]
+    assert blind == [24, 49]
+    for sample in samples:
+        openings = [turn["value"] for turn in sample["conversations"] if turn["from"] == "human"]
+        marks = [opening.startswith("<image>") for opening in openings]
+        assert marks == ["image" in sample] + [False] * (len(openings) - 1)
+
+
 def test_a_killed_run_continues(work: Path, trained: Path) -> None:
     features = ("--feature_file", f"{work}/data/features.npy")
     assert run_train(work, "again", 2, *features).returncode == 0

@@ -34,8 +34,12 @@ from llava.model.llava_arch import (
     padding_side,
     tower_from_checkpoint,
 )
-from llava.model.multimodal_encoder.builder import is_portable, resolve_vision_tower
-from llava.model.multimodal_encoder.clip_encoder import read_tower_config
+from llava.model.multimodal_encoder.builder import (
+    is_portable,
+    read_tower_config,
+    resolve_vision_tower,
+)
+from llava.model.one_by_one import generate_rows
 from llava.model.tiles import Images
 from llava.utils import UserInputError
 
@@ -97,8 +101,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             )
         tower_config = None
         name = getattr(config, "mm_vision_tower", None)
-        if name and any(name_in_memory(key).startswith(TOWER_PREFIX) for key in keys):
-            tower_config = read_tower_config(resolve_vision_tower(name, str(folder)), name)
+        names = [name_in_memory(key) for key in keys]
+        held = {key.removeprefix(TOWER_PREFIX) for key in names if key.startswith(TOWER_PREFIX)}
+        if name and held:
+            source = resolve_vision_tower(name, str(folder))
+            tower_config = read_tower_config(source, name, held)
         with tower_from_checkpoint(tower_config):
             model, info = super().from_pretrained(
                 str(folder),
@@ -212,6 +219,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         image_sizes: list[tuple[int, int]] | None = None,
         *,
         questions: Sequence[str] | None = None,
+        strict: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Generate text about images, or from text alone.
@@ -225,6 +233,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             images: see ``encode_visual_tokens``.
             questions: what each prompt asks, without template and system text; read by pruning
                 methods that choose by it, and by nothing else.
+            strict: run the rows one by one, so that each is bit for bit what it is alone; in a
+                batch, rounding may decide between tokens of nearly equal scores.
 
         Returns:
             The new tokens only, int64 [B, new], or transformers' dictionary of them.
@@ -241,6 +251,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         attention_mask = kwargs.pop("attention_mask", None)
         check_prompt(input_ids, attention_mask, self.get_input_embeddings().num_embeddings)
         check_images(images)
+        if strict and len(input_ids) > 1:
+            kwargs["position_ids"] = position_ids
+            return generate_rows(
+                self, input_ids, attention_mask, images, image_sizes, questions, **kwargs
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         with padding_side("left"), asking(questions):
@@ -275,7 +290,7 @@ class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
     config_class = LlavaConfig
     base_type = "llama"
     # The tower is called block by block, so its parts must stay on one device.
-    _no_split_modules = ["LlamaDecoderLayer", "CLIPVisionTower"]  # noqa: RUF012
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPVisionTower", "SiglipVisionTower"]  # noqa: RUF012
 
     def __init__(self, config: LlavaConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)

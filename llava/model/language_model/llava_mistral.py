@@ -30,7 +30,9 @@ class LlavaMistralForCausalLM(LlavaCausalLM, MistralForCausalLM):
 
     config_class = LlavaMistralConfig
     base_type = "mistral"
-    _no_split_modules = ["MistralDecoderLayer", "CLIPVisionTower"]  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012
+        *("MistralDecoderLayer", "CLIPVisionTower", "SiglipVisionTower")
+    ]
 
     def __init__(self, config: LlavaMistralConfig) -> None:
         super(MistralForCausalLM, self).__init__(config)

@@ -1,23 +1,68 @@
 """Find and build the vision tower a config names."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower, without_unheld_head
+from llava.model.multimodal_encoder.vision_tower import VisionTower, read_vision_config
+from llava.utils import UserInputError
+
+# Another kind of tower is one entry here.
+TOWER_CLASSES: tuple[type[VisionTower], ...] = (CLIPVisionTower, SiglipVisionTower)
 
 
-def build_vision_tower(config: Any, delay_load: bool = False) -> CLIPVisionTower:
+def build_vision_tower(config: Any, delay_load: bool = False) -> VisionTower:
     """Build the tower that ``config.mm_vision_tower`` (or ``vision_tower``) names.
+
+    Its kind is what its config.json says, never what its name looks like.
 
     Args:
         config: a model config or training arguments. ``name_or_path`` is the checkpoint folder
             that a relative tower name refers to.
-        delay_load: build without weights.
+        delay_load: build without weights. A tower that cannot be found yet may still be found when
+            it is loaded, as CLIP.
+
+    Raises:
+        UserInputError: without ``delay_load``: a tower that is not found, or of an unknown kind.
     """
     name = getattr(config, "mm_vision_tower", None) or config.vision_tower
     source = resolve_vision_tower(name, getattr(config, "name_or_path", None))
-    return CLIPVisionTower(name, config, delay_load=delay_load, source=source)
+    try:
+        cls = _tower_class(read_vision_config(source, name), name)
+    except UserInputError:
+        if not delay_load:
+            raise
+        cls = CLIPVisionTower
+    return cls(name, config, delay_load=delay_load, source=source)
+
+
+def read_tower_config(source: str, name: str, weights: Collection[str]) -> Any:
+    """transformers' config of a tower whose weights a checkpoint holds.
+
+    Args:
+        source: folder or hub name that describes the tower.
+        name: its name in the checkpoint's config.
+        weights: names of the weights inside the tower.
+
+    Raises:
+        UserInputError: there is none, or it describes no tower that is known.
+    """
+    raw = read_vision_config(source, name)
+    return without_unheld_head(_tower_class(raw, name).parse_config(raw, name), weights)
+
+
+def _tower_class(raw: dict[str, Any], name: str) -> type[VisionTower]:
+    for cls in TOWER_CLASSES:
+        if raw.get("model_type") in cls.kinds:
+            return cls
+    families = " or ".join(cls.family for cls in TOWER_CLASSES)
+    raise UserInputError(
+        f"the vision tower {name!r} is of type {raw.get('model_type')!r}; set mm_vision_tower to a "
+        f"{families} model"
+    )
 
 
 def resolve_vision_tower(name: str, checkpoint: str | None) -> str:
@@ -44,7 +89,7 @@ def _describes_tower(file: Path) -> bool:
     return file.is_file() and "vision_config" in json.loads(file.read_text(encoding="utf-8"))
 
 
-def is_portable(tower: CLIPVisionTower) -> bool:
+def is_portable(tower: VisionTower) -> bool:
     """Whether a saved model finds the tower by its name alone, wherever the model is moved.
 
     True for hub names and absolute paths, false for a folder that was found relative to the

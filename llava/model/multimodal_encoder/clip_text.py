@@ -9,15 +9,15 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.utils import cached_file
 
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.utils import UserInputError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 # Beside the towers, not inside them: a saved model must not contain its text tower.
-_loaded: "WeakKeyDictionary[CLIPVisionTower, CLIPTextTower]" = WeakKeyDictionary()
+_loaded: "WeakKeyDictionary[VisionTower, CLIPTextTower]" = WeakKeyDictionary()
 
-_complete: "WeakKeyDictionary[CLIPVisionTower, bool]" = WeakKeyDictionary()
+_complete: "WeakKeyDictionary[VisionTower, bool]" = WeakKeyDictionary()
 
 
 class CLIPTextTower:
@@ -55,7 +55,7 @@ class CLIPTextTower:
         return self.text_projection(pooled)
 
     @torch.no_grad()
-    def embed_patches(self, tower: CLIPVisionTower, features: torch.Tensor) -> torch.Tensor:
+    def embed_patches(self, tower: VisionTower, features: torch.Tensor) -> torch.Tensor:
         """[N, E] of a tile's features [N, Dv], through the tower's last norm and CLIP's projection.
 
         CLIP trained both for the class token; CDPruner puts the patches through them.
@@ -66,14 +66,14 @@ class CLIPTextTower:
         )
 
 
-def has_text_tower(tower: CLIPVisionTower) -> bool:
+def has_text_tower(tower: VisionTower) -> bool:
     """Whether the folder or hub model that a tower is read from is a complete CLIP model."""
     if tower not in _complete:
         _complete[tower] = _is_complete(tower)
     return _complete[tower]
 
 
-def _is_complete(tower: CLIPVisionTower) -> bool:
+def _is_complete(tower: VisionTower) -> bool:
     try:
         raw, _ = CLIPConfig.get_config_dict(tower.source)
     except (OSError, ValueError):
@@ -81,7 +81,7 @@ def _is_complete(tower: CLIPVisionTower) -> bool:
     return raw.get("model_type") == "clip" and any(_found(tower, name) for name in _TOKENIZER_FILES)
 
 
-def text_tower_of(tower: CLIPVisionTower) -> CLIPTextTower:
+def text_tower_of(tower: VisionTower) -> CLIPTextTower:
     """The text tower that belongs to a vision tower: loaded at the first call, then kept.
 
     Raises:
@@ -93,7 +93,7 @@ def text_tower_of(tower: CLIPVisionTower) -> CLIPTextTower:
     return known
 
 
-def _load(tower: CLIPVisionTower) -> CLIPTextTower:
+def _load(tower: VisionTower) -> CLIPTextTower:
     name = tower.vision_tower_name
     if not has_text_tower(tower):
         raise UserInputError(
@@ -123,7 +123,7 @@ def _load(tower: CLIPVisionTower) -> CLIPTextTower:
     return CLIPTextTower(model.to(tower.device), tokenizer)
 
 
-def _found(tower: CLIPVisionTower, file: str) -> bool:
+def _found(tower: VisionTower, file: str) -> bool:
     if Path(tower.source).is_dir():
         return (Path(tower.source) / file).is_file()
     found = cached_file(

@@ -1,7 +1,9 @@
 """What pruning methods read inside the vision tower: rows of attention and keys of one block.
 
 Nothing is computed unless it is asked for, and the tower itself goes on under sdpa: a reading makes
-its own few products from the block's input. S = 1 + N tokens, the class token first.
+its own few products from the block's input. S = first + N tokens: first = 1 is the class token,
+first = 0 a tower without one (SigLIP). There every query is a patch's, so what methods want of the
+class token's query is the mean over all queries: attention received.
 """
 
 from __future__ import annotations
@@ -18,44 +20,51 @@ from torch import Tensor, nn
 from llava.utils import UserInputError
 
 
-def attention_from_class(attention: nn.Module, x: Tensor) -> Tensor:
+def attention_from_class(attention: nn.Module, x: Tensor, first: int) -> Tensor:
     """[B, N]: what the class token gives every patch, after softmax, summed over heads."""
+    if not first:
+        return attention_received(attention, x, first)
     scores = _scores(attention, attention.q_proj(x[:, :1]), attention.k_proj(x))
     return scores.softmax(dim=-1).sum(dim=1)[:, 0, 1:]
 
 
-def attention_received(attention: nn.Module, x: Tensor) -> Tensor:
+def attention_received(attention: nn.Module, x: Tensor, first: int) -> Tensor:
     """[B, N]: what every patch is given, summed over heads, mean over all queries, class included.
 
-    Importance also in towers without a class token. One tile at a time: a tile's attention is
+    One tile at a time: a tile's attention is
     heads x S x S numbers.
     """
     rows = []
     for tile in x:
         tile = tile[None].clone()
         scores = _scores(attention, attention.q_proj(tile), attention.k_proj(tile))
-        rows.append(scores.softmax(dim=-1).mean(dim=2).sum(dim=1)[0, 1:])
+        rows.append(scores.softmax(dim=-1).mean(dim=2).sum(dim=1)[0, first:])
     return torch.stack(rows)
 
 
-def single_head_attention(attention: nn.Module, x: Tensor) -> Tensor:
+def single_head_attention(attention: nn.Module, x: Tensor, first: int) -> Tensor:
     """[B, N]: softmax(q K^T / sqrt(C)) of the class token, all heads taken for one.
 
     No attention the tower computes: PruMerge's released code does.
     """
-    query, keys = _widen(attention.q_proj(x[:, :1])), _widen(attention.k_proj(x))
-    scores = query @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
-    return scores.softmax(dim=-1)[:, 0, 1:]
+    rows = []
+    for tile in x if not first else [x]:
+        tile = tile if first else tile[None].clone()
+        query = _widen(attention.q_proj(tile[:, :1] if first else tile))
+        keys = _widen(attention.k_proj(tile))
+        scores = query @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+        rows.append(scores.softmax(dim=-1).mean(dim=1)[:, first:])
+    return torch.cat(rows)
 
 
-def mean_keys(attention: nn.Module, x: Tensor) -> Tensor:
+def mean_keys(attention: nn.Module, x: Tensor, first: int) -> Tensor:
     """[B, N, C / heads]: the patches' keys, mean over heads."""
-    return _heads(attention, _widen(attention.k_proj(x[:, 1:]))).mean(dim=1)
+    return _heads(attention, _widen(attention.k_proj(x[:, first:]))).mean(dim=1)
 
 
-def whole_keys(attention: nn.Module, x: Tensor) -> Tensor:
+def whole_keys(attention: nn.Module, x: Tensor, first: int) -> Tensor:
     """[B, N, C]: the patches' keys, heads side by side."""
-    return _widen(attention.k_proj(x[:, 1:]))
+    return _widen(attention.k_proj(x[:, first:]))
 
 
 def _scores(attention: nn.Module, query: Tensor, keys: Tensor) -> Tensor:
@@ -90,7 +99,7 @@ class _Reading(NamedTuple):
     """Which block is read, from (blocks that run, blocks there are), and what of it."""
 
     block: Callable[[int, int], int]
-    value: Callable[[nn.Module, Tensor], Tensor]
+    value: Callable[[nn.Module, Tensor, int], Tensor]
 
 
 # By the name that methods put into `needs`; `cls_feature` is no reading of a block.
@@ -103,6 +112,7 @@ READINGS = {
     "next_single_head_attention": _Reading(_next_block, single_head_attention),
     "next_keys": _Reading(_next_block, whole_keys),
 }
+CLASS_FEATURE = "cls_feature"
 
 
 active_reader: ContextVar[TowerReader | None] = ContextVar("active_reader", default=None)
@@ -127,8 +137,13 @@ class TowerReader:
         finally:
             active_reader.reset(token)
 
-    def read_block(self, index: int, used: int, layers: nn.ModuleList, hidden: Tensor) -> None:
-        """Read block `index`, whose input is `hidden` [B, S, C]; `used` blocks run in all."""
+    def read_block(
+        self, index: int, used: int, layers: nn.ModuleList, hidden: Tensor, first: int
+    ) -> None:
+        """Read block `index`, whose input is `hidden` [B, S, C]; `used` blocks run in all.
+
+        Patches begin at token `first`.
+        """
         names = [
             name
             for name in self.found
@@ -137,12 +152,12 @@ class TowerReader:
         if names:
             x = layers[index].layer_norm1(hidden)
             for name in names:
-                self.found[name].append(READINGS[name].value(layers[index].self_attn, x))
+                self.found[name].append(READINGS[name].value(layers[index].self_attn, x, first))
 
     def read_output(self, hidden: Tensor) -> None:
         """Read the tower's last hidden state [B, S, C]."""
-        if "cls_feature" in self.found:
-            self.found["cls_feature"].append(hidden[:, 0])
+        if CLASS_FEATURE in self.found:
+            self.found[CLASS_FEATURE].append(hidden[:, 0])
 
     def extras(self, tiles: int) -> dict[str, list[Tensor]]:
         """Per name one tensor a tile.

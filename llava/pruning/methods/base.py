@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.selection.picks import Picks
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens
 
 
 class Merged(NamedTuple):
@@ -108,8 +108,17 @@ class PruningMethod:
         return min(n, budget)
 
     def label(self, visual: VisualTokens) -> str:
-        """What the trace calls this method on `visual`."""
-        return self.name
+        """What the trace calls this method on `visual`.
+
+        Without a class token its attention is that which patches receive, which the label says.
+        """
+        of_class = not visual.class_token and self.reads_class_attention
+        return f"{self.name}(attention=received)" if of_class else self.name
+
+    @property
+    def reads_class_attention(self) -> bool:
+        """Whether the class token's attention counts with these options."""
+        return any(need in CLASS_ATTENTION for need in self.needs)
 
     def set_needs(self, *needs: str, wants: tuple[str, ...] = ()) -> None:
         """What this instance needs with its options; called from `__post_init__`."""

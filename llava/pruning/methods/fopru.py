@@ -35,7 +35,8 @@ class FoPru(PruningMethod):
     rounding is open.
 
     Options: strategy `rank` | `row`; significance `received` | `class`; class_query, whether the
-    class token counts among the queries of "received".
+    class token counts among the queries of "received". A tower without one gives "received" for
+    both, and the trace says so of "class".
     """
 
     name: ClassVar[str] = "fopru"
@@ -53,6 +54,10 @@ class FoPru(PruningMethod):
         check_switch("class_query", self.class_query)
 
     @property
+    def reads_class_attention(self) -> bool:
+        return self.significance == "class"
+
+    @property
     def needs_grid(self) -> bool:
         return self.strategy == "row"
 
@@ -61,7 +66,7 @@ class FoPru(PruningMethod):
         if self.significance == "class":
             return of_class
         received = torch.stack(visual.extra("received_attention"))
-        if self.class_query:
+        if self.class_query or not visual.class_token:
             return received
         # The mean over all queries, less the class token's.
         queries = received.shape[1] + 1

@@ -38,6 +38,9 @@ class VisionZip(PruningMethod):
     c = floor(5 k / 32), as published: 54 + 10 of 64, 108 + 20 of 128, 162 + 30 of 192, 27 + 5 of
     32; below k = 7 there are none, and k = 1 is the class token alone.
 
+    A tower without a class token (SigLIP): the k - c dominant tokens are patches, those with the
+    most attention received, as in the released code; the trace says so.
+
     Options: contextual, c of every tile; ctx_merge `sum` (target plus mean, as the released code
     does) or `mean` (of the target and what was assigned to it, as the paper words it).
 
@@ -68,7 +71,8 @@ class VisionZip(PruningMethod):
     def merge(self, visual: VisualTokens, counts: Tensor) -> Merged:
         attention = torch.stack(visual.extra("cls_attention"))
         few = torch.tensor([self._split(k) for k in counts.tolist()], dtype=torch.long)
-        dominant = top_k(attention, counts - few - 1, valid=visual.valid).indices
+        patches = counts - few - int(visual.class_token)
+        dominant = top_k(attention, patches, valid=visual.valid).indices
         return stack_merged(
             [
                 self._tile(visual, tile, dominant[tile], count)
@@ -81,7 +85,7 @@ class VisionZip(PruningMethod):
         contextual = count * 5 // 32 if self.contextual is None else self.contextual
         if contextual >= count:
             raise PruningError(
-                f"visionzip cannot make {contextual} contextual tokens and keep the class token in "
+                f"visionzip cannot make {contextual} contextual tokens and keep a dominant one in "
                 f"a budget of {count} a tile; keep more, or set contextual={count - 1} or less"
             )
         return contextual
@@ -95,7 +99,9 @@ class VisionZip(PruningMethod):
         kept = one_hot(dominant, total).bool()
         free = ~kept.any(dim=0) if visual.valid is None else visual.valid[tile] & ~kept.any(dim=0)
         members = self._clusters(visual.extra("encoder_keys")[tile], free, contextual)
-        made = [visual.extra("cls_feature")[tile].to(x)]
+        # The class token, if there is one, comes first of all.
+        lead = int(visual.class_token)
+        made = [visual.extra("cls_feature")[tile].to(x)] if lead else []
         for target, others in members:
             gathered = x[others].sum(dim=0)
             size = max(1, len(others))
@@ -104,16 +110,18 @@ class VisionZip(PruningMethod):
                 if self.ctx_merge == "sum"
                 else (x[target] + gathered) / (1 + len(others))
             )
-        new = visual.projector(torch.stack(made)).to(visual.projected.dtype)
-        sources = torch.zeros(1 + contextual, total, dtype=torch.bool, device=x.device)
-        for row, (target, others) in enumerate(members, start=1):
+        new = visual.projected.new_empty(0, visual.projected.shape[-1])
+        if made:
+            new = visual.projector(torch.stack(made)).to(visual.projected.dtype)
+        sources = torch.zeros(lead + contextual, total, dtype=torch.bool, device=x.device)
+        for row, (target, others) in enumerate(members, start=lead):
             sources[row, target] = sources[row, others] = True
-        place = torch.full((1 + contextual,), -2, device=x.device)
-        place[0] = -1
+        place = torch.full((lead + contextual,), -2, device=x.device)
+        place[:lead] = -1
         return (
-            torch.cat([new[:1], visual.projected[tile, dominant], new[1:]]),
-            torch.cat([sources[:1], kept, sources[1:]]),
-            torch.cat([place[:1], dominant, place[1:]]),
+            torch.cat([new[:lead], visual.projected[tile, dominant], new[lead:]]),
+            torch.cat([sources[:lead], kept, sources[lead:]]),
+            torch.cat([place[:lead], dominant, place[lead:]]),
         )
 
     @torch.no_grad()

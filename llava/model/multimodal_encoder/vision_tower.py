@@ -1,0 +1,290 @@
+"""A vision tower: pixels in, patch features of one inner layer out."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.utils import cached_file
+
+from llava.model.multimodal_encoder.readings import active_reader
+from llava.utils import UserInputError
+
+# Buffers that old checkpoints stored and the model computes itself.
+_DERIVED_KEYS = ("embeddings.position_ids",)
+
+
+class VisionTower(nn.Module):
+    """A vision transformer up to the layer whose output LLaVA uses.
+
+    The model inside is ``self.vision_tower``; it exists once the tower is loaded, so that a
+    checkpoint without tower weights can be loaded first. A kind of tower says what it is in the
+    class attributes and defines ``embed`` and ``default_processor``.
+
+    Args:
+        vision_tower: the name as the config gives it.
+        args: config with ``mm_vision_select_layer`` and ``mm_vision_select_feature``.
+        delay_load: build without weights; ``load_model`` or ``build`` follows.
+        source: folder or hub name the tower is read from; the name itself by default.
+
+    Attributes:
+        family: what users call it.
+        kinds: ``model_type`` of the configs it reads.
+        model_class, config_class, processor_class: transformers' own.
+        has_class_token: whether a class token stands before the patches.
+        crops_centre: whether its processor cuts the longer side of an image off, rather than
+            squeezing the whole image into a square.
+    """
+
+    family: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+    model_class: ClassVar[Any]
+    config_class: ClassVar[Any]
+    processor_class: ClassVar[Any]
+    has_class_token: ClassVar[bool]
+    crops_centre: ClassVar[bool]
+
+    def __init__(
+        self, vision_tower: str, args: Any, delay_load: bool = False, source: str | None = None
+    ) -> None:
+        super().__init__()
+        self.is_loaded = False
+        self.from_checkpoint = False
+        self.vision_tower_name = vision_tower
+        self.source = source or vision_tower
+        self.select_layer = getattr(args, "mm_vision_select_layer", -2)
+        self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
+        self._config: PretrainedConfig | None = None
+        self._image_processor: Any = None
+        if not delay_load:
+            self.load_model()
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, C] before the first block, of pixels in the tower's precision."""
+        raise NotImplementedError
+
+    def default_processor(self) -> Any:
+        """The image processor where the tower's folder holds none."""
+        raise NotImplementedError
+
+    def load_model(self, device_map: Any = None, dtype: torch.dtype = torch.float32) -> None:
+        """Load the tower's own weights from ``source``; does nothing if it is loaded.
+
+        Raises:
+            UserInputError: the tower cannot be found or its weights are incomplete.
+        """
+        if self.is_loaded:
+            return
+        config = self.config
+        try:
+            tower, info = self.model_class.from_pretrained(
+                self.source,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserInputError(
+                f"cannot load the vision tower {self.vision_tower_name!r} from {self.source!r}: "
+                f"{error}. Put its model file into that folder, or set mm_vision_tower in "
+                f"config.json to a complete {self.family} model"
+            ) from error
+        missing = sorted(k for k in info["missing_keys"] if not k.endswith(_DERIVED_KEYS))
+        if missing:
+            raise UserInputError(
+                f"the vision tower in {self.source!r} lacks {len(missing)} weights, for example "
+                f"{missing[0]!r}; use a complete {self.family} model"
+            )
+        self._adopt(tower)
+
+    def build(self, config: PretrainedConfig) -> None:
+        """Build the tower without loading weights: those of the checkpoint around it follow."""
+        self._config = config
+        self.from_checkpoint = True
+        self._adopt(self.model_class(config))
+
+    def _adopt(self, tower: Any) -> None:
+        tower.requires_grad_(False)
+        self.vision_tower = tower.eval()
+        self.is_loaded = True
+
+    def train(self, mode: bool = True) -> "VisionTower":
+        # The tower is a fixed feature extractor, also while the model around it trains.
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor | list[torch.Tensor]) -> Any:
+        """Features of the selected layer.
+
+        Args:
+            images: pixels [B, 3, H, W], or a list of [3, H, W] that are run one by one.
+
+        Returns:
+            [B, N, hidden_size] in the dtype of the input (a list of [1, N, hidden_size] for a
+            list); N counts the patches, plus the class token for ``cls_patch`` where there is one.
+
+        Raises:
+            UserInputError: the tower is not loaded, or the pixels have another size.
+        """
+        if not self.is_loaded:
+            raise UserInputError(
+                "the vision tower has no weights yet; call model.get_vision_tower().load_model() "
+                "or load the model with load_pretrained_model"
+            )
+        if isinstance(images, list):
+            return [self._features(image.unsqueeze(0)) for image in images]
+        return self._features(images)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        side = self.config.image_size
+        if pixels.shape[-2:] != (side, side):
+            raise UserInputError(
+                f"the vision tower takes {side} x {side} pixels, not "
+                f"{pixels.shape[-1]} x {pixels.shape[-2]}; prepare images with process_images"
+            )
+        hidden = self.embed(pixels.to(self.device, self.dtype))
+        layers, used = self.vision_tower.encoder.layers, self.num_layers_used
+        # Methods weigh patches; where the class token is one of the tokens they have no reading.
+        only_patches = self.select_feature == "patch" or not self.has_class_token
+        reader = active_reader.get() if only_patches else None
+        first = int(self.has_class_token)
+        # Later blocks cannot change the result, so they are not run.
+        for index, layer in enumerate(layers[:used]):
+            if reader is not None:
+                reader.read_block(index, used, layers, hidden, first)
+            hidden = layer(hidden, None)
+        if reader is not None:
+            if used < len(layers):
+                reader.read_block(used, used, layers, hidden, first)
+            reader.read_output(hidden)
+        return self.feature_select(hidden).to(pixels.dtype)
+
+    def feature_select(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, S, C] without the class token, if there is one, unless ``cls_patch`` keeps it."""
+        self.check_selection()
+        drops = self.has_class_token and self.select_feature == "patch"
+        return hidden[:, 1:] if drops else hidden
+
+    def check_selection(self) -> None:
+        """Raise UserInputError for a layer that the tower does not have, or unknown features."""
+        layer, layers = self.select_layer, self.config.num_hidden_layers
+        if type(layer) is not int or not -layers - 1 <= layer <= layers:
+            raise UserInputError(
+                f"mm_vision_select_layer {layer!r} does not exist in a tower of {layers} layers; "
+                f"use a value from {-layers - 1} to {layers}"
+            )
+        if self.select_feature not in ("patch", "cls_patch"):
+            raise UserInputError(
+                f"unknown mm_vision_select_feature {self.select_feature!r}; "
+                "use 'patch' or 'cls_patch'"
+            )
+
+    @property
+    def num_layers_used(self) -> int:
+        """Blocks that run: ``select_layer`` counts hidden states, the embeddings being the 0th."""
+        self.check_selection()
+        if self.select_layer >= 0:
+            return self.select_layer
+        return self.config.num_hidden_layers + 1 + self.select_layer
+
+    @property
+    def config(self) -> Any:
+        """transformers' config of the tower, read when it is first asked for."""
+        if self._config is None:
+            raw = read_vision_config(self.source, self.vision_tower_name)
+            self._config = self.parse_config(raw, self.vision_tower_name)
+        return self._config
+
+    @classmethod
+    def parse_config(cls, raw: dict[str, Any], name: str) -> Any:
+        """transformers' config from what ``read_vision_config`` found for the tower ``name``.
+
+        Raises:
+            UserInputError: it describes another kind of model.
+        """
+        if raw.get("model_type") not in cls.kinds:
+            raise UserInputError(
+                f"the vision tower {name!r} is of type {raw.get('model_type')!r}; "
+                f"set mm_vision_tower to a {cls.family} model"
+            )
+        return cls.config_class.from_dict({**raw, "model_type": cls.config_class.model_type})
+
+    @property
+    def image_processor(self) -> Any:
+        """The processor of the tower's folder, else its kind's defaults at the tower's size."""
+        if self._image_processor is None:
+            self._image_processor = self._read_processor() or self.default_processor()
+        return self._image_processor
+
+    def _read_processor(self) -> Any:
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            found = cached_file(
+                self.source,
+                file,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if found is None:
+                continue
+            try:
+                return self.processor_class.from_pretrained(str(Path(found).parent))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserInputError(
+                    f"the image processor of {self.source!r} cannot be read from {file} ({error}); "
+                    "download the file again"
+                ) from error
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.device
+
+    @property
+    def dummy_feature(self) -> torch.Tensor:
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2
+
+    def save_description(self, folder: Path) -> None:
+        """Write config and preprocessor, so the folder describes a tower stored elsewhere."""
+        self.config.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+def read_vision_config(source: str, name: str) -> dict[str, Any]:
+    """What config.json of a folder or hub model says of its vision tower, as plain data.
+
+    The folder may hold a tower, a model of images and texts, or a LLaVA in Hugging Face's format;
+    ``model_type`` is the tower's.
+
+    Raises:
+        UserInputError: there is no such folder or model.
+    """
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        raise UserInputError(
+            f"cannot find the vision tower {name!r}: it is neither a folder in or next to the "
+            "checkpoint nor a model the hub returns. Put the tower's folder (config.json, "
+            "preprocessor_config.json, weights) next to the checkpoint, or allow hub access"
+        ) from error
+    kind = raw.get("model_type")
+    if kind in ("llava", "llava_next"):
+        return {"model_type": "clip_vision_model", **(raw.get("vision_config") or {})}
+    return {**raw.get("vision_config", raw), "model_type": kind}
