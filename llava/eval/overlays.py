@@ -16,21 +16,23 @@ GAP = 8  # px between pictures
 
 
 def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) -> None:
-    """Draw what each arm keeps of the first image, at the budget nearest `tokens`, to a PNG.
+    """Draw what each arm keeps of one image, at the budget nearest `tokens`, to a PNG.
 
-    Methods that read the question read the image's first one.
+    It is the first image that can be read; methods that read the question read its first one.
     """
-    name = runner.task.questions[0].image
-    image = runner.task.load_image(name)
+    readable = runner.first_image()
+    assert readable is not None  # or no arm would have run
+    (name,) = readable.names
+    item = next(item for item in runner.plan.items if name in item.images)
+    image = runner.benchmark.load_image(name)
     pruned = [arm for arm in arms if arm.method != UNPRUNED and arm.unavailable is None]
-    visual = runner.encode([name], [arm.method for arm in pruned])
+    visual = runner.encode(readable, [arm.method for arm in pruned])
     pictures = {f"{name}: all {visual.embeddings(0).shape[0]}": image}
     budgets = {arm.budget for arm in pruned if arm.budget is not None}
     for arm in pruned:
         if arm.budget != min(budgets, key=lambda budget: abs(budget - tokens)):
             continue
-        asked = runner.task.questions[:1] if runner.reads_question(arm.method) else []
-        chosen = runner.prune_images(visual, arm.method, arm.budget, asked)
+        chosen = runner.prune_images(visual, arm, [item.question])
         if chosen.sources is not None:  # merged tokens stand for all patches at once
             pictures[f"{arm.label} {arm.budget}: merges all"] = image
         else:

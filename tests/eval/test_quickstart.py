@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from llava.eval import provenance
 from llava.eval import quickstart as command
 from llava.eval.__main__ import main
-from llava.eval.quickstart import FILES, PICTURES, describe, load_subject
+from llava.eval.quickstart import FILES, PICTURES, describe
+from llava.eval.subject import load_subject
 from llava.eval.tables import readme_section
-from llava.eval.tasks.question_file import load_task
+from llava.eval.tasks.question_file import QuestionFile
 from llava.pruning import list_methods
 from llava.pruning.catalogue import figures
 
@@ -80,7 +81,7 @@ def test_a_cut_log_ends_in_the_same_bytes(
     output: Path, tmp_path: Path, quickstart: Callable[..., int], share: float
 ) -> None:
     shutil.copytree(output / "runs", tmp_path / "runs")
-    (log,) = (tmp_path / "runs").glob("*/answers.jsonl")
+    (log,) = (tmp_path / "runs").glob("*/log/answers-0.jsonl")
     content = log.read_bytes()
     log.write_bytes(content[: int(share * len(content))])
     assert quickstart(tmp_path) == 0
@@ -99,7 +100,7 @@ def test_a_killed_process_is_resumed(
     )
     try:
         deadline = time.monotonic() + 300  # the machine may be busy
-        while not any(log.stat().st_size for log in tmp_path.glob("runs/*/answers.jsonl")):
+        while not any(log.stat().st_size for log in tmp_path.glob("runs/*/log/answers-0.jsonl")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:
@@ -162,12 +163,11 @@ def test_every_setting_has_its_own_key(
 ) -> None:
     parser = argparse.ArgumentParser()
     command.add_command(parser.add_subparsers())
-    subject = load_subject(checkpoint, "cpu")
+    subject = load_subject(str(checkpoint), "cpu")
 
     def key(*extra: str, model: Path = checkpoint, data: Path = benchmark_folder) -> str:
         args = parser.parse_args(arguments(tmp_path, *extra, model=model))
-        task = load_task(data, args.limit, data / "images")
-        return describe(args, subject, task)["run_key"]
+        return describe(args, subject, QuestionFile(data))["run_key"]
 
     assert key() == key()
     assert key() == key("--save-result", "elsewhere.json"), "where results go is no setting"
@@ -231,3 +231,19 @@ def test_bad_input_is_one_line_and_code_2(
         line for line in capfd.readouterr().err.splitlines() if not line.startswith("Loading")
     ]
     assert message in line
+
+
+def test_an_unreadable_image_is_counted(
+    benchmark_folder: Path, tmp_path: Path, quickstart: Callable[..., int]
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(benchmark_folder / "images", images)
+    (images / "0.png").write_bytes(b"no image")
+    flags = ["--image-folder", str(images), "--methods", "none", "--budgets", "64"]
+    assert quickstart(tmp_path / "output", *flags) == 1
+    assert read(tmp_path / "output" / "run.json")["failed_items"] > 0
+    rows = {row["arm"]: row for row in read(tmp_path / "output" / "metrics.json")["rows"]}
+    assert rows["none"]["accuracy"] == 1.0 and rows["none"]["n"] < 9
+    for image in images.iterdir():
+        image.write_bytes(b"no image")
+    assert quickstart(tmp_path / "output", *flags) == 2

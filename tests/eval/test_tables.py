@@ -36,10 +36,10 @@ def answers() -> list[dict]:
     return [
         {
             "arm": arm.name,
-            "image": f"{question}.png",
-            "family": ("color", "count")[question % 2],
+            "images": [f"{question}.png"],
+            "category": ("color", "count")[question % 2],
             "tokens_in": (arm.budget or 0) - (question if arm.name == "zoo@64" else 0),
-            "correct": bool(CORRECT.get(arm.name, [0, 0, 0, 0])[question]),
+            "score": float(CORRECT.get(arm.name, [0, 0, 0, 0])[question]),
         }
         for arm in ARMS
         if not arm.unavailable
@@ -176,7 +176,7 @@ def test_columns_line_up(result: dict) -> None:
 
 
 def test_an_unpruned_model_that_knows_nothing(result: dict) -> None:
-    wrong = [record | {"correct": False} for record in answers()]
+    wrong = [record | {"score": 0.0} for record in answers()]
     times = timing_columns(ARMS, timings())
     rows = [row | times[row["arm"]] for row in accuracy_rows(ARMS, wrong)]
     assert cells(main_table(result | {"rows": rows}), "zoo")[3] == "n/a"
