@@ -1,0 +1,100 @@
+"""Presets: ZOO-Prune as the paper words it and as its released code runs, one name each.
+
+Paper and code disagree in places that move the numbers. Running the presets beside each other on
+real weights says which of them a published row belongs to. What a preset cannot repeat of the
+released code stands in `not_expressed`, and commands print it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from llava.utils import UserInputError
+
+_HALF_SCORES = (
+    "scores, directions and step in float16: `zoo` always scores in float32, where the released "
+    "code loses most of the step to rounding"
+)
+_GLOBAL_GENERATOR = (
+    "a new direction bank per image from the global random generator: `zoo` draws one bank from "
+    "its seed, so that no score depends on the order of the images"
+)
+_FIRST_IMAGE = (
+    "prompts of several images (MMMU): the released code prunes the first image only, `zoo` all"
+)
+_RANDOM_PROJECTOR = (
+    "the random rank-128 projector: the released low-rank copy is cut before the weights are "
+    "loaded, so an untrained MLP is scored; here rank 128 is the truncated SVD of the trained one"
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One way to run a method.
+
+    Attributes:
+        name, description: what `--preset` takes, and one line about it.
+        method: registered pruning method.
+        options: of the method.
+        dtype: of the model, None for the loader's default.
+        mm_next_protocol: how a model that tiles its images counts tokens; needs such a model if
+            it is not "native".
+        not_expressed: quirks of the source that this package does not repeat, one line each.
+    """
+
+    name: str
+    description: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    mm_next_protocol: str = "native"
+    not_expressed: tuple[str, ...] = ()
+
+
+# Source: comparison of the paper (arXiv 2509.24837) with its released code, commit d9fb31f.
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "paper",
+            "the paper on LLaVA-1.5: m = 64, h = 0.01, the full projector",
+            "zoo",
+            {"directions": 64, "step": 0.01},
+        ),
+        Preset(
+            "paper-next",
+            "the paper on LLaVA-NeXT: the same through a projector of rank 128",
+            "zoo",
+            {"directions": 64, "step": 0.01, "projector_rank": 128},
+        ),
+        Preset(
+            "release-1.5",
+            "the released code on LLaVA-1.5: model in float16",
+            "zoo",
+            {"directions": 64, "step": 0.01},
+            dtype="float16",
+            not_expressed=(_HALF_SCORES, _GLOBAL_GENERATOR, _FIRST_IMAGE),
+        ),
+        Preset(
+            "release-next",
+            "the released code on LLaVA-NeXT: float16, shares of 2880, misplaced newlines and the "
+            "extra tokens they bring",
+            "zoo",
+            {"directions": 64, "step": 0.01, "projector_rank": 128},
+            dtype="float16",
+            mm_next_protocol="zoo-release",
+            not_expressed=(_RANDOM_PROJECTOR, _HALF_SCORES, _GLOBAL_GENERATOR, _FIRST_IMAGE),
+        ),
+    )
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called `name`; UserInputError with the closest names for an unknown one."""
+    if name not in PRESETS:
+        close = get_close_matches(name, PRESETS, n=3, cutoff=0.4) or list(PRESETS)
+        raise UserInputError(f"unknown preset {name!r}; did you mean {', '.join(close)}?")
+    return PRESETS[name]
