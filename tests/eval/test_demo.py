@@ -1,4 +1,4 @@
-"""The demo playground: published layouts and keys, the same bytes each time, never over your files."""
+"""The demo playground: published layouts and keys, the same bytes each time, no file lost."""
 
 import base64
 import csv
@@ -28,7 +28,6 @@ def lines(path: Path) -> list[dict]:
 
 QUESTION_FILES = {
     "gqa/llava_gqa_testdev_balanced.jsonl": "gqa/data/images",
-    "vqav2/llava_vqav2_mscoco_val2014.jsonl": "vqav2/val2014",
     "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl": "vqav2/test2015",
     "textvqa/llava_textvqa_val_v051_ocr.jsonl": "textvqa/train_images",
     "pope/llava_pope_test.jsonl": "pope/val2014",
@@ -104,6 +103,23 @@ def test_mmbench_rows_carry_their_picture(root: Path) -> None:
     for row in rows:
         assert row[row["answer"]]
         assert Image.open(BytesIO(base64.b64decode(row["image"]))).size == (336, 336)
+
+
+def test_vqav2_val_has_ten_answers_to_every_question(root: Path) -> None:
+    asked = json.loads((root / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    known = json.loads((root / "vqav2/v2_mscoco_val2014_annotations.json").read_text())
+    assert len(asked["questions"]) == len(known["annotations"]) == SAMPLES
+    for question, annotation in zip(asked["questions"], known["annotations"], strict=True):
+        assert question["question_id"] == annotation["question_id"]
+        assert len(annotation["answers"]) == 10
+        assert (root / f"vqav2/val2014/COCO_val2014_{question['image_id']:012d}.jpg").exists()
+
+
+def test_mmmu_has_options_and_open_questions(root: Path) -> None:
+    rows = lines(root / "mmmu/validation.jsonl")
+    assert {row["question_type"] for row in rows} == {"multiple-choice", "open"}
+    assert all((root / f"mmmu/images/{row['id']}_1.png").exists() for row in rows)
+    assert all("<image 1>" in row["question"] for row in rows)
 
 
 def test_gqa_and_textvqa_annotations_cover_the_questions(root: Path) -> None:

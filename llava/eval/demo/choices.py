@@ -33,6 +33,7 @@ SEED_NAMES = {
     "Action Prediction": 11,
     "Procedure Understanding": 12,
 }
+MMMU_SUBJECTS = ("Art", "Accounting", "Biology", "Pharmacy", "History", "Electronics")
 MMBENCH_COLUMNS = (
     *("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"),
     *("source", "l2-category", "comment", "split"),
@@ -121,6 +122,25 @@ def write_seed(root: Path, count: int) -> None:
         root / "seed_bench/SEED-Bench.json",
         {"question_type": SEED_NAMES, "questions": questions},
     )
+
+
+def write_mmmu(root: Path, count: int) -> None:
+    """Every sixth question is an open one, as published answers to it are lists of phrases."""
+    lines = []
+    for asked in draw_questions(FAMILIES, count, salt=14):
+        options, open_ended = asked.options(), asked.number % 6 == 5
+        name = f"validation_{MMMU_SUBJECTS[asked.number % 6]}_{asked.number + 1}"
+        write_picture(root / "mmmu/images" / f"{name}_1.png", asked.image)
+        lines.append(
+            {
+                "id": name,
+                "question": f"<image 1> {asked.question}",
+                "options": "[]" if open_ended else str(options),
+                "answer": str([asked.answer]) if open_ended else _letter(asked, options),
+                "question_type": "open" if open_ended else "multiple-choice",
+            }
+        )
+    write_lines(root / "mmmu/validation.jsonl", lines)
 
 
 def _write_mmbench(path: Path, count: int, salt: int) -> None:

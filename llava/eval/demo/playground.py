@@ -26,6 +26,7 @@ WRITERS: dict[str, Callable[[Path, int], None]] = {
     "mmbench": choices.write_mmbench,
     "mmbench-cn": choices.write_mmbench_cn,
     "seed": choices.write_seed,
+    "mmmu": choices.write_mmmu,
     "vizwiz": short_answers.write_vizwiz,
     "mmvet": short_answers.write_mmvet,
     "llava-bench": short_answers.write_llava_bench,

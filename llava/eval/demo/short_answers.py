@@ -53,14 +53,14 @@ def write_gqa(root: Path, count: int) -> None:
 
 def write_vqav2(root: Path, count: int) -> None:
     drawn = draw_questions(("color", "count", "existence"), count)
-    for split, folder in (("val2014", "val2014"), ("test-dev2015", "test2015")):
-        lines = []
-        for asked in drawn:
+    lines = []
+    for asked in drawn:
+        for folder in ("val2014", "test2015"):
             name = f"COCO_{folder}_{asked.image:012d}.jpg"
             write_picture(root / "vqav2" / folder / name, asked.image)
-            text = f"{asked.question}\n{SHORT}"
-            lines.append({"question_id": _vqa_id(asked), "image": name, "text": text})
-        write_lines(root / f"vqav2/llava_vqav2_mscoco_{split}.jsonl", lines)
+        text = f"{asked.question}\n{SHORT}"
+        lines.append({"question_id": _vqa_id(asked), "image": name, "text": text})
+    write_lines(root / "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", lines)
     write_lines(root / "vqav2/llava_vqav2_mscoco_test2015.jsonl", lines)
     questions = [
         {"image_id": asked.image, "question": asked.question, "question_id": _vqa_id(asked)}
