@@ -52,7 +52,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--demo-samples", type=int, default=DEFAULT_SAMPLES, help="questions per task of a demo")
     add("--model-path", help="checkpoint; default: the table's own, from the hub")
     add("--model-base", help="as in the run command")
-    add("--conv-mode", help="as in the run command")
+    add("--conv-mode", help="conversation template; default: the table's")
     add("--data-root", type=Path, default=Path("playground/data/eval"))
     add("--output", type=Path, help="default: outputs/tables/NAME, or outputs/demo/NAME")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of the table")
@@ -126,7 +126,7 @@ def read_order(args: argparse.Namespace) -> Order:
         data_root=data,
         output=output,
         model_base=args.model_base,
-        conv_mode=args.conv_mode,
+        conv_mode=args.conv_mode or table.conv_mode,
         batch_size=args.batch_size or table.batch_size or (DEMO_BATCH if args.demo else 8),
         limit=args.limit,
         seed=args.seed,

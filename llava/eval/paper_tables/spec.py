@@ -95,7 +95,8 @@ class Row:
 class Table:
     """One table of a paper, as `data/NAME.toml` describes it.
 
-    `tokens` is the number of visual tokens of an unpruned image, None where it varies.
+    `tokens` is the number of visual tokens of an unpruned image, None where it varies. `conv_mode`
+    is the conversation template that the published figures were made with.
     `average_no_gap` says why the average cannot be held against published ones.
     """
 
@@ -106,6 +107,7 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     tokens: int | None = None
+    conv_mode: str | None = None
     batch_size: int | None = None
     notes: tuple[str, ...] = ()
     average_no_gap: str | None = None
