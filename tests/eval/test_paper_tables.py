@@ -249,6 +249,20 @@ def test_an_average_over_fewer_tasks_has_no_gap() -> None:
     assert "Not in the average" in to_markdown(found)
 
 
+def test_a_budget_that_a_method_refuses_is_named_and_spoils_no_average() -> None:
+    table = load_table(MAIN)
+    results = {}
+    for job in plan(table):
+        arms = fake_metrics(job)["arms"]
+        arms["pool@64"] |= {"metrics": {}, "tokens_mean": None, "unavailable": "no such grid"}
+        results[job.place] = RunResult(arms, [])
+    found = fill(table, results, published_budget)
+    row = next(r for r in found.rows if (r.row.method, r.budget) == ("pool", 64))
+    assert row.refusal == "no such grid" and row.average.measured is None
+    assert len(found.covered) == 9
+    assert "n/a: average pooling at 64: no such grid." in to_markdown(found)
+
+
 def test_a_task_that_the_unpruned_model_fails_is_not_divided_by() -> None:
     table = load_table("ablation_step")
     (job,) = plan(table)

@@ -125,8 +125,18 @@ def test_help_is_the_head_of_the_script() -> None:
 
 
 @pytest.mark.parametrize("script", TABLES, ids=str)
-def test_a_table_script_prints_what_it_would_run(script: Path, tmp_path: Path) -> None:
-    done = run(script, "--dry-run", "--output", str(tmp_path / "out"))
+def test_a_table_script_names_its_table_and_passes_arguments_on(script: Path) -> None:
+    variables = {"MODEL": "my/llava", "DATA_ROOT": "/data", "OUTPUT": "/out", "DRY_RUN": "1"}
+    done = run(script, "--demo", PYTHON="echo", CUDA_VISIBLE_DEVICES="2,3", **variables)
+    assert done.stdout.split() == [
+        *("-m", "llava.eval", "paper-table", script.stem, "--processes", "2"),
+        *("--model-path", "my/llava", "--data-root", "/data", "--output", "/out"),
+        *("--dry-run", "--demo"),
+    ]
+
+
+def test_a_table_script_prints_the_runs_it_needs(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(Path("scripts/tables/ablation_fusion.sh"), "--dry-run", "--output", str(out))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(("Table", "LLaVA", "Qwen", "Ablation", "Efficiency"))
-    assert not (tmp_path / "out").exists()
+    assert done.stdout.startswith("Ablation") and not out.exists()

@@ -55,8 +55,8 @@ class Cell:
 class FilledRow:
     """A row with its cells by column key; `unavailable` names what is missing to measure it.
 
-    `budget` is the budget that ran. `tokens` and `ttft_ms` are means over the table's runs, for
-    the plots.
+    `refusal` is why the method would not prune as asked (a budget it cannot meet). `budget` is the
+    budget that ran. `tokens` and `ttft_ms` are means over the table's runs, for the plots.
     """
 
     row: Row
@@ -65,6 +65,7 @@ class FilledRow:
     cells: Mapping[str, Cell]
     average: Cell
     unavailable: str | None
+    refusal: str | None = None
     tokens: float | None = None
     ttft_ms: float | None = None
 
@@ -170,7 +171,17 @@ def fill(
         setting = Setting(UNPRUNED) if unpruned else setting_of(row, budgets)
         return result.figure(setting, column)
 
-    open_rows = [row for row in table.rows if unavailable(table, row) is None]
+    def refusal(row: Row) -> str | None:
+        for column in table.columns:
+            result = result_of(row, column)
+            arm = result and result.arm(setting_of(row, budgets))
+            if arm and arm.get("unavailable"):
+                return str(arm["unavailable"])
+        return None
+
+    open_rows = [
+        row for row in table.rows if unavailable(table, row) is None and refusal(row) is None
+    ]
     covered = [column for column in table.averaged() if _covers(column, open_rows, measured)]
     complete = comparable and bool(covered) and covered == table.averaged()
     why_not = None if complete else "the average does not cover every task of the table"
@@ -182,7 +193,7 @@ def fill(
             reason = column.no_gap if comparable else "demo"
             cells[column.key] = Cell(published, measured(row, column), borrowed, reason)
         average = None
-        if covered and unavailable(table, row) is None:
+        if covered and row in open_rows:
             ratios = [
                 _ratio(measured(row, column), measured(row, column, unpruned=True))
                 for column in covered
@@ -198,6 +209,7 @@ def fill(
                 cells,
                 Cell(published, average, borrowed, reason),
                 unavailable(table, row),
+                refusal(row),
                 *_plot_figures(table, row, budgets, result_of),
             )
         )

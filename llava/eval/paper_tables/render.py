@@ -47,6 +47,11 @@ def notes(filled: Filled, demo: bool = False) -> list[str]:
     """What the reader of the cells must know, one paragraph each."""
     table = filled.table
     found = [f"{mark} {text}." for mark, text in _source_lines(filled)]
+    found += [
+        f"n/a: {row.row.label} at {budget_text(row.budget)}: {row.refusal}."
+        for row in filled.rows
+        if row.refusal is not None
+    ]
     if any(cell.borrowed for row in filled.rows for cell in _all_cells(row)):
         found.append(
             f"{BORROWED} Nobody published figures of this row's method: these are of the method it "
@@ -124,6 +129,7 @@ def to_json(filled: Filled, conditions: Record, demo: bool = False) -> str:
                 "budget": row.budget,
                 "protocol": row.next_protocol,
                 "unavailable": row.unavailable,
+                "refusal": row.refusal,
                 "tokens": row.tokens,
                 "ttft_ms": row.ttft_ms,
             }
