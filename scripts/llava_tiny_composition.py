@@ -65,8 +65,8 @@ def right_kind(run: Path) -> dict[str, float]:
     fits = defaultdict(list)
     for line in (run / "answers.jsonl").read_text().splitlines():
         record = json.loads(line)
-        if record["family"] in ANSWERS:
-            fits[record["arm"]].append(record["answer"] in ANSWERS[record["family"]])
+        if record["category"] in ANSWERS:
+            fits[record["arm"]].append(record["answer"] in ANSWERS[record["category"]])
     return {arm: float(np.mean(values)) for arm, values in fits.items()}
 
 

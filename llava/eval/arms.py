@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from llava.pruning import PruningConfig, get_method
 
 UNPRUNED = "none"
 Control = Literal["image", "tokens"]
@@ -14,9 +16,10 @@ Control = Literal["image", "tokens"]
 class Arm:
     """One setting. `name` is unique in a run and stands in every record.
 
-    `method` and `budget` (visual tokens kept per image) configure pruning. `image` says which image
-    the model is shown: the question's own, another question's, or none. `control` marks arms that
-    should lose, by their image or by their tokens. `unavailable` is why an arm cannot run.
+    `method`, `options` and a budget configure pruning: visual tokens kept per image (`budget`), or
+    the share of them that is kept (`ratio`). `image` says which image the model is shown: the
+    question's own, another question's, or none. `control` marks arms that should lose, by their
+    image or by their tokens. `unavailable` is why an arm cannot run.
     """
 
     name: str
@@ -26,6 +29,28 @@ class Arm:
     image: Literal["own", "other", "absent"] = "own"
     control: Control | None = None
     unavailable: str | None = None
+    ratio: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def pruning(self, seed: int) -> PruningConfig | None:
+        """The arm's setting, None without pruning; methods that draw at random take `seed`.
+
+        Raises PruningError for settings that do not exist.
+        """
+        if self.method == UNPRUNED:
+            return None
+        seeded = any(option.name == "seed" for option in fields(get_method(self.method)))
+        options = ({"seed": seed} if seeded else {}) | dict(self.options)
+        return PruningConfig.of(
+            self.method, keep_tokens=self.budget, keep_ratio=self.ratio, **options
+        )
+
+
+def without_impossible(
+    arms: Sequence[Arm], refusal: Callable[[Arm], str | None]
+) -> tuple[Arm, ...]:
+    """The same arms; those that `refusal` gives a reason for are marked unavailable with it."""
+    return tuple(replace(arm, unavailable=arm.unavailable or refusal(arm)) for arm in arms)
 
 
 def plan_arms(

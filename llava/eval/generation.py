@@ -1,17 +1,21 @@
-"""Greedy decoding with a clock: the same tokens as `model.generate`, and when the first one came.
+"""Decoding of spliced prompts: greedy with a clock, or as `generate` samples and searches.
 
 `generate` hides where prefill ends. Timing it from outside would need a second forward pass per
-question, so the loop is written out here; a test holds it equal to `model.generate`.
+question, so the greedy loop is written out here; a test holds it equal to `model.generate`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
+
+from llava.sampling import Sampling
 
 
 class Stopwatch:
@@ -38,8 +42,67 @@ class Decoded:
     """New tokens of each row up to its end token, and the time of the whole batch in ms."""
 
     tokens: list[list[int]]
-    prefill_ms: float  # embeddings in, first new token out
-    step_ms: float | None  # mean time of a later step; None if there was none
+    prefill_ms: float | None = None  # embeddings in, first new token out; None: not measured
+    step_ms: float | None = None  # mean time of a later step; None: there was none
+
+
+@torch.inference_mode()
+def decode(
+    model: nn.Module,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None,
+    *,
+    sampling: Sampling,
+    end_tokens: Iterable[int],
+    seeds: Sequence[int],
+) -> Decoded:
+    """Continue `inputs_embeds` [B, L, D], left-padded under `attention_mask` [B, L].
+
+    Greedy prompts go through `greedy_decode`, beam search through `generate`. Where tokens are
+    drawn, each row is continued alone, its draws seeded by its entry of `seeds` [B], so that they
+    depend neither on the batch nor on what was drawn before; no global generator is moved.
+    """
+    if sampling.temperature == 0 and sampling.num_beams == 1:
+        return greedy_decode(
+            model,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            end_tokens=end_tokens,
+            max_new_tokens=sampling.max_new_tokens,
+        )
+    ends = sorted(end_tokens)
+
+    def generate(rows: slice, start: int) -> list[list[int]]:
+        positions = None if position_ids is None else position_ids[rows, start:]
+        output = GenerationMixin.generate(
+            model,
+            inputs_embeds=inputs_embeds[rows, start:],
+            attention_mask=attention_mask[rows, start:],
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+            **({} if positions is None else {"position_ids": positions}),
+            **sampling.arguments(),
+        )
+        return [_until(row, set(ends)) for row in output.tolist()]
+
+    if sampling.temperature == 0:
+        return Decoded(generate(slice(None), 0))
+    device = inputs_embeds.device
+    tokens: list[list[int]] = []
+    for row, seed in enumerate(seeds):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            padding = int((attention_mask[row] == 0).sum())
+            tokens += generate(slice(row, row + 1), padding)
+    return Decoded(tokens)
+
+
+def row_seed(seed: int, index: int) -> int:
+    """Seed of the draws for the item at `index`."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
 
 
 @torch.inference_mode()

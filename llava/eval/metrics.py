@@ -19,7 +19,8 @@ def accuracy_rows(arms: Sequence[Arm], answers: Sequence[Record]) -> list[Row]:
     """One row per arm, computed from `answers` alone, hence the same after any interruption."""
     by_arm: dict[str, list[Record]] = defaultdict(list)
     for record in answers:
-        by_arm[record["arm"]].append(record)
+        if "error" not in record:
+            by_arm[record["arm"]].append(record)
     baseline = by_arm[UNPRUNED]
     return [_row(arm, by_arm[arm.name], baseline) for arm in arms]
 
@@ -61,12 +62,12 @@ def _row(arm: Arm, records: Sequence[Record], baseline: Sequence[Record]) -> Row
     if not records:
         return row
     scores, base = _scores(records), _scores(baseline)
-    images = [record["image"] for record in records]
+    images = [tuple(record["images"]) for record in records]
     accuracy = mean_estimate(scores, images)
     unpruned = mean_estimate(base).mean
     families: dict[str, list[int]] = defaultdict(list)
     for position, record in enumerate(records):
-        families[record["family"]].append(position)
+        families[record["category"]].append(position)
     return row | {
         "tokens_min": min(record["tokens_in"] for record in records),
         "tokens_max": max(record["tokens_in"] for record in records),
@@ -86,7 +87,7 @@ def _row(arm: Arm, records: Sequence[Record], baseline: Sequence[Record]) -> Row
 
 
 def _scores(records: Sequence[Record]) -> list[float]:
-    return [float(record["correct"]) for record in records]
+    return [float(record["score"]) for record in records]
 
 
 def _fields(name: str, estimate: Estimate) -> Row:

@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw
 
 from llava.eval.arms import UNPRUNED, Arm
 from llava.eval.runner import Runner
-from llava.pruning import get_method
 from llava.pruning.visualize import overlay_tokens
 
 LABEL_HEIGHT = 22  # px above each picture
@@ -21,17 +20,17 @@ def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) 
 
     Methods that read the question read the image's first one.
     """
-    name = runner.task.questions[0].image
-    image = runner.task.load_image(name)
-    visual = runner.encode([name], [arm.method for arm in arms])
+    item = next(item for item in runner.plan.items if item.images)
+    name = item.images[0]
+    image = runner.benchmark.load_image(name)
+    visual = runner.encode(runner.load([name]), [arm.method for arm in arms])
     pictures = {f"{name}: all {visual.embeddings(0).shape[0]}": image}
     pruned = [arm for arm in arms if arm.method != UNPRUNED and arm.unavailable is None]
     budgets = {arm.budget for arm in pruned if arm.budget is not None}
     for arm in pruned:
         if arm.budget != min(budgets, key=lambda budget: abs(budget - tokens)):
             continue
-        asked = runner.task.questions[:1] if get_method(arm.method).query_aware else []
-        chosen = runner.prune_images(visual, arm.method, arm.budget, asked)
+        chosen = runner.prune_images(visual, arm, [item.question])
         if chosen.sources is not None:  # merged tokens stand for all patches at once
             pictures[f"{arm.label} {arm.budget}: merges all"] = image
         else:

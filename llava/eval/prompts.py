@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -10,6 +14,7 @@ from llava.constants import (
     DEFAULT_IMAGE_TOKEN,
 )
 from llava.conversation import conv_templates
+from llava.mm_utils import tokenizer_image_token
 
 
 def image_mark(config: Any) -> str:
@@ -21,17 +26,28 @@ def image_mark(config: Any) -> str:
 
 
 def bare_question(text: str) -> str:
-    """The text without the image mark that some question files carry."""
+    """The text without the image mark that some question files carry; else as it is."""
+    if DEFAULT_IMAGE_TOKEN not in text:
+        return text
     return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
 
 
-def question_prompt(text: str, template: str, config: Any, with_image: bool = True) -> str:
-    """One user turn asking `text`, open for the answer; without the image mark if told so.
+def question_prompt(text: str, template: str, config: Any, images: int = 1) -> str:
+    """One user turn asking `text` after the marks of `images` images, open for the answer.
 
     A mark that the text carries already is never doubled.
     """
     conversation = conv_templates[template].copy()
-    mark = image_mark(config) if with_image else ""
-    conversation.append_message(conversation.roles[0], mark + bare_question(text))
+    marks = image_mark(config) * images
+    conversation.append_message(conversation.roles[0], marks + bare_question(text))
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()
+
+
+def prompt_ids(prompts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] and mask [B, L] of prompts, padded on the right (the splice pads anew)."""
+    rows = [tokenizer_image_token(prompt, tokenizer) for prompt in prompts]
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return ids, mask

@@ -23,8 +23,12 @@ ANSWER_SOURCES = (
     "world/**/*.py",
     "eval/arms.py",
     "eval/generation.py",
+    "eval/loading.py",
+    "eval/plan.py",
     "eval/prompts.py",
+    "eval/records.py",
     "eval/runner.py",
+    "eval/subject.py",
     "eval/scorers/*.py",
     "eval/tasks/*.py",
 )
@@ -40,7 +44,8 @@ def hash_files(files: Iterable[Path], root: Path) -> str:
     """SHA-256 (hex) over relative names and contents of `files`, in the order of their names."""
     digest = hashlib.sha256()
     for file in sorted(files):
-        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        with file.open("rb") as handle:  # weights may be larger than memory
+            content = hashlib.file_digest(handle, "sha256").hexdigest()
         digest.update(f"{file.relative_to(root).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
 

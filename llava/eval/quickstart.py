@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from llava.command_line import check_complete
-from llava.conversation import conv_mode_for
 from llava.eval import provenance
-from llava.eval.arms import UNPRUNED, Arm, plan_arms
+from llava.eval.arms import Arm, plan_arms
 from llava.eval.metrics import accuracy_rows, timing_columns
 from llava.eval.overlays import save_overlays
+from llava.eval.plan import Plan
 from llava.eval.plots import plot_accuracy
+from llava.eval.progress import answer_batches
+from llava.eval.records import failed_items
 from llava.eval.results import (
     SCHEMA_VERSION,
     Record,
@@ -33,12 +33,12 @@ from llava.eval.results import (
     exclusive,
     write_atomically,
 )
-from llava.eval.runner import Runner, Subject
+from llava.eval.runner import Runner
+from llava.eval.subject import Subject, load_subject
 from llava.eval.tables import render
-from llava.eval.tasks.question_file import Task, load_task
-from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
+from llava.eval.tasks.question_file import QuestionFile
 from llava.pruning import PruningError, get_method
+from llava.sampling import Sampling
 from llava.utils import UserInputError
 
 METHODS = ("none", "random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact")
@@ -69,22 +69,23 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer, tabulate, draw; returns the exit code."""
+    """Answer, tabulate, draw; 1 if some images could not be read."""
     started = time.monotonic()
     check(args)
-    benchmark = args.benchmark or args.model_path / "benchmark"
-    task = load_task(benchmark, args.limit, args.image_folder)
-    subject = load_subject(args.model_path, args.device)
-    identity = describe(args, subject, task)
+    root = args.benchmark or args.model_path / "benchmark"
+    benchmark = QuestionFile(root, image_folder=args.image_folder)
+    questions = Plan.of(benchmark.items()[: args.limit or None], args.batch_size)
+    subject = load_subject(str(args.model_path), args.device)
+    identity = describe(args, subject, benchmark)
     runner = Runner(
         subject,
-        task,
-        batch_size=args.batch_size,
-        max_new_tokens=MAX_NEW_TOKENS,
+        benchmark,
+        questions,
+        sampling=Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS),
         seed=args.seed,
         run_key=identity["run_key"],
     )
-    arms = plan(runner, args.methods, args.budgets)
+    arms = choose_arms(runner, args.methods, args.budgets)
     with exclusive(args.output):
         result = answer_all(args, runner, arms, identity, started)
     print(f"\n{render(result)}")
@@ -92,10 +93,10 @@ def run(args: argparse.Namespace) -> int:
     if args.save_result:
         write_atomically(args.save_result, dump_json(result))
         print(f"result file: {args.save_result}")
-    return 0
+    return 1 if result["run"]["failed_items"] else 0
 
 
-def describe(args: argparse.Namespace, subject: Subject, task: Task) -> dict[str, Any]:
+def describe(args: argparse.Namespace, subject: Subject, benchmark: QuestionFile) -> dict[str, Any]:
     """Everything that decides an answer, and its hash: the run key."""
     identity = {
         "config": {
@@ -112,7 +113,7 @@ def describe(args: argparse.Namespace, subject: Subject, task: Task) -> dict[str
             "max_new_tokens": MAX_NEW_TOKENS,
         },
         "checkpoint_sha256": provenance.hash_checkpoint(args.model_path),
-        "data_sha256": task.data_hash,
+        "data_sha256": benchmark.data_hash(),
         "source_sha256": provenance.hash_sources(),
         "versions": provenance.package_versions(),
     }
@@ -136,23 +137,14 @@ def check(args: argparse.Namespace) -> None:
         raise UserInputError(str(error)) from error
 
 
-def load_subject(path: Path, device: str) -> Subject:
-    """The checkpoint with its prompt template, pruning switched off."""
-    name = get_model_name_from_path(str(path))
-    tokenizer, model, processor, _ = load_pretrained_model(str(path), None, name, device=device)
-    check_complete(path, tokenizer, processor)
-    model.pruning = None
-    return Subject(model.eval(), tokenizer, processor, conv_mode_for(name, model.config))
-
-
-def plan(runner: Runner, methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]:
+def choose_arms(runner: Runner, methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]:
     """All arms; what a method refuses to do with the first image is known to be unavailable."""
-    first = runner.encode([runner.task.questions[0].image], methods)
+    first = runner.encode(runner.load(runner.plan.images()[:1]), methods)
     return plan_arms(
         methods,
         budgets,
         tokens=first.embeddings(0).shape[0],
-        impossible=lambda method, budget: runner.refusal(first, method, budget),
+        impossible=lambda *setting: runner.refusal(first, Arm("", "", *setting)),
         one_image=runner.stand_ins is None,
         label=lambda method: runner.label(first, method),
     )
@@ -167,26 +159,39 @@ def answer_all(
 ) -> Record:
     """Run what is left of the plan, write all files, publish them to the output folder."""
     running = sum(arm.unavailable is None for arm in arms)
-    folder = RunFolder(
-        args.output / "runs" / identity["run_key"][:16],
-        [running * len(batch) for batch in runner.batches],
-    )
-    reused = folder.done
+    path = args.output / "runs" / identity["run_key"][:16]
+    sizes = [running * len(batch) for batch in runner.plan.batches]
+    with closing(RunFolder(path, sizes)) as folder:
+        return answer_rest(args, runner, arms, folder, identity, started)
+
+
+def answer_rest(
+    args: argparse.Namespace,
+    runner: Runner,
+    arms: Sequence[Arm],
+    folder: RunFolder,
+    identity: dict[str, Any],
+    started: float,
+) -> Record:
+    """Answer the batches that the folder lacks, under a description of the run."""
+    numbers = folder.remaining()
+    batches = len(runner.plan.batches)
+    reused = batches - len(numbers)
     info = identity | {
         "schema_version": SCHEMA_VERSION,
         "command": args.command_line,
         "git": provenance.git_state(),
         "machine": provenance.machine(str(runner.subject.model.device)),
-        "batches": len(runner.batches),
+        "batches": batches,
         "reused_batches": reused,
         "status": "running",
     }
     folder.write_json("run.json", info)
-    print(f"{len(arms)} arms, {len(runner.task.questions)} questions; {folder.path}")
+    print(f"{len(arms)} arms, {len(runner.plan.items)} questions; {folder.path}")
     if reused:
-        print(f"reusing {reused} of {len(runner.batches)} batches answered before")
+        print(f"reusing {reused} of {batches} batches answered before")
     try:
-        ask(runner, arms, folder)
+        answer_batches(runner, arms, folder, numbers)
         info["status"] = "done"
     finally:
         info["status"] = "interrupted" if info["status"] == "running" else info["status"]
@@ -195,31 +200,22 @@ def answer_all(
     return conclude(args.output, runner, arms, folder, info)
 
 
-def ask(runner: Runner, arms: Sequence[Arm], folder: RunFolder) -> None:
-    """Answer the batches that are missing, under a progress bar with the unpruned accuracy."""
-    done = sum(len(batch) for batch in runner.batches[: folder.done])
-    total = len(runner.task.questions)
-    scores = [line["correct"] for line in folder.answers if line["arm"] == UNPRUNED]
-    with (
-        tqdm(total=total, initial=done, unit="question", dynamic_ncols=True) as bar,
-        closing(runner.run(arms, folder.done)) as batches,
-    ):
-        for answers, timings in batches:
-            folder.append(answers, timings)
-            fresh = [line["correct"] for line in answers if line["arm"] == UNPRUNED]
-            scores += fresh
-            bar.set_postfix_str(f"unpruned {100 * sum(scores) / len(scores):.1f} %", refresh=False)
-            bar.update(len(fresh))
-
-
 def conclude(
     output: Path, runner: Runner, arms: Sequence[Arm], folder: RunFolder, info: Record
 ) -> Record:
     """Compute metrics, table and pictures from the logs and copy everything to `output`."""
-    rows = accuracy_rows(arms, folder.answers)
+    answers, timings = folder.read()
+    failed = failed_items(answers)
+    if failed == len(runner.plan.items):
+        raise UserInputError(f"no image could be read: {answers[0]['error']}")
+    info["failed_items"] = failed
+    folder.write_json("run.json", info)
+    folder.write_lines("answers.jsonl", answers)
+    folder.write_lines("timings.jsonl", timings)
+    rows = accuracy_rows(arms, answers)
     folder.write_json("metrics.json", {"run_key": info["run_key"], "rows": rows})
-    times = timing_columns(arms, folder.timings)
-    result = make_result(runner.task, [row | times[row["arm"]] for row in rows], info)
+    times = timing_columns(arms, timings)
+    result = make_result(runner.plan, [row | times[row["arm"]] for row in rows], info)
     write_atomically(folder.path / "table.md", render(result))
     plot_accuracy(result, folder.path / PICTURES[0])
     save_overlays(runner, arms, OVERLAY_TOKENS, folder.path / PICTURES[1])
@@ -228,13 +224,13 @@ def conclude(
     return result
 
 
-def make_result(task: Task, rows: Sequence[Record], info: Record) -> Record:
+def make_result(plan: Plan, rows: Sequence[Record], info: Record) -> Record:
     """The compact result: what tables, plots and the README are rendered from."""
     run = {key: value for key, value in info.items() if key not in ("config", "schema_version")}
     return {
         "schema_version": SCHEMA_VERSION,
-        "questions": len(task.questions),
-        "images": len({question.image for question in task.questions}),
+        "questions": len(plan.items),
+        "images": len(plan.images()),
         "config": info["config"],
         "run": run,
         "rows": list(rows),

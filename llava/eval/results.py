@@ -2,9 +2,10 @@
 
 A run lives in `OUTPUT/runs/<run key>/`, and the key hashes every setting, the checkpoint, the data
 and the source that makes answers: another setting is another folder, so no answer is ever reused
-for a question it was not given to. Whole batches are the unit of work. A batch is complete once its
-answer lines are on disk, which is why its timings are written first and its answers last; whatever
-a killed process left behind a complete batch is cut off when the run is opened again.
+for a question it was not given to. Whole batches are the unit of work. Each process appends them to
+a log of its own in `log/`. A batch is complete once its answer lines are on disk, which is why its
+timings are written first and its answers last; whatever a killed process left behind a complete
+batch is cut off when its log is opened again. Files for readers are made from the logs at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,56 +32,98 @@ class ResultError(UserInputError):
 
 
 class RunFolder:
-    """The files of one run, opened for appending after its last complete batch.
+    """The files of one run, with the log of process `rank` opened for appending.
 
-    `batch_sizes[b]` is the number of answer lines of batch b, known from the plan.
+    `batch_sizes[b]` is the number of answer lines of batch b, known from the plan. Only one process
+    may open a log. Raises ResultError if another one has.
     """
 
-    def __init__(self, path: Path, batch_sizes: Sequence[int]) -> None:
+    def __init__(self, path: Path, batch_sizes: Sequence[int], rank: int = 0) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        answers, timings = path / "answers.jsonl", path / "timings.jsonl"
-        records = _read_log(answers)
-        self.done = complete_batches(records, batch_sizes)
-        self.answers = records[: sum(batch_sizes[: self.done])]
-        self.timings = [line for line in _read_log(timings) if line["batch"] < self.done]
-        _cut(answers, self.answers)
-        _cut(timings, self.timings)
+        self.batch_sizes = list(batch_sizes)
+        self.log = path / "log"
+        self.log.mkdir(parents=True, exist_ok=True)
+        self._own = self.log / f"answers-{rank}.jsonl"
+        self._lock = _lock(self.log / f".lock-{rank}", f"{self._own}")
+        complete = _complete(_read_log(self._own), self.batch_sizes)
+        _cut(self._own, [line for lines in complete.values() for line in lines])
+        timings = _read_log(_timings_of(self._own))
+        _cut(_timings_of(self._own), [line for line in timings if line["batch"] in complete])
+
+    def remaining(self) -> list[int]:
+        """Numbers of the batches that no log holds yet, ascending."""
+        done = {number for log in self._logs() for number in self._batches(log)}
+        return [number for number in range(len(self.batch_sizes)) if number not in done]
 
     def append(self, answers: Sequence[Record], timings: Sequence[Record]) -> None:
         """Log one finished batch; when this returns, both are on disk."""
-        _append(self.path / "timings.jsonl", timings)
-        _append(self.path / "answers.jsonl", answers)
-        self.timings += timings
-        self.answers += answers
-        self.done += 1
+        _append(_timings_of(self._own), timings)
+        _append(self._own, answers)
+
+    def read(self) -> tuple[list[Record], list[Record]]:
+        """(answers in the order of their items' index, timings in the order of batches) so far."""
+        answers: dict[int, list[Record]] = {}
+        timings: list[Record] = []
+        for log in self._logs():
+            # Two processes may have answered a batch, if one outlived the run it belonged to.
+            fresh = {n: lines for n, lines in self._batches(log).items() if n not in answers}
+            answers |= fresh
+            timings += [line for line in _read_log(_timings_of(log)) if line["batch"] in fresh]
+        lines = [line for number in sorted(answers) for line in answers[number]]
+        return (
+            sorted(lines, key=lambda line: line["index"]),
+            sorted(timings, key=lambda line: line["batch"]),
+        )
+
+    def write_lines(self, name: str, records: Sequence[Record]) -> None:
+        """Replace a JSONL file of the run."""
+        write_atomically(self.path / name, dump_lines(records))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a JSON file of the run."""
         write_atomically(self.path / name, dump_json(content))
 
+    def close(self) -> None:
+        """Let go of the log."""
+        self._lock.close()
 
-def complete_batches(records: Sequence[Record], batch_sizes: Sequence[int]) -> int:
-    """Number of leading batches of the plan whose answer lines are all present."""
-    position = 0
-    for batch, size in enumerate(batch_sizes):
-        lines = records[position : position + size]
-        if len(lines) < size or any(line["batch"] != batch for line in lines):
-            return batch
-        position += size
-    return len(batch_sizes)
+    def _logs(self) -> list[Path]:
+        return sorted(self.log.glob("answers-*.jsonl"))
+
+    def _batches(self, log: Path) -> dict[int, list[Record]]:
+        return _complete(_read_log(log), self.batch_sizes)
+
+
+def _complete(records: Sequence[Record], batch_sizes: Sequence[int]) -> dict[int, list[Record]]:
+    """The batches of a log whose answer lines are all present, by number."""
+    found: dict[int, list[Record]] = {}
+    for number, group in groupby(records, key=lambda line: line["batch"]):
+        lines = list(group)
+        if number not in range(len(batch_sizes)) or len(lines) != batch_sizes[number]:
+            break
+        found[number] = lines
+    return found
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone: two writers would interleave their batches."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ResultError(f"another process is writing to {folder}") from error
-        yield  # the lock goes with the file handle, also when the process is killed
+    with _lock(folder / ".lock", f"{folder}"):
+        yield
+
+
+def _lock(path: Path, what: str) -> Any:
+    """An open file that holds `path`; the lock goes with it, also when the process is killed."""
+    handle = path.open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise ResultError(
+            f"another process is writing to {what}; wait for it, or give another --output"
+        ) from error
+    return handle
 
 
 def dump_json(content: Mapping[str, Any]) -> str:
@@ -96,11 +140,16 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace `path` so that a reader, or a crash, sees the old or the new text and no mixture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise _cannot_write(path, error) from error
 
 
 def read_result(path: Path) -> Record:
@@ -120,10 +169,28 @@ def read_result(path: Path) -> Record:
 
 
 def _append(path: Path, records: Sequence[Record]) -> None:
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(dump_lines(records))
-        handle.flush()
-        os.fsync(handle.fileno())
+    data = memoryview(dump_lines(records).encode())
+    with path.open("ab", buffering=0) as handle:  # a buffer would be flushed again when it closes
+        start = handle.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[handle.write(data) :]
+            os.fsync(handle.fileno())
+        except OSError as error:
+            with suppress(OSError):  # what is torn is also cut when the log is next opened
+                os.truncate(path, start)
+            raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> ResultError:
+    return ResultError(
+        f"cannot write {path}: {error.strerror}; every answer that was given before is kept: make "
+        "room and run the same command again"
+    )
+
+
+def _timings_of(log: Path) -> Path:
+    return log.with_name(log.name.replace("answers", "timings", 1))
 
 
 def _read_log(path: Path) -> list[Record]:
@@ -136,9 +203,12 @@ def _read_log(path: Path) -> list[Record]:
             if not line.endswith(b"\n"):
                 break
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(record, dict) or not isinstance(record.get("batch"), int):
+                break
+            records.append(record)
     return records
 
 

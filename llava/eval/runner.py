@@ -1,4 +1,4 @@
-"""The loop: every arm answers every question, batch by batch, side by side.
+"""The loop: every arm answers every item of a benchmark, batch by batch, side by side.
 
 A batch of images is encoded once. Then each arm prunes, splices, prefills and decodes the same
 batch before the next batch starts, in an order that rotates from batch to batch: whatever slows
@@ -7,125 +7,112 @@ the machine down for a while slows all arms alike, and ratios taken within a bat
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.arms import UNPRUNED, Arm
-from llava.eval.generation import Decoded, Stopwatch, greedy_decode
-from llava.eval.prompts import bare_question, question_prompt
-from llava.eval.provenance import hash_json
-from llava.eval.results import Record
-from llava.eval.scorers.exact_match import is_correct
-from llava.eval.tasks.question_file import Question, Task, other_images
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.eval.arms import Arm
+from llava.eval.generation import Decoded, Stopwatch, decode, row_seed
+from llava.eval.loading import ImageSource, LoadedImages
+from llava.eval.plan import Plan, other_images
+from llava.eval.prompts import prompt_ids, question_prompt
+from llava.eval.records import Outcome, Record, answer_id, failure, kept_digests
+from llava.eval.subject import Subject
+from llava.eval.tasks.base import Benchmark, Item
+from llava.model.instruction import needed_of_question
 from llava.model.llava_arch import padding_side
-from llava.pruning import PruningConfig, VisualTokens, get_method, prune
+from llava.model.splice import unpadded
+from llava.pruning import VisualTokens, get_method, prune
+from llava.sampling import Sampling
 from llava.utils import UserInputError
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The model under test with what it takes to prompt it."""
+class Encoded:
+    """Images of a batch after the tower, and where each stands among them."""
 
-    model: Any
-    tokenizer: Any
-    image_processor: Any
-    template: str
+    visual: VisualTokens
+    place: dict[str, int]
 
-    def end_tokens(self) -> set[int]:
-        """Ids that end an answer, those `model.generate` stops at."""
-        ends = self.model.generation_config.eos_token_id
-        return set(ends if isinstance(ends, list) else [ends]) - {None}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One arm's answers to one batch; times in ms for the whole batch, of `prunings` images."""
-
-    decoded: Decoded
-    texts: list[str]
-    tokens_in: list[int]
-    kept: list[str]
-    prunings: int = 0
-    prune_ms: float | None = None
-    score_ms: float | None = None
-    select_ms: float | None = None
-    splice_ms: float | None = None
+    def take(self, names: Sequence[str]) -> VisualTokens:
+        """The named images in that order, repeats allowed."""
+        return self.visual.take_images([self.place[name] for name in names])
 
 
 class Runner:
-    """Answers the questions of `task` with `subject` under every arm."""
+    """Answers the items of `plan` with `subject` under every arm."""
 
     def __init__(
         self,
         subject: Subject,
-        task: Task,
+        benchmark: Benchmark,
+        plan: Plan,
         *,
-        batch_size: int,
-        max_new_tokens: int,
+        sampling: Sampling,
         seed: int,
         run_key: str = "",
+        workers: int = 0,
     ) -> None:
         self.subject = subject
-        self.task = task
-        self.max_new_tokens = max_new_tokens
+        self.benchmark = benchmark
+        self.plan = plan
+        self.sampling = sampling
         self.seed = seed
         self.run_key = run_key
-        starts = range(0, len(task.questions), batch_size)
-        self.batches = [task.questions[start : start + batch_size] for start in starts]
-        self.stand_ins = other_images(task.questions)
+        self.workers = workers
+        self.source = ImageSource(benchmark, subject.image_processor, subject.model.config)
+        self.stand_ins = other_images(plan.images())
 
-    def run(self, arms: Sequence[Arm], first: int = 0) -> Iterator[tuple[list, list]]:
-        """Yield (answer records, timing records) of each batch from number `first` on."""
+    def run(
+        self, arms: Sequence[Arm], numbers: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[Record], list[Record]]]:
+        """Yield (answer records, timing records) of each batch, or of those numbered."""
         arms = [arm for arm in arms if arm.unavailable is None]
-        for number in range(first, len(self.batches)):
-            yield self._run_batch(number, arms, cold=number == first)
+        numbers = range(len(self.plan.batches)) if numbers is None else numbers
+        names = [self._names(self.plan.batches[number], arms) for number in numbers]
+        stream = self.source.stream(names, self.workers)
+        for place, (number, images) in enumerate(zip(numbers, stream, strict=True)):
+            yield self._run_batch(number, images, arms, cold=place == 0)
 
-    def encode(self, names: Sequence[str], methods: Iterable[str] = ()) -> VisualTokens:
-        """Visual tokens of the named images, one image after the other.
+    def load(self, names: Sequence[str]) -> LoadedImages:
+        """The named images. Raises UserInputError if one of them cannot be read."""
+        loaded = self.source.load(names)
+        for reason in loaded.failed.values():
+            raise UserInputError(reason)
+        return loaded
+
+    @torch.inference_mode()
+    def encode(self, images: LoadedImages, methods: Iterable[str] = ()) -> VisualTokens:
+        """Visual tokens of images, one image after the other.
 
         They carry what any of `methods` needs, so that arms share one encoding.
         """
-        images = [self.task.load_image(name) for name in names]
-        config = self.subject.model.config
-        pixels = process_images(images, self.subject.image_processor, config)
-        needs = {need for method in methods for need in get_method(method).needs}
-        needs.discard("image_digest")
-        with torch.inference_mode():
-            sizes = [image.size for image in images]
-            visual = self.subject.model.encode_visual_tokens(pixels, sizes, needs)
         # `random` draws from the image itself, not from features that move with the batch they
         # were computed in.
-        digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-        owners = visual.image_index.tolist()
-        digest = {"image_digest": [digests[owner] for owner in owners]}
-        return replace(visual, extras=visual.extras | digest)
+        needs = {"image_digest"}.union(*(get_method(method).needs for method in methods))
+        return self.subject.model.encode_visual_tokens(images.batch(), images.sizes, needs)
 
     @torch.inference_mode()
     def prune_images(
-        self,
-        visual: VisualTokens,
-        method: str,
-        budget: int | None,
-        questions: Sequence[Question] = (),
+        self, visual: VisualTokens, arm: Arm, questions: Sequence[str] = ()
     ) -> VisualTokens:
-        """The model's pruning step on `visual` at this setting; PruningError if it refuses.
+        """The model's pruning step on `visual` under `arm`; PruningError if it refuses.
 
-        `questions`: for a method that reads them, the one about each image.
+        `questions`: for an arm that reads them, the one about each image.
         """
-        with prune(self.subject.model, self._setting(method, budget)):
-            return self.subject.model.prune_visual_tokens(self._with(visual, questions))
+        model = self.subject.model
+        with prune(model, arm.pruning(self.seed)):
+            if self._reads_question(arm):
+                visual = model.with_questions(visual, questions)
+            return model.prune_visual_tokens(visual)
 
-    def refusal(self, visual: VisualTokens, method: str, budget: int) -> str | None:
-        """Why `method` cannot keep `budget` tokens of the images in `visual`, or None if it can."""
+    def refusal(self, visual: VisualTokens, arm: Arm) -> str | None:
+        """Why `arm` cannot prune the images in `visual`, or None if it can."""
         try:
-            self.prune_images(visual, method, budget, self._stand_in_questions(visual, method))
+            self.prune_images(visual, arm, self._stand_in_questions(visual))
         except UserInputError as error:
             return str(error)
         return None
@@ -133,88 +120,121 @@ class Runner:
     @torch.inference_mode()
     def label(self, visual: VisualTokens, method: str) -> str:
         """What tables call `method`: its name, with what it cannot read of this model's images."""
-        questions = self._stand_in_questions(visual, method)
-        setting = self._setting(method, 1)
-        if not questions or setting is None:
+        if not get_method(method).query_aware:
             return method
-        with prune(self.subject.model, setting):
+        arm = Arm(method, method, method, budget=1)
+        setting, model = arm.pruning(self.seed), self.subject.model
+        with prune(model, setting):
             try:
-                return setting.pruner.label(self._with(visual, questions))
+                questions = self._stand_in_questions(visual)
+                return setting.pruner.label(model.with_questions(visual, questions))
             except UserInputError:  # the arm itself will say so
                 return method
 
-    def _setting(self, method: str, budget: int | None) -> PruningConfig | None:
-        if method == UNPRUNED:
-            return None
-        seeded = any(option.name == "seed" for option in fields(get_method(method)))
-        options = {"seed": self.seed} if seeded else {}
-        return PruningConfig(method, keep_tokens=budget, options=options)
+    def shown(self, arm: Arm, item: Item) -> tuple[str, ...]:
+        """The images that `arm` shows the model with `item`."""
+        if arm.image == "absent":
+            return ()
+        if arm.image == "other" and self.stand_ins:
+            return tuple(self.stand_ins[name] for name in item.images)
+        return item.images
 
-    def _with(self, visual: VisualTokens, questions: Sequence[Question]) -> VisualTokens:
-        if not questions:
-            return visual
-        texts = [bare_question(question.text) for question in questions]
-        return self.subject.model.with_questions(visual, texts)
+    def prompts(self, items: Sequence[Item], images: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Token ids [B, L] and mask [B, L] of the items, asked with so many images each."""
+        subject = self.subject
+        texts = [
+            question_prompt(item.text, subject.template, subject.model.config, count)
+            for item, count in zip(items, images, strict=True)
+        ]
+        ids, mask = prompt_ids(texts, subject.tokenizer)
+        return ids.to(subject.model.device), mask.to(subject.model.device)
 
-    def _stand_in_questions(self, visual: VisualTokens, method: str) -> list[Question]:
-        """One question for every image, where `method` reads any."""
-        aware = get_method(method).query_aware
-        return [self.task.questions[0]] * visual.num_images if aware else []
+    def _names(self, items: Sequence[Item], arms: Sequence[Arm]) -> list[str]:
+        """Images that a batch needs: its own, then those that some arm shows instead."""
+        own = [name for item in items for name in item.images]
+        others = [name for arm in arms for item in items for name in self.shown(arm, item)]
+        return list(dict.fromkeys(own + others))
+
+    def _reads_question(self, arm: Arm) -> bool:
+        """Whether pruning under `arm` differs from question to question on this model."""
+        setting, tower = arm.pruning(self.seed), self.subject.model.get_vision_tower()
+        return bool(needed_of_question(setting, tower))
+
+    def _stand_in_questions(self, visual: VisualTokens) -> list[str]:
+        return [self.plan.items[0].question] * visual.num_images
 
     def _run_batch(
-        self, number: int, arms: Sequence[Arm], cold: bool
+        self, number: int, images: LoadedImages, arms: Sequence[Arm], cold: bool
     ) -> tuple[list[Record], list[Record]]:
-        questions = self.batches[number]
-        own = list(dict.fromkeys(question.image for question in questions))
-        others = [self.stand_ins[name] for name in own] if self.stand_ins else []
-        names = list(dict.fromkeys(own + others))
+        items = self.plan.batches[number]
+        failed = {item.index: self._failure(item, arms, images) for item in items}
+        asked = [item for item in items if failed[item.index] is None]
         clock = Stopwatch(self.subject.model.device)
-        visual = self.encode(names, [arm.method for arm in arms])
-        encode_ms = clock.lap() / len(names)
-        outcomes: dict[str, Outcome] = {}
+        encoded = None
+        if images.names:
+            visual = self.encode(images, [arm.method for arm in arms])
+            encoded = Encoded(visual, {name: i for i, name in enumerate(images.names)})
+        encode_ms = clock.lap() / max(1, len(images.names))
         turn = number % len(arms)
-        for arm in [*arms[turn:], *arms[:turn]]:
-            outcomes[arm.name] = self._run_arm(arm, questions, names, visual)
+        outcomes: dict[str, Outcome] = {}
+        for arm in [*arms[turn:], *arms[:turn]] if asked else ():
+            outcomes[arm.name] = self._run_arm(arm, asked, encoded)
         answers, timings = [], []
         for arm in arms:
-            outcome = outcomes[arm.name]
-            answers += self._answer_records(number, arm, questions, outcome)
-            times = _per_unit(outcome, len(questions))
-            line = {"batch": number, "arm": arm.name, "cold": cold, "encode_ms": encode_ms}
-            timings.append(line | times)
+            replies = iter(())
+            if asked:
+                outcome = outcomes[arm.name]
+                replies = self._replies(asked, outcome)
+                line = {"batch": number, "arm": arm.name, "cold": cold, "encode_ms": encode_ms}
+                timings.append(line | outcome.timings())
+            for item in items:
+                reason = failed[item.index]
+                reply = next(replies) if reason is None else failure(reason)
+                answers.append(self._identity(number, arm, item) | reply)
         return answers, timings
 
-    def _run_arm(
-        self,
-        arm: Arm,
-        questions: Sequence[Question],
-        names: Sequence[str],
-        visual: VisualTokens,
-    ) -> Outcome:
-        if arm.image == "absent":
-            return self._answer(questions, None, {})
-        shown = [self._shown(arm, question) for question in questions]
-        # Only what this arm shows is pruned: each image once however many questions it has, or
-        # anew for every question by a method that reads it.
-        aware = get_method(arm.method).query_aware
-        needed = shown if aware else list(dict.fromkeys(shown))
-        images = visual.take_images([names.index(name) for name in needed])
-        clock = Stopwatch(self.subject.model.device)
-        about = questions if aware else []
-        pruned = self.prune_images(images, arm.method, arm.budget, about)
+    def _failure(self, item: Item, arms: Sequence[Arm], images: LoadedImages) -> str | None:
+        """Why `item` cannot be asked; all arms then leave it out, so that they stay comparable."""
+        reasons = [images.failed.get(name) for name in self._names([item], arms)]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    @torch.inference_mode()
+    def _run_arm(self, arm: Arm, items: Sequence[Item], encoded: Encoded | None) -> Outcome:
+        """Prune what this arm shows, splice it into the prompts and decode."""
+        shown = [self.shown(arm, item) for item in items]
+        ids, mask = self.prompts(items, [len(names) for names in shown])
+        if encoded is None or not any(shown):
+            return self._answer(items, ids, mask, None, [()] * len(items))
+        rows = [name for names in shown for name in names]
+        together = encoded.take(rows)
+        together.prompts = self.subject.model.prompts_of(unpadded(ids, mask), len(rows))
+        clock = Stopwatch(ids.device)
+        if self._reads_question(arm) or _depends_on_prompt(together, shown):
+            together.extras["image_position"] = [i for names in shown for i in range(len(names))]
+            pairs = zip(items, shown, strict=True)
+            questions = [item.question for item, names in pairs for _ in names]
+            needed = rows
+            visual = pruned = self.prune_images(together, arm, questions)
+        else:  # each image once, however many items ask about it
+            needed = list(dict.fromkeys(rows))
+            pruned = self.prune_images(encoded.take(needed), arm)
+            visual = pruned.take_images([needed.index(name) for name in rows])
         times = {"prune_ms": clock.lap(), "score_ms": 0.0, "select_ms": 0.0}
         if pruned.trace is not None:
             times["score_ms"] = 1000 * pruned.trace.score_seconds
             times["select_ms"] = 1000 * pruned.trace.select_seconds
-        rows = pruned if aware else pruned.take_images([needed.index(name) for name in shown])
-        return replace(self._answer(questions, rows, times), prunings=len(needed))
+        outcome = self._answer(items, ids, mask, visual, _shares(shown))
+        return replace(outcome, prunings=len(needed), **times)
 
-    @torch.inference_mode()
     def _answer(
-        self, questions: Sequence[Question], visual: VisualTokens | None, times: dict[str, float]
+        self,
+        items: Sequence[Item],
+        ids: Tensor,
+        mask: Tensor,
+        visual: VisualTokens | None,
+        shares: Sequence[Sequence[int]],
     ) -> Outcome:
-        """Splice `visual` (one image per question, None: text only) into the prompts and decode."""
-        ids, mask = self._prompts(questions, with_image=visual is not None)
+        """Splice `visual` into the prompts, the images of each in its share, and decode."""
         clock = Stopwatch(ids.device)
         with padding_side("left"):
             positions, merged_mask, embeds, _ = self.subject.model.splice_visual_tokens(
@@ -222,91 +242,55 @@ class Runner:
             )
         splice_ms = clock.lap()
         text = (mask.bool() & (ids != IMAGE_TOKEN_INDEX)).sum(-1)
-        decoded = greedy_decode(
+        decoded: Decoded = decode(
             self.subject.model,
             embeds,
             merged_mask,
             positions,
+            sampling=self.sampling,
             end_tokens=self.subject.end_tokens(),
-            max_new_tokens=self.max_new_tokens,
+            seeds=[row_seed(self.seed, item.index) for item in items],
         )
         return Outcome(
             decoded,
             self.subject.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True),
             (merged_mask.sum(-1) - text).tolist(),
-            _kept_digests(visual, len(questions)),
+            kept_digests(visual, shares),
             splice_ms=splice_ms,
-            **times,
         )
 
-    def _prompts(self, questions: Sequence[Question], with_image: bool) -> tuple[Tensor, Tensor]:
-        """Token ids [B, L] and mask [B, L] of the prompts, padded (the splice pads anew)."""
-        model = self.subject.model
-        rows = [
-            tokenizer_image_token(
-                question_prompt(question.text, self.subject.template, model.config, with_image),
-                self.subject.tokenizer,
-            )
-            for question in questions
-        ]
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        return ids.to(model.device), mask.to(model.device)
+    def _identity(self, number: int, arm: Arm, item: Item) -> Record:
+        line = {
+            "answer_id": answer_id(self.run_key, arm.name, item),
+            "batch": number,
+            "arm": arm.name,
+            "question_id": item.question_id,
+            "index": item.index,
+            "images": list(item.images),
+            "shown": list(self.shown(arm, item)),
+        }
+        return line | {key: item.data[key] for key in ("category",) if key in item.data}
 
-    def _answer_records(
-        self, number: int, arm: Arm, questions: Sequence[Question], outcome: Outcome
-    ) -> Iterator[Record]:
-        rows = zip(questions, outcome.texts, outcome.tokens_in, outcome.kept, strict=True)
-        for question, text, tokens_in, kept in rows:
-            yield {
-                "answer_id": hash_json([self.run_key, arm.name, question.question_id])[:16],
-                "batch": number,
-                "arm": arm.name,
-                "question_id": question.question_id,
-                "index": question.index,
-                "family": question.family,
-                "image": question.image,
-                "shown": self._shown(arm, question),
-                "tokens_in": tokens_in,
-                "kept": kept,
-                "answer": text.strip(),
-                "correct": is_correct(text, question.answer),
-            }
-
-    def _shown(self, arm: Arm, question: Question) -> str | None:
-        if arm.image == "absent":
-            return None
-        if arm.image == "other" and self.stand_ins:
-            return self.stand_ins[question.image]
-        return question.image
+    def _replies(self, items: Sequence[Item], outcome: Outcome) -> Iterator[Record]:
+        rows = zip(items, outcome.texts, outcome.tokens_in, outcome.kept, strict=True)
+        for item, text, tokens_in, kept in rows:
+            answer = text.strip()
+            score = self.benchmark.item_score(item, answer)
+            yield {"tokens_in": tokens_in, "kept": kept, "answer": answer, "score": score}
 
 
-def _kept_digests(visual: VisualTokens | None, count: int) -> list[str]:
-    """Per question what was kept: "all", "none", or a short hash of indices (or of sources)."""
-    if visual is None:
-        return ["none"] * count
-    if visual.kept is None and visual.sources is None:
-        return ["all"] * count
-    tiles = [visual.tiles_of(image) for image in range(count)]
-    if visual.kept is not None:
-        chosen = [visual.kept[rows][visual.kept[rows] >= 0].tolist() for rows in tiles]
-    else:
-        chosen = [visual.sources[rows].nonzero().tolist() for rows in tiles]
-    return [hashlib.sha256(repr(indices).encode()).hexdigest()[:16] for indices in chosen]
+def _depends_on_prompt(visual: VisualTokens, shown: Sequence[Sequence[str]]) -> bool:
+    """Whether an image may be pruned otherwise in one prompt than in another.
+
+    So it is where a prompt has several images, or too little room for all their tokens.
+    """
+    if any(len(names) > 1 for names in shown):
+        return True
+    sizes = [visual.sequence(image).total for image in range(visual.num_images)]
+    return any(sum(sizes[i] for i in prompt.images) > prompt.room for prompt in visual.prompts)
 
 
-def _per_unit(outcome: Outcome, questions: int) -> dict[str, float | None]:
-    """Times of a batch per image (prune) and per question (the rest), in ms."""
-
-    def share(value: float | None, among: int) -> float | None:
-        return None if value is None else value / among
-
-    return {
-        "prune_ms": share(outcome.prune_ms, outcome.prunings),
-        "score_ms": share(outcome.score_ms, outcome.prunings),
-        "select_ms": share(outcome.select_ms, outcome.prunings),
-        "splice_ms": share(outcome.splice_ms, questions),
-        "prefill_ms": share(outcome.decoded.prefill_ms, questions),
-        "decode_ms": share(outcome.decoded.step_ms, questions),
-    }
+def _shares(shown: Sequence[Sequence[str]]) -> list[range]:
+    """Numbers of each item's images, counted through the whole batch."""
+    ends = [sum(len(names) for names in shown[: i + 1]) for i in range(len(shown))]
+    return [range(end - len(names), end) for end, names in zip(ends, shown, strict=True)]

@@ -347,7 +347,7 @@ class LlavaMetaForCausalLM:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         visual = self.encode_visual_tokens(images, image_sizes)
         rows = unpadded(input_ids, attention_mask)
-        visual.prompts = self._prompts(rows, visual.num_images)
+        visual.prompts = self.prompts_of(rows, visual.num_images)
         if visual.extras:
             visual.extras["image_position"] = image_positions(rows, visual.num_images)
         if needed_of_question(self.pruning, self.get_vision_tower()):
@@ -385,8 +385,13 @@ class LlavaMetaForCausalLM:
             )
         return newline
 
-    def _prompts(self, rows: list[torch.Tensor], num_images: int) -> tuple[Prompt, ...]:
-        """How much room every prompt leaves for its images, where the length is limited."""
+    def prompts_of(self, rows: list[torch.Tensor], num_images: int) -> tuple[Prompt, ...]:
+        """How much room every prompt leaves for its images, where the length is limited.
+
+        Args:
+            rows: ids [L] of every prompt, padding removed.
+            num_images: images of all prompts together.
+        """
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         if limit is None:
             return ()

@@ -10,9 +10,11 @@ import torch
 from tiny_llava import build_benchmark, build_checkpoint
 
 from llava.eval.__main__ import main
-from llava.eval.quickstart import load_subject
-from llava.eval.runner import Runner, Subject
-from llava.eval.tasks.question_file import Task, load_task
+from llava.eval.plan import Plan
+from llava.eval.runner import Runner
+from llava.eval.subject import Subject, load_subject
+from llava.eval.tasks.question_file import QuestionFile
+from llava.sampling import Sampling
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,18 +35,17 @@ def benchmark_folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path)
 
 @pytest.fixture(scope="session")
 def subject(checkpoint: Path) -> Subject:
-    return load_subject(checkpoint, "cpu")
-
-
-@pytest.fixture(scope="session")
-def task(benchmark_folder: Path) -> Task:
-    return load_task(benchmark_folder, image_folder=benchmark_folder / "images")
+    return load_subject(str(checkpoint), "cpu")
 
 
 @pytest.fixture
-def make_runner(subject: Subject, task: Task) -> Callable[..., Runner]:
-    def make(batch_size: int = 4) -> Runner:
-        return Runner(subject, task, batch_size=batch_size, max_new_tokens=4, seed=0)
+def make_runner(subject: Subject, benchmark_folder: Path) -> Callable[..., Runner]:
+    benchmark = QuestionFile(benchmark_folder)
+
+    def make(batch_size: int = 4, sampling: Sampling | None = None) -> Runner:
+        plan = Plan.of(benchmark.items(), batch_size)
+        sampling = sampling or Sampling(temperature=0, max_new_tokens=4)
+        return Runner(subject, benchmark, plan, sampling=sampling, seed=0)
 
     return make
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llava.eval.generation import greedy_decode
-from llava.eval.runner import Runner, Subject
+from llava.eval.runner import Runner
+from llava.eval.subject import Subject
 from llava.mm_utils import process_images
 from llava.model.llava_arch import padding_side
 from llava.pruning import prune
@@ -20,11 +21,11 @@ def test_equals_generate(
     subject: Subject, make_runner: Callable[..., Runner], keep: int, early_end: bool
 ) -> None:
     runner = make_runner()
-    questions = [runner.task.questions[i] for i in (0, 3, 5, 8)]
+    items = [runner.plan.items[i] for i in (0, 3, 5, 8)]
     model = subject.model
-    images = [runner.task.load_image(question.image) for question in questions]
+    images = [runner.benchmark.load_image(item.images[0]) for item in items]
     pixels = process_images(images, subject.image_processor, model.config)
-    ids, mask = runner._prompts(questions, with_image=True)
+    ids, mask = runner.prompts(items, [1] * 4)
     ends = model.generation_config.eos_token_id
     with prune(model, "grid", keep_tokens=keep):
         expected = _generate(model, ids, mask, pixels, ends)
@@ -46,7 +47,8 @@ def test_equals_generate(
 def test_a_single_token_has_no_later_step(
     subject: Subject, make_runner: Callable[..., Runner]
 ) -> None:
-    ids, mask = make_runner()._prompts(make_runner().task.questions[:2], with_image=False)
+    runner = make_runner()
+    ids, mask = runner.prompts(runner.plan.items[:2], [0, 0])
     with padding_side("left"), torch.inference_mode():
         _, merged, embeds, _ = subject.model.splice_visual_tokens(None, ids, None, mask)
     decoded = greedy_decode(subject.model, embeds, merged, end_tokens=(), max_new_tokens=1)

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from llava.eval import provenance
 from llava.eval import quickstart as command
 from llava.eval.__main__ import main
-from llava.eval.quickstart import FILES, PICTURES, describe, load_subject
+from llava.eval.quickstart import FILES, PICTURES, describe
+from llava.eval.subject import load_subject
 from llava.eval.tables import readme_section
-from llava.eval.tasks.question_file import load_task
+from llava.eval.tasks.question_file import QuestionFile
 
 ROOT = Path(__file__).resolve().parents[2]
 DETERMINISTIC = ("answers.jsonl", "metrics.json")
@@ -78,7 +79,7 @@ def test_a_cut_log_ends_in_the_same_bytes(
     output: Path, tmp_path: Path, quickstart: Callable[..., int], share: float
 ) -> None:
     shutil.copytree(output / "runs", tmp_path / "runs")
-    (log,) = (tmp_path / "runs").glob("*/answers.jsonl")
+    (log,) = (tmp_path / "runs").glob("*/log/answers-0.jsonl")
     content = log.read_bytes()
     log.write_bytes(content[: int(share * len(content))])
     assert quickstart(tmp_path) == 0
@@ -97,7 +98,7 @@ def test_a_killed_process_is_resumed(
     )
     try:
         deadline = time.monotonic() + 300  # the machine may be busy
-        while not any(log.stat().st_size for log in tmp_path.glob("runs/*/answers.jsonl")):
+        while not any(log.stat().st_size for log in tmp_path.glob("runs/*/log/answers-0.jsonl")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:
@@ -132,12 +133,11 @@ def test_every_setting_has_its_own_key(
 ) -> None:
     parser = argparse.ArgumentParser()
     command.add_command(parser.add_subparsers())
-    subject = load_subject(checkpoint, "cpu")
+    subject = load_subject(str(checkpoint), "cpu")
 
     def key(*extra: str, model: Path = checkpoint, data: Path = benchmark_folder) -> str:
         args = parser.parse_args(arguments(tmp_path, *extra, model=model))
-        task = load_task(data, args.limit, data / "images")
-        return describe(args, subject, task)["run_key"]
+        return describe(args, subject, QuestionFile(data))["run_key"]
 
     assert key() == key()
     assert key() == key("--save-result", "elsewhere.json"), "where results go is no setting"

@@ -8,16 +8,18 @@ import pytest
 
 from llava.eval.arms import Arm, plan_arms
 from llava.eval.overlays import save_overlays
+from llava.eval.plan import other_images
 from llava.eval.results import Record
 from llava.eval.runner import Runner
-from llava.eval.tasks.question_file import other_images
 
 PRUNED = ("random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact", "least-sensitive")
 
 
 def plan(runner: Runner, methods: tuple[str, ...], budgets: list[int]) -> tuple[Arm, ...]:
-    visual = runner.encode([runner.task.questions[0].image], methods)
-    return plan_arms(methods, budgets, 576, lambda *arm: runner.refusal(visual, *arm))
+    visual = runner.encode(runner.load(runner.plan.images()[:1]), methods)
+    return plan_arms(
+        methods, budgets, 576, lambda *setting: runner.refusal(visual, Arm("", "", *setting))
+    )
 
 
 def records_of(runner: Runner, arms: tuple[Arm, ...]) -> dict[tuple[str, str], Record]:
@@ -43,24 +45,23 @@ def test_controls_show_what_they_say(make_runner: Callable[..., Runner]) -> None
     records = records_of(runner, plan(runner, ("none",), [64]))
     for (arm, _), record in records.items():
         if arm == "shuffled-image":
-            assert record["shown"] != record["image"] and record["tokens_in"] == 576
+            assert record["shown"] != record["images"] and record["tokens_in"] == 576
         elif arm == "no-image":
-            assert record["shown"] is None and record["tokens_in"] == 0
+            assert record["shown"] == [] and record["tokens_in"] == 0
         else:
-            assert record["shown"] == record["image"]
+            assert record["shown"] == record["images"]
     changed = [
-        records[arm, question.question_id]["answer"]
-        != records["none", question.question_id]["answer"]
+        records[arm, item.question_id]["answer"] != records["none", item.question_id]["answer"]
         for arm in ("shuffled-image", "no-image", "least-sensitive@64")
-        for question in runner.task.questions
+        for item in runner.plan.items
     ]
     assert sum(changed) > len(changed) / 2, "a control that changes nothing controls nothing"
 
 
 def test_no_image_removes_the_mark(make_runner: Callable[..., Runner]) -> None:
     runner = make_runner()
-    with_image, _ = runner._prompts(runner.task.questions[:1], with_image=True)
-    without, _ = runner._prompts(runner.task.questions[:1], with_image=False)
+    with_image, _ = runner.prompts(runner.plan.items[:1], [1])
+    without, _ = runner.prompts(runner.plan.items[:1], [0])
     assert (with_image == -200).sum() == 1
     assert (without == -200).sum() == 0
     assert "<image>" not in runner.subject.tokenizer.decode(without[0])
@@ -73,9 +74,8 @@ def test_an_impossible_budget_names_its_reason(make_runner: Callable[..., Runner
     assert arms["pool@31"].budget == 31
 
 
-def test_one_image_has_no_other(make_runner: Callable[..., Runner]) -> None:
-    question = make_runner().task.questions[0]
-    assert other_images([question, question]) is None
+def test_one_image_has_no_other() -> None:
+    assert other_images(["0.png"]) is None
     arms = plan_arms(["none"], [], 576, lambda *_: None, one_image=True)
     assert next(arm for arm in arms if arm.name == "shuffled-image").unavailable
 
@@ -99,10 +99,11 @@ def test_kept_tokens_agree_alone_and_in_a_batch(
     make_runner: Callable[..., Runner], method: str
 ) -> None:
     runner = make_runner()
-    names = list(dict.fromkeys(question.image for question in runner.task.questions))
-    together = runner.prune_images(runner.encode(names), method, 64)
+    arm = Arm(method, method, method, 64)
+    names = runner.plan.images()
+    together = runner.prune_images(runner.encode(runner.load(names)), arm)
     for position, name in enumerate(names):
-        alone = runner.prune_images(runner.encode([name]), method, 64)
+        alone = runner.prune_images(runner.encode(runner.load([name])), arm)
         if alone.kept is None:
             assert (alone.sources[0] == together.sources[position]).all()
             continue
@@ -116,15 +117,15 @@ def test_arms_share_what_was_read_of_the_tower(make_runner: Callable[..., Runner
     assert [arm.name for arm in arms if arm.unavailable] == []
     names = {record["arm"] for answers, _ in runner.run(arms) for record in answers}
     assert {"fastervlm@64", "visionzip@64"} <= names
-    bare = runner.encode([runner.task.questions[0].image])
+    bare = runner.encode(runner.load(runner.plan.images()[:1]))
     assert set(bare.extras) == {"image_digest"}
 
 
 def test_take_images_repeats_and_reorders(make_runner: Callable[..., Runner]) -> None:
     runner = make_runner()
-    names = [question.image for question in runner.task.questions]
-    visual = runner.encode(list(dict.fromkeys(names)))
-    taken = runner.prune_images(visual, "random", 9).take_images([2, 0, 2])
+    visual = runner.encode(runner.load(runner.plan.images()))
+    arm = Arm("random", "random", "random", 9)
+    taken = runner.prune_images(visual, arm).take_images([2, 0, 2])
     assert taken.image_index.tolist() == [0, 1, 2]
     assert (taken.kept[0] == taken.kept[2]).all() and (taken.kept[0] != taken.kept[1]).any()
     assert taken.extras["image_digest"][0] == visual.extras["image_digest"][2]
@@ -134,7 +135,7 @@ def test_timings_cover_every_arm_and_batch(make_runner: Callable[..., Runner]) -
     runner = make_runner()
     arms = plan(runner, ("none", "zoo"), [64])
     lines = [line for _, timings in runner.run(arms) for line in timings]
-    assert len(lines) == len(arms) * len(runner.batches)
+    assert len(lines) == len(arms) * len(runner.plan.batches)
     assert [line["cold"] for line in lines if line["arm"] == "none"] == [True, False, False]
     for line in lines:
         assert line["prefill_ms"] > 0
@@ -148,7 +149,7 @@ def test_timings_cover_every_arm_and_batch(make_runner: Callable[..., Runner]) -
 def test_query_aware_methods_prune_for_every_question(
     method, make_runner, monkeypatch, tmp_path
 ) -> None:
-    """An image with several questions is pruned for each, as if it had been asked alone."""
+    """An image with several questions is pruned for each that is read, as if asked alone."""
     runner = make_runner(batch_size=4)
     model, seen = runner.subject.model, []
     own = model.prune_visual_tokens
@@ -163,17 +164,22 @@ def test_query_aware_methods_prune_for_every_question(
     seen.clear()
     save_overlays(runner, arms, 24, tmp_path / "kept.png")
     assert (tmp_path / "kept.png").exists()
-    label = runner.label(runner.encode([runner.task.questions[0].image]), method)
+    label = runner.label(runner.encode(runner.load(runner.plan.images()[:1])), method)
     assert label == {"mmtok": "mmtok", "cdpruner": "cdpruner(relevance=none)"}[method]
     seen.clear()
     records = records_of(runner, arms)
-    assert sum(visual.num_images for visual in seen) == len(runner.task.questions)
+    batches = runner.plan.batches
+    if method == "mmtok":
+        prunings = sum(map(len, batches))
+    else:  # this model has no text tower, so the question is not read and images are shared
+        prunings = sum(len({item.images for item in batch}) for batch in batches)
+    assert sum(visual.num_images for visual in seen) == prunings
     alone = records_of(make_runner(batch_size=1), arms)
     assert {key: record["kept"] for key, record in records.items()} == {
         key: record["kept"] for key, record in alone.items()
     }
     if method == "mmtok":
-        by_image: dict[str, set[str]] = {}
+        by_image: dict[tuple, set[str]] = {}
         for record in records.values():
-            by_image.setdefault(record["image"], set()).add(record["kept"])
+            by_image.setdefault(tuple(record["images"]), set()).add(record["kept"])
         assert any(len(kept) > 1 for kept in by_image.values())

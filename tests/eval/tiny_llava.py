@@ -13,10 +13,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.eval.arms import UNPRUNED, Arm
-from llava.eval.quickstart import load_subject
+from llava.eval.plan import Plan
 from llava.eval.runner import Runner
-from llava.eval.tasks.question_file import load_task
+from llava.eval.subject import load_subject
+from llava.eval.tasks.question_file import QuestionFile
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.sampling import Sampling
 
 WIDTH = 32
 COLOURS = ("red", "green", "blue", "yellow", "white", "purple")
@@ -110,8 +112,11 @@ def build_benchmark(folder: Path, checkpoint: Path, images: int = 4, questions: 
         folder / "answers.jsonl",
         [{"question_id": row["question_id"], "answer": ""} for row in rows],
     )
-    task = load_task(folder, image_folder=folder / "images")
-    runner = Runner(load_subject(checkpoint, "cpu"), task, batch_size=4, max_new_tokens=8, seed=0)
+    benchmark = QuestionFile(folder)
+    sampling = Sampling(temperature=0, max_new_tokens=8)
+    plan = Plan.of(benchmark.items(), 4)
+    subject = load_subject(str(checkpoint), "cpu")
+    runner = Runner(subject, benchmark, plan, sampling=sampling, seed=0)
     said = {}
     for records, _ in runner.run([Arm(UNPRUNED, "unpruned")]):
         said |= {record["question_id"]: record["answer"] for record in records}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +13,11 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from llava.eval.tasks.question_file import TaskError
+from llava.utils import UserInputError
+
+
+class TaskError(UserInputError):
+    """Questions, answers or images cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Benchmark(ABC):
         protocols: {protocol: one line that says what it is}; the first is the default.
         max_new_tokens: LLaVA's limit for this benchmark.
         headline: key of the metric that tables print by default.
+        default_root: data root where `--data-root` is not given.
 
     Raises:
         TaskError: files of it are missing or damaged; the message names them and the
@@ -68,6 +75,7 @@ class Benchmark(ABC):
     protocols: ClassVar[Mapping[str, str]]
     max_new_tokens: ClassVar[int]
     headline: ClassVar[str]
+    default_root: ClassVar[Path] = Path("playground/data/eval")
 
     def __init__(self, root: Path, protocol: str | None = None) -> None:
         protocol = protocol or next(iter(self.protocols))
@@ -83,7 +91,12 @@ class Benchmark(ABC):
 
     @abstractmethod
     def load_image(self, name: str) -> Image.Image:
-        """An image of an item, RGB; UserInputError if it cannot be read."""
+        """An image of an item, RGB.
+
+        Raises:
+            UserInputError: it cannot be read; its items count as failed and the run goes on.
+            TaskError: the data as a whole are not this benchmark's; the run stops.
+        """
 
     @abstractmethod
     def data_hash(self) -> str:
@@ -97,17 +110,22 @@ class Benchmark(ABC):
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
         """Every metric of the benchmark, the official formula, from answers in item order.
 
-        Empty where only a server or a grader can score it.
+        Empty where only a server or a grader can score it. Items whose images could not be read
+        are left out of both lists.
         """
 
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path
     ) -> list[Path]:
-        """Write the files that the benchmark's own scorer or server takes; returns their paths."""
+        """Write the files that the benchmark's own scorer or server takes; returns their paths.
+
+        Items whose images could not be read have the answer "".
+        """
         return []
 
 
 _BENCHMARKS: dict[str, type[Benchmark]] = {}
+_loaded = False
 
 
 def register_benchmark(cls: type[Benchmark]) -> type[Benchmark]:
@@ -120,12 +138,25 @@ def register_benchmark(cls: type[Benchmark]) -> type[Benchmark]:
 
 def list_benchmarks() -> list[str]:
     """Names of all benchmarks, sorted."""
+    _load()
     return sorted(_BENCHMARKS)
 
 
 def get_benchmark(name: str) -> type[Benchmark]:
     """The benchmark called `name`; TaskError with the closest names for an unknown one."""
+    _load()
     if name not in _BENCHMARKS:
         close = get_close_matches(name, _BENCHMARKS, n=3, cutoff=0.5) or list_benchmarks()
         raise TaskError(f"unknown task {name!r}; did you mean {', '.join(close)}?")
     return _BENCHMARKS[name]
+
+
+def _load() -> None:
+    """Import every module beside this one, once: each registers its benchmarks."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    package = importlib.import_module("llava.eval.tasks")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")

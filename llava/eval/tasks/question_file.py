@@ -1,114 +1,132 @@
-"""LLaVA question files: `questions.jsonl` beside `answers.jsonl`, images by name."""
+"""`llava-tiny`: `questions.jsonl` beside `answers.jsonl`, images in a folder or drawn on demand."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from llava.eval.prompts import bare_question
+from llava.eval.scorers.exact_match import is_correct
+from llava.eval.stats import metric_of
+from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
 from llava.images import load_image
-from llava.utils import UserInputError
 
 ImageLoader = Callable[[str], Image.Image]
 
 
-class TaskError(UserInputError):
-    """Questions, answers or images cannot be used; the message says why."""
+@register_benchmark
+class QuestionFile(Benchmark):
+    """Short questions with one right answer each, in LLaVA's question file format.
 
-
-@dataclass(frozen=True)
-class Question:
-    """One question about one image. `index` is its line number in the question file, from 0."""
-
-    index: int
-    question_id: str
-    image: str
-    text: str
-    family: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Task:
-    """Questions in plan order and a hash of everything they were read from."""
-
-    questions: tuple[Question, ...]
-    load_image: ImageLoader
-    data_hash: str
-
-
-def load_task(folder: Path, limit: int = 0, image_folder: Path | None = None) -> Task:
-    """Read the benchmark in `folder`; its first `limit` questions (0 = all), grouped by image.
-
-    Grouping is stable (images in order of first appearance), so that questions about one image
-    meet in one batch and share its encoding. Images come from `image_folder`. Where none is given
-    they are drawn by `llava.world` and held against the hashes in `manifest.json`.
+    Args:
+        root: folder of `questions.jsonl` and `answers.jsonl`.
+        image_folder: images by name, by default `root/images`. Where that does not exist either,
+            images are drawn by `llava.world` and held against the hashes in `root/manifest.json`.
     """
-    answers = {
-        str(row["question_id"]): str(row["answer"])
-        for row in _rows(folder, "answers", ("question_id", "answer"))
-    }
-    questions = []
-    for index, row in enumerate(_rows(folder, "questions", ("question_id", "image", "text"))):
-        if limit and index >= limit:
-            break
-        name = str(row["question_id"])
-        if name not in answers:
-            raise TaskError(f"{folder / 'answers.jsonl'} has no answer to question {name}")
-        family = str(row.get("category", "all"))
-        questions.append(
-            Question(index, name, str(row["image"]), str(row["text"]), family, answers[name])
-        )
-    if not questions:
-        raise TaskError(f"{folder / 'questions.jsonl'} holds no question")
-    inputs = [folder / "questions.jsonl", folder / "answers.jsonl"]
-    if image_folder is None:
-        inputs.append(folder / "manifest.json")
-        loader = _world_loader(inputs[-1])
-    else:
-        inputs += [image_folder / name for name in sorted({row.image for row in questions})]
-        loader = _folder_loader(image_folder)
-    return Task(group_by_image(questions), loader, _hash_files(inputs))
+
+    name = "llava-tiny"
+    title = "llava-tiny"
+    protocols = {"llava": "the question as it is, answered in a word"}  # noqa: RUF012
+    max_new_tokens = 8
+    headline = "accuracy"
+    default_root = Path("playground/llava-tiny/benchmark")
+
+    def __init__(
+        self, root: Path, protocol: str | None = None, image_folder: Path | None = None
+    ) -> None:
+        super().__init__(root, protocol)
+        if image_folder is not None and not image_folder.is_dir():
+            raise TaskError(f"the image folder {image_folder} is no folder")
+        own = root / "images"
+        self.image_folder = image_folder or (own if own.is_dir() else None)
+        self._draw: ImageLoader | None = None
+
+    def items(self) -> list[Item]:
+        answers = _by_id(self.root, "answers", ("question_id", "answer"))
+        questions = _by_id(self.root, "questions", ("question_id", "image", "text"))
+        unknown = [name for name in answers if name not in questions]
+        if unknown:
+            raise TaskError(
+                f"{self.root / 'answers.jsonl'} answers question {unknown[0]}, which "
+                "questions.jsonl does not ask"
+            )
+        items = []
+        for index, (name, row) in enumerate(questions.items()):
+            if name not in answers:
+                raise TaskError(f"{self.root / 'answers.jsonl'} has no answer to question {name}")
+            text = bare_question(str(row["text"]))
+            data = {
+                "category": str(row.get("category", "all")),
+                "answer": str(answers[name]["answer"]),
+            }
+            items.append(Item(index, name, (str(row["image"]),), text, text, data))
+        if not items:
+            raise TaskError(f"{self.root / 'questions.jsonl'} holds no question")
+        return items
+
+    def load_image(self, name: str) -> Image.Image:
+        if self.image_folder is not None:
+            return load_image(self.image_folder / name)
+        if self._draw is None:
+            self._draw = _world_loader(self.root / "manifest.json")
+        return self._draw(name)
+
+    def data_hash(self) -> str:
+        digest = hashlib.sha256()
+        files = [self.root / "questions.jsonl", self.root / "answers.jsonl"]
+        if self.image_folder is None:
+            files.append(self.root / "manifest.json")
+        for file in files:
+            digest.update(hashlib.sha256(_read(file)).digest())
+        if self.image_folder is not None:
+            for name in sorted({image for item in self.items() for image in item.images}):
+                file = self.image_folder / name
+                content = file.read_bytes() if file.is_file() else b"missing"
+                digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
+    def item_score(self, item: Item, answer: str) -> float:
+        return float(is_correct(answer, item.data["answer"]))
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
+        """`accuracy`, and the accuracy of every category under its name."""
+        scores = [self.item_score(*pair) for pair in zip(items, answers, strict=True)]
+        groups: dict[str, list[int]] = defaultdict(list)
+        for position, item in enumerate(items):
+            groups[item.data["category"]].append(position)
+
+        def of(positions: Sequence[int]) -> Metric:
+            images = [items[i].images for i in positions]
+            return metric_of([scores[i] for i in positions], images)
+
+        metrics = {name: of(positions) for name, positions in sorted(groups.items())}
+        return {"accuracy": of(range(len(items)))} | metrics
 
 
-def group_by_image(questions: Iterable[Question]) -> tuple[Question, ...]:
-    """The same questions, those of one image side by side, images by first appearance."""
-    groups: dict[str, list[Question]] = {}
-    for question in questions:
-        groups.setdefault(question.image, []).append(question)
-    return tuple(question for group in groups.values() for question in group)
-
-
-def other_images(questions: Sequence[Question]) -> dict[str, str] | None:
-    """For each image the one that stands in for it in the shuffled control; None if only one.
-
-    It is the next image of the plan (the first follows the last): fixed by the plan alone, whatever
-    the batch size, and at most one image more to encode per batch.
-    """
-    images = list(dict.fromkeys(question.image for question in questions))
-    if len(images) < 2:
-        return None
-    return dict(zip(images, images[1:] + images[:1], strict=True))
-
-
-def _rows(folder: Path, name: str, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Objects of a JSONL file, each with at least `keys`."""
+def _by_id(folder: Path, name: str, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Objects of a JSONL file by their question id, each with at least `keys`."""
     path = folder / f"{name}.jsonl"
     text = _read(path)
     try:
         rows = [json.loads(line) for line in text.decode("utf-8").split("\n") if line.strip()]
     except ValueError as error:
         raise TaskError(f"{path} is not JSON lines: {error}") from error
+    found: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows, start=1):
         missing = [key for key in keys if not isinstance(row, dict) or key not in row]
         if missing:
             raise TaskError(f"record {number} of {path} lacks {', '.join(missing)}")
-    return rows
+        question = str(row["question_id"])
+        if question in found:
+            raise TaskError(f"record {number} of {path} repeats question_id {question}")
+        found[question] = row
+    return found
 
 
 def _read(path: Path) -> bytes:
@@ -116,17 +134,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise TaskError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _hash_files(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(hashlib.sha256(_read(path)).digest())
-    return digest.hexdigest()
-
-
-def _folder_loader(folder: Path) -> ImageLoader:
-    return lambda name: load_image(folder / name)
 
 
 def _world_loader(manifest: Path) -> ImageLoader:

@@ -1,0 +1,234 @@
+"""`python -m llava.eval compare A B`: two settings on the same questions, paired.
+
+A and B are output folders of `python -m llava.eval run`, each with `:ARM` where it holds several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava.eval.arms import UNPRUNED
+from llava.eval.results import Record, ResultError
+from llava.eval.scorers.exact_match import normalise
+from llava.eval.stats import mean_estimate, paired_difference
+
+RESAMPLES = 10_000
+_AT_ONCE = 2**22  # numbers drawn at a time
+
+
+@dataclass(frozen=True)
+class ArmAnswers:
+    """The answers of one arm of one run, and of that run's unpruned arm if it has one."""
+
+    title: str
+    task: str
+    data: str
+    records: Mapping[int, Record]
+    unpruned: Mapping[int, Record] | None
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add the `compare` command to the parser of `python -m llava.eval`."""
+    parser = commands.add_parser("compare", help="compare two settings question by question")
+    parser.add_argument("a", metavar="A", help="output folder of a run, or FOLDER:ARM")
+    parser.add_argument("b", metavar="B", help="the same; A - B is what is estimated")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the comparison."""
+    print(compare(read_arm(args.a), read_arm(args.b)))
+    return 0
+
+
+def read_arm(word: str) -> ArmAnswers:
+    """What `FOLDER` or `FOLDER:ARM` names.
+
+    A folder with one pruned arm needs no ARM, nor does one with a single arm. Raises ResultError.
+    """
+    folder, name = Path(word), None
+    if not folder.is_dir() and ":" in word:
+        head, name = _split(word)
+        folder = Path(head)
+    info = _json(folder / "run.json")
+    if info.get("status") != "done" or "task" not in info:
+        raise ResultError(f"{folder} holds no finished run of `python -m llava.eval run`")
+    arms = [arm for arm, setting in info["arms"].items() if "unavailable" not in setting]
+    if name is None:
+        candidates = [arm for arm in arms if arm != UNPRUNED] if len(arms) > 1 else arms
+        if len(candidates) != 1:
+            raise ResultError(f"{folder} holds several arms; write {folder}:ARM with one of {arms}")
+        name = candidates[0]
+    if name not in arms:
+        raise ResultError(f"{folder} has no arm {name!r}; it holds {', '.join(arms)}")
+    records: dict[str, dict[int, Record]] = {arm: {} for arm in arms}
+    for line in _lines(folder / "answers.jsonl"):
+        records[line["arm"]][line["index"]] = line
+    task = f"{info['task']}, protocol {info['protocol']}"
+    title = f"{name} ({folder})"
+    return ArmAnswers(title, task, info["data_sha256"], records[name], records.get(UNPRUNED))
+
+
+def compare(a: ArmAnswers, b: ArmAnswers) -> str:
+    """The comparison in words. Raises ResultError where the arms answered different questions."""
+    check_same_questions(a, b)
+    pairs = [
+        (a.records[index], b.records[index])
+        for index in sorted(a.records)
+        if "error" not in a.records[index] and "error" not in b.records[index]
+    ]
+    if not pairs:
+        raise ResultError("no question was answered by both: their images could not be read")
+    lines = [f"A: {a.title}", f"B: {b.title}", f"{a.task}, {len(pairs)} questions answered by both"]
+    scored = [pair for pair in pairs if pair[0]["score"] is not None]
+    scored = [pair for pair in scored if pair[1]["score"] is not None]
+    if scored:
+        lines += score_lines(scored)
+    else:
+        lines.append("no scores: only a server or a grader can give them")
+    lines.append(f"A and B say the same to {_share_equal(pairs)}")
+    for letter, records in (("A", a.records), ("B", b.records)):
+        base = a.unpruned if a.unpruned is not None else b.unpruned
+        lines.append(f"{letter} and the unpruned model: {_agreement(records, base)}")
+    return "\n".join(lines)
+
+
+def check_same_questions(a: ArmAnswers, b: ArmAnswers) -> None:
+    """Raise ResultError, with one example, unless both answered the same questions."""
+    if a.task != b.task or a.data != b.data:
+        what = f"{a.task} and {b.task}" if a.task != b.task else f"{a.task}, on other data"
+        raise ResultError(f"A and B answered different questions: {what}")
+    for ours, theirs, letter in ((a, b, "B"), (b, a, "A")):
+        missing = sorted(ours.records.keys() - theirs.records.keys())
+        if missing:
+            example = ours.records[missing[0]]["question_id"]
+            raise ResultError(
+                f"A and B answered different questions: {len(missing)} are not in {letter}, such "
+                f"as {example}; run both with the same --limit and chunk"
+            )
+
+
+def score_lines(pairs: Sequence[tuple[Record, Record]]) -> list[str]:
+    """Mean scores, their paired difference and its test."""
+    images = [tuple(own["images"]) or own["index"] for own, _ in pairs]
+    ours = [float(own["score"]) for own, _ in pairs]
+    theirs = [float(other["score"]) for _, other in pairs]
+    lines = [
+        f"{letter} scores {_percent(mean_estimate(scores, images))}"
+        for letter, scores in (("A", ours), ("B", theirs))
+    ]
+    difference = paired_difference(ours, theirs, images)
+    lines.append(f"A - B: {_percent(difference, sign='+')} points, paired, clustered by image")
+    if set(ours) | set(theirs) <= {0.0, 1.0}:
+        only_a = sum(x > y for x, y in zip(ours, theirs, strict=True))
+        only_b = sum(x < y for x, y in zip(ours, theirs, strict=True))
+        p = mcnemar(only_a, only_b)
+        lines.append(f"right only in A {only_a}, only in B {only_b}: exact McNemar p = {p:.3g}")
+    else:
+        low, high, p = paired_bootstrap(ours, theirs, images)
+        lines.append(
+            f"paired bootstrap over images, {RESAMPLES} resamples: 95 % interval "
+            f"[{100 * low:+.2f}, {100 * high:+.2f}] points, p = {p:.3g}"
+        )
+    return lines
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact p-value: under equality each disagreement is a fair coin's throw.
+
+    min(1, 2 * P[Binomial(only_a + only_b, 1/2) <= min(only_a, only_b)]).
+    """
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n) if n else 1.0
+
+
+def paired_bootstrap(
+    values: Sequence[float],
+    baseline: Sequence[float],
+    clusters: Sequence[Hashable],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """(low, high, p) of the mean of `values - baseline` [n]: 95 % percentile interval and p-value.
+
+    Whole clusters are drawn with replacement. p is two-sided: twice the smaller share of resamples
+    on one side of zero, counting the observed one, at most 1.
+    """
+    sums: dict[Hashable, float] = {}
+    counts: dict[Hashable, int] = {}
+    for value, base, cluster in zip(values, baseline, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - base
+        counts[cluster] = counts.get(cluster, 0) + 1
+    total, size = np.array(list(sums.values())), np.array(list(counts.values()))
+    draw = np.random.default_rng(seed)
+    means: list[float] = []
+    while len(means) < resamples:
+        rows = min(resamples - len(means), max(1, _AT_ONCE // len(total)))
+        chosen = draw.integers(len(total), size=(rows, len(total)))
+        means += (total[chosen].sum(1) / size[chosen].sum(1)).tolist()
+    found = np.array(means)
+    low, high = np.quantile(found, [0.025, 0.975])
+    side = min((found <= 0).sum(), (found >= 0).sum())
+    return float(low), float(high), min(1.0, 2 * (int(side) + 1) / (resamples + 1))
+
+
+def _agreement(records: Mapping[int, Record], base: Mapping[int, Record] | None) -> str:
+    if base is None:
+        return "n/a, neither run has the arm `none`"
+    both = sorted(records.keys() & base.keys())
+    pairs = [(records[index], base[index]) for index in both]
+    pairs = [pair for pair in pairs if "error" not in pair[0] and "error" not in pair[1]]
+    return f"the same answer to {_share_equal(pairs)}" if pairs else "n/a, nothing in common"
+
+
+def _share_equal(pairs: Sequence[tuple[Record, Record]]) -> str:
+    same = sum(normalise(own["answer"]) == normalise(other["answer"]) for own, other in pairs)
+    return f"{same} of {len(pairs)} questions ({100 * same / len(pairs):.1f} %)"
+
+
+def _percent(estimate: Any, sign: str = "") -> str:
+    error = "n/a" if math.isnan(estimate.se) else f"{100 * estimate.se:.2f}"
+    return f"{100 * estimate.mean:{sign}.2f} ± {error}"
+
+
+def _split(word: str) -> tuple[str, str]:
+    """FOLDER and ARM of `FOLDER:ARM`; both may hold colons, so the folder decides."""
+    places = [i for i, letter in enumerate(word) if letter == ":"]
+    for place in places:
+        if Path(word[:place]).is_dir():
+            return word[:place], word[place + 1 :]
+    return word[: places[0]], word[places[0] + 1 :]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {error.strerror}; give a run's output") from error
+    except ValueError as error:
+        raise ResultError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ResultError(f"{path} describes no run")
+    return content
+
+
+def _lines(path: Path) -> list[Record]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {error.strerror}; give a run's output") from error
+    except ValueError as error:
+        raise ResultError(
+            f"{path} is cut short or damaged ({error}); run the command that wrote it again, it "
+            "writes the file anew from its log"
+        ) from error

@@ -1,0 +1,92 @@
+"""Images on their way to the model: read and preprocessed in worker processes, ahead of their use.
+
+An image that cannot be decoded fails alone; what asks about it is reported and the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llava.eval.tasks.base import Benchmark, TaskError
+from llava.mm_utils import process_images
+from llava.utils import UserInputError
+
+
+@dataclass(frozen=True)
+class LoadedImages:
+    """Images of one batch.
+
+    Attributes:
+        names: those that could be read.
+        pixels: of each of `names`: [3, H, W], or [T, 3, H, W] where images are tiles.
+        sizes: (width, height) of each before preprocessing.
+        failed: the others, with the reason.
+    """
+
+    names: list[str] = field(default_factory=list)
+    pixels: list[Tensor] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def batch(self) -> Tensor | list[Tensor]:
+        """The pixels in the form that `encode_visual_tokens` takes."""
+        same = all(pixels.shape == self.pixels[0].shape for pixels in self.pixels)
+        return torch.stack(self.pixels) if same else self.pixels
+
+
+class ImageSource:
+    """Reads images of a benchmark as a model wants them."""
+
+    def __init__(self, benchmark: Benchmark, processor: Any, config: Any) -> None:
+        self.benchmark, self.processor, self.config = benchmark, processor, config
+
+    def load(self, names: Sequence[str]) -> LoadedImages:
+        """The named images. Raises TaskError where the data as a whole are the wrong ones."""
+        loaded = LoadedImages()
+        for name in names:
+            try:
+                image = self.benchmark.load_image(name)
+                pixels = process_images([image], self.processor, self.config)[0]
+            except TaskError:
+                raise
+            except UserInputError as error:
+                loaded.failed[name] = str(error)
+                continue
+            loaded.names.append(name)
+            loaded.pixels.append(pixels)
+            loaded.sizes.append(image.size)
+        return loaded
+
+    def stream(self, batches: Sequence[Sequence[str]], workers: int) -> Iterator[LoadedImages]:
+        """The images of each batch in turn, read ahead by `workers` processes (0: in this one)."""
+        loader = DataLoader(
+            _Batches(self, batches),
+            batch_size=None,
+            num_workers=workers,
+            # The loader draws a seed for its workers; not from the global generator.
+            generator=torch.Generator(),
+        )
+        for loaded in loader:
+            if isinstance(loaded, TaskError):
+                raise loaded
+            yield loaded
+
+
+class _Batches(Dataset):
+    def __init__(self, source: ImageSource, batches: Sequence[Sequence[str]]) -> None:
+        self.source, self.batches = source, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> LoadedImages | TaskError:
+        try:
+            return self.source.load(self.batches[number])
+        except TaskError as error:  # raised in a worker, it would carry the worker's traceback
+            return error
