@@ -1,0 +1,135 @@
+"""Files of LLaVA's evaluation data layout: JSON, JSON lines, folders of images.
+
+Whatever is missing or damaged becomes one TaskError that names the file. Where the file belongs to
+a benchmark (`task` is given) the error also names the command that gets it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava.eval.tasks.question_file import TaskError
+from llava.images import load_image
+
+# Suffixes that LLaVA-1.5 was trained with; its published question files carry them in `text`.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
+OPTION_LETTER_CN = "\n请直接回答选项字母。"
+
+
+def read_bytes(path: Path, task: str | None = None) -> bytes:
+    """Contents of a file; TaskError naming it (and how `task` gets it) if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TaskError(f"cannot read {path}: {error.strerror}{_how_to_get(task)}") from error
+
+
+def read_json(path: Path, task: str | None = None) -> Any:
+    """The value in a JSON file. Raises TaskError if it is missing or damaged."""
+    try:
+        return json.loads(read_bytes(path, task).decode("utf-8"))
+    except ValueError as error:
+        raise TaskError(f"{path} is damaged, it is not JSON: {error}{_how_to_get(task)}") from error
+
+
+def read_jsonl(path: Path, task: str | None = None, keys: Sequence[str] = ()) -> list[Any]:
+    """Objects of a JSON lines file, blank lines left out.
+
+    Raises:
+        TaskError: the file is missing, or a line (named by its number, from 1) is damaged, is no
+            object, or lacks one of `keys`.
+    """
+    rows = []
+    # Not splitlines(): JSON may hold U+2028 and its like unescaped, which that takes for line ends.
+    for number, line in enumerate(read_bytes(path, task).split(b"\n"), start=1):
+        if line.strip():
+            rows.append(_object(line, f"line {number} of {path}", keys, _how_to_get(task)))
+    return rows
+
+
+def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
+    """`{row[key]: row}` in the order of `rows`; TaskError where two rows of `path` share a key."""
+    found: dict[Any, Any] = {}
+    for row in rows:
+        if row[key] in found:
+            raise TaskError(f"{path} holds {key} {row[key]!r} twice; keep one of the two lines")
+        found[row[key]] = row
+    return found
+
+
+def check_ids(given: Iterable[Any], known: Iterable[Any], given_in: Path, known_in: Path) -> None:
+    """Refuse ids of `given_in` that `known_in` does not hold. Raises TaskError with the first."""
+    known = set(known)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TaskError(
+            f"{given_in} holds {len(unknown)} question ids that are not in {known_in}, the first "
+            f"is {unknown[0]!r}; do both files belong to one split?"
+        )
+
+
+def hash_files(paths: Iterable[Path], images: Iterable[tuple[str, int]] = ()) -> str:
+    """SHA-256 (hex) over the contents of `paths`, in their order, and over (name, size) pairs.
+
+    `images` come from `ImageFolder.sizes`: hashing gigabytes of pictures before every run would
+    take longer than many a run.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(read_bytes(path)).digest())
+    for name, size in images:
+        digest.update(f"{name}\0{size}\n".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a benchmark, by their name relative to `root`."""
+
+    root: Path
+    task: str | None = None
+
+    def load(self, name: str) -> Image.Image:
+        """An image, RGB. Raises UserInputError if there is none or it cannot be decoded."""
+        self._check()
+        return load_image(self.root / name)
+
+    def sizes(self, names: Iterable[str]) -> list[tuple[str, int]]:
+        """Sorted (name, bytes) of the images called `names`; -1 bytes for one that is missing."""
+        self._check()
+        return [(name, self._size(name)) for name in sorted(set(names))]
+
+    def _size(self, name: str) -> int:
+        try:
+            return (self.root / name).stat().st_size
+        except OSError:
+            return -1
+
+    def _check(self) -> None:
+        if not self.root.is_dir():
+            raise TaskError(f"there is no image folder {self.root}{_how_to_get(self.task)}")
+
+
+def _object(line: bytes, where: str, keys: Sequence[str], mend: str) -> Any:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise TaskError(f"{where} is damaged, it is not JSON: {error}{mend}") from error
+    if not isinstance(row, dict):
+        raise TaskError(f"{where} is no JSON object{mend}")
+    missing = [key for key in keys if key not in row]
+    if missing:
+        raise TaskError(f"{where} lacks {', '.join(missing)}{mend}")
+    return row
+
+
+def _how_to_get(task: str | None) -> str:
+    return f"; `python -m llava.eval prepare {task}` gets it" if task else ""
