@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from llava.eval.tasks.base import Metric
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -54,3 +56,12 @@ def paired_difference(
     """
     pairs = zip(values, baseline, strict=True)
     return mean_estimate([value - base for value, base in pairs], clusters)
+
+
+def metric_of(
+    scores: Sequence[float], clusters: Sequence[Hashable] | None = None, scale: float = 100.0
+) -> Metric:
+    """The mean of `scores` in [0, 1] as a metric out of `scale`, see `mean_estimate`."""
+    estimate = mean_estimate(scores, clusters)
+    se = None if math.isnan(estimate.se) else scale * estimate.se
+    return Metric(scale * estimate.mean, se, estimate.n, scale)
