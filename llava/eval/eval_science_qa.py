@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import read_answers
 from llava.eval.results import write_atomically
 from llava.eval.scorers.science_qa import LETTERS, evaluate, image_accuracy
-from llava.eval.tasks.files import check_ids, read_json
-from llava.eval.tasks.question_file import TaskError
+from llava.eval.tasks.files import check_ids
+from llava.eval.tasks.scienceqa import read_split
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,29 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"IMG-Accuracy: {'n/a' if images is None else f'{images:.2f}%'}"
     )
     return 0
-
-
-def read_split(
-    folder: Path, split: str, task: str | None = None
-) -> tuple[Mapping[str, Mapping[str, Any]], list[str]]:
-    """All problems of ScienceQA and the ids of one split. Raises TaskError for unusable files."""
-    problems = read_json(folder / "problems.json", task)
-    splits = read_json(folder / "pid_splits.json", task)
-    if not isinstance(problems, dict) or not isinstance(splits, dict):
-        raise TaskError(f"problems.json and pid_splits.json in {folder} must be JSON objects")
-    if not splits.get(split):
-        known = ", ".join(name for name in splits if splits[name])
-        raise TaskError(f"{folder / 'pid_splits.json'} has no split {split!r}; it has {known}")
-    check_ids(splits[split], problems, folder / "pid_splits.json", folder / "problems.json")
-    for name in splits[split]:
-        problem = problems[name]
-        answer, choices = problem.get("answer"), problem.get("choices")
-        if not isinstance(choices, list) or answer not in range(len(choices)):
-            raise TaskError(
-                f"problem {name} in {folder / 'problems.json'} is damaged: `answer` must be the "
-                "index of one of its `choices`"
-            )
-    return problems, splits[split]
 
 
 if __name__ == "__main__":

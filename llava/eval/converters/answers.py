@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import read_jsonl
-from llava.eval.tasks.question_file import TaskError
 
 
 def question_key(name: str | int) -> str | int:

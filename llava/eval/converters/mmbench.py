@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import read_answers
+from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import check_ids
-from llava.eval.tasks.question_file import TaskError
 from llava.eval.tasks.tsv import Cell, Table, read_table
 
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")

@@ -11,8 +11,8 @@ from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import question_key, read_answers
 from llava.eval.results import write_atomically
 from llava.eval.scorers.seed_bench import Tally, by_type, is_correct, total
+from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import check_ids, read_json
-from llava.eval.tasks.question_file import TaskError
 
 KEYS = ("question_id", "question_type_id", "data_type", "answer")
 

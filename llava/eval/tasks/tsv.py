@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import read_bytes
-from llava.eval.tasks.question_file import TaskError
 
 Cell = int | float | str | None
 
