@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,6 +110,7 @@ class Benchmark(ABC):
 
 
 _BENCHMARKS: dict[str, type[Benchmark]] = {}
+_loaded = False
 
 
 def register_benchmark(cls: type[Benchmark]) -> type[Benchmark]:
@@ -120,12 +123,25 @@ def register_benchmark(cls: type[Benchmark]) -> type[Benchmark]:
 
 def list_benchmarks() -> list[str]:
     """Names of all benchmarks, sorted."""
+    _load()
     return sorted(_BENCHMARKS)
 
 
 def get_benchmark(name: str) -> type[Benchmark]:
     """The benchmark called `name`; TaskError with the closest names for an unknown one."""
+    _load()
     if name not in _BENCHMARKS:
         close = get_close_matches(name, _BENCHMARKS, n=3, cutoff=0.5) or list_benchmarks()
         raise TaskError(f"unknown task {name!r}; did you mean {', '.join(close)}?")
     return _BENCHMARKS[name]
+
+
+def _load() -> None:
+    """Import every module beside this one, once: each registers its benchmarks."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    package = importlib.import_module("llava.eval.tasks")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
