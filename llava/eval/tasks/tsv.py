@@ -48,9 +48,9 @@ def read_table(path: Path, task: str | None = None, columns: Sequence[str] = ())
             number, from 1) has another number of cells than the first line.
     """
     mend = f"; `python -m llava.eval prepare {task}` gets it anew" if task else ""
+    content = read_bytes(path, task)
     try:
-        text = read_bytes(path, task).decode("utf-8-sig")
-        lines = _parse(text)
+        lines = _parse(content.decode("utf-8-sig"))
     except (ValueError, csv.Error) as error:
         raise TaskError(f"{path} is damaged, it is no TSV table: {error}{mend}") from error
     header = tuple(lines[0]) if lines else ()
