@@ -48,6 +48,11 @@ def load_image(location: str | Path) -> Image.Image:
     return _decode(BytesIO(_download(str(location))), str(location))
 
 
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """A picture whose file has these bytes, as `load_image` gives it; errors call it `name`."""
+    return _decode(BytesIO(content), name)
+
+
 def _existing_file(location: str | Path) -> Path:
     try:
         path = Path(location).expanduser()

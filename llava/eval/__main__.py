@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from llava.command_line import OneLineParser
-from llava.eval import compare, quickstart, selection_speed, table_command
+from llava.eval import compare, prepare, quickstart, selection_speed, table_command
 from llava.eval import run as run_command
 from llava.eval.paper_tables import command as paper_table
 from llava.utils import UserInputError
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m llava.eval", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = (quickstart, run_command, compare, paper_table, table_command, selection_speed)
-    for module in modules:
+    for module in (*modules, prepare):
         module.add_command(commands)
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(words)

@@ -1,0 +1,108 @@
+"""Rows of public datasets, from the dataset hub or from a folder of their parquet files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llava.eval.tasks.base import TaskError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a dataset: hub id, configuration (None: the only one), the columns we read."""
+
+    name: str
+    config: str | None
+    split: str
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Opens datasets at the hub; with `folder`, their parquet files in there instead."""
+
+    task: str
+    folder: Path | None = None
+
+    def __call__(self, dataset: Dataset) -> Iterator[Row]:
+        """Rows as dicts. Images are {"bytes", "path"}, as stored and not decoded.
+
+        Raises:
+            TaskError: the library is missing, the hub cannot be reached, or there is no such
+                dataset, split or column.
+        """
+        library = _library()
+        where = f"{dataset.name} ({dataset.split})"
+        mend = (
+            f"connect to the network, or download {dataset.name} elsewhere and give its folder: "
+            f"python -m llava.eval prepare {self.task} --from FOLDER"
+        )
+        if self.folder is not None:
+            where, mend = f"{where} in {self.folder}", "download it again"
+        try:
+            rows = self._open(library, dataset)
+            missing = [name for name in dataset.columns if name not in (rows.column_names or ())]
+        except TaskError:
+            raise
+        except Exception as error:  # of the library, of its storage, of parquet: no common base
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise TaskError(f"cannot read {where}: {reason}; {mend}") from error
+        if missing:
+            raise TaskError(
+                f"{where} lacks the columns {', '.join(missing)}; it has "
+                f"{', '.join(rows.column_names)}. Its schema has changed: give an older revision"
+            )
+        for name, feature in rows.features.items():
+            if undecoded := _undecoded(library, feature):
+                rows = rows.cast_column(name, undecoded)
+        return iter(tqdm(rows, desc=where, unit="row", disable=None))
+
+    def _open(self, library: Any, dataset: Dataset) -> Any:
+        if self.folder is None:
+            return library.load_dataset(dataset.name, dataset.config, split=dataset.split)
+        files = _files(self.folder, dataset)
+        return library.load_dataset("parquet", data_files=files, split="train", streaming=True)
+
+
+def _files(folder: Path, dataset: Dataset) -> list[str]:
+    """The split's parquet files: below a folder of the configuration's name if there is one."""
+    found = sorted(folder.rglob("*.parquet"))
+    of_config = [path for path in found if dataset.config in path.relative_to(folder).parts]
+    files = [
+        str(path)
+        for path in of_config or found
+        if path.name.split(".")[0].split("-")[0] == dataset.split
+    ]
+    if not files:
+        raise TaskError(
+            f"{folder} holds no {dataset.split}-*.parquet of {dataset.name}"
+            + (f" ({dataset.config})" if dataset.config else "")
+        )
+    return files
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise TaskError(
+            "reading public datasets needs the library datasets: pip install 'llava[data]'; "
+            "downloaded originals are put in place without it, see --from"
+        ) from error
+    return datasets
+
+
+def _undecoded(library: Any, feature: Any) -> Any:
+    """The feature that leaves images as bytes; None for one without images."""
+    raw = library.Image(decode=False)
+    if isinstance(feature, library.Image):
+        return raw
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return library.List(raw) if isinstance(inner, library.Image) else None
