@@ -61,7 +61,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--batch-size", type=int, help="questions per batch; default: the table's, else 8")
     add("--limit", type=int, default=0, help="questions per task, 0 for all")
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=2, help="processes that read images")
+    add("--workers", type=int, help="processes that read images; default: 4, in a demo none")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", help="of the model; default: the loader's")
     add("--dry-run", action="store_true", help="print the runs that it needs and stop")
@@ -130,7 +130,7 @@ def read_order(args: argparse.Namespace) -> Order:
         batch_size=args.batch_size or table.batch_size or (DEMO_BATCH if args.demo else 8),
         limit=args.limit,
         seed=args.seed,
-        workers=args.workers,
+        workers=(0 if args.demo else 4) if args.workers is None else args.workers,
         device=args.device,
         dtype=args.dtype,
         processes=args.processes,

@@ -8,7 +8,14 @@ from html import escape
 from pathlib import Path
 
 from llava.eval.paper_tables.collect import Filled
-from llava.eval.paper_tables.render import describe, full_grid, measured_grid, notes, published_grid
+from llava.eval.paper_tables.render import (
+    DEMO,
+    describe,
+    full_grid,
+    measured_grid,
+    notes,
+    published_grid,
+)
 from llava.eval.results import Record
 
 STYLE = """
@@ -26,10 +33,6 @@ dt { font-weight: 600 }
 dd { margin: 0 0 .4rem 1rem; overflow-wrap: anywhere }
 figure { margin: 1rem 0 }
 """
-DEMO = (
-    "DEMO: llava-tiny on drawn scenes in the benchmarks' file formats. These figures show that "
-    "every cell runs; they say nothing about the model or the data of the table."
-)
 
 
 def to_html(
