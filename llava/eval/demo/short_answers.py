@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava.eval.demo.files import SHORT, write_json, write_lines, write_picture
-from llava.eval.demo.source import Asked, draw_questions
+from llava.eval.demo.source import Asked, draw_existence, draw_questions
 from llava.world.splits import scene
 
 GQA_TYPES = {"existence": "verify", "color": "query", "relation": "query", "position": "query"}
@@ -126,7 +126,7 @@ def write_pope(root: Path, count: int) -> None:
     lines = []
     for salt, category in enumerate(("adversarial", "popular", "random")):
         labels = []
-        for asked in draw_questions(("existence",), -(-count // 3), salt=salt):
+        for asked in draw_existence(-(-count // 3), salt):
             name = f"COCO_val2014_{asked.image:012d}.jpg"
             write_picture(root / "pope/val2014" / name, asked.image)
             lines.append(

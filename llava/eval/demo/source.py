@@ -48,6 +48,21 @@ def draw_questions(
     return list(_draw(families, count, first_image, salt))
 
 
+def draw_existence(count: int, salt: int) -> list[Asked]:
+    """Existence questions like POPE's: every other one is answered yes."""
+    found: list[Asked] = []
+    for number in range(count):
+        image, wanted = number // QUESTIONS_PER_IMAGE, ("yes", "no")[number % 2]
+        made = scene(_name(image))
+        rng = np.random.RandomState([image, number, salt, 2027])
+        answer = ""
+        while answer != wanted:
+            question, answer = ask(rng, made, "existence", {"existence": FAMILIES["existence"]})
+            answer = answer.lower()
+        found.append(Asked(number, image, "existence", question, answer))
+    return found
+
+
 def picture(number: int) -> Image.Image:
     """Test scene `number`: RGB, 336 x 336."""
     return Image.fromarray(scene(_name(number)).pixels)

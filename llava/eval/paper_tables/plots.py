@@ -81,7 +81,7 @@ def plot(filled: Filled, cost: str, path: Path, demo: bool = False) -> bool:
         label="Pareto front",
     )
     averaged = bool(filled.covered)
-    unit = f"retention (%), mean over {len(filled.covered)} tasks" if averaged else "score"
+    unit = f"retention (%), mean over tasks: {len(filled.covered)}" if averaged else "score"
     names = {
         "tokens": "visual tokens that reach the language model",
         "ttft_ms": "time to the first token (ms per question, median)",

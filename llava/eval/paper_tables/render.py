@@ -63,8 +63,8 @@ def notes(filled: Filled, demo: bool = False) -> list[str]:
         )
     if filled.covered:
         found.append(
-            f"{AVERAGE_TITLE}: retention, the mean over {len(filled.covered)} tasks of pruned / "
-            f"unpruned, here {', '.join(filled.covered)}."
+            f"{AVERAGE_TITLE}: retention, the mean over tasks of pruned / unpruned, here over "
+            f"{len(filled.covered)}: {', '.join(filled.covered)}."
         )
     left_out = [c.title for c in table.averaged() if c.title not in filled.covered]
     if left_out:
