@@ -1,4 +1,4 @@
-"""LLaVA with visual token pruning as a model of lmms-eval (0.7), found through its entry points.
+r"""LLaVA with visual token pruning as a model of lmms-eval (0.7), found through its entry points.
 
     lmms_eval --model llava_pruned --tasks pope --batch_size 8 \
         --model_args pretrained=liuhaotian/llava-v1.5-7b,pruner=zoo,keep_tokens=64
