@@ -129,14 +129,13 @@ def execute(
 
 
 def possible_arms(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
-    """`arms`; those that cannot prune the first image as asked are marked unavailable.
+    """`arms`; those that cannot prune the first readable image as asked are marked unavailable.
 
     Raises UserInputError if none is left.
     """
-    names = runner.plan.images()[:1]
-    loaded = runner.source.load(names)
-    if loaded.names:
-        visual = runner.encode(loaded, [arm.method for arm in arms])
+    readable = runner.first_image()
+    if readable is not None:
+        visual = runner.encode(readable, [arm.method for arm in arms])
         arms = without_impossible(arms, lambda arm: runner.refusal(visual, arm))
     reasons = [arm.unavailable for arm in arms]
     if all(reason is not None for reason in reasons):

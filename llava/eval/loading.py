@@ -47,19 +47,22 @@ class ImageSource:
         self.benchmark, self.processor, self.config = benchmark, processor, config
 
     def load(self, names: Sequence[str]) -> LoadedImages:
-        """The named images. Raises TaskError where the data as a whole are the wrong ones."""
+        """The named images.
+
+        Raises TaskError where the data as a whole are the wrong ones, and UserInputError where the
+        model's own config does not say how to show it an image.
+        """
         loaded = LoadedImages()
         for name in names:
             try:
                 image = self.benchmark.load_image(name)
-                pixels = process_images([image], self.processor, self.config)[0]
             except TaskError:
                 raise
             except UserInputError as error:
                 loaded.failed[name] = str(error)
                 continue
             loaded.names.append(name)
-            loaded.pixels.append(pixels)
+            loaded.pixels.append(process_images([image], self.processor, self.config)[0])
             loaded.sizes.append(image.size)
         return loaded
 
@@ -73,7 +76,7 @@ class ImageSource:
             generator=torch.Generator(),
         )
         for loaded in loader:
-            if isinstance(loaded, TaskError):
+            if isinstance(loaded, UserInputError):
                 raise loaded
             yield loaded
 
@@ -85,8 +88,8 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> LoadedImages | TaskError:
+    def __getitem__(self, number: int) -> LoadedImages | UserInputError:
         try:
             return self.source.load(self.batches[number])
-        except TaskError as error:  # raised in a worker, it would carry the worker's traceback
+        except UserInputError as error:  # raised in a worker, it would carry the worker's traceback
             return error

@@ -16,14 +16,16 @@ GAP = 8  # px between pictures
 
 
 def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) -> None:
-    """Draw what each arm keeps of the first image, at the budget nearest `tokens`, to a PNG.
+    """Draw what each arm keeps of one image, at the budget nearest `tokens`, to a PNG.
 
-    Methods that read the question read the image's first one.
+    It is the first image that can be read; methods that read the question read its first one.
     """
-    item = next(item for item in runner.plan.items if item.images)
-    name = item.images[0]
+    readable = runner.first_image()
+    assert readable is not None  # or no arm would have run
+    (name,) = readable.names
+    item = next(item for item in runner.plan.items if name in item.images)
     image = runner.benchmark.load_image(name)
-    visual = runner.encode(runner.load([name]), [arm.method for arm in arms])
+    visual = runner.encode(readable, [arm.method for arm in arms])
     pictures = {f"{name}: all {visual.embeddings(0).shape[0]}": image}
     pruned = [arm for arm in arms if arm.method != UNPRUNED and arm.unavailable is None]
     budgets = {arm.budget for arm in pruned if arm.budget is not None}

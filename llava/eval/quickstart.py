@@ -138,8 +138,14 @@ def check(args: argparse.Namespace) -> None:
 
 
 def choose_arms(runner: Runner, methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]:
-    """All arms; what a method refuses to do with the first image is known to be unavailable."""
-    first = runner.encode(runner.load(runner.plan.images()[:1]), methods)
+    """All arms; what a method refuses to do with the first image is known to be unavailable.
+
+    Raises UserInputError if no image can be read.
+    """
+    readable = runner.first_image()
+    if readable is None:
+        raise UserInputError(f"none of the {len(runner.plan.images())} images can be read")
+    first = runner.encode(readable, methods)
     return plan_arms(
         methods,
         budgets,
@@ -206,8 +212,6 @@ def conclude(
     """Compute metrics, table and pictures from the logs and copy everything to `output`."""
     answers, timings = folder.read()
     failed = failed_items(answers)
-    if failed == len(runner.plan.items):
-        raise UserInputError(f"no image could be read: {answers[0]['error']}")
     info["failed_items"] = failed
     folder.write_json("run.json", info)
     folder.write_lines("answers.jsonl", answers)

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from io import FileIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,8 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
+        with temporary.open("wb", buffering=0) as handle:
+            _write(handle, text.encode())
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -169,17 +168,22 @@ def read_result(path: Path) -> Record:
 
 
 def _append(path: Path, records: Sequence[Record]) -> None:
-    data = memoryview(dump_lines(records).encode())
-    with path.open("ab", buffering=0) as handle:  # a buffer would be flushed again when it closes
+    with path.open("ab", buffering=0) as handle:
         start = handle.seek(0, os.SEEK_END)
         try:
-            while data:
-                data = data[handle.write(data) :]
-            os.fsync(handle.fileno())
+            _write(handle, dump_lines(records).encode())
         except OSError as error:
             with suppress(OSError):  # what is torn is also cut when the log is next opened
                 os.truncate(path, start)
             raise _cannot_write(path, error) from error
+
+
+def _write(handle: FileIO, data: bytes) -> None:
+    """Put `data` on disk. No buffer is left that would be written again when the file closes."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[handle.write(rest) :]
+    os.fsync(handle.fileno())
 
 
 def _cannot_write(path: Path, error: OSError) -> ResultError:

@@ -22,6 +22,7 @@ from llava.eval.arms import Arm
 from llava.eval.execution import Job, Model, execute
 from llava.eval.identity import identity, machine_settings
 from llava.eval.plan import Plan, chunk_of
+from llava.eval.provenance import hash_json
 from llava.eval.results import Record, RunFolder
 from llava.eval.sharding import processes
 from llava.eval.summary import settings, summarise
@@ -93,14 +94,14 @@ def run(args: argparse.Namespace) -> int:
     cls = get_benchmark(args.task)
     benchmark = cls(args.data_root or cls.default_root, args.protocol)
     plan = plan_of(benchmark, args)
-    model = model_of(args)
+    model = model_of(args, preset_of(args))
     sampling = Sampling(
         temperature=0, max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens
     )
     name = get_model_name_from_path(args.model_path)
     output = args.output or Path("outputs") / name / f"{benchmark.name}-{benchmark.protocol}"
     with processes() as group:
-        config = describe(args, benchmark, arms, model, sampling)
+        config = describe(args, benchmark, plan, arms, model, sampling)
         if args.dry_run:
             if group.first:
                 print(dry_run(args, benchmark, plan, arms, config, output))
@@ -141,15 +142,17 @@ def plan_of(benchmark: Benchmark, args: argparse.Namespace) -> Plan:
     return Plan.of(chunk, args.batch_size)
 
 
-def model_of(args: argparse.Namespace) -> Model:
-    """The model that the flags name, not loaded. Raises UserInputError for an unknown template."""
+def model_of(args: argparse.Namespace, preset: Any = None) -> Model:
+    """The model that the flags name, not loaded; what they leave open, `preset` decides.
+
+    Raises UserInputError for an unknown template.
+    """
     check_conv_mode(args.conv_mode)
     folder = Path(args.model_path)
     config = read_config(folder) if folder.is_dir() else None
     own = conv_mode_for(get_model_name_from_path(args.model_path), config)
     template = args.conv_mode or EVALUATION_TEMPLATES.get(own, own)
     loading: dict[str, Any] = {"load_8bit": args.load_8bit, "load_4bit": args.load_4bit}
-    preset = preset_of(args)
     dtype = args.dtype or (preset and preset.dtype)
     if dtype and not (args.load_8bit or args.load_4bit):
         loading["dtype"] = dtype
@@ -162,19 +165,20 @@ def model_of(args: argparse.Namespace) -> Model:
 def describe(
     args: argparse.Namespace,
     benchmark: Benchmark,
+    plan: Plan,
     arms: Sequence[Arm],
     model: Model,
     sampling: Sampling,
 ) -> dict[str, Any]:
     """Every setting that can change an answer."""
+    asked = [[i.index, i.question_id, i.images, i.text, i.question] for i in plan.items]
     return {
-        "command": "run",
         "task": benchmark.name,
         "protocol": benchmark.protocol,
         "arms": {arm.name: settings(arm) for arm in arms},
         "batch_size": args.batch_size,
-        "limit": args.limit,
-        "chunk": [args.chunk_idx, args.num_chunks],
+        "items": len(asked),
+        "items_sha256": hash_json(asked),
         "seed": args.seed,
         "template": model.template,
         "loading": dict(model.loading),
@@ -250,6 +254,8 @@ def figures(metrics: Record) -> str:
         figure = arm["metrics"].get(metrics["headline"])
         if arm.get("unavailable"):
             shown = f"n/a: {arm['unavailable']}"
+        elif arm["answered"] == 0:
+            shown = "n/a: no item could be asked"
         elif figure is None:
             shown = "answered; its figures come from a server or a grader"
         else:

@@ -77,12 +77,10 @@ class Runner:
         for place, (number, images) in enumerate(zip(numbers, stream, strict=True)):
             yield self._run_batch(number, images, arms, cold=place == 0)
 
-    def load(self, names: Sequence[str]) -> LoadedImages:
-        """The named images. Raises UserInputError if one of them cannot be read."""
-        loaded = self.source.load(names)
-        for reason in loaded.failed.values():
-            raise UserInputError(reason)
-        return loaded
+    def first_image(self) -> LoadedImages | None:
+        """The first image of the plan that can be read; None if there is none."""
+        loaded = (self.source.load([name]) for name in self.plan.images())
+        return next((images for images in loaded if images.names), None)
 
     @torch.inference_mode()
     def encode(self, images: LoadedImages, methods: Iterable[str] = ()) -> VisualTokens:
@@ -241,7 +239,8 @@ class Runner:
                 visual, ids, torch.zeros_like(ids), mask
             )
         splice_ms = clock.lap()
-        text = (mask.bool() & (ids != IMAGE_TOKEN_INDEX)).sum(-1)
+        rows = unpadded(ids, mask)
+        lengths = merged_mask.sum(-1).tolist()
         decoded: Decoded = decode(
             self.subject.model,
             embeds,
@@ -254,7 +253,12 @@ class Runner:
         return Outcome(
             decoded,
             self.subject.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True),
-            (merged_mask.sum(-1) - text).tolist(),
+            [
+                _visual_tokens(row, [len(visual.sequence(i).source) for i in share], length)
+                if share
+                else 0
+                for row, share, length in zip(rows, shares, lengths, strict=True)
+            ],
             kept_digests(visual, shares),
             splice_ms=splice_ms,
         )
@@ -288,6 +292,24 @@ def _depends_on_prompt(visual: VisualTokens, shown: Sequence[Sequence[str]]) -> 
         return True
     sizes = [visual.sequence(image).total for image in range(visual.num_images)]
     return any(sum(sizes[i] for i in prompt.images) > prompt.room for prompt in visual.prompts)
+
+
+def _visual_tokens(ids: Tensor, images: Sequence[int], length: int) -> int:
+    """How many tokens of a merged row of `length` are not text.
+
+    The prompt is `ids` [L], its images have so many tokens each. Only where the row was cut to
+    the model's limit do they matter: some of what was cut may have been text.
+    """
+    text = int((ids != IMAGE_TOKEN_INDEX).sum())
+    if length == text + sum(images):
+        return length - text
+    left, place, visual = list(images), 0, 0
+    for token in ids.tolist():
+        size = left.pop(0) if token == IMAGE_TOKEN_INDEX else 1
+        if token == IMAGE_TOKEN_INDEX:
+            visual += max(0, min(size, length - place))
+        place += size
+    return visual
 
 
 def _shares(shown: Sequence[Sequence[str]]) -> list[range]:

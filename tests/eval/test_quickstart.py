@@ -201,3 +201,19 @@ def test_bad_input_is_one_line_and_code_2(
         line for line in capfd.readouterr().err.splitlines() if not line.startswith("Loading")
     ]
     assert message in line
+
+
+def test_an_unreadable_image_is_counted(
+    benchmark_folder: Path, tmp_path: Path, quickstart: Callable[..., int]
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(benchmark_folder / "images", images)
+    (images / "0.png").write_bytes(b"no image")
+    flags = ["--image-folder", str(images), "--methods", "none", "--budgets", "64"]
+    assert quickstart(tmp_path / "output", *flags) == 1
+    assert read(tmp_path / "output" / "run.json")["failed_items"] > 0
+    rows = {row["arm"]: row for row in read(tmp_path / "output" / "metrics.json")["rows"]}
+    assert rows["none"]["accuracy"] == 1.0 and rows["none"]["n"] < 9
+    for image in images.iterdir():
+        image.write_bytes(b"no image")
+    assert quickstart(tmp_path / "output", *flags) == 2

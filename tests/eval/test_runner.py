@@ -16,7 +16,7 @@ PRUNED = ("random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact", "lea
 
 
 def plan(runner: Runner, methods: tuple[str, ...], budgets: list[int]) -> tuple[Arm, ...]:
-    visual = runner.encode(runner.load(runner.plan.images()[:1]), methods)
+    visual = runner.encode(runner.source.load(runner.plan.images()[:1]), methods)
     return plan_arms(
         methods, budgets, 576, lambda *setting: runner.refusal(visual, Arm("", "", *setting))
     )
@@ -101,9 +101,9 @@ def test_kept_tokens_agree_alone_and_in_a_batch(
     runner = make_runner()
     arm = Arm(method, method, method, 64)
     names = runner.plan.images()
-    together = runner.prune_images(runner.encode(runner.load(names)), arm)
+    together = runner.prune_images(runner.encode(runner.source.load(names)), arm)
     for position, name in enumerate(names):
-        alone = runner.prune_images(runner.encode(runner.load([name])), arm)
+        alone = runner.prune_images(runner.encode(runner.source.load([name])), arm)
         if alone.kept is None:
             assert (alone.sources[0] == together.sources[position]).all()
             continue
@@ -117,13 +117,13 @@ def test_arms_share_what_was_read_of_the_tower(make_runner: Callable[..., Runner
     assert [arm.name for arm in arms if arm.unavailable] == []
     names = {record["arm"] for answers, _ in runner.run(arms) for record in answers}
     assert {"fastervlm@64", "visionzip@64"} <= names
-    bare = runner.encode(runner.load(runner.plan.images()[:1]))
+    bare = runner.encode(runner.source.load(runner.plan.images()[:1]))
     assert set(bare.extras) == {"image_digest"}
 
 
 def test_take_images_repeats_and_reorders(make_runner: Callable[..., Runner]) -> None:
     runner = make_runner()
-    visual = runner.encode(runner.load(runner.plan.images()))
+    visual = runner.encode(runner.source.load(runner.plan.images()))
     arm = Arm("random", "random", "random", 9)
     taken = runner.prune_images(visual, arm).take_images([2, 0, 2])
     assert taken.image_index.tolist() == [0, 1, 2]
@@ -164,7 +164,7 @@ def test_query_aware_methods_prune_for_every_question(
     seen.clear()
     save_overlays(runner, arms, 24, tmp_path / "kept.png")
     assert (tmp_path / "kept.png").exists()
-    label = runner.label(runner.encode(runner.load(runner.plan.images()[:1])), method)
+    label = runner.label(runner.encode(runner.source.load(runner.plan.images()[:1])), method)
     assert label == {"mmtok": "mmtok", "cdpruner": "cdpruner(relevance=none)"}[method]
     seen.clear()
     records = records_of(runner, arms)

@@ -1,0 +1,78 @@
+"""`python -m llava.eval.model_vqa_science`: answers to LLaVA's ScienceQA file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.eval import vqa
+from llava.eval.prompts import bare_question
+from llava.eval.tasks.base import Item, TaskError
+
+LETTER_ONLY = "\nAnswer with the option's letter from the given choices directly."
+
+
+class ScienceQA(vqa.QuestionList):
+    """A JSON array of `id, [image], conversations`; the first turn is the question.
+
+    With an image, the prompt that answer lines repeat begins with its mark: the scorer tells
+    questions about images by it.
+    """
+
+    def __init__(self, file: Path, image_folder: Path, suffix: str) -> None:
+        super().__init__(file, image_folder)
+        self.suffix = suffix
+
+    def items(self) -> list[Item]:
+        try:
+            rows = json.loads(vqa.read_bytes(self.file))
+        except ValueError as error:
+            raise TaskError(
+                f"{self.file} is damaged or cut short ({error}); get the file anew"
+            ) from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise TaskError(f"{self.file} is no JSON array of questions")
+        items = []
+        for index, row in enumerate(rows):
+            what = f"question {index}"
+            vqa.require(row, ("id", "conversations"), self.file, what)
+            try:
+                asked = str(row["conversations"][0]["value"])
+            except (LookupError, TypeError) as error:
+                raise TaskError(f"{what} of {self.file} has no first turn") from error
+            question = bare_question(asked).strip()
+            images = (str(row["image"]),) if row.get("image") else ()
+            text = question + self.suffix
+            prompt = f"{DEFAULT_IMAGE_TOKEN}\n{text}" if images else text
+            data = {"prompt": prompt, "extra": {}}
+            items.append(Item(index, row["id"], images, text, question, data))
+        return items
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--single-pred-prompt", action="store_true", help="ask for the option's letter alone"
+    )
+
+
+PROGRAM = vqa.Program(
+    "model_vqa_science",
+    "Answer LLaVA's ScienceQA file.",
+    lambda args: ScienceQA(
+        args.question_file, args.image_folder, LETTER_ONLY if args.single_pred_prompt else ""
+    ),
+    _add_flags,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See `llava.eval.vqa.main`."""
+    return vqa.main(PROGRAM, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
