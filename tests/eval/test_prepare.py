@@ -245,6 +245,7 @@ def test_another_schema_names_the_columns(
 ) -> None:
     source = write_dataset(tmp_path / "source", "vizwiz")
     (source / "test-00000-of-00001.parquet").rename(source / "train-0.parquet")
+    capsys.readouterr()  # the library shows how it writes
     assert prepare("llava-bench", "--from", source, "--data-root", tmp_path / "eval") == 2
     assert "lacks the columns category, image_id; it has" in error_line(capsys)
     assert prepare("mmvet", "--from", source, "--data-root", tmp_path / "eval") == 2
@@ -256,6 +257,13 @@ def test_damaged_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "test-0.parquet").write_bytes(b"PAR1 cut off")
     assert prepare("mmvet", "--from", tmp_path, "--data-root", tmp_path / "eval") == 2
     assert "cannot read lmms-lab/MMVet (test) in" in error_line(capsys)
+    path = write_dataset(tmp_path / "source", "mmvet") / "test-00000-of-00001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 60 + content[64:])  # the first page, not the footer
+    capsys.readouterr()
+    assert prepare("mmvet", "--from", path.parent, "--data-root", tmp_path / "eval") == 2
+    assert "cannot read lmms-lab/MMVet (test) in" in error_line(capsys)
+    assert not (tmp_path / "eval" / "mm-vet" / "llava-mm-vet.jsonl").exists()
 
 
 @pytest.fixture
@@ -397,3 +405,4 @@ def test_cells_of_tables_keep_their_image_bytes(tmp_path: Path) -> None:
     assert prepare("mmbench", "--from", source, "--data-root", root) == 0
     text = (root / "mmbench" / "mmbench_dev_20230712.tsv").read_text()
     assert base64.b64encode(png("blue")).decode() in text
+    assert text.split("\n")[0].split("\t")[-3:] == ["l2-category", "comment", "split"]
