@@ -191,6 +191,13 @@ def test_seed(seed: Path, tmp_path: Path) -> None:
     assert path.read_text().splitlines()[1] == '{"question_id": "v2", "prediction": "B"}'
 
 
+def test_seed_refuses_an_id_that_stands_twice(seed: Path, tmp_path: Path) -> None:
+    prompt = {"question_id": 1, "image": "a.png", "text": "?"}
+    write(seed / "llava-seed-bench.jsonl", prompt, prompt)
+    with pytest.raises(TaskError, match="question_id 1 twice"):
+        SEEDBench(tmp_path).items()
+
+
 def test_seed_with_an_unknown_question(seed: Path, tmp_path: Path) -> None:
     write(seed / "llava-seed-bench.jsonl", {"question_id": 77, "image": "a.png", "text": "?"})
     with pytest.raises(TaskError, match="77; do both files"):
@@ -244,6 +251,12 @@ def test_mmmu(tmp_path: Path) -> None:
 def test_mmmu_refuses_questions(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     write(tmp_path / "mmmu" / "validation.jsonl", row)
     with pytest.raises(TaskError, match=message):
+        MMMU(tmp_path).items()
+
+
+def test_mmmu_refuses_an_id_that_stands_twice(tmp_path: Path) -> None:
+    write(tmp_path / "mmmu" / "validation.jsonl", mmmu_row(), mmmu_row())
+    with pytest.raises(TaskError, match="'validation_Math_1' twice"):
         MMMU(tmp_path).items()
 
 
