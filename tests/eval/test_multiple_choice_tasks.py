@@ -87,12 +87,16 @@ def test_scienceqa(scienceqa: Path, tmp_path: Path) -> None:
 
 
 def test_mmbench_single_pass(tmp_path: Path) -> None:
-    rows = [mmbench_row(3, hint="Look."), mmbench_row(4, "B", C="nan", image=in_base64("blue"))]
+    rows = [
+        mmbench_row(3, hint="Look."),
+        mmbench_row(4, "B", C="NONE", D="x", image=in_base64("blue")),
+    ]
     write_tsv(tmp_path / MMBench.file, *rows, mmbench_row(3 + ROTATION, "B"))
     task = MMBench(tmp_path)
     first, second = task.items()
     assert first.text == "Look.\nWhat?\nA. cat\nB. dog" + OPTION_LETTER
     assert [item.question_id for item in task.items()] == [3, 4]
+    assert second.data["options"] == ["cat", "dog"]
     assert task.load_image(second.images[0]).getpixel((0, 0)) == (0, 0, 255)
     assert value(task, ["A", "A"], "accuracy") == 50
     assert task.write_submission([first, second], ["A", "A"], tmp_path) == []
@@ -131,11 +135,19 @@ def test_mmbench_in_chinese_and_images_by_reference(tmp_path: Path) -> None:
     assert MMBenchCN(tmp_path).score(items, ["A", "A"]) == {}  # a row without answer: no metric
 
 
+def test_mmbench_with_none_for_the_right_option_is_wrong_whatever_is_said(tmp_path: Path) -> None:
+    write_tsv(tmp_path / MMBench.file, mmbench_row(3, "C", C="None"))
+    for protocol, count in (("single", 1), ("circular", 2)):
+        task = MMBench(tmp_path, protocol)
+        assert [item.data["answer"] for item in task.items()] == ["C"] * count
+        assert value(task, ["C"] * count, task.headline) == 0
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"A": "", "B": ""}, "no question or no options"),
-        ({"answer": "C"}, "is no option"),
+        ({"answer": "AB"}, "is no letter"),
         ({"index": "x"}, "whole number"),
         ({"index": "4"}, "index 4 twice"),
     ],
