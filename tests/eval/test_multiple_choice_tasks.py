@@ -256,7 +256,7 @@ def test_mmmu(tmp_path: Path) -> None:
         (mmmu_choice("validation_Art_1", "null"), "is no list"),
         (mmmu_choice("validation_Art_1") | {"options": None}, "needs options"),
         (mmmu_choice("validation_Art_1", "['one']"), "needs options"),
-        (mmmu_row(answer="['cut"), "is no list"),
+        (mmmu_choice("validation_Art_1", "['cut"), "is no list"),
         (mmmu_row(question=None), "is no text"),
     ],
 )
@@ -264,6 +264,14 @@ def test_mmmu_refuses_questions(tmp_path: Path, row: dict[str, Any], message: st
     write(tmp_path / "mmmu" / "validation.jsonl", row)
     with pytest.raises(TaskError, match=message):
         MMMU(tmp_path).items()
+
+
+@pytest.mark.parametrize("answer", ["[0, 1)", ["[0, 1)"], "['2', '[0, 1)']"])
+def test_mmmu_answers_that_begin_with_a_bracket(tmp_path: Path, answer: Any) -> None:
+    write(tmp_path / "mmmu" / "validation.jsonl", mmmu_row(answer=answer))
+    task = MMMU(tmp_path)
+    assert value(task, ["it is [0, 1)"], "accuracy") == 100
+    assert value(task, ["it is (0, 1)"], "accuracy") == 0
 
 
 def test_mmmu_refuses_an_id_that_stands_twice(tmp_path: Path) -> None:
