@@ -87,12 +87,16 @@ def test_scienceqa(scienceqa: Path, tmp_path: Path) -> None:
 
 
 def test_mmbench_single_pass(tmp_path: Path) -> None:
-    rows = [mmbench_row(3, hint="Look."), mmbench_row(4, "B", C="nan", image=in_base64("blue"))]
+    rows = [
+        mmbench_row(3, hint="Look."),
+        mmbench_row(4, "B", C="NONE", D="x", image=in_base64("blue")),
+    ]
     write_tsv(tmp_path / MMBench.file, *rows, mmbench_row(3 + ROTATION, "B"))
     task = MMBench(tmp_path)
     first, second = task.items()
     assert first.text == "Look.\nWhat?\nA. cat\nB. dog" + OPTION_LETTER
     assert [item.question_id for item in task.items()] == [3, 4]
+    assert second.data["options"] == ["cat", "dog"]
     assert task.load_image(second.images[0]).getpixel((0, 0)) == (0, 0, 255)
     assert value(task, ["A", "A"], "accuracy") == 50
     assert task.write_submission([first, second], ["A", "A"], tmp_path) == []
@@ -131,11 +135,19 @@ def test_mmbench_in_chinese_and_images_by_reference(tmp_path: Path) -> None:
     assert MMBenchCN(tmp_path).score(items, ["A", "A"]) == {}  # a row without answer: no metric
 
 
+def test_mmbench_with_none_for_the_right_option_is_wrong_whatever_is_said(tmp_path: Path) -> None:
+    write_tsv(tmp_path / MMBench.file, mmbench_row(3, "C", C="None"))
+    for protocol, count in (("single", 1), ("circular", 2)):
+        task = MMBench(tmp_path, protocol)
+        assert [item.data["answer"] for item in task.items()] == ["C"] * count
+        assert value(task, ["C"] * count, task.headline) == 0
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"A": "", "B": ""}, "no question or no options"),
-        ({"answer": "C"}, "is no option"),
+        ({"answer": "AB"}, "is no letter"),
         ({"index": "x"}, "whole number"),
         ({"index": "4"}, "index 4 twice"),
     ],
@@ -191,6 +203,13 @@ def test_seed(seed: Path, tmp_path: Path) -> None:
     assert path.read_text().splitlines()[1] == '{"question_id": "v2", "prediction": "B"}'
 
 
+def test_seed_refuses_an_id_that_stands_twice(seed: Path, tmp_path: Path) -> None:
+    prompt = {"question_id": 1, "image": "a.png", "text": "?"}
+    write(seed / "llava-seed-bench.jsonl", prompt, prompt)
+    with pytest.raises(TaskError, match="question_id 1 twice"):
+        SEEDBench(tmp_path).items()
+
+
 def test_seed_with_an_unknown_question(seed: Path, tmp_path: Path) -> None:
     write(seed / "llava-seed-bench.jsonl", {"question_id": 77, "image": "a.png", "text": "?"})
     with pytest.raises(TaskError, match="77; do both files"):
@@ -237,13 +256,27 @@ def test_mmmu(tmp_path: Path) -> None:
         (mmmu_choice("validation_Art_1", "null"), "is no list"),
         (mmmu_choice("validation_Art_1") | {"options": None}, "needs options"),
         (mmmu_choice("validation_Art_1", "['one']"), "needs options"),
-        (mmmu_row(answer="['cut"), "is no list"),
+        (mmmu_choice("validation_Art_1", "['cut"), "is no list"),
         (mmmu_row(question=None), "is no text"),
     ],
 )
 def test_mmmu_refuses_questions(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     write(tmp_path / "mmmu" / "validation.jsonl", row)
     with pytest.raises(TaskError, match=message):
+        MMMU(tmp_path).items()
+
+
+@pytest.mark.parametrize("answer", ["[0, 1)", ["[0, 1)"], "['2', '[0, 1)']"])
+def test_mmmu_answers_that_begin_with_a_bracket(tmp_path: Path, answer: Any) -> None:
+    write(tmp_path / "mmmu" / "validation.jsonl", mmmu_row(answer=answer))
+    task = MMMU(tmp_path)
+    assert value(task, ["it is [0, 1)"], "accuracy") == 100
+    assert value(task, ["it is (0, 1)"], "accuracy") == 0
+
+
+def test_mmmu_refuses_an_id_that_stands_twice(tmp_path: Path) -> None:
+    write(tmp_path / "mmmu" / "validation.jsonl", mmmu_row(), mmmu_row())
+    with pytest.raises(TaskError, match="'validation_Math_1' twice"):
         MMMU(tmp_path).items()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -245,6 +246,7 @@ def test_another_schema_names_the_columns(
 ) -> None:
     source = write_dataset(tmp_path / "source", "vizwiz")
     (source / "test-00000-of-00001.parquet").rename(source / "train-0.parquet")
+    capsys.readouterr()  # the library shows how it writes
     assert prepare("llava-bench", "--from", source, "--data-root", tmp_path / "eval") == 2
     assert "lacks the columns category, image_id; it has" in error_line(capsys)
     assert prepare("mmvet", "--from", source, "--data-root", tmp_path / "eval") == 2
@@ -256,6 +258,13 @@ def test_damaged_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "test-0.parquet").write_bytes(b"PAR1 cut off")
     assert prepare("mmvet", "--from", tmp_path, "--data-root", tmp_path / "eval") == 2
     assert "cannot read lmms-lab/MMVet (test) in" in error_line(capsys)
+    path = write_dataset(tmp_path / "source", "mmvet") / "test-00000-of-00001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 60 + content[64:])  # the first page, not the footer
+    capsys.readouterr()
+    assert prepare("mmvet", "--from", path.parent, "--data-root", tmp_path / "eval") == 2
+    assert "cannot read lmms-lab/MMVet (test) in" in error_line(capsys)
+    assert not (tmp_path / "eval" / "mm-vet" / "llava-mm-vet.jsonl").exists()
 
 
 @pytest.fixture
@@ -290,6 +299,40 @@ def test_originals_from_an_archive(
     assert capsys.readouterr().out == "pope: ready: 3 questions, 1 images\n"
     names = {path.name for path in root.rglob("*.jpg")}
     assert names == {"COCO_val2014_000000000001.jpg"}  # what is asked about, nothing else
+
+
+def test_originals_from_a_tar(pope_archive: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pope.tar.gz"
+    with zipfile.ZipFile(pope_archive) as source, tarfile.open(path, "w:gz") as archive:
+        for name in source.namelist():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content := source.read(name))
+            archive.addfile(entry, BytesIO(content))
+    assert prepare("pope", "--from", path, "--data-root", tmp_path / "eval") == 0
+    assert not (tmp_path / "escape.jpg").exists()
+
+
+@pytest.mark.parametrize("name", ["cut.zip", "cut.tar.gz"])
+def test_archives_that_are_cut_short(
+    pope_archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    whole = pope_archive
+    if name.endswith("gz"):
+        whole = tmp_path / "whole.tar.gz"
+        with tarfile.open(whole, "w:gz") as archive:
+            archive.add(pope_archive, "pope.zip")
+    cut = tmp_path / name
+    cut.write_bytes(whole.read_bytes()[:-300])
+    assert prepare("pope", "--from", cut, "--data-root", tmp_path / "eval") == 2
+    assert "is damaged or cut short" in error_line(capsys)
+
+
+def test_check_alone_goes_through_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare("--check", "--data-root", tmp_path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == list(PLANS)
+    assert all("python -m llava.eval prepare" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_revision_is_told_by_its_count(
@@ -353,7 +396,7 @@ def test_a_folder_of_a_release_is_taken_whole(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: None, "no such file or folder"),
-        (lambda path: path.write_bytes(b"PK\x03\x04 cut"), "nothing that scienceqa still needs"),
+        (lambda path: path.write_bytes(b"not an archive"), "nothing that scienceqa still needs"),
         (lambda path: path.mkdir(), "nothing that scienceqa still needs"),
     ],
 )
@@ -397,3 +440,4 @@ def test_cells_of_tables_keep_their_image_bytes(tmp_path: Path) -> None:
     assert prepare("mmbench", "--from", source, "--data-root", root) == 0
     text = (root / "mmbench" / "mmbench_dev_20230712.tsv").read_text()
     assert base64.b64encode(png("blue")).decode() in text
+    assert text.split("\n")[0].split("\t")[-3:] == ["l2-category", "comment", "split"]

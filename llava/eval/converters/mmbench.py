@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import read_answers
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def sheet(table: Table, answers: Mapping[str | int, str]) -> tuple[list[str], list[list[Cell]]]:
+def sheet(table: Table, answers: Mapping[Any, str]) -> tuple[list[str], list[list[Cell]]]:
     """Columns and rows to upload: the annotation without what the server has, with `prediction`.
 
     A row without an answer keeps an empty cell. Raises TaskError for a table of too few columns.

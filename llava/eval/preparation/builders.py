@@ -23,6 +23,10 @@ from llava.eval.tasks.vizwiz import UNANSWERABLE
 Read = Callable[[Dataset], Iterator[Row]]
 Build = Callable[[Read, Sequence[Dataset], Layout], None]
 
+MMBENCH_COLUMNS = (
+    *("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source"),
+    *("l2-category", "comment", "split"),
+)
 SEED_TYPES = (
     *("Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location"),
     *("Instances Counting", "Spatial Relation", "Instance Interaction", "Visual Reasoning"),
@@ -103,14 +107,13 @@ def mme(read: Read, datasets: Sequence[Dataset], layout: Layout) -> None:
 
 
 def mmbench(path: str) -> Build:
-    """Builder of the TSV file at `path`."""
+    """Builder of the TSV file at `path`, with the columns and their order as published."""
 
     def build(read: Read, datasets: Sequence[Dataset], layout: Layout) -> None:
-        columns = datasets[0].columns
-        lines = ["\t".join(columns)]
+        lines = ["\t".join(MMBENCH_COLUMNS)]
         for row in read(datasets[0]):
-            cells = [_as_base64(row[key]) if key == "image" else row[key] for key in columns]
-            lines.append("\t".join(map(_tsv_cell, cells)))
+            row |= {"image": _as_base64(row["image"]), "l2-category": row.get("L2-category")}
+            lines.append("\t".join(_tsv_cell(row.get(key)) for key in MMBENCH_COLUMNS))
         layout.text(path, "\n".join(lines) + "\n")
 
     return build

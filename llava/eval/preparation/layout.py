@@ -33,7 +33,7 @@ class Layout:
     def json(self, path: str, value: Any) -> None:
         write_atomically(self._below(path), json.dumps(value, ensure_ascii=False))
 
-    def lines(self, path: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    def lines(self, path: str, rows: Iterable[dict[str, Any]]) -> None:
         write_atomically(self._below(path), dump_lines(list(rows)))
 
     def text(self, path: str, text: str) -> None:

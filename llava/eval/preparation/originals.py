@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from llava.eval.preparation.layout import Layout
 from llava.eval.tasks.base import TaskError
+
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,13 @@ def open_store(path: Path) -> Iterator[Store]:
             with tarfile.open(path) as tar:
                 members = {entry.name: entry for entry in tar.getmembers() if entry.isfile()}
                 yield Store(tuple(members), lambda name: _extract(tar, members[name]))
+        elif path.is_file() and path.suffix in ARCHIVES:
+            raise TaskError(f"{path} is damaged or cut short, it is no archive; download it again")
         elif path.is_file():
             yield Store((path.name,), lambda _: path.read_bytes())
         else:
             raise TaskError(f"cannot read {path}: no such file or folder; check the path of --from")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         raise TaskError(f"{path} is damaged or cut short ({error}); download it again") from error
 
 

@@ -47,7 +47,7 @@ def _lmms(name: str, columns: str, split: str = "test", config: str | None = Non
     return Dataset(f"lmms-lab/{name}", config, split, tuple(columns.split()))
 
 
-_MMBENCH = "index question hint A B C D answer category image source L2-category comment split"
+_MMBENCH = "index question hint A B C D answer image"
 _VQA = "question_id image_id question image"
 
 PLANS: dict[str, dict[str, Plan]] = {

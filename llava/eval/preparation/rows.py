@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,21 +49,16 @@ class Reader:
             where, mend = f"{where} in {self.folder}", "download it again"
         try:
             rows = self._open(library, dataset)
-            missing = [name for name in dataset.columns if name not in (rows.column_names or ())]
+            _check_columns(rows, dataset, where)
+            for name, feature in rows.features.items():
+                if undecoded := _undecoded(library, feature):
+                    rows = rows.cast_column(name, undecoded)
+            yield from tqdm(rows, desc=where, unit="row", disable=None)
         except TaskError:
             raise
         except Exception as error:  # of the library, of its storage, of parquet: no common base
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise TaskError(f"cannot read {where}: {reason}; {mend}") from error
-        if missing:
-            raise TaskError(
-                f"{where} lacks the columns {', '.join(missing)}; it has "
-                f"{', '.join(rows.column_names)}. Its schema has changed: give an older revision"
-            )
-        for name, feature in rows.features.items():
-            if undecoded := _undecoded(library, feature):
-                rows = rows.cast_column(name, undecoded)
-        return iter(tqdm(rows, desc=where, unit="row", disable=None))
 
     def _open(self, library: Any, dataset: Dataset) -> Any:
         if self.folder is None:
@@ -88,7 +84,18 @@ def _files(folder: Path, dataset: Dataset) -> list[str]:
     return files
 
 
+def _check_columns(rows: Any, dataset: Dataset, where: str) -> None:
+    there = rows.column_names or ()
+    missing = [name for name in dataset.columns if name not in there]
+    if missing:
+        raise TaskError(
+            f"{where} lacks the columns {', '.join(missing)}; it has {', '.join(there)}. It is "
+            "another dataset or its schema has changed: name one with --dataset"
+        )
+
+
 def _library() -> Any:
+    """The library, told to leave errors to us: they are said once, in one line."""
     try:
         import datasets
     except ImportError as error:
@@ -96,6 +103,7 @@ def _library() -> Any:
             "reading public datasets needs the library datasets: pip install 'llava[data]'; "
             "downloaded originals are put in place without it, see --from"
         ) from error
+    datasets.logging.set_verbosity(logging.CRITICAL)
     return datasets
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,7 +30,10 @@ COLUMNS = ("index", "question", "hint", *LETTERS, "image")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question in one rotation: `options` in the order shown, `answer` the letter shown."""
+    """A question in one rotation: `options` in the order shown, `answer` the letter shown.
+
+    The letter may be beyond the options: where the right one reads "None", nobody can give it.
+    """
 
     index: int
     question: str
@@ -51,7 +55,7 @@ def rotate(prompt: Prompt) -> Iterator[Prompt]:
     count = len(prompt.options)
     for turn in range(count):
         answer = prompt.answer
-        if answer is not None:
+        if answer is not None and LETTERS.index(answer) < count:
             answer = LETTERS[(LETTERS.index(answer) - turn) % count]
         options = prompt.options[turn:] + prompt.options[:turn]
         index = prompt.index + turn * ROTATION
@@ -181,17 +185,14 @@ class MMBench(Benchmark):
         self, row: Mapping[str, str | None], asked: Mapping[int, int], first: Mapping[str, str]
     ) -> Prompt:
         name = row["index"] or ""
-        options = []
-        for letter in LETTERS:
-            if (option := row[letter]) is None:
-                break
-            options.append(option)
+        cells = takewhile(lambda option: not _is_none(option), (row[letter] for letter in LETTERS))
+        options = [option for option in cells if option is not None]
         answer = row.get("answer")
         if row["question"] is None or not options:
             raise TaskError(f"row {name} of {self.path} has no question or no options")
-        if answer is not None and answer not in LETTERS[: len(options)]:
-            raise TaskError(f"the answer {answer!r} of row {name} of {self.path} is no option")
-        hint = [row["hint"]] if row["hint"] is not None else []
+        if answer is not None and answer not in tuple(LETTERS):
+            raise TaskError(f"the answer {answer!r} of row {name} of {self.path} is no letter")
+        hint = [row["hint"]] if row["hint"] is not None and not _is_none(row["hint"]) else []
         return Prompt(
             index=int(name),
             question="\n".join([*hint, row["question"]]),
@@ -210,6 +211,11 @@ class MMBenchCN(MMBench):
     title = "MMBench-CN"
     file = "mmbench_cn/mmbench_dev_cn_20231003.tsv"
     suffix = OPTION_LETTER_CN
+
+
+def _is_none(cell: str | None) -> bool:
+    """Whether LLaVA takes an option or a hint for absent: an empty cell, "none" in any case."""
+    return cell is None or cell.lower() in ("nan", "none")
 
 
 def _rotations(item: Item) -> int:

@@ -116,7 +116,7 @@ class MMMU(Benchmark):
         if not isinstance(row["question"], str):
             raise TaskError(f"{where} is damaged: its `question` is no text")
         options = _as_list(row["options"], where)
-        answers = _as_list(row["answer"], where) if _is_list(row["answer"]) else [row["answer"]]
+        answers = _references(row["answer"])
         if row["question_type"] == "multiple-choice":
             if not options or answers[0] not in list(LETTERS[: len(options)]):
                 raise TaskError(f"{where} needs options, and the letter of one as its answer")
@@ -136,8 +136,14 @@ class MMMU(Benchmark):
         )
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, str) and value.startswith("["))
+def _references(answer: Any) -> list[str]:
+    """Every accepted answer: an open question's may be a list, written as a Python literal."""
+    if isinstance(answer, str) and answer.startswith("["):
+        try:
+            answer = ast.literal_eval(answer)
+        except (ValueError, SyntaxError):  # text that begins with a bracket: [0, 1)
+            return [answer]
+    return [str(entry) for entry in answer] if isinstance(answer, list) else [str(answer)]
 
 
 def _as_list(value: Any, where: str) -> list[str]:
