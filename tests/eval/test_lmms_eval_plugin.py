@@ -12,7 +12,7 @@ from llava.eval.presets import get_preset
 from llava.utils import UserInputError
 
 pytestmark = pytest.mark.skipif(
-    find_spec("lmms_eval") is None, reason="needs lmms-eval 0.7; run bash scripts/test.sh --lmms-eval"
+    find_spec("lmms_eval") is None, reason="needs lmms-eval: bash scripts/test.sh --lmms-eval"
 )
 MODEL = Path(__file__).parents[2] / "playground/llava-tiny"
 
