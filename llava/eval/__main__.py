@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from llava.command_line import OneLineParser
-from llava.eval import compare, quickstart, selection_speed, table_command
+from llava.eval import compare, prepare, quickstart, selection_speed, table_command
 from llava.eval import run as run_command
+from llava.eval.paper_tables import command as paper_table
 from llava.utils import UserInputError
 
 
@@ -16,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it did its work, 2 with one line on stderr for unusable input."""
     parser = OneLineParser(prog="python -m llava.eval", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (quickstart, run_command, compare, table_command, selection_speed):
+    modules = (quickstart, run_command, compare, paper_table, table_command, selection_speed)
+    for module in (*modules, prepare):
         module.add_command(commands)
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(words)

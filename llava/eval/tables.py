@@ -78,7 +78,7 @@ def main_table(result: Record) -> str:
         "prefill",
     ]
     body = [_main_line(row) for row in result["rows"]]
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
 def family_table(result: Record) -> str:
@@ -92,7 +92,7 @@ def family_table(result: Record) -> str:
         cells = [row["families"][name] for name in names]
         shown = [_percent(cell["accuracy"], cell["accuracy_se"]) for cell in cells]
         body.append([row["label"], _count(row["budget"]), *shown])
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
 def readme_section(result: Record) -> str:
@@ -175,7 +175,7 @@ def _count(value: int | None) -> str:
     return "—" if value is None else str(value)
 
 
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are padded, so that it reads as well in a terminal."""
     lines = [list(header), *map(list, body)]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]

@@ -34,8 +34,9 @@ def read_bytes(path: Path, task: str | None = None) -> bytes:
 
 def read_json(path: Path, task: str | None = None) -> Any:
     """The value in a JSON file. Raises TaskError if it is missing or damaged."""
+    content = read_bytes(path, task)
     try:
-        return json.loads(read_bytes(path, task).decode("utf-8"))
+        return json.loads(content.decode("utf-8"))
     except ValueError as error:
         raise TaskError(f"{path} is damaged, it is not JSON: {error}{_how_to_get(task)}") from error
 

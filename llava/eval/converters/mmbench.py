@@ -1,0 +1,78 @@
+"""MMBench: the spreadsheet that its server takes, from an answer file and the annotation table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.command_line import OneLineParser, one_line_errors
+from llava.eval.converters.answers import read_answers
+from llava.eval.tasks.base import TaskError
+from llava.eval.tasks.files import check_ids
+from llava.eval.tasks.tsv import Cell, Table, read_table
+
+DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+PLACE = 6  # of the column of predictions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """LLaVA's `scripts/convert_mmbench_for_submission.py`."""
+    parser = OneLineParser(prog="convert_mmbench_for_submission.py", description=__doc__)
+    parser.add_argument("--annotation-file", type=Path, required=True, help="MMBench's TSV file")
+    parser.add_argument("--result-dir", type=Path, required=True)
+    parser.add_argument("--upload-dir", type=Path, required=True)
+    parser.add_argument("--experiment", required=True, help="RESULT_DIR/EXPERIMENT.jsonl is read")
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        table = read_table(args.annotation_file, columns=("index",))
+        results = args.result_dir / f"{args.experiment}.jsonl"
+        answers = {name: row["text"] for name, row in read_answers(results).items()}
+        check_ids(answers, table.typed("index"), results, args.annotation_file)
+        columns, rows = sheet(table, answers)
+        write_xlsx(args.upload_dir / f"{args.experiment}.xlsx", columns, rows)
+    return 0
+
+
+def sheet(table: Table, answers: Mapping[Any, str]) -> tuple[list[str], list[list[Cell]]]:
+    """Columns and rows to upload: the annotation without what the server has, with `prediction`.
+
+    A row without an answer keeps an empty cell. Raises TaskError for a table of too few columns.
+    """
+    kept = [name for name in table.columns if name not in DROPPED]
+    if len(kept) < PLACE:
+        raise TaskError(
+            f"the annotation table has the columns {', '.join(table.columns)}; `prediction` goes "
+            f"after {PLACE} that are uploaded. Is it MMBench's TSV file?"
+        )
+    cells = {name: table.typed(name) for name in kept}
+    cells["prediction"] = [answers.get(name) for name in table.typed("index")]
+    columns = [*kept[:PLACE], "prediction", *kept[PLACE:]]
+    return columns, [list(row) for row in zip(*(cells[name] for name in columns), strict=True)]
+
+
+def write_xlsx(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+    """Write a workbook of one sheet. Text stays text, also where it starts like a formula.
+
+    Raises:
+        TaskError: openpyxl is not installed.
+    """
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+    except ImportError as error:
+        raise TaskError(
+            "writing MMBench's spreadsheet needs openpyxl; pip install 'llava[data]'"
+        ) from error
+    book = Workbook()
+    for number, row in enumerate([columns, *rows], start=1):
+        for column, value in enumerate(row, start=1):
+            cell = book.active.cell(number, column)
+            if isinstance(value, str):
+                cell.value, cell.data_type = ILLEGAL_CHARACTERS_RE.sub("", value), "s"
+            else:
+                cell.value = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.partial")
+    book.save(temporary)
+    temporary.replace(path)

@@ -1,0 +1,267 @@
+r"""LLaVA with visual token pruning as a model of lmms-eval (0.7), found through its entry points.
+
+    lmms_eval --model llava_pruned --tasks pope --batch_size 8 \
+        --model_args pretrained=liuhaotian/llava-v1.5-7b,pruner=zoo,keep_tokens=64
+
+Requests, prompts and decoding are those of lmms-eval's own `llava`, so figures can be held against
+published ones. `--force_simple` asks with the task's text and pictures, without it with its chat
+messages, which hold the same unless a task writes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+from tqdm import tqdm
+
+from llava.command_line import check_complete, check_conv_mode
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import conv_templates
+from llava.eval.presets import get_preset
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.pruning import PruningConfig
+from llava.sampling import Sampling
+from llava.utils import UserInputError
+
+OPTION_PREFIX = "pruner_"  # pruner_fusion=sum sets the option `fusion`
+IGNORED = ("max_batch_size", "device_map", "use_cache")  # lmms-eval and its `llava` may pass these
+NEW_TOKENS = 1024  # where a task sets no limit
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request: the user's words, with image marks or without any, and the pictures."""
+
+    text: str
+    images: tuple[Image.Image, ...]
+    decoding: Mapping[str, Any]
+
+    @property
+    def marked(self) -> str:
+        """The words with a mark for every picture: one line of marks in front if they had none."""
+        if not self.images or DEFAULT_IMAGE_TOKEN in self.text:
+            return self.text
+        return " ".join([DEFAULT_IMAGE_TOKEN] * len(self.images)) + "\n" + self.text
+
+    @property
+    def words(self) -> str:
+        """The words alone, for methods that read the question."""
+        return self.text.replace(DEFAULT_IMAGE_TOKEN, " ").strip()
+
+    @property
+    def sampling(self) -> Sampling:
+        """lmms-eval's decoding settings with the defaults of its `llava`."""
+        return Sampling(
+            temperature=self.decoding.get("temperature") or 0.0,
+            top_p=self.decoding.get("top_p"),
+            num_beams=self.decoding.get("num_beams", 1),
+            max_new_tokens=self.decoding.get("max_new_tokens", NEW_TOKENS),
+        )
+
+    @property
+    def ends(self) -> list[str]:
+        """Texts that end an answer."""
+        until = self.decoding.get("until", [])
+        return [until] if isinstance(until, str) else list(until)
+
+
+class LlavaPruned(lmms):
+    """The model under lmms-eval's "simple" interface: a text and the pictures of a document.
+
+    Args:
+        pretrained, model_base: as in `load_pretrained_model`.
+        pruner, keep_tokens, keep_ratio, pruner_KEY: the pruning setting; none by default.
+        preset: a named setting instead of `pruner` (`llava.eval.presets`).
+        mm_next_protocol: how LLaVA-1.6 counts tokens; the preset's by default.
+        conv_template: conversation template.
+        dtype: float16, bfloat16 or float32; the loader's by default.
+        device, batch_size: given by lmms-eval.
+
+    Raises UserInputError for an argument that does not exist or cannot be used.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "liuhaotian/llava-v1.5-7b",
+        model_base: str | None = None,
+        pruner: str | None = None,
+        keep_tokens: int | None = None,
+        keep_ratio: float | None = None,
+        preset: str | None = None,
+        mm_next_protocol: str | None = None,
+        conv_template: str = "vicuna_v1",
+        attn_implementation: str = "sdpa",
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        options = {
+            name.removeprefix(OPTION_PREFIX): value
+            for name, value in others.items()
+            if name.startswith(OPTION_PREFIX)
+        }
+        unknown = [n for n in others if not n.startswith(OPTION_PREFIX) and n not in IGNORED]
+        if unknown:
+            raise UserInputError(f"llava_pruned takes no model_args {', '.join(unknown)}")
+        check_conv_mode(conv_template)
+        chosen = None if preset is None else get_preset(preset)
+        if chosen is not None:
+            if pruner is not None or options:
+                raise UserInputError("preset= names method and options; leave pruner= out")
+            pruner, options = chosen.method, dict(chosen.options)
+            dtype, mm_next_protocol = (
+                dtype or chosen.dtype,
+                mm_next_protocol or chosen.mm_next_protocol,
+            )
+        if pruner is None and (options or keep_tokens is not None or keep_ratio is not None):
+            raise UserInputError("keep_tokens=, keep_ratio= and options need pruner=METHOD")
+        pruning = None
+        if pruner is not None:
+            pruning = PruningConfig(pruner, keep_tokens, keep_ratio, options)
+        accelerator = Accelerator()
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if self._world_size > 1:
+            device = str(accelerator.device)
+        loading: dict[str, Any] = {"attn_implementation": attn_implementation}
+        if dtype is not None:
+            loading["dtype"] = getattr(torch, dtype)
+        if mm_next_protocol not in (None, "native"):
+            loading["mm_next_protocol"] = mm_next_protocol
+        self.tokenizer, self.model, self.processor, _ = load_pretrained_model(
+            pretrained,
+            model_base,
+            get_model_name_from_path(pretrained),
+            device=device or "auto",
+            **loading,
+        )
+        check_complete(pretrained, self.tokenizer, self.processor)
+        self.model.pruning = pruning
+        self.model.eval()
+        self.conv_template, self.batch_size = conv_template, int(batch_size)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers in the order of the requests, `batch_size` at a time."""
+        answers: list[str] = []
+        bar = tqdm(total=len(requests), disable=self.rank != 0, desc="answering")
+        for start in range(0, len(requests), self.batch_size):
+            batch = [
+                self.prompt_of(request) for request in requests[start : start + self.batch_size]
+            ]
+            fresh = self.answer(batch)
+            for request, answer in zip(requests[start:], fresh, strict=False):
+                self.cache_hook.add_partial("generate_until", request.args[:3], answer)
+            answers += fresh
+            bar.update(len(fresh))
+        bar.close()
+        return answers
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not offered: tasks of this protocol generate."""
+        raise NotImplementedError("llava_pruned generates answers; this task asks for likelihoods")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not offered, as in lmms-eval's `llava`."""
+        raise NotImplementedError("llava_pruned has no tasks of several rounds")
+
+    def prompt_of(self, request: Instance) -> Prompt:
+        """What a request asks: (text, decoding, pictures of a document, its id, task, split)."""
+        text, decoding, pictures, doc, task, split = request.args
+        images = pictures(self.task_dict[task][split][doc]) or []
+        return Prompt(text, tuple(image.convert("RGB") for image in images), decoding)
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Answers to prompts; those that decode alike and have images, or have none, together."""
+        answers = [""] * len(prompts)
+        for places in _groups(prompts):
+            texts = self._generate([prompts[place] for place in places])
+            for place, text in zip(places, texts, strict=True):
+                answers[place] = _until(text.strip(), prompts[place].ends)
+        return answers
+
+    @torch.inference_mode()
+    def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        rows = [tokenizer_image_token(self._render(prompt), self.tokenizer) for prompt in prompts]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        shown: dict[str, Any] = {"images": None}
+        images = [image for prompt in prompts for image in prompt.images]
+        if images:
+            pixels = process_images(images, self.processor, self.model.config)
+            shown = {"images": pixels, "image_sizes": [image.size for image in images]}
+        output = self.model.generate(
+            inputs=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            questions=[prompt.words for prompt in prompts],
+            **shown,
+            **prompts[0].sampling.arguments(),
+        )
+        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
+
+    def _render(self, prompt: Prompt) -> str:
+        conversation = conv_templates[self.conv_template].copy()
+        conversation.append_message(conversation.roles[0], prompt.marked)
+        conversation.append_message(conversation.roles[1], None)
+        return conversation.get_prompt()
+
+
+class LlavaPrunedChat(LlavaPruned):
+    """The same under lmms-eval's "chat" interface: messages of one user turn."""
+
+    is_simple = False
+
+    def prompt_of(self, request: Instance) -> Prompt:
+        """What a request asks: (text, messages of a document, decoding, its id, task, split).
+
+        Raises UserInputError for other media than pictures, and for several turns.
+        """
+        _, messages, decoding, doc, task, split = request.args
+        turns = messages(self.task_dict[task][split][doc])
+        parts = [part for turn in turns if turn["role"] == "user" for part in turn["content"]]
+        kinds = {part["type"] for part in parts}
+        if len(turns) != 1 or not kinds <= {"text", "image"}:
+            raise UserInputError(
+                f"task {task} asks in {len(turns)} turns of {', '.join(sorted(kinds))}; "
+                "llava_pruned takes one turn of text and images"
+            )
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        images = [part["url"].convert("RGB") for part in parts if part["type"] == "image"]
+        return Prompt(text, tuple(images), decoding)
+
+
+def manifests() -> ModelManifest:
+    """What the entry point `lmms_eval.models` hands out."""
+    return ModelManifest(
+        "llava_pruned",
+        simple_class_path=f"{__name__}.{LlavaPruned.__name__}",
+        chat_class_path=f"{__name__}.{LlavaPrunedChat.__name__}",
+    )
+
+
+def _groups(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """Places of prompts that one call of `generate` can answer."""
+    groups: dict[tuple[bool, Sampling], list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault((bool(prompt.images), prompt.sampling), []).append(place)
+    yield from groups.values()
+
+
+def _until(text: str, ends: Sequence[str]) -> str:
+    """`text` before the first of `ends` in it."""
+    for end in ends:
+        if end:
+            text = text.split(end)[0]
+    return text

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Ablation: step h.
+#
+#   bash scripts/tables/ablation_step.sh [--demo] [--dry-run] [options of paper-table]
+#
+# Variables and further arguments: scripts/tables/common.sh.
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+make_table ablation_step "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Efficiency: times of LLaVA-NeXT-7B, one question at a time.
+#
+#   bash scripts/tables/efficiency_llava_next_7b.sh [--demo] [--dry-run] [options of paper-table]
+#
+# Variables and further arguments: scripts/tables/common.sh.
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+make_table efficiency_llava_next_7b "$@"
