@@ -23,7 +23,7 @@ TASKS = {
 
 
 def run(
-    script: Path, *words: str, timeout: float = 60, **variables: str
+    script: Path, *words: str, timeout: float = 300, **variables: str
 ) -> subprocess.CompletedProcess:
     names = ("PRUNER", "KEEP_TOKENS", "PRUNER_OPTIONS", "MODEL", "DATA_ROOT", "OUTPUT", "DRY_RUN")
     clean = {k: v for k, v in os.environ.items() if k not in (*names, "CUDA_VISIBLE_DEVICES")}
