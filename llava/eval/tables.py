@@ -62,7 +62,7 @@ def summary_table(result: Record) -> str:
         [label, *(cells.get(budget, "") for budget in columns)]
         for (label, _), cells in lines.items()
     ]
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
 def main_table(result: Record) -> str:
