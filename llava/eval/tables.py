@@ -32,9 +32,12 @@ SUMMARY_LEGEND = (
 
 def render(result: Record) -> str:
     """One line per method, the main table, its legend and the table per family, as Markdown."""
-    summary = [SUMMARY_LEGEND, summary_table(result)]
-    parts = [*summary, main_table(result), *notes(result), LEGEND, family_table(result)]
+    parts = [SUMMARY_LEGEND, summary_table(result), *_settings(result), family_table(result)]
     return "\n\n".join(parts) + "\n"
+
+
+def _settings(result: Record) -> list[str]:
+    return [main_table(result), *notes(result), LEGEND]
 
 
 def notes(result: Record) -> list[str]:
@@ -96,7 +99,7 @@ def family_table(result: Record) -> str:
 
 
 def readme_section(result: Record) -> str:
-    """What the README shows of a tracked result file, conditions included."""
+    """What the README shows of a tracked result file: conditions, summary, long tables folded."""
     run = result["run"]
     git = run["git"]
     commit = git["commit"][:10] + (" (with local changes)" if git["dirty"] else "") if git else "?"
@@ -108,7 +111,19 @@ def readme_section(result: Record) -> str:
         f"thread(s), torch {versions['torch']}, transformers {versions['transformers']}, "
         f"commit {commit}. Made by `{run['command']}`."
     )
-    return f"{conditions}\n\n{render(result)}"
+    parts = [
+        conditions,
+        SUMMARY_LEGEND,
+        summary_table(result),
+        *_folded("Every setting: tokens, paired difference, time", _settings(result)),
+        *_folded("Accuracy per question family", [family_table(result)]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _folded(title: str, parts: Sequence[str]) -> list[str]:
+    """Markdown that a page shows when its title is opened."""
+    return [f"<details><summary>{title}</summary>", *parts, "</details>"]
 
 
 def readme_drift(readme: Path, result: Path) -> str | None:

@@ -21,7 +21,7 @@ from llava.eval import quickstart as command
 from llava.eval.__main__ import main
 from llava.eval.quickstart import FILES, PICTURES, describe
 from llava.eval.subject import load_subject
-from llava.eval.tables import readme_section
+from llava.eval.tables import readme_section, render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.pruning import list_methods
 from llava.pruning.catalogue import figures
@@ -64,7 +64,12 @@ def test_files_and_their_contents(output: Path, checkpoint: Path) -> None:
 
 
 def test_result_file_renders_the_printed_table(output: Path) -> None:
-    assert (output / "table.md").read_text() in readme_section(read(output / "result.json"))
+    printed = (output / "table.md").read_text()
+    result = read(output / "result.json")
+    assert printed == render(result)
+    section = readme_section(result).splitlines()
+    assert set(printed.splitlines()) <= set(section)
+    assert section.count("</details>") == 2
 
 
 def test_second_run_answers_nothing_again(
