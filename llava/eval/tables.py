@@ -60,7 +60,7 @@ def summary_table(result: Record) -> str:
         lines.setdefault((row["label"], row["control"]), {})[row["budget"]] = shown
     budgets = sorted({row["budget"] for row in result["rows"] if row["budget"]}, reverse=True)
     columns = [*budgets, None] if any(None in cells for cells in lines.values()) else budgets
-    header = ["method", *("none" if budget is None else str(budget) for budget in columns)]
+    header = ["method", *("0" if budget is None else str(budget) for budget in columns)]
     body = [
         [label, *(cells.get(budget, "") for budget in columns)]
         for (label, _), cells in lines.items()

@@ -117,7 +117,7 @@ def test_impossible_cell_gives_the_reason_and_no_number(result: dict) -> None:
 def test_summary_has_one_line_per_method(result: dict) -> None:
     table = summary_table(result)
     header = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
-    assert header == ["method", "576", "64", "none"]
+    assert header == ["method", "576", "64", "0"]
     assert cells(table, "none") == ["75.0 ± 25.0", "", ""]
     assert cells(table, "zoo") == ["", "50.0 ± 28.9", ""]
     assert cells(table, "pool") == ["", "n/a", ""]
