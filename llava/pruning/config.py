@@ -179,7 +179,7 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
             continue
         try:
             options[key] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or more of it than can be read
             options[key] = text
     return options
 

@@ -138,6 +138,8 @@ def test_parse_options() -> None:
         "a": True,
         "b": "x=y",
     }
+    for long in ("1" * 5000, "[" * 100_000):  # JSON that Python's reader gives up on
+        assert parse_options([f"seed={long}"]) == {"seed": long}
     for bad, message in ((["seed"], "key=value"), (["=3"], "key=value"), (["a=1", "a=2"], "twice")):
         with pytest.raises(PruningError, match=message):
             parse_options(bad)
