@@ -121,6 +121,7 @@ def test_other_tools_words_are_converted_and_echoed_once(word, value, want) -> N
         ({"method": "zoo", "pruning_ratio": 0.5, "keep_tokens": 3}, "give one budget"),
         ({"method": "zoo", "keep_token": 3}, "did you mean 'keep_tokens'"),
         ({"method": "zoo", "keep_tokens": 3, "options": [1]}, "options must be a mapping"),
+        ({"method": "zoo", "keep_tokens": 3, "options": []}, "options must be a mapping"),
     ],
 )
 def test_from_dict_refuses(data, message) -> None:
