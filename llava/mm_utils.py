@@ -279,11 +279,11 @@ def process_images(
 def _refuse_strip(size: Size, aspect: str | None, processor: Any) -> None:
     """Raise UserInputError for a picture that would fill the memory on its way to a square."""
     short, long = sorted(size)
-    tile = processor.size.get("shortest_edge")
     if aspect == "pad":
         enlarged = long * long
-    else:
-        enlarged = 0 if tile is None or not short else tile * tile * long // short
+    else:  # a processor without a shortest edge squeezes, and makes nothing larger than its tile
+        edge = processor.size.get("shortest_edge") or 0
+        enlarged = edge * edge * long // max(short, 1)
     if enlarged > MAX_ENLARGED_PIXELS:
         raise UserInputError(
             f"a picture of {size[0]} x {size[1]} pixels is too long and thin: made a square, it "

@@ -146,7 +146,7 @@ class PruningConfig:
         for key in _mapping("a pruning setting", data):
             if key not in allowed:
                 raise unknown("pruning setting", key, allowed)
-        options = {} if data.get("options") is None else data["options"]
+        options: Any = {} if data.get("options") is None else data["options"]
         choices = {name: data[name] for name in CHOICES if name in data}
         return cls(data.get("method", "none"), **_budget(data), options=options, **choices)
 

@@ -248,7 +248,7 @@ def check_whole(name: str, value: object, at_least: int) -> None:
 def check_seed(value: object) -> None:
     """Raise PruningError unless `value` is a seed that random generators take."""
     check_whole("seed", value, at_least=0)
-    if value >= 2**64:  # type: ignore[operator]
+    if isinstance(value, int) and value >= 2**64:
         raise PruningError(f"seed must be below 2**64, got {value!r}")
 
 
