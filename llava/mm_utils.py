@@ -24,6 +24,10 @@ NEXT_PROTOCOLS = ("native", "fixed2880", "zoo-release")
 RELEASED_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
+# Of a padded picture, or one scaled until its shorter side fills a tile: 1 GB as RGB.
+MAX_ENLARGED_PIXELS = 320_000_000
+
+
 def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
     """Choose the canvas that keeps the most of an image's pixels.
 
@@ -242,7 +246,8 @@ def process_images(
         float32 [B, 3, H, W] (anyres: [B, T, 3, H, W]), or a list where the shapes differ.
 
     Raises:
-        UserInputError: a kind of tiles that LLaVA-1.6 does not have.
+        UserInputError: a kind of tiles that LLaVA-1.6 does not have, or a picture so long and thin
+            that the way to its tile takes more than ``MAX_ENLARGED_PIXELS``.
     """
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
     if isinstance(aspect, str) and aspect.startswith("anyres") and aspect != "anyres":
@@ -257,6 +262,8 @@ def process_images(
         tiles = [process_anyres_image(image, image_processor, canvases) for image in images]
         same = all(t.shape == tiles[0].shape for t in tiles)
         return torch.stack(tiles) if same else tiles
+    for image in images:
+        _refuse_strip(image.size, aspect, image_processor)
     if aspect == "pad":
         background = tuple(int(mean * 255) for mean in image_processor.image_mean)
         images = [expand2square(image, background) for image in images]
@@ -269,6 +276,21 @@ def process_images(
     return pixels
 
 
+def _refuse_strip(size: Size, aspect: str | None, processor: Any) -> None:
+    """Raise UserInputError for a picture that would fill the memory on its way to a square."""
+    short, long = sorted(size)
+    if aspect == "pad":
+        enlarged = long * long
+    else:  # a processor without a shortest edge squeezes, and makes nothing larger than its tile
+        edge = processor.size.get("shortest_edge") or 0
+        enlarged = edge * edge * long // max(short, 1)
+    if enlarged > MAX_ENLARGED_PIXELS:
+        raise UserInputError(
+            f"a picture of {size[0]} x {size[1]} pixels is too long and thin: made a square, it "
+            f"would take {enlarged / 1e6:.0f} million pixels; cut it into parts, or scale it down"
+        )
+
+
 def load_image_from_base64(image: str) -> Image.Image:
     """Decode a base64 image file.
 
@@ -277,7 +299,7 @@ def load_image_from_base64(image: str) -> Image.Image:
     """
     try:
         return Image.open(BytesIO(base64.b64decode(image)))
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError, Image.DecompressionBombError) as error:
         raise UserInputError(
             f"the base64 text does not hold an image ({error}); encode the bytes of an image file"
         ) from error
@@ -300,7 +322,15 @@ def tokenizer_image_token(
 
     Raises:
         ValueError: another value of ``return_tensors``.
+        UserInputError: the prompt holds what is no text, such as bytes that could not be decoded.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserInputError(
+            f"the prompt holds {error.object[error.start]!r} at place {error.start}, which is no "
+            "character; write it in UTF-8"
+        ) from error
     bos = tokenizer.bos_token_id
     chunks = [tokenizer(chunk).input_ids for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
     starts_with_bos = bool(chunks[0]) and bos is not None and chunks[0][0] == bos

@@ -8,13 +8,16 @@ from typing import Any
 
 from llava.utils import UserInputError
 
+# Answers are greedy long before this; logits divided by much less are no numbers any more.
+LOWEST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
     """Decoding settings, checked when they are made.
 
     Attributes:
-        temperature: 0 is greedy, else the logits are divided by it.
+        temperature: 0 is greedy, else the logits are divided by it: at least LOWEST_TEMPERATURE.
         top_p: sample from the likeliest tokens of this total probability, in (0, 1]; None: all.
         num_beams: beams of the search, at least 1.
         max_new_tokens: longest answer, at least 1.
@@ -29,6 +32,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, "a number of at least 0", float, 0, math.inf)
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise UserInputError(
+                f"temperature {self.temperature!r} is too close to 0 to divide by; give 0, which "
+                f"is greedy, or at least {LOWEST_TEMPERATURE:g}"
+            )
         if self.top_p is not None:
             _check("top_p", self.top_p, "a share in (0, 1]", float, math.ulp(0), 1)
         for name in ("num_beams", "max_new_tokens"):

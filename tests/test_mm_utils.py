@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_images import png_claiming
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.mm_utils import (
@@ -188,12 +189,29 @@ def test_unusable_tiles(settings, message: str, processor: CLIPImageProcessorPil
         process_images([Image.new("RGB", (8, 8))], processor, config)
 
 
+@pytest.mark.parametrize("size", [(100_000, 10), (2, 100_000)])
+@pytest.mark.parametrize("aspect", ["pad", "square", "anyres"])
+def test_strips_do_not_fill_the_memory(
+    size: tuple[int, int], aspect: str, processor: CLIPImageProcessorPil
+) -> None:
+    """Their square has 10,000 million pixels; LLaVA-1.6 cuts its tiles from a small canvas."""
+    config = SimpleNamespace(image_aspect_ratio=aspect)
+    strip = [Image.new("RGB", size)]
+    if aspect == "anyres":
+        assert process_images(strip, processor, config).shape[-3] == 3
+    else:
+        with pytest.raises(UserInputError, match=f"{size[0]} x {size[1]} pixels is too long"):
+            process_images(strip, processor, config)
+
+
 def test_base64_images() -> None:
     buffer = BytesIO()
     Image.new("RGB", (3, 2)).save(buffer, format="PNG")
     assert load_image_from_base64(base64.b64encode(buffer.getvalue()).decode()).size == (3, 2)
     with pytest.raises(UserInputError, match="does not hold an image"):
         load_image_from_base64(base64.b64encode(b"no image").decode())
+    with pytest.raises(UserInputError, match=r"does not hold an image .*bomb"):
+        load_image_from_base64(base64.b64encode(png_claiming(60_000, 60_000)).decode())
 
 
 class WordTokenizer:

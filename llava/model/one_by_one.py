@@ -6,10 +6,17 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from llava.model.inputs import check_sizes
 from llava.model.instruction import check_questions
 from llava.model.splice import count_marks, share_images, unpadded
 from llava.model.tiles import Images
 from llava.utils import UserInputError
+
+# Arguments of `generate` that hold all rows, or are told which row they are asked about.
+OF_A_BATCH = (
+    *("streamer", "position_ids", "return_dict_in_generate"),
+    *("past_key_values", "prefix_allowed_tokens_fn"),
+)
 
 
 def generate_rows(
@@ -31,11 +38,12 @@ def generate_rows(
         ``num_return_sequences`` asks for them.
 
     Raises:
-        UserInputError: what belongs to a batch as a whole: a streamer, positions, a dictionary of
-            outputs; images or questions that do not match the rows.
+        UserInputError: what belongs to a batch as a whole (``OF_A_BATCH``); images, their sizes or
+            questions that do not match the rows.
     """
-    for name in ("streamer", "position_ids", "return_dict_in_generate"):
-        if kwargs.get(name) is not None and kwargs[name] is not False:
+    for name in OF_A_BATCH:
+        value = _setting(model, kwargs, name)
+        if value is not None and value is not False:
             raise UserInputError(
                 f"{name} belongs to a batch as a whole, and strict=True runs its rows one by one; "
                 "leave one of the two out"
@@ -44,7 +52,7 @@ def generate_rows(
     if questions is not None:
         check_questions(questions, len(rows), "prompts")
     count = 0 if images is None else len(images)
-    sizes = image_sizes if image_sizes is not None and len(image_sizes) == count else None
+    sizes = None if images is None else check_sizes(image_sizes, count)
     new = []
     for number, share in enumerate(share_images(count_marks(rows), count)):
         own = slice(share.start, share.stop)
@@ -61,9 +69,14 @@ def generate_rows(
 
 def _padding(model: Any, kwargs: dict[str, Any]) -> int:
     """What ``generate`` fills up rows with that have ended."""
-    config = kwargs.get("generation_config") or model.generation_config
     for name in ("pad_token_id", "eos_token_id"):
-        value = kwargs.get(name, getattr(config, name, None))
+        value = _setting(model, kwargs, name)
         if value is not None:
             return value[0] if isinstance(value, list) else int(value)
     return 0
+
+
+def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """What ``generate`` goes by: the argument, else the generation config."""
+    config = kwargs.get("generation_config") or model.generation_config
+    return kwargs.get(name, getattr(config, name, None))

@@ -146,7 +146,7 @@ class PruningConfig:
         for key in _mapping("a pruning setting", data):
             if key not in allowed:
                 raise unknown("pruning setting", key, allowed)
-        options = data.get("options") or {}
+        options: Any = {} if data.get("options") is None else data["options"]
         choices = {name: data[name] for name in CHOICES if name in data}
         return cls(data.get("method", "none"), **_budget(data), options=options, **choices)
 
@@ -179,7 +179,7 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
             continue
         try:
             options[key] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or more of it than can be read
             options[key] = text
     return options
 

@@ -70,8 +70,11 @@ def chat(session: Session, overlay: Path | None = None) -> None:
     if interactive:
         with suppress(ImportError):  # line editing and history, where the platform has them
             import readline  # noqa: F401
-    while line := read_line(session.chat.roles[0]):
+    while True:
         try:
+            line = read_line(session.chat.roles[0])
+            if not line:
+                return
             respond(session, line, overlay)
         except Leave:
             return
@@ -100,7 +103,10 @@ def respond(session: Session, line: str, overlay: Path | None) -> None:
 
 
 def read_line(role: str) -> str:
-    """One line of stdin; empty at its end. Ctrl-C only drops the line typed so far."""
+    """One line of stdin; empty at its end. Ctrl-C only drops the line typed so far.
+
+    Raises UserInputError for bytes that are no text.
+    """
     while True:
         try:
             return input(f"{spoken(role)}: ").strip()
@@ -109,6 +115,8 @@ def read_line(role: str) -> str:
             return ""
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit leaves)")
+        except UnicodeDecodeError as error:
+            raise UserInputError(f"the input is no {error.encoding} text; convert it") from error
 
 
 def spoken(role: str) -> str:

@@ -150,7 +150,10 @@ COST_ROWS: dict[str, Callable[[Any], str]] = {
 
 
 def save_overlay(session: Session, argument: str) -> str:
-    path = Path(unquoted(argument)).expanduser()
+    try:
+        path = Path(unquoted(argument)).expanduser()
+    except RuntimeError as error:  # no such home folder
+        raise UserInputError(f"cannot save {argument}: {error}; give another path") from error
     session.save_overlay(path)
     return f"[saved {path}]"
 

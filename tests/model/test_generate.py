@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import DynamicCache, GenerationConfig
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
@@ -96,11 +97,30 @@ def test_strict_refuses_what_belongs_to_a_batch(small_model: Make) -> None:
         ("position_ids", torch.zeros_like(ids)),
         ("return_dict_in_generate", True),
         ("streamer", object()),
+        ("past_key_values", DynamicCache()),
+        ("prefix_allowed_tokens_fn", lambda row, _: [row]),
     ):
         with pytest.raises(UserInputError, match=f"{name} belongs to a batch as a whole"):
             small_model().generate(ids, strict=True, **{name: value}, **GREEDY)
     with pytest.raises(UserInputError, match="1 texts were given for 2 prompts"):
         small_model().generate(ids, strict=True, questions=["What?"], **GREEDY)
+    settings = GenerationConfig(return_dict_in_generate=True, max_new_tokens=1)
+    with pytest.raises(UserInputError, match="return_dict_in_generate belongs to a batch"):
+        small_model().generate(ids, strict=True, generation_config=settings)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [([(28, 28)] * 3, "3 entries for 2 images"), (5, "a list of pairs, got 5")],
+)
+def test_sizes_that_are_not_those_of_the_images(
+    strict: bool, sizes: object, message: str, small_model: Make, pixels
+) -> None:
+    """Without them tiles would be arranged in another way, and no picture of them drawn."""
+    ids, images = torch.tensor([[1, IMG, 5], [1, IMG, 6]]), pixels(2, side=28)
+    with pytest.raises(UserInputError, match=message):
+        small_model().generate(ids, images=images, image_sizes=sizes, strict=strict, **GREEDY)
 
 
 @pytest.mark.parametrize("pruning", [None, {"method": "divprune", "keep_tokens": 3}])

@@ -121,6 +121,7 @@ def test_other_tools_words_are_converted_and_echoed_once(word, value, want) -> N
         ({"method": "zoo", "pruning_ratio": 0.5, "keep_tokens": 3}, "give one budget"),
         ({"method": "zoo", "keep_token": 3}, "did you mean 'keep_tokens'"),
         ({"method": "zoo", "keep_tokens": 3, "options": [1]}, "options must be a mapping"),
+        ({"method": "zoo", "keep_tokens": 3, "options": []}, "options must be a mapping"),
     ],
 )
 def test_from_dict_refuses(data, message) -> None:
@@ -138,6 +139,8 @@ def test_parse_options() -> None:
         "a": True,
         "b": "x=y",
     }
+    for long in ("1" * 5000, "[" * 100_000):  # JSON that Python's reader gives up on
+        assert parse_options([f"seed={long}"]) == {"seed": long}
     for bad, message in ((["seed"], "key=value"), (["=3"], "key=value"), (["a=1", "a=2"], "twice")):
         with pytest.raises(PruningError, match=message):
             parse_options(bad)

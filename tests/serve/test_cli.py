@@ -85,6 +85,20 @@ def test_end_of_input_leaves(
     assert "tokens" not in capsys.readouterr().out
 
 
+def test_input_that_is_no_text(
+    checkpoint: Path,
+    picture: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"What is \xff?\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    with pytest.raises(SystemExit) as stop:
+        main(["--model-path", str(checkpoint), "--image-file", str(picture)])
+    assert stop.value.code == 2
+    assert "error: the input is no utf-8 text; convert it\n" in capsys.readouterr().err
+
+
 def test_without_pruning_all_tokens_are_used(
     checkpoint: Path,
     picture: Path,

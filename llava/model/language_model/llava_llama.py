@@ -234,7 +234,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             questions: what each prompt asks, without template and system text; read by pruning
                 methods that choose by it, and by nothing else.
             strict: run the rows one by one, so that each is bit for bit what it is alone; in a
-                batch, rounding may decide between tokens of nearly equal scores.
+                batch, rounding may decide between tokens of nearly equal scores. Sampling still
+                draws from the global generator, one row after the other.
 
         Returns:
             The new tokens only, int64 [B, new], or transformers' dictionary of them.

@@ -245,6 +245,13 @@ def check_whole(name: str, value: object, at_least: int) -> None:
         raise PruningError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
 
 
+def check_seed(value: object) -> None:
+    """Raise PruningError unless `value` is a seed that random generators take."""
+    check_whole("seed", value, at_least=0)
+    if isinstance(value, int) and value >= 2**64:
+        raise PruningError(f"seed must be below 2**64, got {value!r}")
+
+
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise PruningError unless `value` is one of `allowed`."""
     if value not in allowed:

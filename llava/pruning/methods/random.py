@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod, check_whole
+from llava.pruning.methods.base import PruningMethod, check_seed
 from llava.pruning.registry import register
 from llava.pruning.selection.max_min import selectable
 from llava.pruning.selection.picks import Picks, unscored
@@ -35,7 +35,7 @@ class Random(PruningMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("seed", self.seed, at_least=0)
+        check_seed(self.seed)
 
     def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
         rows = []

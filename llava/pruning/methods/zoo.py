@@ -11,7 +11,7 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.projectors import low_rank
 from llava.pruning.importance.sensitivity import sensitivity
-from llava.pruning.methods.base import SimilarityMethod, check_whole
+from llava.pruning.methods.base import SimilarityMethod, check_seed, check_whole
 from llava.pruning.registry import register
 from llava.pruning.selection.fusion import check_fusion, fuse
 from llava.pruning.selection.picks import Picks
@@ -54,7 +54,7 @@ class Zoo(SimilarityMethod):
 
     def __post_init__(self) -> None:
         check_whole("directions", self.directions, at_least=1)
-        check_whole("seed", self.seed, at_least=0)
+        check_seed(self.seed)
         check_fusion(self.fusion)
         if self.projector_rank is not None:
             check_whole("projector_rank", self.projector_rank, at_least=1)
