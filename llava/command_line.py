@@ -14,6 +14,20 @@ import torch
 from llava.conversation import SeparatorStyle, conv_mode_for, conv_templates
 from llava.utils import UserInputError
 
+# What the user can mend; anything else that is raised is a bug of ours and keeps its traceback.
+MENDABLE = (UserInputError, OSError, torch.OutOfMemoryError)
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of `MENDABLE`: what is wrong and what to do."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the device has too little memory; use a smaller batch, --load-8bit or --load-4bit, "
+            f"fewer visual tokens, or another --device ({text.split('. ')[0]})"
+        )
+    return text
+
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line and exit code 2, without the usage text."""
@@ -24,16 +38,13 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, debug: bool = False) -> Iterator[None]:
-    """Turn what the user can mend into one line on stderr and exit code 2; `debug` lets it rise.
-
-    Anything else that is raised inside is a bug of ours and keeps its traceback.
-    """
+    """Turn what the user can mend into one line on stderr and exit code 2; `debug` lets it rise."""
     try:
         yield
-    except (UserInputError, OSError) as error:
+    except MENDABLE as error:
         if debug:
             raise
-        parser.error(str(error) or type(error).__name__)
+        parser.error(explain(error))
 
 
 def device_name(name: str) -> str:

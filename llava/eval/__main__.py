@@ -6,11 +6,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from llava.command_line import OneLineParser
+from llava.command_line import MENDABLE, OneLineParser, explain
 from llava.eval import compare, prepare, quickstart, selection_speed, table_command
 from llava.eval import run as run_command
 from llava.eval.paper_tables import command as paper_table
-from llava.utils import UserInputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command_line = shlex.join(["python", "-m", "llava.eval", *words])
     try:
         return args.run(args)
-    except (UserInputError, OSError) as error:
-        print(f"llava.eval: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except MENDABLE as error:
+        print(f"llava.eval: error: {explain(error)}", file=sys.stderr)
         return 2
 
 

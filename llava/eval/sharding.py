@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from llava.command_line import MENDABLE, explain
 from llava.eval.results import ResultError
 from llava.utils import UserInputError
 
@@ -58,13 +59,13 @@ class Processes:
         if self.world == 1:
             return action()
         reply: list[Any] = [None, None]
-        failure: UserInputError | OSError | None = None
+        failure: Exception | None = None
         if self.first:
             try:
                 reply[0] = action()
-            except (UserInputError, OSError) as error:
+            except MENDABLE as error:
                 failure = error
-                reply[1] = str(error)
+                reply[1] = explain(error)
         self._talk(lambda: dist.broadcast_object_list(reply, src=0))
         if failure is not None:
             raise failure
