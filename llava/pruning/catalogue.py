@@ -110,8 +110,8 @@ def figures(results: Path) -> dict[str, str]:
 
 def _figure(row: dict[str, Any], whole: bool) -> str:
     error = MISSING if row["accuracy_se"] is None else f"{100 * row['accuracy_se']:.1f}"
-    setting = row["label"].partition("(")[2]
-    note = f"all {row['budget']} tokens" if whole else setting.rstrip(")")
+    setting = row["label"].partition("(")[2].removesuffix(")")
+    note = f"all {row['budget']} tokens" if whole else setting
     return f"{100 * row['accuracy']:.1f} ± {error}" + (f" ({note})" if note else "")
 
 

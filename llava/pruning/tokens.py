@@ -94,7 +94,7 @@ class VisualTokens:
             `cls_feature` [Dv]: the class token's feature, in the tower's precision.
             `object_attention` [N]: as `received_attention`, at 9/24 of the depth.
             `next_cls_attention`, `next_single_head_attention` [N], `next_keys` [N, C]: of the block
-            after the features, with its heads, all heads taken for one, heads side by side.
+            after the features, mean over heads, all heads taken for one, heads side by side.
         class_token: whether the tower has one. Where it has none (SigLIP), everything in `extras`
             that is its attention is the mean over all patches' queries, and there is no
             `cls_feature`.

@@ -48,7 +48,7 @@ def test_equal_the_eager_tower(model, tmp_path: Path, pixels) -> None:
         "encoder_keys": keys[1][:, 1:].unflatten(-1, (2, 8)).mean(dim=2),
         "cls_feature": hidden[2][:, 0],
         "object_attention": attention[0].sum(dim=1).mean(dim=1)[:, 1:],
-        "next_cls_attention": attention[2].sum(dim=1)[:, 0, 1:],
+        "next_cls_attention": attention[2].mean(dim=1)[:, 0, 1:],
         "next_single_head_attention": single[:, 0, 1:],
         "next_keys": keys[2][:, 1:],
     }

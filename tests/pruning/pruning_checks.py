@@ -260,12 +260,21 @@ def check_constant_features(name: str) -> None:
 
 
 def check_non_finite_refused(name: str) -> None:
-    """NaN and inf are refused by tile and token, whichever side of the projector they are on."""
+    """NaN and inf are refused by tile and token, whichever side of the projector they are on.
+
+    So they are in all else that the method reads.
+    """
     for where in ("features", "projected"):
         for value in (torch.nan, torch.inf):
             visual = visual_for(name)
             getattr(visual, where)[1, 5, 0] = value
             with pytest.raises(PruningError, match=f"{where} of tile 1, token 5"):
+                prune_visual_tokens(visual, PruningConfig(name, keep_tokens=4))
+    for key, entries in visual_for(name).extras.items():
+        if isinstance(entries[1], Tensor):
+            visual = visual_for(name)
+            visual.extras[key][1][..., 0] = torch.nan
+            with pytest.raises(PruningError, match="NaN"):
                 prune_visual_tokens(visual, PruningConfig(name, keep_tokens=4))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import sheet_vectors as sheet
@@ -28,13 +30,17 @@ def fopru_inputs():
 
 def test_fopru_ranks_by_attention_received() -> None:
     matrix, visual = fopru_inputs()
-    for options, scores in (
-        ({}, matrix[1:, 1:].mean(dim=0)),
-        ({"class_query": True}, matrix[:, 1:].mean(dim=0)),
-        ({"significance": "class"}, matrix[0, 1:]),
+    both = ("cls_attention", "received_attention")
+    for options, needs, scores in (
+        ({}, both, matrix[1:, 1:].mean(dim=0)),
+        ({"class_query": True}, both[1:], matrix[:, 1:].mean(dim=0)),
+        ({"significance": "class"}, both[:1], matrix[0, 1:]),
     ):
         want = sorted(scores.argsort(descending=True)[:10].tolist())
-        assert sheet.picks(visual, "fopru", 10, **options) == want
+        assert sheet.method("fopru", **options).needs == needs
+        # Nothing else is collected, so nothing else may be read.
+        given = replace(visual, extras={need: visual.extras[need] for need in needs})
+        assert sheet.picks(given, "fopru", 10, **options) == want
 
 
 def test_fopru_keeps_whole_rows() -> None:

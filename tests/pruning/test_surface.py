@@ -121,6 +121,7 @@ def test_our_figures_come_from_the_result_file(tmp_path: Path, capsys) -> None:
         {"method": "zoo", "accuracy": 0.5},
         {"method": "cdpruner", "label": "cdpruner(relevance=none)", "accuracy": 0.25},
         {"method": "cen-prune", "label": "cen-prune(divprune)", "accuracy": 0.125},
+        {"method": "vispruner", "label": "vispruner(a(b=c))", "accuracy": 0.75},
         {"method": "norm", "accuracy": 0.3, "accuracy_se": None},
         {"method": "pool", "unavailable": "no factors"},
         {"method": "none", "arm": "shuffled-image", "budget": 576, "accuracy": 0.2},
@@ -131,6 +132,7 @@ def test_our_figures_come_from_the_result_file(tmp_path: Path, capsys) -> None:
     assert ours["zoo"] == "50.0 ± 1.2"
     assert ours["cdpruner"] == "25.0 ± 1.2 (relevance=none)"
     assert ours["cen-prune"] == "12.5 ± 1.2 (divprune)"
+    assert ours["vispruner"] == "75.0 ± 1.2 (a(b=c))"
     assert ours["norm"] == "30.0 ± n/a"
     assert ours["pool"] == ours["grid"] == "n/a"
     main(["list", "--markdown", "--results", str(file)])

@@ -31,8 +31,7 @@ def attention_from_class(attention: nn.Module, x: Tensor, first: int) -> Tensor:
 def attention_received(attention: nn.Module, x: Tensor, first: int) -> Tensor:
     """[B, N]: what every patch is given, summed over heads, mean over all queries, class included.
 
-    One tile at a time: a tile's attention is
-    heads x S x S numbers.
+    One tile at a time: a tile's attention is heads x S x S numbers.
     """
     rows = []
     for tile in x:
@@ -40,6 +39,11 @@ def attention_received(attention: nn.Module, x: Tensor, first: int) -> Tensor:
         scores = _scores(attention, attention.q_proj(tile), attention.k_proj(tile))
         rows.append(scores.softmax(dim=-1).mean(dim=2).sum(dim=1)[0, first:])
     return torch.stack(rows)
+
+
+def mean_attention_from_class(attention: nn.Module, x: Tensor, first: int) -> Tensor:
+    """[B, N]: `attention_from_class`, mean over heads: with the class token's own share, 1."""
+    return attention_from_class(attention, x, first) / attention.num_heads
 
 
 def single_head_attention(attention: nn.Module, x: Tensor, first: int) -> Tensor:
@@ -108,7 +112,7 @@ READINGS = {
     "received_attention": _Reading(_feature_block, attention_received),
     "encoder_keys": _Reading(_feature_block, mean_keys),
     "object_attention": _Reading(_object_block, attention_received),
-    "next_cls_attention": _Reading(_next_block, attention_from_class),
+    "next_cls_attention": _Reading(_next_block, mean_attention_from_class),
     "next_single_head_attention": _Reading(_next_block, single_head_attention),
     "next_keys": _Reading(_next_block, whole_keys),
 }

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.selection.picks import Picks
-from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens
+from llava.pruning.tokens import CLASS_ATTENTION, TILE_EXTRAS, VisualTokens
 
 
 class Merged(NamedTuple):
@@ -207,17 +207,29 @@ def raster_order(indices: Tensor) -> Tensor:
 
 
 def refuse_non_finite(visual: VisualTokens) -> None:
-    """Raise PruningError if a valid token holds NaN or inf: every comparison would lie."""
-    for name in ("features", "projected"):
-        bad = ~getattr(visual, name).isfinite().all(dim=-1)
-        if visual.valid is not None:
-            bad = bad & visual.valid
+    """Raise PruningError if a valid token holds NaN or inf: every comparison would lie.
+
+    Or what was read of it in the tower, which can overflow where its features do not.
+    """
+    held = {"features": visual.features, "projected": visual.projected}
+    for name in TILE_EXTRAS:
+        values = visual.extras.get(name, ())
+        if len(values) and all(isinstance(value, Tensor) for value in values):
+            held[name] = torch.stack(list(values))
+    for name, values in held.items():
+        of_tokens = name != "cls_feature"
+        bad = ~values.isfinite()
+        if not of_tokens or bad.dim() == 3:
+            bad = bad.any(dim=-1)
+        if visual.valid is not None and of_tokens:
+            bad = bad & visual.valid.to(bad.device)
         if bad.any():
-            tile, token = bad.nonzero()[0].tolist()
+            tile, *token = bad.nonzero()[0].tolist()
+            place = f"tile {tile}, token {token[0]}" if token else f"tile {tile}"
             raise PruningError(
-                f"{name} of tile {tile}, token {token} is NaN or inf "
-                f"({int(bad.sum())} such tokens), so pruning would pick at random; check the "
-                "pixels and the weights, or load the model in float32"
+                f"{name} of {place} is NaN or inf "
+                f"({int(bad.sum())} such {'tokens' if token else 'tiles'}), so pruning would pick "
+                "at random; check the pixels and the weights, or load the model in float32"
             )
 
 

@@ -35,7 +35,9 @@ class CenPrune(PruningMethod):
 
     With `divprune` the first pick is DivPrune's on centred tokens and g weighs the others; with
     `zoo`, `zoo-exact` and `norm` g multiplies the normalised importance; with `cdpruner` the
-    relevance. With allocation="global" the mean is the image's.
+    relevance. With allocation="global" the mean is the image's. Tokens are those the host compares:
+    after the projector, as the paper has them, but for `cdpruner`, whose `tokens=projected` in
+    host_options is the paper's.
 
     `form="qwen"` is the published form for models whose merger mixes neighbours and whose tokens
     are nearly parallel: it compares tokens before the projector, every channel divided by

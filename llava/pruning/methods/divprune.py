@@ -38,6 +38,9 @@ class DivPrune(SimilarityMethod):
     twice, every image. Both emit the kept tokens in raster order; the paper's figures were made
     with tokens in the order of picks, as its authors say.
 
+    LLaVA-1.6: the released code chooses once among all tokens of an image, newlines included, as
+    `allocation="global", newline="select"` does here; by default every tile has its share.
+
     Options, all for comparison with those: precision `float32` | `model`; mask_selected, false for
     picks that may repeat, so that a token is fed several times; emit_order `raster` | `selection`.
     """

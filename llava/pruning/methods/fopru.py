@@ -53,6 +53,10 @@ class FoPru(PruningMethod):
         check_choice("strategy", self.strategy, ("rank", "row"))
         check_choice("significance", self.significance, ("received", "class"))
         check_switch("class_query", self.class_query)
+        if self.significance == "class":
+            self.set_needs("cls_attention")
+        elif self.class_query:
+            self.set_needs("received_attention")
 
     @property
     def reads_class_attention(self) -> bool:
@@ -63,14 +67,13 @@ class FoPru(PruningMethod):
         return self.strategy == "row"
 
     def importance(self, visual: VisualTokens) -> Tensor:
-        of_class = torch.stack(visual.extra("cls_attention"))
         if self.significance == "class":
-            return of_class
+            return torch.stack(visual.extra("cls_attention"))
         received = torch.stack(visual.extra("received_attention"))
         if self.class_query or not visual.class_token:
             return received
         # The mean over all queries, less the class token's.
-        queries = received.shape[1] + 1
+        of_class, queries = torch.stack(visual.extra("cls_attention")), received.shape[1] + 1
         return (received * queries - of_class) / (queries - 1)
 
     def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:

@@ -11,7 +11,7 @@ from torch import Tensor
 from llava.pruning.methods.base import PruningMethod, check_number, check_switch
 from llava.pruning.registry import register
 from llava.pruning.selection.picks import Picks, unscored
-from llava.pruning.selection.topk import ranking, top_k
+from llava.pruning.selection.topk import top_k
 from llava.pruning.tokens import VisualTokens
 
 
@@ -77,7 +77,7 @@ class HiPrune(PruningMethod):
     ) -> list[int]:
         """Anchors, then their neighbours: at most `count` valid tokens, none twice."""
         number = min(round(self.alpha * count / 5), count)
-        anchors = ranking(scores[None], None if valid is None else valid[None])[0, :number].tolist()
+        anchors = _highest(scores, valid, number)
         near = [n for anchor in anchors for n in self._neighbours(anchor, grid)]
         # A dictionary keeps the first of equal entries in its place.
         taken = list(dict.fromkeys(anchors + near))
@@ -91,6 +91,13 @@ class HiPrune(PruningMethod):
         row, col = divmod(token, cols)
         beside = ((row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col))
         return [r * cols + c for r, c in beside if 0 <= r < rows and 0 <= c < cols]
+
+
+def _highest(scores: Tensor, valid: Tensor | None, count: int) -> list[int]:
+    """The valid tokens of the highest scores, best first, ties to the lowest index."""
+    row = top_k(scores[None], count, valid=None if valid is None else valid[None]).indices[0]
+    of_row = zip(scores.index_select(0, row).tolist(), row.tolist(), strict=True)
+    return [token for _, token in sorted(of_row, key=lambda pair: -pair[0])]
 
 
 def filled_up(taken: list[int], scores: Tensor, valid: Tensor | None, count: int) -> Tensor:

@@ -89,7 +89,7 @@ class PruMerge(PruningMethod):
         return merged if self.emit_order == "raster" else merged._replace(places=None)
 
     def _attention(self, visual: VisualTokens, tile: int) -> Tensor:
-        """[n] of the tile's valid tokens; a mean over heads has the scale of a single head."""
+        """[n] of the tile's valid tokens; of one head or a mean over heads, so at most 1 in all."""
         tokens = selectable(visual.projected, visual.valid, tile)
         if self.single_head:
             return visual.extra("next_single_head_attention")[tile][tokens]

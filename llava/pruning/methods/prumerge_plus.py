@@ -20,7 +20,8 @@ class PruMergePlus(PruMerge):
 
     Paper: as `prumerge`, arXiv 2403.15388. `adaptive=true` is the published rule: with a share r of
     patches attended to, every floor(floor(1 / r) / 3)-th token that is not kept yet comes too, some
-    three for one. The released code stops where no patch is attended to; here it is at least one.
+    three for one. The released code stops with an error where no patch is attended to, or more than
+    a third of them are; here it is at least one, and then every token comes.
 
     There is no published rule for a budget. Reconstructed: of k - 1 tokens a quarter, rounded up,
     is attended to, the ratio of the adaptive rule; the others lie evenly among the rest, starting
