@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,12 +15,12 @@ from llava.pruning.budget import image_budgets, tile_counts
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE
-from llava.pruning.methods.base import Merged, refuse_non_finite
+from llava.pruning.merging import merge
 from llava.pruning.newlines import choose_with_newlines
 from llava.pruning.released import applies_to, check_released, extra_places, released_counts
 from llava.pruning.room import fit_prompts
 from llava.pruning.selector import Selector
-from llava.pruning.tokens import TokenSequence, VisualTokens
+from llava.pruning.tokens import TokenSequence, VisualTokens, raster_slots
 from llava.pruning.trace import PruningTrace
 from llava.utils import describe_value
 
@@ -67,7 +66,7 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> V
 
 def _prune(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]) -> VisualTokens:
     if config.pruner.merges:
-        return _merge(visual, config, budgets)
+        return merge(visual, config, budgets)
     selector = Selector(visual, config, [i for i, k in enumerate(budgets) if k is not None])
     chosen = _choose(selector, budgets)
     return _compact(selector, budgets, chosen)
@@ -140,15 +139,6 @@ def _compact(selector: Selector, budgets: list[int | None], chosen: Tensor) -> V
     )
 
 
-def raster_slots(chosen: Tensor) -> Tensor:
-    """BoolTensor [T, N] -> LongTensor [T, K]: the chosen indices, ascending, padded with -1."""
-    count = chosen.shape[1]
-    width = int(chosen.sum(dim=1).max())
-    order = torch.arange(count, device=chosen.device).expand_as(chosen)
-    order = order.masked_fill(~chosen, count).sort(dim=1).values[:, :width]
-    return order.masked_fill(order == count, -1)
-
-
 def _sequences(selector: Selector, chosen: Tensor, kept: Tensor) -> tuple[TokenSequence, ...]:
     """Every image's sequence without what was not chosen."""
     tiles, slots = kept.shape
@@ -170,119 +160,6 @@ def _sequences(selector: Selector, chosen: Tensor, kept: Tensor) -> tuple[TokenS
             TokenSequence(source.masked_fill(~is_patch, NEWLINE), place, total=len(ids))
         )
     return tuple(sequences)
-
-
-def _merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]) -> VisualTokens:
-    """Replace the tokens of every tile that has a choice by new ones; newlines go.
-
-    An image without a budget keeps its tokens and newlines; they are their own single source.
-    """
-    counts = tile_counts(visual, budgets)
-    sizes = visual.tile_sizes()
-    work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
-    some = visual.subset(work)
-    refuse_non_finite(some)
-    start = time.perf_counter()
-    with torch.no_grad():
-        adapted = config.pruner.adapt(some, [counts[t] for t in work])
-    for tile, count in zip(work, adapted, strict=True):
-        counts[tile] = count
-    device, slots = visual.projected.device, max(counts)
-    merged = _made(some, config, adapted)
-    seconds = time.perf_counter() - start
-    whole = torch.tensor([k == n for k, n in zip(counts, sizes, strict=True)], device=device)
-    valid = torch.ones(visual.projected.shape[:2], dtype=torch.bool, device=device)
-    kept = raster_slots((valid if visual.valid is None else visual.valid) & whole[:, None])
-    kept = nn.functional.pad(kept, (0, slots - kept.shape[1]), value=-1)
-    sources = kept[..., None] == torch.arange(visual.projected.shape[1], device=device)
-    rows = kept.clamp(min=0)[..., None].expand(-1, -1, visual.projected.shape[-1])
-    projected = visual.projected.gather(1, rows).masked_fill((kept < 0)[..., None], 0)
-    at = torch.tensor(work, dtype=torch.long, device=device)
-    width = merged.projected.shape[1]
-    fill = (0, 0, 0, slots - width)
-    projected = projected.index_copy(0, at, nn.functional.pad(merged.projected, fill))
-    sources[at, :width] = merged.sources
-    filled = torch.arange(slots)[None] < torch.tensor(counts)[:, None]
-    places = None
-    if merged.places is not None:
-        places = kept.index_copy(0, at, nn.functional.pad(merged.places, (0, slots - width)))
-    sequences = _merged_sequences(visual, budgets, counts, slots, places)
-    trace = PruningTrace(
-        method=config.pruner.label(visual),
-        kept=None,
-        margins=torch.full((len(counts), slots), torch.inf, device=device),
-        tokens_before=[sequence.total for sequence in sequences],
-        tokens_after=[len(sequence.source) for sequence in sequences],
-        score_seconds=0.0,
-        select_seconds=seconds,
-    )
-    return replace(
-        visual,
-        projected=projected,
-        valid=filled.to(device),
-        sources=sources,
-        sequences=sequences,
-        trace=trace,
-    )
-
-
-def _made(visual: VisualTokens, config: PruningConfig, counts: list[int]) -> Merged:
-    """What the method makes of the tiles of `visual`; nothing of no tiles."""
-    if not counts:  # a budget of all patches only drops newlines
-        tokens, patches = visual.projected[:, :0], visual.projected.shape[1]
-        return Merged(tokens, tokens.new_zeros(0, 0, patches, dtype=torch.bool))
-    return config.pruner.merge(visual, torch.tensor(counts))
-
-
-def _merged_sequences(
-    visual: VisualTokens,
-    budgets: list[int | None],
-    counts: list[int],
-    slots: int,
-    places: Tensor | None,
-) -> tuple[TokenSequence, ...]:
-    """Merged tokens, base view first, crops by `places`; images kept whole as they were."""
-    count = visual.projected.shape[1]
-    sequences = []
-    for image, budget in enumerate(budgets):
-        old = visual.sequence(image)
-        if budget is None:
-            # Invalid tokens hold no slot, so a token's slot is its rank among the valid ones.
-            ranks = torch.arange(count, device=old.source.device).expand(
-                len(visual.tiles_of(image)), -1
-            )
-            if visual.valid is not None:
-                ranks = visual.valid[visual.tiles_of(image)].cumsum(dim=1) - 1
-            flat = old.source.clamp(min=0)
-            source = flat // count * slots + ranks.flatten()[flat]
-            source = source.masked_fill(old.source == NEWLINE, NEWLINE)
-            sequences.append(TokenSequence(source, old.place, old.total))
-            continue
-        own = [counts[t] for t in visual.tiles_of(image)]
-        source = torch.cat([torch.arange(k) + tile * slots for tile, k in enumerate(own)])
-        source = source.to(old.source.device)
-        if places is not None:
-            place = places[visual.tiles_of(image)].flatten()[source]
-            source = source[_reading_order(place, source // slots, old.source, count)]
-        sequences.append(TokenSequence(source, None, old.total))
-    return tuple(sequences)
-
-
-def _reading_order(place: Tensor, tile: Tensor, sequence: Tensor, count: int) -> Tensor:
-    """LongTensor [n]: the order of an image's merged tokens; see `Merged.places`.
-
-    Args:
-        place: LongTensor [n], patch of its tile or below zero.
-        tile: LongTensor [n], ascending.
-        sequence: LongTensor, the unpruned sequence.
-        count: patches of a tile.
-    """
-    rank = torch.zeros(int(tile.max() + 1) * count, dtype=torch.long, device=place.device)
-    patches = (sequence >= 0) & (sequence < len(rank))
-    rank[sequence[patches]] = patches.nonzero().flatten()
-    key = torch.where(place >= 0, rank[tile * count + place.clamp(min=0)], len(sequence) * -place)
-    # The base view stays as it is, before everything else; the sort is stable.
-    return key.masked_fill(tile == 0, -1).argsort(stable=True)
 
 
 def select(

@@ -272,3 +272,12 @@ class VisualTokens:
         if not tiles:
             raise PruningError(f"no image {image}; this batch has {self.num_images}")
         return tiles
+
+
+def raster_slots(chosen: Tensor) -> Tensor:
+    """BoolTensor [T, N] -> LongTensor [T, K]: the chosen indices, ascending, padded with -1."""
+    count = chosen.shape[1]
+    width = int(chosen.sum(dim=1).max())
+    order = torch.arange(count, device=chosen.device).expand_as(chosen)
+    order = order.masked_fill(~chosen, count).sort(dim=1).values[:, :width]
+    return order.masked_fill(order == count, -1)
