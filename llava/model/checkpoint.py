@@ -161,16 +161,18 @@ def _is_plain(name: object) -> bool:
 
 
 def read_weights(folder: Path, stem: str) -> dict[str, torch.Tensor] | None:
-    """Tensors of ``<stem>.safetensors``, else ``<stem>.bin``, on the CPU; None without either.
+    """Tensors of ``<stem>.safetensors``, else ``<stem>.bin``; None without either."""
+    files = (folder / f"{stem}{suffix}" for suffix in (".safetensors", ".bin"))
+    file = next((file for file in files if file.is_file()), None)
+    return None if file is None else read_tensors(file)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, or of one that torch saved, on the CPU.
 
     Raises:
         UserInputError: the file is damaged, or holds more than tensors, or NaN or inf.
     """
-    file = folder / f"{stem}.safetensors"
-    if not file.is_file():
-        file = folder / f"{stem}.bin"
-    if not file.is_file():
-        return None
     with _readable(file):
         if file.suffix == ".safetensors":
             weights = load_file(file)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from llava.model.inputs import check_ids, check_images, check_prompt, check_size
 from llava.model.layouts import TileGeometry, image_layouts, padding_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
 from llava.model.needs import add_prompts, add_questions, encode_tiles, for_projector
 from llava.model.splice import (
     count_marks,
@@ -120,11 +121,7 @@ class LlavaMetaModel:
             self.add_newline()
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
         if adapter is not None:
-            weights = torch.load(adapter, map_location="cpu", weights_only=True)
-            marker = "mm_projector."
-            self.mm_projector.load_state_dict(
-                {k.split(marker, 1)[1]: v for k, v in weights.items() if marker in k}
-            )
+            load_projector(self.mm_projector, Path(adapter))
 
 
 class LlavaMetaForCausalLM:

@@ -233,13 +233,12 @@ def test_plain_llama_becomes_a_llava(small_tower: Callable, tmp_path: Path) -> N
     torch.save(adapter, tmp_path / "mm_projector.bin")
     model = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "base")
     assert model.get_vision_tower() is None
-    model.get_model().initialize_vision_modules(
-        SimpleNamespace(
-            vision_tower=str(tmp_path / "tower"),
-            mm_vision_select_layer=-2,
-            pretrain_mm_mlp_adapter=str(tmp_path / "mm_projector.bin"),
-        )
+    settings = SimpleNamespace(
+        vision_tower=str(tmp_path / "tower"),
+        mm_vision_select_layer=-2,
+        pretrain_mm_mlp_adapter=str(tmp_path / "mm_projector.bin"),
     )
+    model.get_model().initialize_vision_modules(settings)
     assert model.get_model().mm_projector.weight.eq(1).all()
     assert model.config.mm_hidden_size == 16 and model.config.mm_projector_type == "linear"
     assert _logits(model).shape == (1, 7, 64)
@@ -247,3 +246,11 @@ def test_plain_llama_becomes_a_llava(small_tower: Callable, tmp_path: Path) -> N
     assert torch.equal(_logits(_load(tmp_path / "llava")), _logits(model))
     with pytest.raises(UserInputError, match="plain language model without a vision tower"):
         _load(tmp_path / "base")
+    other = {"mm_projector.weight": torch.ones(32, 8)}
+    torch.save(other, tmp_path / "other.bin")
+    (tmp_path / "torn.bin").write_bytes(b"PK\x03\x04")
+    faults = {"other": "needs", "torn": "torn.bin", "absent": "no projector file"}
+    for name, match in faults.items():
+        settings.pretrain_mm_mlp_adapter = str(tmp_path / f"{name}.bin")
+        with pytest.raises(UserInputError, match=match):
+            model.get_model().initialize_vision_modules(settings)

@@ -1,11 +1,13 @@
 """The projector: from vision features to the embedding space of the language model."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from llava.model.checkpoint import read_tensors
 from llava.utils import UserInputError
 
 
@@ -51,3 +53,23 @@ def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any)
     for _ in range(1, int(depth.group(1))):
         layers += [nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)]
     return nn.Sequential(*layers)
+
+
+def load_projector(projector: nn.Module, file: Path) -> None:
+    """Fill ``projector`` from a file whose keys contain ``mm_projector.``, as LLaVA saves it.
+
+    Raises:
+        UserInputError: the file is missing or damaged, or does not hold exactly these weights.
+    """
+    if not file.is_file():
+        raise UserInputError(f"there is no projector file {str(file)!r}; check its path")
+    marker, weights = "mm_projector.", read_tensors(file)
+    found = {key.split(marker, 1)[1]: v for key, v in weights.items() if marker in key}
+    shapes = {key: tuple(value.shape) for key, value in found.items()}
+    wanted = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
+    if shapes != wanted:
+        raise UserInputError(
+            f"{str(file)!r} holds a projector of {shapes}, but this one needs {wanted}; give the "
+            "file that was saved with this tower, language model and mm_projector_type"
+        )
+    projector.load_state_dict(found)
