@@ -110,11 +110,9 @@ def test_tracked_figures_reach_the_target() -> None:
     result = json.loads(TRACKED.read_text())
     assert result["run"]["git"]["dirty"] is False
     assert all(row["picks_equal"] for row in result["rows"])
-    measured = {row["rule"] for row in result["rows"]}
-    assert {"max-min, most isolated first", "max-min, weighted", "top-k"} <= measured
     wanted = {
         (name, tokens, keep)
-        for name in measured & selection_speed.RULES.keys()
+        for name in selection_speed.RULES
         for tokens, keeps in selection_speed.BUDGETS.items()
         for keep in keeps
     }
@@ -123,8 +121,7 @@ def test_tracked_figures_reach_the_target() -> None:
     for (name, tokens, keep), ratio in ratios.items():
         if name in SHORT:
             continue
-        max_min_loop = name in ("max-min, most isolated first", "max-min, weighted")
-        floors = {(2880, 320): 4, (2880, 640): 10} if max_min_loop else {}
+        floors = {(2880, 320): 4, (2880, 640): 10} if name.startswith("max-min") else {}
         assert ratio >= floors.get((tokens, keep), 0.95), (name, tokens, keep)
     # Guards, margins and ties to the lowest index cost more than the few bare calls of these rules,
     # but not a millisecond.
