@@ -23,7 +23,9 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.eval.plan import Plan
 from llava.eval.runner import Runner
+from llava.eval.tasks.base import Item
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.hugging_face import native_form
@@ -32,6 +34,7 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
 from llava.pruning import PruningConfig, get_method, list_methods, prune
 from llava.pruning.tokens import ENCODER_EXTRAS
+from llava.sampling import Sampling
 from llava.utils import UserInputError
 
 IMG = IMAGE_TOKEN_INDEX
@@ -272,9 +275,9 @@ def test_hugging_face_form_that_drops_a_patch_is_refused(theirs) -> None:
 
 
 def test_tables_say_what_a_method_read(model, pixels: Callable) -> None:
-    subject = SimpleNamespace(model=model)
-    task = SimpleNamespace(questions=[])
-    runner = Runner(subject, task, batch_size=1, max_new_tokens=1, seed=0)
+    subject = SimpleNamespace(model=model, image_processor=None)
+    question = Item(0, 0, (), "What is it?", "What is it?")
+    runner = Runner(subject, None, Plan.of([question], 1), sampling=Sampling(), seed=0)
     visual = model.encode_visual_tokens(pixels(1, side=28))
     labels = [runner.label(visual, name) for name in ("none", "random", "hiprune", "scope")]
     assert labels == ["none", "random", "hiprune", "scope(attention=received)"]

@@ -50,6 +50,8 @@ class QuestionFile(Benchmark):
     def items(self) -> list[Item]:
         answers = _by_id(self.root, "answers", ("question_id", "answer"))
         questions = _by_id(self.root, "questions", ("question_id", "image", "text"))
+        if not questions:
+            raise TaskError(f"{self.root / 'questions.jsonl'} holds no question")
         unknown = [name for name in answers if name not in questions]
         if unknown:
             raise TaskError(
@@ -66,8 +68,6 @@ class QuestionFile(Benchmark):
                 "answer": str(answers[name]["answer"]),
             }
             items.append(Item(index, name, (str(row["image"]),), text, text, data))
-        if not items:
-            raise TaskError(f"{self.root / 'questions.jsonl'} holds no question")
         return items
 
     def load_image(self, name: str) -> Image.Image:
