@@ -161,7 +161,9 @@ def choose_arms(runner: Runner, methods: Sequence[str], budgets: Sequence[int]) 
     """
     readable = runner.first_image()
     if readable is None:
-        raise UserInputError(f"none of the {len(runner.plan.images())} images can be read")
+        names = runner.plan.images()
+        (reason,) = runner.source.load(names[:1]).failed.values()
+        raise UserInputError(f"none of the {len(names)} images can be read; the first: {reason}")
     lacking = {method: runner.lacking(readable, method) for method in methods}
     first = runner.encode(readable, [method for method in methods if lacking[method] is None])
     return plan_arms(
