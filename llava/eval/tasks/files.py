@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.eval.tasks.question_file import TaskError
+from llava.eval.tasks.base import TaskError
 from llava.images import load_image
 
 # Suffixes that LLaVA-1.5 was trained with; its published question files carry them in `text`.
@@ -57,9 +57,14 @@ def read_jsonl(path: Path, task: str | None = None, keys: Sequence[str] = ()) ->
 
 
 def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
-    """`{row[key]: row}` in the order of `rows`; TaskError where two rows of `path` share a key."""
+    """`{row[key]: row}` in the order of `rows` of `path`.
+
+    Raises TaskError where two rows share a key, and for keys that are no text or number.
+    """
     found: dict[Any, Any] = {}
     for row in rows:
+        if not isinstance(row[key], str | int):
+            raise TaskError(f"{path} holds {key} {row[key]!r}, which is no text or whole number")
         if row[key] in found:
             raise TaskError(f"{path} holds {key} {row[key]!r} twice; keep one of the two lines")
         found[row[key]] = row
