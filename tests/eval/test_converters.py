@@ -131,6 +131,8 @@ def line(question_id: int, text: str = "a") -> str:
         (line(1) + line(1, "b") + line(2), "question_id 1 twice"),
         (line(1), "no result for 1 of 2 VizWiz questions, the first is 2"),
         ('{"question_id": 1}\n', "record 1 of .* lacks question_id or text"),
+        ('{"question_id": 1, "text": 7}\n', "record 1 of .* lacks question_id or text"),
+        ('{"question_id": [1], "text": "a"}\n', r"question_id \[1\], which is no text"),
         (None, "cannot read .*results.jsonl"),
     ],
 )
@@ -160,7 +162,12 @@ def test_bad_answers_write_nothing(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"question_id', "line 1"), (line(1) + line(1), "question_id 1 twice"), ("7\n", "no JSON")],
+    [
+        ('{"question_id', "line 1"),
+        (line(1) + line(1), "question 1 twice"),
+        ("7\n", "no JSON"),
+        ('{"question_id": 1, "text": null}\n', "text in line 1"),
+    ],
 )
 def test_gqa_refuses_damaged_answers(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], text: str, message: str
@@ -170,6 +177,17 @@ def test_gqa_refuses_damaged_answers(
     assert run("convert_gqa_for_eval.py", "--src", source, "--dst", tmp_path / "p.json") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "p.json").exists()
+
+
+def test_ids_with_underscores_are_no_numbers(tmp_path: Path, run: Run) -> None:
+    """Python reads "1_0" as ten."""
+    rows = [{"question_id": name, "text": "a"} for name in ("1_0", 10, "7")]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--src", tmp_path / "answers.jsonl", "--dst", tmp_path / "out.json")
+    assert run("convert_gqa_for_eval.py", *arguments) == 0
+    assert [row["questionId"] for row in json.loads((tmp_path / "out.json").read_text())] == [
+        *("1_0", 10, "7")
+    ]
 
 
 def test_damaged_lines_are_counted_for_the_servers(

@@ -55,7 +55,7 @@ def read_annotations(
     if not isinstance(questions, list) or not isinstance(content.get("question_type"), dict):
         raise TaskError(f"{path} must hold `questions` and `question_type`; is it SEED-Bench.json?")
     for number, question in enumerate(questions, start=1):
-        missing = [key for key in KEYS if key not in question]
+        missing = [key for key in KEYS if not isinstance(question, dict) or key not in question]
         if missing:
             raise TaskError(f"question {number} of {path} lacks {', '.join(missing)}")
     names = {kind: name for name, kind in content["question_type"].items()}

@@ -41,18 +41,24 @@ def read_json(path: Path, task: str | None = None) -> Any:
         raise TaskError(f"{path} is damaged, it is not JSON: {error}{_how_to_get(task)}") from error
 
 
-def read_jsonl(path: Path, task: str | None = None, keys: Sequence[str] = ()) -> list[Any]:
+def read_jsonl(
+    path: Path, task: str | None = None, keys: Sequence[str] = (), texts: Sequence[str] = ()
+) -> list[Any]:
     """Objects of a JSON lines file, blank lines left out.
 
     Raises:
         TaskError: the file is missing, or a line (named by its number, from 1) is damaged, is no
-            object, or lacks one of `keys`.
+            object, lacks one of `keys`, or holds no text under one of `texts`.
     """
     rows = []
     # Not splitlines(): JSON may hold U+2028 and its like unescaped, which that takes for line ends.
     for number, line in enumerate(read_bytes(path, task).split(b"\n"), start=1):
         if line.strip():
-            rows.append(_object(line, f"line {number} of {path}", keys, _how_to_get(task)))
+            where, mend = f"line {number} of {path}", _how_to_get(task)
+            rows.append(_object(line, where, (*keys, *texts), mend))
+            odd = [key for key in texts if not isinstance(rows[-1][key], str)]
+            if odd:
+                raise TaskError(f"{', '.join(odd)} in {where} is no text{mend}")
     return rows
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava.eval.converters.answers import write_json
+from llava.eval.converters.gqa import predictions
 from llava.eval.scorers.gqa import clean, judge
 from llava.eval.stats import metric_of
-from llava.eval.submissions import gqa_predictions, write_json
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
 from llava.eval.tasks.files import check_ids, read_json
 from llava.eval.tasks.published import PublishedQuestions, Row
@@ -84,4 +85,4 @@ class GQA(PublishedQuestions):
             {"question_id": item.question_id, "text": answer}
             for item, answer in zip(items, answers, strict=True)
         )
-        return [write_json(folder / PREDICTIONS, gqa_predictions(rows))]
+        return [write_json(folder / PREDICTIONS, predictions(rows))]

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava.eval.converters.answers import write_json
+from llava.eval.converters.vqav2 import submission
 from llava.eval.scorers.evalai import normalise
 from llava.eval.scorers.vqa_accuracy import vqav2_accuracy
 from llava.eval.stats import metric_of
-from llava.eval.submissions import vqav2_submission, write_json
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
 from llava.eval.tasks.files import SHORT_ANSWER, check_ids, index_by, read_json
 from llava.eval.tasks.published import PublishedQuestions, Row
@@ -96,7 +97,7 @@ class VQAv2(PublishedQuestions):
         if self.protocol != VAL:
             split = self.read_questions(self.annotation_files()[0])
         path = folder / f"vqav2_{self.protocol}_submission.json"
-        return [write_json(path, vqav2_submission(split, results))]
+        return [write_json(path, submission(split, results))]
 
 
 def _listed(path: Path, name: str, keys: Sequence[str], task: str) -> list[Row]:
