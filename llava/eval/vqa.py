@@ -143,7 +143,7 @@ def answer_file(program: Program, args: argparse.Namespace) -> int:
     if args.batch_size < 1 or args.seed < 0 or args.workers < 0:
         raise UserInputError("--batch-size must be at least 1, --seed and --workers at least 0")
     benchmark = program.benchmark(args)
-    length = getattr(args, "max_new_tokens", None) or benchmark.max_new_tokens
+    length = getattr(args, "max_new_tokens", benchmark.max_new_tokens)
     sampling = Sampling(args.temperature, args.top_p, args.num_beams, length)
     arm = arm_of(args)
     items = chunk_of(benchmark.items(), args.num_chunks, args.chunk_idx)
