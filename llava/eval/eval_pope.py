@@ -51,7 +51,10 @@ def confusions(
     check_ids(given, questions, result_file, question_file)
     place = {name: number for number, name in enumerate(questions)}
     found = {}
-    for path in sorted(annotation_dir.iterdir()):
+    paths = sorted(annotation_dir.iterdir())
+    if not paths:
+        raise TaskError(f"{annotation_dir} holds no label file {PREFIX}SPLIT{SUFFIX}")
+    for path in paths:
         if not path.name.startswith(PREFIX) or path.suffix != SUFFIX:
             raise TaskError(f"{path} is no label file; keep only {PREFIX}SPLIT{SUFFIX} there")
         split = path.stem.removeprefix(PREFIX)

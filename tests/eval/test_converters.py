@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from llava.eval import eval_pope, eval_science_qa, eval_textvqa
+from llava.eval.converters import mmvet, seed_bench
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPLIT, CKPT = "llava_vqav2_mscoco_test-dev2015", "llava-v1.5-7b"
 
@@ -205,3 +208,92 @@ def test_damaged_lines_are_counted_for_the_servers(
     assert printed == "total results: 2, total split: 2, error_line: 3\n"
     written = json.loads((tmp_path / "answers_upload" / SPLIT / f"{CKPT}.json").read_text())
     assert written == [{"question_id": 1, "answer": "2"}, {"question_id": 2, "answer": ""}]
+
+
+ODD_ANNOTATIONS: dict[str, tuple[str, dict[str, str], str]] = {
+    "a problem that is a list": (
+        "science_qa",
+        {"problems.json": '{"1": []}', "pid_splits.json": '{"test": ["1"]}'},
+        "problem 1 in .* is damaged",
+    ),
+    "a split that is a number": (
+        "science_qa",
+        {"problems.json": '{"1": []}', "pid_splits.json": '{"test": 5}'},
+        "must list the ids of 'test'",
+    ),
+    "a prompt that is a number": (
+        "science_qa",
+        {
+            "problems.json": '{"1": {"answer": 0, "choices": ["a"]}}',
+            "pid_splits.json": '{"test": ["1"]}',
+            "answers.jsonl": '{"question_id": "1", "text": "A", "prompt": 5}',
+        },
+        "prompt in line 1 of .* is no text",
+    ),
+    "a question id that is a list": (
+        "seed",
+        {
+            "annotation.json": '{"questions": [{"question_id": [1], "question_type_id": 1, '
+            '"data_type": "image", "answer": "A"}], "question_type": {"x": 1}}'
+        },
+        "of question 1 of .* is no text",
+    ),
+    "a type that is a list": (
+        "seed",
+        {"annotation.json": '{"questions": [{}], "question_type": {"x": [1]}}'},
+        "must give every type a number",
+    ),
+    "no questions": (
+        "seed",
+        {"annotation.json": '{"questions": [], "question_type": {"x": 1}}'},
+        "must hold `questions`",
+    ),
+    "people who answer in numbers": (
+        "textvqa",
+        {"annotation.json": '{"data": [{"image_id": 1, "question": "a", "answers": [1]}]}'},
+        "TextVQA annotation 1 is damaged",
+    ),
+    "people who are a number": (
+        "textvqa",
+        {"annotation.json": '{"data": [{"image_id": 1, "question": "a", "answers": 5}]}'},
+        "TextVQA annotation 1 lacks",
+    ),
+    "no labels": ("pope", {}, "holds no label file"),
+    "no answers": ("mmvet", {"answers.jsonl": ""}, "holds no answer"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ANNOTATIONS)
+def test_odd_files_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    program, files, message = ODD_ANNOTATIONS[name]
+    line = '{"question_id": 1, "text": "a", "prompt": "a", "category": "random"}'
+    for file, content in ({"answers.jsonl": line} | files).items():
+        (tmp_path / file).write_text(content)
+    (tmp_path / "labels").mkdir()
+    annotation, answers = tmp_path / "annotation.json", tmp_path / "answers.jsonl"
+    out = tmp_path / "out"
+    given = {
+        "science_qa": (
+            eval_science_qa.main,
+            {"--base-dir": tmp_path, "--output-file": out, "--output-result": out},
+        ),
+        "seed": (
+            seed_bench.main,
+            {"--annotation-file": annotation, "--result-upload-file": out},
+        ),
+        "textvqa": (eval_textvqa.main, {"--annotation-file": annotation}),
+        "pope": (
+            eval_pope.main,
+            {"--annotation-dir": tmp_path / "labels", "--question-file": answers},
+        ),
+        "mmvet": (mmvet.main, {"--src": answers, "--dst": out}),
+    }
+    main, flags = given[program]
+    flags |= {} if program == "mmvet" else {"--result-file": answers}
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for flag in flags.items() for word in flag])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(message, error) and error.count("\n") == 1
+    assert not out.exists()

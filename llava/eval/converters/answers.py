@@ -22,18 +22,18 @@ def question_key(name: str | int) -> str | int:
     return int(name) if isinstance(name, int) or _INTEGER.fullmatch(name) else name
 
 
-def read_answers(path: Path, keys: Sequence[str] = ()) -> dict[str | int, Row]:
+def read_answers(path: Path, texts: Sequence[str] = ()) -> dict[str | int, Row]:
     """{question id, by `question_key`: answer line} in file order.
 
     Several rounds of one question (`round_id`) are no duplicates; the last one of them stays.
 
     Raises:
-        TaskError: the file is missing or damaged, a line lacks `text`, `question_id` or one of
-            `keys`, or a question is answered twice.
+        TaskError: the file is missing, damaged or empty, a line lacks `question_id`, `text` or a
+            text under one of `texts`, or a question is answered twice.
     """
     answers: dict[str | int, Row] = {}
     seen = set()
-    for row in read_jsonl(path, keys=("question_id", *keys), texts=("text",)):
+    for row in read_jsonl(path, keys=("question_id",), texts=("text", *texts)):
         name = row["question_id"]
         if not isinstance(name, str | int):
             raise TaskError(f"{path} is damaged: question_id {name!r} is no text or whole number")
@@ -42,6 +42,8 @@ def read_answers(path: Path, keys: Sequence[str] = ()) -> dict[str | int, Row]:
             raise TaskError(f"{path} answers question {name!r} twice; keep one of the two lines")
         seen.add(place)
         answers[name] = row
+    if not answers:
+        raise TaskError(f"{path} holds no answer")
     return answers
 
 

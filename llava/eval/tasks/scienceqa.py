@@ -126,13 +126,16 @@ def read_split(
     if not splits.get(split):
         known = ", ".join(name for name in splits if splits[name])
         raise TaskError(f"{folder / 'pid_splits.json'} has no split {split!r}; it has {known}")
-    check_ids(splits[split], problems, folder / "pid_splits.json", folder / "problems.json")
-    for name in splits[split]:
-        problem = problems[name]
+    names = splits[split]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TaskError(f"{folder / 'pid_splits.json'} must list the ids of {split!r} as texts")
+    check_ids(names, problems, folder / "pid_splits.json", folder / "problems.json")
+    for name in names:
+        problem = problems[name] if isinstance(problems[name], dict) else {}
         answer, choices = problem.get("answer"), problem.get("choices")
         if not isinstance(choices, list) or answer not in range(len(choices)):
             raise TaskError(
                 f"problem {name} in {folder / 'problems.json'} is damaged: `answer` must be the "
                 "index of one of its `choices`"
             )
-    return problems, splits[split]
+    return problems, names
