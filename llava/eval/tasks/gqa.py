@@ -50,6 +50,11 @@ class GQA(PublishedQuestions):
         for name, question in questions.items():
             if not isinstance(question, dict) or not question.keys() >= set(NEEDED):
                 raise TaskError(f"question {name} of {path} lacks one of {', '.join(NEEDED)}")
+            types, texts = question["types"], (question["answer"], question["imageId"])
+            if not isinstance(types, dict) or "structural" not in types:
+                raise TaskError(f"question {name} of {path} lacks its structural type")
+            if not all(isinstance(text, str) for text in texts):
+                raise TaskError(f"answer or imageId of question {name} of {path} is no text")
             if question["isBalanced"] and name not in asked:
                 raise TaskError(
                     f"{self.question_file()} does not ask the balanced question {name} of {path}; "

@@ -104,6 +104,10 @@ class ScienceQA(Benchmark):
                 f"question {row['id']!r} of {self._question_file} is damaged: `conversations` must "
                 "start with a turn that has a `value`"
             ) from error
+        if not isinstance(row.get("image") or "", str):
+            raise TaskError(
+                f"the image of question {row['id']!r} of {self._question_file} is no name of a file"
+            )
         problem = problems[row["id"]]
         return Item(
             index,

@@ -53,6 +53,12 @@ class VQAv2(PublishedQuestions):
         path = self.question_file()
         questions = _listed(path, "questions", ("question_id", "image_id", "question"), self.name)
         index_by(questions, "question_id", path)
+        for row in questions:
+            if not isinstance(row["question"], str) or not str(row["image_id"]).isdecimal():
+                raise TaskError(
+                    f"question {row['question_id']!r} of {path} is damaged: its question must be "
+                    "text, its image_id a number"
+                )
         return [
             {
                 "question_id": row["question_id"],
@@ -119,6 +125,6 @@ def _people(annotation: Row, path: Path) -> list[str]:
         answers = [row["answer"] for row in annotation["answers"]]
     except (KeyError, TypeError):
         answers = []
-    if not answers:
+    if not answers or not all(isinstance(answer, str) for answer in answers):
         raise TaskError(f"question {annotation['question_id']!r} of {path} has no answers in it")
     return answers
