@@ -30,6 +30,10 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(data):", re.IGNORECASE)
 _CHUNK = 64 * 2**10
 
 
+class PictureError(UserInputError):
+    """One picture cannot be shown to a model; others can."""
+
+
 def load_image(location: str | Path) -> Image.Image:
     """The picture at a path or an http(s) URL, as RGB; of an animation the first frame.
 

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.images import PictureError
 from llava.utils import UserInputError
 
 Size = tuple[int, int]
@@ -246,8 +247,9 @@ def process_images(
         float32 [B, 3, H, W] (anyres: [B, T, 3, H, W]), or a list where the shapes differ.
 
     Raises:
-        UserInputError: a kind of tiles that LLaVA-1.6 does not have, or a picture so long and thin
-            that the way to its tile takes more than ``MAX_ENLARGED_PIXELS``.
+        UserInputError: a kind of tiles that LLaVA-1.6 does not have.
+        PictureError: a picture so long and thin that the way to its tile takes more than
+            ``MAX_ENLARGED_PIXELS``.
     """
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
     if isinstance(aspect, str) and aspect.startswith("anyres") and aspect != "anyres":
@@ -277,7 +279,7 @@ def process_images(
 
 
 def _refuse_strip(size: Size, aspect: str | None, processor: Any) -> None:
-    """Raise UserInputError for a picture that would fill the memory on its way to a square."""
+    """Raise PictureError for a picture that would fill the memory on its way to a square."""
     short, long = sorted(size)
     if aspect == "pad":
         enlarged = long * long
@@ -285,7 +287,7 @@ def _refuse_strip(size: Size, aspect: str | None, processor: Any) -> None:
         edge = processor.size.get("shortest_edge") or 0
         enlarged = edge * edge * long // max(short, 1)
     if enlarged > MAX_ENLARGED_PIXELS:
-        raise UserInputError(
+        raise PictureError(
             f"a picture of {size[0]} x {size[1]} pixels is too long and thin: made a square, it "
             f"would take {enlarged / 1e6:.0f} million pixels; cut it into parts, or scale it down"
         )

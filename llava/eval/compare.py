@@ -58,6 +58,13 @@ def read_arm(word: str) -> ArmAnswers:
     if not folder.is_dir() and ":" in word:
         head, name = _split(word)
         folder = Path(head)
+    try:
+        return _arm_of(folder, name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ResultError(f"{folder} holds no files of one finished run ({error!r})") from error
+
+
+def _arm_of(folder: Path, name: str | None) -> ArmAnswers:
     info = _json(folder / "run.json")
     if info.get("status") != "done" or "task" not in info:
         raise ResultError(f"{folder} holds no finished run of `python -m llava.eval run`")

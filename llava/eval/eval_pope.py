@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
+from llava.eval.converters.answers import Row, read_answers
 from llava.eval.scorers.pope import Answer, Confusion, count, decide
-from llava.eval.submissions import Row, read_results
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import check_ids, index_by, read_jsonl
 
@@ -46,21 +46,25 @@ def confusions(
     """
     lines = read_jsonl(question_file, keys=("question_id", "category"))
     questions = index_by(lines, "question_id", question_file)
-    answers = read_results(result_file)
+    answers = list(read_answers(result_file).values())
     given = [row["question_id"] for row in answers]
     check_ids(given, questions, result_file, question_file)
-    answered = set(given)
-    if given != [name for name in questions if name in answered]:
-        raise TaskError(
-            f"{result_file} is not in the order of {question_file}, and POPE pairs answers with "
-            "labels by their order; sort it"
-        )
+    place = {name: number for number, name in enumerate(questions)}
     found = {}
-    for path in sorted(annotation_dir.iterdir()):
+    paths = sorted(annotation_dir.iterdir())
+    if not paths:
+        raise TaskError(f"{annotation_dir} holds no label file {PREFIX}SPLIT{SUFFIX}")
+    for path in paths:
         if not path.name.startswith(PREFIX) or path.suffix != SUFFIX:
             raise TaskError(f"{path} is no label file; keep only {PREFIX}SPLIT{SUFFIX} there")
         split = path.stem.removeprefix(PREFIX)
         own = [row for row in answers if questions[row["question_id"]]["category"] == split]
+        places = [place[row["question_id"]] for row in own]
+        if places != sorted(places):
+            raise TaskError(
+                f"the answers about {split} in {result_file} are not in the order of "
+                f"{question_file}, and POPE pairs answers with labels by their order; sort them"
+            )
         found[split] = _confusion(own, path, result_file)
     return found
 

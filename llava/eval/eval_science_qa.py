@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with one_line_errors(parser):
         problems, split = read_split(args.base_dir, args.split)
-        rows = read_answers(args.result_file, keys=("prompt",)).values()
+        rows = read_answers(args.result_file, texts=("prompt",)).values()
         answers = {str(row["question_id"]): row for row in rows}
         check_ids(answers, problems, args.result_file, args.base_dir / "problems.json")
         analysis, summary = evaluate(problems, split, answers, args.options)

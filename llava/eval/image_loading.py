@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llava.eval.tasks.base import Benchmark, TaskError
+from llava.images import PictureError
 from llava.mm_utils import process_images
 from llava.utils import UserInputError
 
@@ -61,8 +62,13 @@ class ImageSource:
             except UserInputError as error:
                 loaded.failed[name] = str(error)
                 continue
+            try:
+                pixels = process_images([image], self.processor, self.config)[0]
+            except PictureError as error:
+                loaded.failed[name] = f"image {name}: {error}"
+                continue
             loaded.names.append(name)
-            loaded.pixels.append(process_images([image], self.processor, self.config)[0])
+            loaded.pixels.append(pixels)
             loaded.sizes.append(image.size)
         return loaded
 

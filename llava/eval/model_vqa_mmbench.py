@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import binascii
-import csv
-import io
 import sys
 from collections.abc import Sequence
-from itertools import takewhile
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
 
 from llava.eval import vqa
-from llava.eval.tasks.base import Item, TaskError
-from llava.images import decode_image
-from llava.utils import UserInputError
+from llava.eval.tasks.base import Item
+from llava.eval.tasks.files import OPTION_LETTER, OPTION_LETTER_CN
+from llava.eval.tasks.mmbench import (
+    LETTERS,
+    Row,
+    decode_cell,
+    images_of,
+    options_of,
+    question_of,
+    read_questions,
+)
+from llava.eval.tasks.tsv import Cell, Table
 
-OPTIONS = ("A", "B", "C", "D")
-SUFFIXES = {
-    "en": "\nAnswer with the option's letter from the given choices directly.",
-    "cn": "\n请直接回答选项字母。",
-}
-# What the published reader takes for an empty cell. "None" is among them: an option that reads
-# "None" does not exist for MMBench's own evaluation either.
-_WORDS = """#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a nan
-null none NONE Nan NAN"""
-EMPTY = frozenset(["", "#N/A N/A", *_WORDS.split()])
+SUFFIXES = {"en": OPTION_LETTER, "cn": OPTION_LETTER_CN}
 
 
 class MMBench(vqa.QuestionList):
@@ -40,75 +36,43 @@ class MMBench(vqa.QuestionList):
     def __init__(self, file: Path, suffix: str, all_rounds: bool) -> None:
         super().__init__(file, file.parent)
         self.suffix, self.all_rounds = suffix, all_rounds
-        self._images: dict[str, str] = {}
 
     def items(self) -> list[Item]:
         items: list[Item] = []
-        for row in self._rows():
-            self._images[row["index"]] = row["image"]
-            letters = list(takewhile(lambda letter, row=row: _filled(row.get(letter)), OPTIONS))
-            options = [row[letter] for letter in letters]
+        for name, row in zip(self._table.typed("index"), self._table.rows, strict=True):
+            options = options_of(row)
             for turn in range(len(options) if self.all_rounds else 1):
-                order = options[turn:] + options[:turn]
-                chars = letters[turn:] + letters[:turn]
-                items.append(self._item(len(items), row, turn, order, chars, letters))
+                items.append(self._item(len(items), name, row, turn))
         return items
 
     def load_image(self, name: str) -> Image.Image:
         """The image of row `name`. Raises UserInputError if its cell holds none."""
-        what = f"of row {name} in {self.file}"
-        try:
-            content = base64.b64decode(self._images[name], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise UserInputError(f"the image {what} is no base64 text ({error})") from error
-        return decode_image(content, what)
+        return decode_cell(self._images[name], f"of row {name} in {self.file}")
 
-    def _item(
-        self,
-        place: int,
-        row: dict[str, str],
-        turn: int,
-        options: list[str],
-        chars: list[str],
-        letters: list[str],
-    ) -> Item:
-        question = row["question"]
-        if _filled(row.get("hint")):
-            question = f"{row['hint']}\n{question}"
+    def _item(self, place: int, name: Cell, row: Row, turn: int) -> Item:
+        """A row with its options moved up by `turn`."""
+        options = options_of(row)
+        letters = LETTERS[: len(options)]
+        options = options[turn:] + options[:turn]
         lines = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
+        question = question_of(row)
         prompt = "\n".join([question, *lines])
         extra = {
             "before": {"round_id": turn},
-            "after": {"options": options, "option_char": chars},
+            "after": {"options": options, "option_char": [*letters[turn:], *letters[:turn]]},
         }
         data = {"prompt": prompt, "extra": extra}
-        number = row["index"]
-        name = int(number) if number.isdecimal() else number
-        return Item(place, name, (number,), prompt + self.suffix, question, data)
+        key = name if isinstance(name, int) else str(row["index"])
+        images = (str(row["index"]),)
+        return Item(place, key, images, prompt + self.suffix, question, data)
 
-    def _rows(self) -> list[dict[str, str]]:
-        text = vqa.read_bytes(self.file).decode("utf-8-sig")
-        limit = csv.field_size_limit(len(text) + 1)  # an image is longer than csv's usual limit
-        try:
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
-        except csv.Error as error:
-            raise TaskError(f"{self.file} is damaged or cut short ({error})") from error
-        finally:
-            csv.field_size_limit(limit)
-        for number, row in enumerate(rows, start=1):
-            what = f"row {number}"
-            vqa.require(row, ("index", "question", "A", "image"), self.file, what)
-            if None in row or None in row.values():
-                raise TaskError(f"{what} of {self.file} is damaged or cut short; get it anew")
-        names = [row["index"] for row in rows]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise TaskError(f"{self.file} holds the index {twice} twice")
-        return rows
+    @cached_property
+    def _table(self) -> Table:
+        return read_questions(self.file, columns=("question", "A", "image"))
 
-
-def _filled(cell: str | None) -> bool:
-    return cell is not None and cell not in EMPTY
+    @cached_property
+    def _images(self) -> dict[str, str]:
+        return images_of(self._table)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:

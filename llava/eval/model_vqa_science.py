@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval import vqa
 from llava.eval.prompts import bare_question
 from llava.eval.tasks.base import Item, TaskError
-
-LETTER_ONLY = "\nAnswer with the option's letter from the given choices directly."
+from llava.eval.tasks.files import OPTION_LETTER, read_json
 
 
 class ScienceQA(vqa.QuestionList):
@@ -28,18 +26,14 @@ class ScienceQA(vqa.QuestionList):
         self.suffix = suffix
 
     def items(self) -> list[Item]:
-        try:
-            rows = json.loads(vqa.read_bytes(self.file))
-        except ValueError as error:
-            raise TaskError(
-                f"{self.file} is damaged or cut short ({error}); get the file anew"
-            ) from error
+        rows = read_json(self.file)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise TaskError(f"{self.file} is no JSON array of questions")
         items = []
         for index, row in enumerate(rows):
             what = f"question {index}"
-            vqa.require(row, ("id", "conversations"), self.file, what)
+            if not {"id", "conversations"} <= row.keys():
+                raise TaskError(f"{what} of {self.file} lacks id or conversations")
             try:
                 asked = str(row["conversations"][0]["value"])
             except (LookupError, TypeError) as error:
@@ -63,7 +57,7 @@ PROGRAM = vqa.Program(
     "model_vqa_science",
     "Answer LLaVA's ScienceQA file.",
     lambda args: ScienceQA(
-        args.question_file, args.image_folder, LETTER_ONLY if args.single_pred_prompt else ""
+        args.question_file, args.image_folder, OPTION_LETTER if args.single_pred_prompt else ""
     ),
     _add_flags,
 )

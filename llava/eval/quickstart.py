@@ -162,10 +162,8 @@ def choose_arms(runner: Runner, methods: Sequence[str], budgets: Sequence[int]) 
     readable = runner.first_image()
     if readable is None:
         names = runner.plan.images()
-        reason = runner.source.load(names[:1]).failed[names[0]]
-        raise UserInputError(
-            f"none of the {len(names)} images can be read; the first one: {reason}"
-        )
+        (reason,) = runner.source.load(names[:1]).failed.values()
+        raise UserInputError(f"none of the {len(names)} images can be read; the first: {reason}")
     lacking = {method: runner.lacking(readable, method) for method in methods}
     first = runner.encode(readable, [method for method in methods if lacking[method] is None])
     return plan_arms(

@@ -108,8 +108,16 @@ def _complete(records: Sequence[Record], batch_sizes: Sequence[int]) -> dict[int
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone: two writers would interleave their batches."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold `folder` for this process alone: two writers would interleave their batches.
+
+    Raises ResultError if it cannot be made, or if another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResultError(
+            f"cannot make the output folder {folder}: {error.strerror}; give another --output"
+        ) from error
     with _lock(folder / ".lock", f"{folder}"):
         yield
 

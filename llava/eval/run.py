@@ -95,9 +95,8 @@ def run(args: argparse.Namespace) -> int:
     benchmark = cls(args.data_root or cls.default_root, args.protocol)
     plan = plan_of(benchmark, args)
     model = model_of(args, preset_of(args))
-    sampling = Sampling(
-        temperature=0, max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens
-    )
+    longest = benchmark.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
+    sampling = Sampling(temperature=0, max_new_tokens=longest)
     name = get_model_name_from_path(args.model_path)
     output = args.output or Path("outputs") / name / f"{benchmark.name}-{benchmark.protocol}"
     with processes() as group:

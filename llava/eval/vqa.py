@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shlex
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ from llava.eval.prompts import bare_question
 from llava.eval.results import Record, RunFolder, dump_lines, write_atomically
 from llava.eval.run import add_model_flags, describe, model_of
 from llava.eval.sharding import processes
-from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
+from llava.eval.tasks.base import Benchmark, Item, Metric
+from llava.eval.tasks.files import read_bytes, read_jsonl
 from llava.images import load_image
 from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoint import read_config
@@ -86,11 +86,7 @@ class JsonLines(QuestionList):
 
     def items(self) -> list[Item]:
         items = []
-        for number, line in enumerate(read_bytes(self.file).decode().split("\n"), start=1):
-            if not line.strip():
-                continue
-            row = parse_object(line, self.file, f"line {number}")
-            require(row, ("question_id", "text"), self.file, f"line {number}")
+        for row in read_jsonl(self.file, keys=("question_id", "text")):
             text = bare_question(str(row["text"]))
             images = (str(row["image"]),) if row.get("image") else ()
             data = {"prompt": text, "extra": {}}
@@ -147,7 +143,7 @@ def answer_file(program: Program, args: argparse.Namespace) -> int:
     if args.batch_size < 1 or args.seed < 0 or args.workers < 0:
         raise UserInputError("--batch-size must be at least 1, --seed and --workers at least 0")
     benchmark = program.benchmark(args)
-    length = getattr(args, "max_new_tokens", None) or benchmark.max_new_tokens
+    length = getattr(args, "max_new_tokens", benchmark.max_new_tokens)
     sampling = Sampling(args.temperature, args.top_p, args.num_beams, length)
     arm = arm_of(args)
     items = chunk_of(benchmark.items(), args.num_chunks, args.chunk_idx)
@@ -221,35 +217,3 @@ def saved_pruning(path: str) -> PruningConfig | None:
     folder = Path(path)
     saved = read_config(folder).get("mm_token_pruning") if folder.is_dir() else None
     return None if saved is None else PruningConfig.from_dict(saved)
-
-
-def read_bytes(path: Path) -> bytes:
-    """A question file. Raises TaskError if it cannot be read as text."""
-    try:
-        content = path.read_bytes()
-        content.decode()
-    except OSError as error:
-        raise TaskError(f"cannot read {path}: {error.strerror}; check --question-file") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is no UTF-8 text ({error}); check --question-file") from error
-    return content
-
-
-def parse_object(text: str, path: Path, what: str) -> dict[str, Any]:
-    """A JSON object. Raises TaskError that names `what` of `path` otherwise."""
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise TaskError(
-            f"{what} of {path} is damaged or cut short ({error}); get the file anew"
-        ) from error
-    if not isinstance(row, dict):
-        raise TaskError(f"{what} of {path} is no JSON object")
-    return row
-
-
-def require(row: Mapping[str, Any], keys: Sequence[str], path: Path, what: str) -> None:
-    """Raise TaskError unless `row` has all `keys`."""
-    missing = [key for key in keys if key not in row]
-    if missing:
-        raise TaskError(f"{what} of {path} lacks {', '.join(missing)}")

@@ -160,9 +160,9 @@ def test_models_that_write_captions_are_not_asked(
 
 BENCHMARKS: dict[str, tuple[dict[str, str], str]] = {
     "no questions": ({"questions.jsonl": ""}, r"holds no question"),
-    "no JSON": ({"questions.jsonl": "{question"}, r"questions\.jsonl is not JSON lines"),
-    "no objects": ({"questions.jsonl": "[1]"}, r"record 1 of .*questions\.jsonl lacks question_id"),
-    "no text": ({"questions.jsonl": '{"question_id": 1, "image": "a"}'}, r"record 1 .* lacks text"),
+    "no JSON": ({"questions.jsonl": "{question"}, r"line 1 of .*questions\.jsonl is damaged"),
+    "no objects": ({"questions.jsonl": "[1]"}, r"line 1 of .*questions\.jsonl is no JSON object"),
+    "no text": ({"questions.jsonl": '{"question_id": 1, "image": "a"}'}, r"line 1 .* lacks text"),
     "no answer": ({"answers.jsonl": ""}, r"has no answer to question 1"),
     "no manifest": ({}, r"cannot read .*manifest\.json"),
     "odd manifest": ({"manifest.json": "3"}, r"manifest\.json holds no hashes"),

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from llava.eval import eval_pope, eval_science_qa, eval_textvqa
+from llava.eval.converters import mmvet, seed_bench
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPLIT, CKPT = "llava_vqav2_mscoco_test-dev2015", "llava-v1.5-7b"
 
@@ -131,6 +134,8 @@ def line(question_id: int, text: str = "a") -> str:
         (line(1) + line(1, "b") + line(2), "question_id 1 twice"),
         (line(1), "no result for 1 of 2 VizWiz questions, the first is 2"),
         ('{"question_id": 1}\n', "record 1 of .* lacks question_id or text"),
+        ('{"question_id": 1, "text": 7}\n', "record 1 of .* lacks question_id or text"),
+        ('{"question_id": [1], "text": "a"}\n', r"question_id \[1\], which is no text"),
         (None, "cannot read .*results.jsonl"),
     ],
 )
@@ -160,7 +165,12 @@ def test_bad_answers_write_nothing(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"question_id', "line 1"), (line(1) + line(1), "question_id 1 twice"), ("7\n", "no JSON")],
+    [
+        ('{"question_id', "line 1"),
+        (line(1) + line(1), "question 1 twice"),
+        ("7\n", "no JSON"),
+        ('{"question_id": 1, "text": null}\n', "text in line 1"),
+    ],
 )
 def test_gqa_refuses_damaged_answers(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], text: str, message: str
@@ -170,6 +180,17 @@ def test_gqa_refuses_damaged_answers(
     assert run("convert_gqa_for_eval.py", "--src", source, "--dst", tmp_path / "p.json") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "p.json").exists()
+
+
+def test_ids_with_underscores_are_no_numbers(tmp_path: Path, run: Run) -> None:
+    """Python reads "1_0" as ten."""
+    rows = [{"question_id": name, "text": "a"} for name in ("1_0", 10, "7")]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--src", tmp_path / "answers.jsonl", "--dst", tmp_path / "out.json")
+    assert run("convert_gqa_for_eval.py", *arguments) == 0
+    assert [row["questionId"] for row in json.loads((tmp_path / "out.json").read_text())] == [
+        *("1_0", 10, "7")
+    ]
 
 
 def test_damaged_lines_are_counted_for_the_servers(
@@ -187,3 +208,92 @@ def test_damaged_lines_are_counted_for_the_servers(
     assert printed == "total results: 2, total split: 2, error_line: 3\n"
     written = json.loads((tmp_path / "answers_upload" / SPLIT / f"{CKPT}.json").read_text())
     assert written == [{"question_id": 1, "answer": "2"}, {"question_id": 2, "answer": ""}]
+
+
+ODD_ANNOTATIONS: dict[str, tuple[str, dict[str, str], str]] = {
+    "a problem that is a list": (
+        "science_qa",
+        {"problems.json": '{"1": []}', "pid_splits.json": '{"test": ["1"]}'},
+        "problem 1 in .* is damaged",
+    ),
+    "a split that is a number": (
+        "science_qa",
+        {"problems.json": '{"1": []}', "pid_splits.json": '{"test": 5}'},
+        "must list the ids of 'test'",
+    ),
+    "a prompt that is a number": (
+        "science_qa",
+        {
+            "problems.json": '{"1": {"answer": 0, "choices": ["a"]}}',
+            "pid_splits.json": '{"test": ["1"]}',
+            "answers.jsonl": '{"question_id": "1", "text": "A", "prompt": 5}',
+        },
+        "prompt in line 1 of .* is no text",
+    ),
+    "a question id that is a list": (
+        "seed",
+        {
+            "annotation.json": '{"questions": [{"question_id": [1], "question_type_id": 1, '
+            '"data_type": "image", "answer": "A"}], "question_type": {"x": 1}}'
+        },
+        "of question 1 of .* is no text",
+    ),
+    "a type that is a list": (
+        "seed",
+        {"annotation.json": '{"questions": [{}], "question_type": {"x": [1]}}'},
+        "must give every type a number",
+    ),
+    "no questions": (
+        "seed",
+        {"annotation.json": '{"questions": [], "question_type": {"x": 1}}'},
+        "must hold `questions`",
+    ),
+    "people who answer in numbers": (
+        "textvqa",
+        {"annotation.json": '{"data": [{"image_id": 1, "question": "a", "answers": [1]}]}'},
+        "TextVQA annotation 1 is damaged",
+    ),
+    "people who are a number": (
+        "textvqa",
+        {"annotation.json": '{"data": [{"image_id": 1, "question": "a", "answers": 5}]}'},
+        "TextVQA annotation 1 lacks",
+    ),
+    "no labels": ("pope", {}, "holds no label file"),
+    "no answers": ("mmvet", {"answers.jsonl": ""}, "holds no answer"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ANNOTATIONS)
+def test_odd_files_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    program, files, message = ODD_ANNOTATIONS[name]
+    line = '{"question_id": 1, "text": "a", "prompt": "a", "category": "random"}'
+    for file, content in ({"answers.jsonl": line} | files).items():
+        (tmp_path / file).write_text(content)
+    (tmp_path / "labels").mkdir()
+    annotation, answers = tmp_path / "annotation.json", tmp_path / "answers.jsonl"
+    out = tmp_path / "out"
+    given = {
+        "science_qa": (
+            eval_science_qa.main,
+            {"--base-dir": tmp_path, "--output-file": out, "--output-result": out},
+        ),
+        "seed": (
+            seed_bench.main,
+            {"--annotation-file": annotation, "--result-upload-file": out},
+        ),
+        "textvqa": (eval_textvqa.main, {"--annotation-file": annotation}),
+        "pope": (
+            eval_pope.main,
+            {"--annotation-dir": tmp_path / "labels", "--question-file": answers},
+        ),
+        "mmvet": (mmvet.main, {"--src": answers, "--dst": out}),
+    }
+    main, flags = given[program]
+    flags |= {} if program == "mmvet" else {"--result-file": answers}
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for flag in flags.items() for word in flag])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(message, error) and error.count("\n") == 1
+    assert not out.exists()

@@ -5,6 +5,7 @@ The loop must give what `model.generate` gives for the same prompt, whatever sta
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -46,9 +47,14 @@ class Pictures(Benchmark):
     max_new_tokens = 5
     headline = ""
 
-    def __init__(self, broken: Sequence[str] = (), wrong: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        broken: Sequence[str] = (),
+        wrong: Sequence[str] = (),
+        strips: Sequence[str] = (),
+    ) -> None:
         super().__init__(Path())
-        self.broken, self.wrong = broken, wrong
+        self.broken, self.wrong, self.strips = broken, wrong, strips
 
     def items(self) -> list[Item]:
         return [
@@ -61,6 +67,8 @@ class Pictures(Benchmark):
             raise UserInputError(f"image {name} is damaged")
         if name in self.wrong:
             raise TaskError("these are other pictures")
+        if name in self.strips:
+            return Image.new("RGB", (20000, 2))
         return draw_picture(ord(name)).resize(
             {"a": (336, 336), "b": (500, 300)}.get(name, (90, 400))
         )
@@ -193,6 +201,15 @@ def test_an_unreadable_image_fails_its_items_alone(subject: Subject, workers: in
             assert record["kept"] == whole[arm, index]["kept"]
     nothing = answers_of(runner_of(subject, Pictures(broken="abc")), ARMS[:2])
     assert [i for (arm, i), record in nothing.items() if "error" not in record] == [1, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_no_model_can_be_shown_fails_alone(subject: Subject, workers: int) -> None:
+    pictures = Pictures(strips=["c"])
+    records = answers_of(runner_of(subject, pictures, batch_size=2, workers=workers), ARMS[:1])
+    failed = {index: record["error"] for (_, index), record in records.items() if "error" in record}
+    assert failed.keys() == {4}
+    assert re.search(r"^image c: a picture of 20000 x 2 pixels is too long", failed[4])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

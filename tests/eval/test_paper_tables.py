@@ -289,7 +289,7 @@ def test_missing_cells_print_na_and_absent_methods_say_so() -> None:
 
 
 def test_a_demo_has_counts_and_no_gaps() -> None:
-    table = filled(comparable=False)
+    table = filled(no_gap="demo")
     assert all(record["gap"] is None for record in records(table))
     text = to_markdown(table, demo=True)
     assert "DEMO" in text and "POPE (n=40)" in text and "gap" not in text
@@ -408,7 +408,44 @@ def test_a_failing_run_leaves_its_cells_empty_and_is_reported(
     printed = capsys.readouterr().out
     assert "the run of pope ended with exit code 2" in printed
     assert math.isclose(json.loads((tmp_path / f"{MAIN}.json").read_text())["samples"]["gqa"], 40)
-    assert not any(row.average.gap for row in filled(MAIN, comparable=False).rows)
+    assert not any(row.average.gap for row in filled(MAIN, no_gap="demo").rows)
+
+
+def test_figures_of_an_earlier_run_do_not_stand_for_one_that_fails(
+    with_tasks: None, arguments: Callable[..., argparse.Namespace], tmp_path: Path
+) -> None:
+    args = arguments(MAIN, "--output", str(tmp_path), "--tasks", "pope", "--methods", "zoo")
+    assert command.run(args, write_fake_run) == 0
+    args.model_path = "another/model"
+    assert command.run(args, lambda launch, job: 2) == 1
+    content = json.loads((tmp_path / f"{MAIN}.json").read_text())
+    assert content["conditions"]["model"] == "another/model"
+    assert all(cell["ours"] is None for cell in content["cells"])
+
+
+def test_the_first_questions_of_a_task_have_no_gap(
+    with_tasks: None,
+    arguments: Callable[..., argparse.Namespace],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    args = arguments(MAIN, "--output", str(tmp_path), "--methods", "zoo", "--limit", "40")
+    assert command.run(args, write_fake_run) == 0
+    content = json.loads((tmp_path / f"{MAIN}.json").read_text())
+    assert all(cell["gap"] is None for cell in content["cells"])
+    assert any(cell["ours"] and cell["published"] for cell in content["cells"])
+    assert "No gaps: only the first 40 questions of a task were asked." in capsys.readouterr().out
+
+
+def test_authors_figures_of_their_own_method_are_no_re_run() -> None:
+    kinds = {
+        figure.kind
+        for name in list_tables()
+        for row in load_table(name).rows
+        for figure in row.published.values()
+        if row.method == "cen-prune"
+    }
+    assert kinds == {"paper"}
 
 
 def test_dry_run_prints_the_runs_and_touches_nothing(
@@ -430,6 +467,8 @@ def test_dry_run_prints_the_runs_and_touches_nothing(
         ([MAIN, "--tasks", "docvqa"], "docvqa"),
         ([MAIN, "--methods", "zoom"], "zoom"),
         ([MAIN, "--limit", "-1"], "--limit"),
+        ([MAIN, "--batch-size", "0"], "--batch-size"),
+        ([MAIN, "--workers", "-1"], "--workers"),
     ],
 )
 def test_bad_flags_are_one_line(

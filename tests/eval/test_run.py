@@ -226,6 +226,8 @@ def test_unreadable_images_are_counted(
         (["--conv-mode", "vicuna"], "unknown --conv-mode"),
         (["--limit", "-1"], "--limit"),
         (["--batch-size", "0"], "--batch-size"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--output", __file__], "cannot make the output folder"),
         (["--chunk-idx", "2", "--num-chunks", "2"], "--chunk-idx"),
         (["--chunk-idx", "10", "--num-chunks", "12"], "is empty"),
     ],
@@ -284,6 +286,15 @@ def test_compare_refuses_other_questions(
     log.write_bytes(log.read_bytes()[:-9])
     assert main(["compare", str(tmp_path / "few"), str(tmp_path / "few")]) == 2
     assert "cut short" in last_line(capfd)
+    (tmp_path / "odd").mkdir()
+    for info in (
+        {"status": "done", "task": "x"},
+        {"status": "done", "task": "x", "arms": {"a": {}}},
+    ):
+        (tmp_path / "odd" / "run.json").write_text(json.dumps(info))
+        (tmp_path / "odd" / "answers.jsonl").write_text('{"arm": "b"}\n')
+        assert main(["compare", str(tmp_path / "odd"), str(tmp_path / "odd")]) == 2
+        assert "no files of one finished run" in last_line(capfd)
 
 
 def test_mcnemar_is_the_exact_binomial_test() -> None:

@@ -168,11 +168,24 @@ class TestPope:
         with pytest.raises(UserInputError, match="split random is rightly answered yes"):
             eval_pope.print_figures("random", confusion)
 
+    def test_splits_may_come_in_any_order(self, scorers: Path, tmp_path: Path) -> None:
+        """Answers are paired with labels by their order within a split alone."""
+        folder = scorers / "pope"
+        rows = (folder / "answers.jsonl").read_text().splitlines()
+        lines = (folder / "questions.jsonl").read_text().splitlines()
+        of = {row["question_id"]: row["category"] for row in map(json.loads, lines)}
+        rows.sort(key=lambda row: of[json.loads(row)["question_id"]])
+        (tmp_path / "a.jsonl").write_text("\n".join(rows))
+        flags = (folder / "annotations", folder / "questions.jsonl")
+        moved = eval_pope.confusions(*flags, tmp_path / "a.jsonl")
+        assert moved == eval_pope.confusions(*flags, folder / "answers.jsonl")
+        assert rows != (folder / "answers.jsonl").read_text().splitlines()
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             (lambda rows: rows[:-1], "holds 37 labels for 36 answers"),
-            (lambda rows: [*rows, rows[0]], "question_id 0 twice"),
+            (lambda rows: [*rows, rows[0]], "question 0 twice"),
             (lambda rows: [rows[1], rows[0], *rows[2:]], "not in the order"),
             (lambda rows: [*rows, '{"question_id": 999, "text": "a"}'], "first is 999"),
             (lambda rows: [*rows, '{"question_id": 14'], "line 143 of .* is damaged"),

@@ -77,8 +77,8 @@ def test_tasks_are_found_by_name() -> None:
     [
         ("", "", "no question"),
         ('{"question_id": 1, "image": "a.png", "text": "?"}\n', "", "no answer to question 1"),
-        ('{"question_id": 1,', "", "not JSON lines"),
-        ('{"question_id": 1, "image": "a.png", "text": "?"}\n' * 2, "", "repeats question_id 1"),
+        ('{"question_id": 1,', "", "is not JSON"),
+        ('{"question_id": 1, "image": "a.png", "text": "?"}\n' * 2, "", "question_id '1' twice"),
         (
             '{"question_id": 1, "image": "a.png", "text": "?"}\n',
             '{"question_id": 1, "answer": "a"}\n{"question_id": 7, "answer": "b"}\n',

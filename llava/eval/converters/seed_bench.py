@@ -52,13 +52,18 @@ def read_annotations(
     """The questions of `SEED-Bench.json` and {question type: its name}. Raises TaskError."""
     content = read_json(path, task)
     questions = content.get("questions") if isinstance(content, dict) else None
-    if not isinstance(questions, list) or not isinstance(content.get("question_type"), dict):
+    types = content.get("question_type") if isinstance(content, dict) else None
+    if not isinstance(questions, list) or not questions or not isinstance(types, dict):
         raise TaskError(f"{path} must hold `questions` and `question_type`; is it SEED-Bench.json?")
+    if not all(isinstance(kind, str | int) for kind in types.values()):
+        raise TaskError(f"`question_type` of {path} must give every type a number")
     for number, question in enumerate(questions, start=1):
-        missing = [key for key in KEYS if key not in question]
+        missing = [key for key in KEYS if not isinstance(question, dict) or key not in question]
         if missing:
             raise TaskError(f"question {number} of {path} lacks {', '.join(missing)}")
-    names = {kind: name for name, kind in content["question_type"].items()}
+        if not all(isinstance(question[key], str | int) for key in KEYS):
+            raise TaskError(f"one of {', '.join(KEYS)} of question {number} of {path} is no text")
+    names = {kind: name for name, kind in types.items()}
     unnamed = {row["question_type_id"] for row in questions} - names.keys()
     if unnamed:
         raise TaskError(f"{path} names no question type {sorted(unnamed)} in `question_type`")

@@ -75,7 +75,7 @@ class Filled:
     """A table with everything that is known about its cells.
 
     `counts`: items per column key. `covered`: titles of the columns that the average takes in.
-    `problems`: what did not run or not wholly, one line each.
+    `problems`: what did not run or not wholly, one line each. `no_gap`: see `fill`.
     """
 
     table: Table
@@ -83,6 +83,7 @@ class Filled:
     counts: Mapping[str, int]
     covered: tuple[str, ...]
     problems: tuple[str, ...] = ()
+    no_gap: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,12 +153,13 @@ def fill(
     budgets: Budgets,
     *,
     native_only: bool = False,
-    comparable: bool = True,
+    no_gap: str | None = None,
     problems: Sequence[str] = (),
 ) -> Filled:
     """Put every measured figure beside the published one.
 
-    `comparable=False` (a demo) leaves out every gap: other model, other data.
+    `no_gap` says why no figure of these runs can be held against a published one: a demo's model
+    and data, the first few questions of a task.
     """
 
     def result_of(row: Row, column: Column) -> RunResult | None:
@@ -183,14 +185,14 @@ def fill(
         row for row in table.rows if unavailable(table, row) is None and refusal(row) is None
     ]
     covered = [column for column in table.averaged() if _covers(column, open_rows, measured)]
-    complete = comparable and bool(covered) and covered == table.averaged()
+    complete = bool(covered) and covered == table.averaged()
     why_not = None if complete else "the average does not cover every task of the table"
     rows = []
     for row in table.rows:
         cells = {}
         for column in table.columns:
             published, borrowed = _published(table, row, column.key)
-            reason = column.no_gap if comparable else "demo"
+            reason = no_gap or column.no_gap
             cells[column.key] = Cell(published, measured(row, column), borrowed, reason)
         average = None
         if covered and row in open_rows:
@@ -200,7 +202,7 @@ def fill(
             ]
             average = Measured(100 * math.fsum(ratios) / len(ratios), None, len(ratios))
         published, borrowed = _published(table, row, AVERAGE)
-        reason = (table.average_no_gap or why_not) if comparable else "demo"
+        reason = no_gap or table.average_no_gap or why_not
         rows.append(
             FilledRow(
                 row,
@@ -215,7 +217,7 @@ def fill(
         )
     counts = _counts(table, rows)
     titles = tuple(column.title for column in covered)
-    return Filled(table, tuple(rows), counts, titles, tuple(problems))
+    return Filled(table, tuple(rows), counts, titles, tuple(problems), no_gap)
 
 
 def _covers(column: Column, rows: Sequence[Row], measured: Any) -> bool:

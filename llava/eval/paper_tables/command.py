@@ -77,6 +77,14 @@ class Order:
     budgets: Budgets
     demo: bool
 
+    @property
+    def no_gap(self) -> str | None:
+        """Why nothing measured can be held against published figures, or None."""
+        if self.demo:
+            return "demo"
+        limit = self.launch.limit
+        return f"only the first {limit} questions of a task were asked" if limit else None
+
     def jobs(self) -> list[Job]:
         """The runs, without tasks that no benchmark is registered for."""
         absent = missing_tasks(self.table)
@@ -100,6 +108,8 @@ def run(args: argparse.Namespace, run_one: RunJob = run_job) -> int:
         problems = [f"no benchmark is registered for {task}" for task in missing_tasks(order.table)]
         for job in order.jobs():
             print(f"== {job.folder}: {len(job.settings)} arms", flush=True)
+            # A run that ends before it starts must not leave the figures of an earlier order here.
+            (order.launch.folder(job) / "metrics.json").unlink(missing_ok=True)
             code = run_one(order.launch, job)
             if code != 0:
                 problems.append(f"the run of {job.folder} ended with exit code {code}")
@@ -115,6 +125,10 @@ def read_order(args: argparse.Namespace) -> Order:
     table = only(load_table(args.name), args.tasks, args.methods)
     if args.limit < 0 or args.processes < 1 or args.demo_samples < 1:
         raise UserInputError("--limit must be at least 0, --processes and --demo-samples 1")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserInputError("--batch-size must be at least 1")
+    if args.seed < 0 or (args.workers or 0) < 0:
+        raise UserInputError("--seed and --workers must be at least 0")
     place = "demo" if args.demo else "tables"
     output = args.output or Path("outputs") / place / table.name
     model, data = args.model_path or table.model, args.data_root
@@ -189,7 +203,7 @@ def collect(order: Order, problems: Sequence[str] = ()) -> Filled:
         results,
         order.budgets,
         native_only=order.demo,
-        comparable=not order.demo,
+        no_gap=order.no_gap,
         problems=found,
     )
 

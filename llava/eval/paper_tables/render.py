@@ -72,7 +72,9 @@ def notes(filled: Filled, demo: bool = False) -> list[str]:
             f"Not in the average, because a row or a score above zero to divide by is missing: "
             f"{', '.join(left_out)}."
         )
-    if not demo:
+    if not demo and filled.no_gap:
+        found.append(f"No gaps: {filled.no_gap}.")
+    elif not demo:
         found += [
             f"No gap for {column.title}: {column.no_gap}."
             for column in table.columns

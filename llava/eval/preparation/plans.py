@@ -1,8 +1,8 @@
 """Where the data of each benchmark come from, and how many questions must arrive.
 
-Dataset ids are those that lmms-eval reads; `--dataset` names another. Counts are published ones;
-a benchmark whose count we know from no publication has None, and is not held to one. Nobody
-publishes hashes of these files, so there are none here.
+Dataset ids are those that lmms-eval published (its newer releases read copies that need a login);
+`--dataset` names another. Counts are published ones; a benchmark whose count we know from no
+publication has None, and is not held to one. No hashes are known here.
 """
 
 from __future__ import annotations

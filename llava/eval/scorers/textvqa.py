@@ -51,11 +51,16 @@ def answers_by_question(annotations: Iterable[Mapping[str, Any]]) -> dict[Key, l
     found = {}
     for number, row in enumerate(annotations, start=1):
         try:
-            key, answers = (row["image_id"], row["question"].lower()), row["answers"]
+            key, answers = (row["image_id"], row["question"].lower()), list(row["answers"])
+            known = isinstance(key[0], str | int) and all(isinstance(a, str) for a in answers)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserInputError(
                 f"TextVQA annotation {number} lacks image_id, question or answers"
             ) from error
+        if not known:
+            raise UserInputError(
+                f"TextVQA annotation {number} is damaged: its image_id or an answer is no text"
+            )
         if len(answers) != PEOPLE:
             raise UserInputError(
                 f"TextVQA annotation {number} holds {len(answers)} answers instead of {PEOPLE}; "

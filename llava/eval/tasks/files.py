@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.eval.tasks.question_file import TaskError
+from llava.eval.tasks.base import TaskError
 from llava.images import load_image
 
 # Suffixes that LLaVA-1.5 was trained with; its published question files carry them in `text`.
@@ -41,25 +41,36 @@ def read_json(path: Path, task: str | None = None) -> Any:
         raise TaskError(f"{path} is damaged, it is not JSON: {error}{_how_to_get(task)}") from error
 
 
-def read_jsonl(path: Path, task: str | None = None, keys: Sequence[str] = ()) -> list[Any]:
+def read_jsonl(
+    path: Path, task: str | None = None, keys: Sequence[str] = (), texts: Sequence[str] = ()
+) -> list[Any]:
     """Objects of a JSON lines file, blank lines left out.
 
     Raises:
         TaskError: the file is missing, or a line (named by its number, from 1) is damaged, is no
-            object, or lacks one of `keys`.
+            object, lacks one of `keys`, or holds no text under one of `texts`.
     """
     rows = []
     # Not splitlines(): JSON may hold U+2028 and its like unescaped, which that takes for line ends.
     for number, line in enumerate(read_bytes(path, task).split(b"\n"), start=1):
         if line.strip():
-            rows.append(_object(line, f"line {number} of {path}", keys, _how_to_get(task)))
+            where, mend = f"line {number} of {path}", _how_to_get(task)
+            rows.append(_object(line, where, (*keys, *texts), mend))
+            odd = [key for key in texts if not isinstance(rows[-1][key], str)]
+            if odd:
+                raise TaskError(f"{', '.join(odd)} in {where} is no text{mend}")
     return rows
 
 
 def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
-    """`{row[key]: row}` in the order of `rows`; TaskError where two rows of `path` share a key."""
+    """`{row[key]: row}` in the order of `rows` of `path`.
+
+    Raises TaskError where two rows share a key, and for keys that are no text or number.
+    """
     found: dict[Any, Any] = {}
     for row in rows:
+        if not isinstance(row[key], str | int):
+            raise TaskError(f"{path} holds {key} {row[key]!r}, which is no text or whole number")
         if row[key] in found:
             raise TaskError(f"{path} holds {key} {row[key]!r} twice; keep one of the two lines")
         found[row[key]] = row

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava.eval.converters.answers import write_json
+from llava.eval.converters.gqa import predictions
 from llava.eval.scorers.gqa import clean, judge
 from llava.eval.stats import metric_of
-from llava.eval.submissions import gqa_predictions, write_json
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
 from llava.eval.tasks.files import check_ids, read_json
 from llava.eval.tasks.published import PublishedQuestions, Row
@@ -49,6 +50,11 @@ class GQA(PublishedQuestions):
         for name, question in questions.items():
             if not isinstance(question, dict) or not question.keys() >= set(NEEDED):
                 raise TaskError(f"question {name} of {path} lacks one of {', '.join(NEEDED)}")
+            types, texts = question["types"], (question["answer"], question["imageId"])
+            if not isinstance(types, dict) or "structural" not in types:
+                raise TaskError(f"question {name} of {path} lacks its structural type")
+            if not all(isinstance(text, str) for text in texts):
+                raise TaskError(f"answer or imageId of question {name} of {path} is no text")
             if question["isBalanced"] and name not in asked:
                 raise TaskError(
                     f"{self.question_file()} does not ask the balanced question {name} of {path}; "
@@ -84,4 +90,4 @@ class GQA(PublishedQuestions):
             {"question_id": item.question_id, "text": answer}
             for item, answer in zip(items, answers, strict=True)
         )
-        return [write_json(folder / PREDICTIONS, gqa_predictions(rows))]
+        return [write_json(folder / PREDICTIONS, predictions(rows))]

@@ -25,7 +25,9 @@ from llava.utils import UserInputError
 
 LETTERS = "ABCD"
 ROTATION = 10**6  # the table gives rotation r of question i the index i + r * ROTATION
-COLUMNS = ("index", "question", "hint", *LETTERS, "image")
+COLUMNS = ("question", "hint", *LETTERS, "image")
+
+Row = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,45 @@ def rotate(prompt: Prompt) -> Iterator[Prompt]:
         yield Prompt(index, prompt.question, options, answer, prompt.image, count)
 
 
+def read_questions(path: Path, task: str | None = None, columns: Sequence[str] = ()) -> Table:
+    """`read_table` of a table whose `index` names its rows. Raises TaskError where it does not."""
+    table = read_table(path, task, ("index", *columns))
+    names = Counter(row["index"] for row in table.rows)
+    if None in names:
+        raise TaskError(f"a row of {path} has no index")
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise TaskError(f"{path} holds the index {twice[0]} twice; keep one of the rows")
+    return table
+
+
+def images_of(table: Table) -> dict[str, str]:
+    """{index: base64 text}; a row may name another row instead, whose image it shares."""
+    cells = {row["index"] or "": row["image"] or "" for row in table.rows}
+    return {row: cells.get(text, text) for row, text in cells.items()}
+
+
+def options_of(row: Row) -> list[str]:
+    """The options of a row up to the first that is absent."""
+    cells = (row.get(letter) for letter in LETTERS)
+    return [option for option in takewhile(_is_given, cells) if option is not None]
+
+
+def question_of(row: Row) -> str:
+    """The question of a row, with its hint on a line before it."""
+    hint, question = row.get("hint"), row["question"] or ""
+    return f"{hint}\n{question}" if _is_given(hint) else question
+
+
+def decode_cell(text: str, what: str) -> Image.Image:
+    """The image in a cell. Raises UserInputError, naming `what` ("of row 7"), if it holds none."""
+    try:
+        content = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserInputError(f"the image {what} is no base64 text ({error})") from error
+    return decode_image(content, what)
+
+
 @register_benchmark
 class MMBench(Benchmark):
     """Scored by rules alone (`llava.eval.scorers.mmbench`), so without a GPT and offline.
@@ -91,13 +132,10 @@ class MMBench(Benchmark):
 
     def load_image(self, name: str) -> Image.Image:
         try:
-            content = base64.b64decode(self._images[name], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise UserInputError(
-                f"the image of row {name} of {self.path} is no base64 text ({error}); "
-                f"`python -m llava.eval prepare {self.name}` gets the file anew"
-            ) from error
-        return decode_image(content, f"of row {name} of {self.path}")
+            return decode_cell(self._images[name], f"of row {name} of {self.path}")
+        except UserInputError as error:
+            mend = f"; `python -m llava.eval prepare {self.name}` gets the file anew"
+            raise UserInputError(f"{error}{mend}") from error
 
     def data_hash(self) -> str:
         return hash_files([self.path])
@@ -153,20 +191,15 @@ class MMBench(Benchmark):
 
     @cached_property
     def _table(self) -> Table:
-        table = read_table(self.path, self.name, COLUMNS)
+        table = read_questions(self.path, self.name, COLUMNS)
         names = table.typed("index")
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise TaskError(f"{self.path} holds index {twice[0]} twice; keep one of the rows")
         if not names or not all(isinstance(name, int) for name in names):
             raise TaskError(f"the column `index` of {self.path} must hold a whole number a row")
         return table
 
     @cached_property
     def _images(self) -> dict[str, str]:
-        """{row: base64 text}; a row may name another row instead, whose image it shares."""
-        cells = {row["index"]: row["image"] or "" for row in self._table.rows}
-        return {str(row): cells.get(text, text) for row, text in cells.items()}
+        return images_of(self._table)
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
@@ -181,21 +214,17 @@ class MMBench(Benchmark):
             return prompts
         return [turned for prompt in prompts for turned in rotate(prompt)]
 
-    def _prompt(
-        self, row: Mapping[str, str | None], asked: Mapping[int, int], first: Mapping[str, str]
-    ) -> Prompt:
+    def _prompt(self, row: Row, asked: Mapping[int, int], first: Mapping[str, str]) -> Prompt:
         name = row["index"] or ""
-        cells = takewhile(lambda option: not _is_none(option), (row[letter] for letter in LETTERS))
-        options = [option for option in cells if option is not None]
+        options = options_of(row)
         answer = row.get("answer")
         if row["question"] is None or not options:
             raise TaskError(f"row {name} of {self.path} has no question or no options")
         if answer is not None and answer not in tuple(LETTERS):
             raise TaskError(f"the answer {answer!r} of row {name} of {self.path} is no letter")
-        hint = [row["hint"]] if row["hint"] is not None and not _is_none(row["hint"]) else []
         return Prompt(
             index=int(name),
-            question="\n".join([*hint, row["question"]]),
+            question=question_of(row),
             options=tuple(options),
             answer=answer,
             image=first[self._images[name]],
@@ -213,9 +242,9 @@ class MMBenchCN(MMBench):
     suffix = OPTION_LETTER_CN
 
 
-def _is_none(cell: str | None) -> bool:
-    """Whether LLaVA takes an option or a hint for absent: an empty cell, "none" in any case."""
-    return cell is None or cell.lower() in ("nan", "none")
+def _is_given(cell: str | None) -> bool:
+    """False for what LLaVA takes for an absent option or hint: empty, or "none" in any case."""
+    return cell is not None and cell.lower() not in ("nan", "none")
 
 
 def _rotations(item: Item) -> int:

@@ -7,11 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava.eval.results import write_atomically
+from llava.eval.converters.mme import answer_files, mme_lines, read_truth, write_categories
 from llava.eval.scorers import mme
-from llava.eval.submissions import mme_lines
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
-from llava.eval.tasks.files import read_bytes
 from llava.eval.tasks.published import PublishedQuestions, Row
 
 RELEASE = "MME/MME_Benchmark_release_version"
@@ -97,48 +95,3 @@ class MME(PublishedQuestions):
             for item, answer in zip(items, answers, strict=True)
         )
         return write_categories(folder / "mme", mme_lines(rows, truth))
-
-
-def answer_files(release: Path, task: str | None = None) -> list[Path]:
-    """MME's text files "question, tab, answer", sorted; TaskError if there are none.
-
-    A category is a folder of them, or holds them under `questions_answers_YN` beside `images`.
-    """
-    files = [*release.glob("*/*.txt"), *release.glob("*/questions_answers_YN/*.txt")]
-    if not files:
-        how = f"; `python -m llava.eval prepare {task}` gets it" if task else ""
-        raise TaskError(f"{release} holds no text files with MME's questions and answers{how}")
-    return sorted(files)
-
-
-def read_truth(release: Path, task: str | None = None) -> dict[mme.Key, str]:
-    """{(category, text file, question): answer} of MME's release."""
-    truth = {}
-    for path in answer_files(release, task):
-        category = path.relative_to(release).parts[0]
-        for number, line in enumerate(read_lines(path, task), start=1):
-            if not line.strip():
-                continue
-            question, tab, answer = line.strip().partition("\t")
-            if not tab or answer.strip().lower() not in ("yes", "no"):
-                raise TaskError(f"line {number} of {path} is no question, tab and Yes or No")
-            truth[category, path.name, question] = answer.strip()
-    return truth
-
-
-def read_lines(path: Path, task: str | None = None) -> list[str]:
-    """Lines of a text file, the last one closed or not; TaskError if it is damaged."""
-    try:
-        text = read_bytes(path, task).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is damaged, it is not UTF-8: {error}") from error
-    return text.removesuffix("\n").split("\n")
-
-
-def write_categories(folder: Path, lines: Mapping[str, Sequence[str]]) -> list[Path]:
-    """Write `folder/CATEGORY.txt` for every category; returns the paths."""
-    paths = []
-    for category, text in lines.items():
-        paths.append(folder / f"{category}.txt")
-        write_atomically(paths[-1], "".join(f"{line}\n" for line in text))
-    return paths

@@ -117,6 +117,8 @@ class MMMU(Benchmark):
             raise TaskError(f"{where} is damaged: its `question` is no text")
         options = _as_list(row["options"], where)
         answers = _references(row["answer"])
+        if not answers:
+            raise TaskError(f"{where} has no answer")
         if row["question_type"] == "multiple-choice":
             if not options or answers[0] not in list(LETTERS[: len(options)]):
                 raise TaskError(f"{where} needs options, and the letter of one as its answer")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from llava.eval.prompts import bare_question
 from llava.eval.scorers.exact_match import is_correct
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
+from llava.eval.tasks.files import index_by, read_bytes, read_json, read_jsonl
 from llava.images import load_image
 
 ImageLoader = Callable[[str], Image.Image]
@@ -83,7 +83,7 @@ class QuestionFile(Benchmark):
         if self.image_folder is None:
             files.append(self.root / "manifest.json")
         for file in files:
-            digest.update(hashlib.sha256(_read(file)).digest())
+            digest.update(hashlib.sha256(read_bytes(file)).digest())
         if self.image_folder is not None:
             for name in sorted({image for item in self.items() for image in item.images}):
                 file = self.image_folder / name
@@ -112,36 +112,16 @@ class QuestionFile(Benchmark):
 def _by_id(folder: Path, name: str, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Objects of a JSONL file by their question id, each with at least `keys`."""
     path = folder / f"{name}.jsonl"
-    text = _read(path)
-    try:
-        rows = [json.loads(line) for line in text.decode("utf-8").split("\n") if line.strip()]
-    except ValueError as error:
-        raise TaskError(f"{path} is not JSON lines: {error}") from error
-    found: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(rows, start=1):
-        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise TaskError(f"record {number} of {path} lacks {', '.join(missing)}")
-        question = str(row["question_id"])
-        if question in found:
-            raise TaskError(f"record {number} of {path} repeats question_id {question}")
-        found[question] = row
-    return found
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise TaskError(f"cannot read {path}: {error.strerror}") from error
+    rows = [row | {"question_id": str(row["question_id"])} for row in read_jsonl(path, keys=keys)]
+    return index_by(rows, "question_id", path)
 
 
 def _world_loader(manifest: Path) -> ImageLoader:
     from llava.world import render
 
-    text = _read(manifest)
+    content = read_json(manifest)
     try:
-        hashes = dict(json.loads(text))
+        hashes = dict(content)
     except (ValueError, TypeError) as error:
         raise TaskError(f"{manifest} holds no hashes of images: {error}") from error
 

@@ -104,6 +104,10 @@ class ScienceQA(Benchmark):
                 f"question {row['id']!r} of {self._question_file} is damaged: `conversations` must "
                 "start with a turn that has a `value`"
             ) from error
+        if not isinstance(row.get("image") or "", str):
+            raise TaskError(
+                f"the image of question {row['id']!r} of {self._question_file} is no name of a file"
+            )
         problem = problems[row["id"]]
         return Item(
             index,
@@ -126,13 +130,16 @@ def read_split(
     if not splits.get(split):
         known = ", ".join(name for name in splits if splits[name])
         raise TaskError(f"{folder / 'pid_splits.json'} has no split {split!r}; it has {known}")
-    check_ids(splits[split], problems, folder / "pid_splits.json", folder / "problems.json")
-    for name in splits[split]:
-        problem = problems[name]
+    names = splits[split]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TaskError(f"{folder / 'pid_splits.json'} must list the ids of {split!r} as texts")
+    check_ids(names, problems, folder / "pid_splits.json", folder / "problems.json")
+    for name in names:
+        problem = problems[name] if isinstance(problems[name], dict) else {}
         answer, choices = problem.get("answer"), problem.get("choices")
         if not isinstance(choices, list) or answer not in range(len(choices)):
             raise TaskError(
                 f"problem {name} in {folder / 'problems.json'} is damaged: `answer` must be the "
                 "index of one of its `choices`"
             )
-    return problems, splits[split]
+    return problems, names

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from llava.eval.submissions import vizwiz_submission, write_json
+from llava.eval.converters.answers import write_json
+from llava.eval.converters.vizwiz import submission
 from llava.eval.tasks.base import Item, Metric, register_benchmark
 from llava.eval.tasks.published import PublishedQuestions
 
@@ -45,4 +46,4 @@ class VizWiz(PublishedQuestions):
         """The server's file. It takes complete ones only: one of a limited run is for reading."""
         rows = [{"question_id": item.question_id, "image": item.images[0]} for item in items]
         results = {item.question_id: answer for item, answer in zip(items, answers, strict=True)}
-        return [write_json(folder / "vizwiz_submission.json", vizwiz_submission(rows, results))]
+        return [write_json(folder / "vizwiz_submission.json", submission(rows, results))]

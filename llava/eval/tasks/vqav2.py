@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llava.eval.converters.answers import write_json
+from llava.eval.converters.vqav2 import submission
 from llava.eval.scorers.evalai import normalise
 from llava.eval.scorers.vqa_accuracy import vqav2_accuracy
 from llava.eval.stats import metric_of
-from llava.eval.submissions import vqav2_submission, write_json
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
 from llava.eval.tasks.files import SHORT_ANSWER, check_ids, index_by, read_json
 from llava.eval.tasks.published import PublishedQuestions, Row
@@ -52,6 +53,12 @@ class VQAv2(PublishedQuestions):
         path = self.question_file()
         questions = _listed(path, "questions", ("question_id", "image_id", "question"), self.name)
         index_by(questions, "question_id", path)
+        for row in questions:
+            if not isinstance(row["question"], str) or not str(row["image_id"]).isdecimal():
+                raise TaskError(
+                    f"question {row['question_id']!r} of {path} is damaged: its question must be "
+                    "text, its image_id a number"
+                )
         return [
             {
                 "question_id": row["question_id"],
@@ -96,7 +103,7 @@ class VQAv2(PublishedQuestions):
         if self.protocol != VAL:
             split = self.read_questions(self.annotation_files()[0])
         path = folder / f"vqav2_{self.protocol}_submission.json"
-        return [write_json(path, vqav2_submission(split, results))]
+        return [write_json(path, submission(split, results))]
 
 
 def _listed(path: Path, name: str, keys: Sequence[str], task: str) -> list[Row]:
@@ -118,6 +125,6 @@ def _people(annotation: Row, path: Path) -> list[str]:
         answers = [row["answer"] for row in annotation["answers"]]
     except (KeyError, TypeError):
         answers = []
-    if not answers:
+    if not answers or not all(isinstance(answer, str) for answer in answers):
         raise TaskError(f"question {annotation['question_id']!r} of {path} has no answers in it")
     return answers
