@@ -25,10 +25,6 @@ _GLOBAL_GENERATOR = (
 _FIRST_IMAGE = (
     "prompts of several images (MMMU): the released code prunes the first image only, `zoo` all"
 )
-_RANDOM_PROJECTOR = (
-    "the random rank-128 projector: the released low-rank copy is cut before the weights are "
-    "loaded, so an untrained MLP is scored; here rank 128 is the truncated SVD of the trained one"
-)
 
 
 @dataclass(frozen=True)
@@ -80,13 +76,18 @@ PRESETS = {
         ),
         Preset(
             "release-next",
-            "the released code on LLaVA-NeXT: float16, shares of 2880, misplaced newlines and the "
-            "extra tokens they bring",
+            "the released code on LLaVA-NeXT: float16, an untrained projector of rank 128, shares "
+            "of 2880, misplaced newlines and the extra tokens they bring",
             "zoo",
-            {"directions": 64, "step": 0.01, "projector_rank": 128},
+            {
+                "directions": 64,
+                "step": 0.01,
+                "projector_rank": 128,
+                "projector_weights": "untrained",
+            },
             dtype="float16",
             mm_next_protocol="zoo-release",
-            not_expressed=(_RANDOM_PROJECTOR, _HALF_SCORES, _GLOBAL_GENERATOR, _FIRST_IMAGE),
+            not_expressed=(_HALF_SCORES, _GLOBAL_GENERATOR, _FIRST_IMAGE),
         ),
     )
 }

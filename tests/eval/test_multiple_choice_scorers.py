@@ -144,7 +144,7 @@ def test_mmvet_golden(convert: Path, tmp_path: Path) -> None:
 
 
 def test_mmbench_golden(convert: Path, tmp_path: Path) -> None:
-    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed (llava[data])")
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed (llava[eval])")
     (tmp_path / "run.jsonl").write_bytes((convert / "mmbench_results.jsonl").read_bytes())
     script = ROOT / "scripts" / "convert_mmbench_for_submission.py"
     subprocess.run(
@@ -165,7 +165,7 @@ def test_mmbench_golden(convert: Path, tmp_path: Path) -> None:
 
 
 def test_mmbench_keeps_text_that_looks_like_a_formula(tmp_path: Path) -> None:
-    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed (llava[data])")
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed (llava[eval])")
     mmbench.write_xlsx(tmp_path / "a.xlsx", ["x"], [["=1+1"], ["a\x00b"], [3]])
     sheet = openpyxl.load_workbook(tmp_path / "a.xlsx").active
     assert [cell.data_type for cell in sheet["A"]] == ["s", "s", "s", "n"]

@@ -103,7 +103,7 @@ def test_mmbench_single_pass(tmp_path: Path) -> None:
 
 
 def test_mmbench_rotations_of_the_table(tmp_path: Path) -> None:
-    pytest.importorskip("openpyxl", reason="openpyxl is not installed (llava[data])")
+    pytest.importorskip("openpyxl", reason="openpyxl is not installed (llava[eval])")
     turned = mmbench_row(3 + ROTATION, "B", A="dog", B="cat")
     write_tsv(tmp_path / MMBench.file, mmbench_row(3), mmbench_row(5), turned)
     task = MMBench(tmp_path, "circular")

@@ -28,6 +28,7 @@ def test_only_the_released_next_code_counts_tokens_its_own_way() -> None:
     odd = [name for name, preset in PRESETS.items() if preset.mm_next_protocol != "native"]
     assert odd == ["release-next"]
     assert get_preset("release-next").options["projector_rank"] == 128
+    assert get_preset("release-next").options["projector_weights"] == "untrained"
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest() -> None:

@@ -19,6 +19,7 @@ from llava.pruning import (
     select,
     sensitivity,
 )
+from llava.pruning.importance.projectors import untrained
 
 METHODS = list_methods()
 PRUNING = [name for name in METHODS if get_method(name).budgeted]
@@ -225,3 +226,31 @@ def test_projector_rank_is_the_truncated_svd() -> None:
     full = PruningConfig.of("zoo-exact", keep_tokens=5, projector_rank=99)
     want = sensitivity(visual.projector, visual.features, estimator="exact")
     torch.testing.assert_close(importance_of(full, visual), want, rtol=1e-9, atol=0)
+
+
+def test_untrained_projector_knows_nothing_of_the_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    projectors = [nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 96)) for _ in range(2)]
+    features = torch.randn(1, 60, 48, generator=generator)
+
+    def scores(projector: nn.Module, **options: object) -> torch.Tensor:
+        config = PruningConfig.of("zoo", keep_tokens=5, projector_rank=16, **options)
+        projected = projector(features).detach()
+        visual = VisualTokens(features, projected, projector, torch.zeros(1, dtype=int), (6, 10))
+        return importance_of(config, visual)[0]
+
+    one, other = (scores(each, projector_weights="untrained") for each in projectors)
+    assert torch.equal(one, other)
+    assert not torch.equal(*(scores(each) for each in projectors))
+    assert not torch.equal(one, scores(projectors[0], projector_weights="untrained", seed=1))
+    made = untrained(projectors[0], 16, seed=0)
+    assert [tuple(layer.weight.shape) for layer in (made[0], made[2])] == [(96, 48), (96, 96)]
+    assert torch.linalg.matrix_rank(made[0].weight) == 16
+    # entries are sums of 16 products of two N(0, 0.02)
+    assert made[0].weight.std().item() == pytest.approx(0.02**2 * 4, rel=0.1)
+    with pytest.raises(PruningError, match="Linear-activation-Linear"):
+        untrained(nn.Linear(48, 96), 16, seed=0)
+    for wrong in ({"projector_rank": None}, {"projector_weights": "random"}):
+        options = {"projector_rank": 16, "projector_weights": "untrained"} | wrong
+        with pytest.raises(PruningError, match="projector_weights"):
+            PruningConfig.of("zoo", keep_tokens=5, **options)

@@ -62,7 +62,7 @@ def write_xlsx(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Cell]
         from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
     except ImportError as error:
         raise TaskError(
-            "writing MMBench's spreadsheet needs openpyxl; pip install 'llava[data]'"
+            "writing MMBench's spreadsheet needs openpyxl; pip install 'llava[eval]'"
         ) from error
     book = Workbook()
     for number, row in enumerate([columns, *rows], start=1):

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from llava.pruning.errors import PruningError
+
 # Activations that act on every number by itself: their Jacobian is diagonal.
 ELEMENTWISE = (
     nn.ELU,
@@ -116,6 +118,38 @@ def low_rank(projector: nn.Module, rank: int) -> nn.Module:
             return _truncated(projector, rank)
 
     return _low_rank_copies.get(projector, rank, build)
+
+
+def untrained(projector: nn.Module, rank: int, seed: int) -> nn.Module:
+    """What the released code of ZOO-Prune scores with on LLaVA-NeXT in place of `low_rank`.
+
+    Its low-rank copy is cut before weights are loaded, so its factors [rank, in] and [out, rank]
+    are freshly initialised, N(0, 0.02), biases 0. Here they are drawn from `seed`.
+
+    Raises PruningError for a projector that is not Linear-activation-Linear.
+    """
+    parts = two_layer(projector)
+    if parts is None:
+        raise PruningError(
+            "an untrained projector is defined for Linear-activation-Linear projectors only; "
+            "use projector_weights='trained'"
+        )
+    generator = torch.Generator().manual_seed(seed)
+
+    def product(layer: nn.Linear) -> nn.Linear:
+        inner = torch.randn(rank, layer.in_features, generator=generator) * 0.02
+        outer = torch.randn(layer.out_features, rank, generator=generator) * 0.02
+        made = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        made.weight.data = (outer @ inner).to(layer.weight.device)
+        return made
+
+    def build() -> nn.Module:
+        with torch.inference_mode(False), torch.no_grad():
+            return nn.Sequential(
+                product(parts.first), copy.deepcopy(parts.act), product(parts.second)
+            )
+
+    return _low_rank_copies.get(projector, ("untrained", rank, seed), build)
 
 
 def _truncated(projector: nn.Module, rank: int) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.importance.projectors import low_rank
+from llava.pruning.importance.projectors import low_rank, untrained
 from llava.pruning.importance.sensitivity import sensitivity
 from llava.pruning.methods.base import SimilarityMethod, check_seed, check_whole
 from llava.pruning.registry import register
@@ -34,10 +34,11 @@ class Zoo(SimilarityMethod):
     Where the released code differs: it works in half precision, where most of the step is rounded
     away, and draws directions from the global generator. Here: float32 and a private seed. Its
     "low-rank" projector for LLaVA-NeXT is cut before the weights are loaded, hence random;
-    `projector_rank` (128 there) is the truncated SVD of the trained weights.
+    `projector_rank` (128 there) is the truncated SVD of the trained weights, and with
+    `projector_weights="untrained"` a random one of that rank, as released.
 
     Options: directions m, step h, seed; fusion `multiply` | `sum` | `sensitivity` | `diversity`;
-    projector_rank, None for the full projector.
+    projector_rank, None for the full projector; projector_weights `trained` | `untrained`.
     """
 
     name: ClassVar[str] = "zoo"
@@ -51,6 +52,7 @@ class Zoo(SimilarityMethod):
     seed: int = 0
     fusion: str = "multiply"
     projector_rank: int | None = None
+    projector_weights: str = "trained"
 
     def __post_init__(self) -> None:
         check_whole("directions", self.directions, at_least=1)
@@ -58,6 +60,12 @@ class Zoo(SimilarityMethod):
         check_fusion(self.fusion)
         if self.projector_rank is not None:
             check_whole("projector_rank", self.projector_rank, at_least=1)
+        if self.projector_weights not in ("trained", "untrained"):
+            raise PruningError(
+                f"projector_weights is trained or untrained, not {self.projector_weights!r}"
+            )
+        if self.projector_weights == "untrained" and self.projector_rank is None:
+            raise PruningError("projector_weights='untrained' needs a projector_rank, such as 128")
         if not isinstance(self.step, int | float) or not 0 < self.step < math.inf:
             raise PruningError(f"step must be a positive number, got {self.step!r}")
 
@@ -67,7 +75,9 @@ class Zoo(SimilarityMethod):
 
     def importance(self, visual: VisualTokens) -> Tensor:
         projector = visual.projector
-        if self.projector_rank is not None:
+        if self.projector_rank is not None and self.projector_weights == "untrained":
+            projector = untrained(projector, self.projector_rank, self.seed)
+        elif self.projector_rank is not None:
             projector = low_rank(projector, self.projector_rank)
         return sensitivity(
             projector,
