@@ -176,7 +176,7 @@ def test_mmbench_without_openpyxl_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(mmbench.TaskError, match=r"pip install 'llava\[data\]'"):
+    with pytest.raises(mmbench.TaskError, match=r"pip install 'llava\[eval\]'"):
         mmbench.write_xlsx(tmp_path / "a.xlsx", ["x"], [])
 
 
