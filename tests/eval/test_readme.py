@@ -33,6 +33,14 @@ def test_readme_shows_the_tracked_result() -> None:
         assert BEGIN in text and "|" not in section and "%" not in section
 
 
+def test_prose_about_the_result_repeats_its_cells() -> None:
+    text = (ROOT / "README.md").read_text()
+    prose = text.partition("## Results on llava-tiny")[2].partition(BEGIN)[0]
+    accuracy = {row["arm"]: f"{100 * row['accuracy']:.1f} %" for row in read_result(RESULT)["rows"]}
+    arms = ("divprune@64", "zoo-exact@64", "zoo@64", "random@64")
+    assert re.findall(r"\d+\.\d %", prose) == [accuracy[arm] for arm in arms]
+
+
 @pytest.mark.parametrize(
     ("module", "build_parser"),
     [("llava.eval.run_llava", run_llava.build_parser), ("llava.serve.cli", cli.build_parser)],
