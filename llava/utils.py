@@ -1,5 +1,8 @@
 """Small helpers shared by the whole package."""
 
+import threading
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,6 +21,33 @@ def describe_value(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)}"
     return type(value).__name__
+
+
+def once(function: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: run a function at its first call and never again.
+
+    Other threads that call it meanwhile wait until it is done; a call from inside itself returns
+    at once. If it raises, the next call tries again.
+    """
+    lock = threading.RLock()
+    running = done = False
+
+    @wraps(function)
+    def run() -> None:
+        nonlocal running, done
+        if done:
+            return
+        with lock:
+            if done or running:
+                return
+            running = True
+            try:
+                function()
+                done = True
+            finally:
+                running = False
+
+    return run
 
 
 def disable_torch_init() -> None:

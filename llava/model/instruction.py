@@ -12,6 +12,7 @@ import torch
 from llava.model.multimodal_encoder.clip_text import has_text_tower, text_tower_of
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.pruning.config import PruningConfig
+from llava.pruning.precision import outside_autocast
 from llava.pruning.tokens import VisualTokens
 from llava.utils import UserInputError
 
@@ -88,6 +89,7 @@ def needed_of_question(config: PruningConfig | None, tower: VisionTower) -> set[
     return needs | wants if wants and has_text_tower(tower) else needs
 
 
+@outside_autocast()
 def read_questions(model: Any, visual: VisualTokens, questions: Sequence[str]) -> dict[str, Any]:
     """The extras that the model's active setting reads of the questions, one for each image.
 

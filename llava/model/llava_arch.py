@@ -25,6 +25,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
 from llava.model.needs import add_prompts, add_questions, encode_tiles, for_projector
+from llava.model.observe import step_runner
 from llava.model.splice import (
     count_marks,
     pad_rows,
@@ -34,6 +35,7 @@ from llava.model.splice import (
     unpadded,
 )
 from llava.model.tiles import Images, flatten_tiles
+from llava.pruning.active import Prunable, prune
 from llava.pruning.config import PruningConfig
 from llava.pruning.layout import ImageLayout
 from llava.pruning.stage import prune_visual_tokens
@@ -124,7 +126,7 @@ class LlavaMetaModel:
             load_projector(self.mm_projector, Path(adapter))
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(Prunable):
     """Mixin of the causal language model: the way from images and ids to embeddings.
 
     Attributes:
@@ -140,16 +142,17 @@ class LlavaMetaForCausalLM:
         return self.get_model().get_vision_tower()
 
     @property
-    def pruning(self) -> PruningConfig | None:
-        """Active pruning settings; stored as plain JSON in ``config.mm_token_pruning``.
+    def default_pruning(self) -> PruningConfig | None:
+        """The setting ``model.pruning`` outside of ``prune`` blocks: what is saved with the model.
 
-        Accepts a PruningConfig, its dict form, or None for the unpruned model.
+        Stored as plain JSON in ``config.mm_token_pruning``. Accepts a PruningConfig, its dict form,
+        or None for the unpruned model.
         """
         settings = getattr(self.config, "mm_token_pruning", None)
         return None if settings is None else PruningConfig.from_dict(settings)
 
-    @pruning.setter
-    def pruning(self, value: PruningConfig | Mapping[str, Any] | None) -> None:
+    @default_pruning.setter
+    def default_pruning(self, value: PruningConfig | Mapping[str, Any] | None) -> None:
         if isinstance(value, Mapping):
             value = PruningConfig.from_dict(dict(value))
         if not isinstance(value, PruningConfig | None):
@@ -338,9 +341,12 @@ class LlavaMetaForCausalLM:
             labels=labels,
             position_ids=position_ids,
         )
-        visual = self.encode_visual_tokens(images, image_sizes)
-        visual = add_prompts(self, visual, unpadded(input_ids, attention_mask))
-        visual = self.prune_visual_tokens(visual)
+        run = step_runner()
+        # One setting for all steps, also if another thread changes the model's default meanwhile.
+        with prune(self, self.pruning):
+            visual = run("encode", self.encode_visual_tokens, images, image_sizes)
+            visual = add_prompts(self, visual, unpadded(input_ids, attention_mask))
+            visual = run("prune", self.prune_visual_tokens, visual)
         position_ids, attention_mask, inputs_embeds, labels = self.splice_visual_tokens(
             visual, input_ids, position_ids, attention_mask, labels
         )

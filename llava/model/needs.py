@@ -4,8 +4,7 @@ Methods name it in ``needs`` and ``wants``; nothing else is computed, and the mi
 none of the names.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -51,11 +50,11 @@ def encode_tiles(model: Any, tiles: torch.Tensor, needs: Iterable[str] | None) -
         names.remove(CLASS_FEATURE)  # methods are told by VisualTokens.class_token
     reader = TowerReader(names)
     if tiles.ndim == 4:
-        # encode_images is what others patch, so it is called as it is and its projector tells
-        # which features it saw.
-        with _inputs_of(projector) as seen, reader.reading():
+        # encode_images is what others patch, so it is called as it is, and the tower hands its
+        # features to the reader.
+        with reader.reading():
             projected = model.encode_images(tiles)
-        features = torch.cat(seen)
+        features = for_projector(projector, _features(reader, projected))
     else:
         width = model.config.mm_hidden_size
         if tiles.shape[-1] != width:
@@ -122,11 +121,13 @@ def _needed_of_images(config: PruningConfig | None) -> set[str]:
     return set() if config is None else set(config.pruner.needs)
 
 
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    seen: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+def _features(reader: TowerReader, projected: torch.Tensor) -> torch.Tensor:
+    """[T, N, Dv]: what the tower made of the tiles that were projected to [T, N, D]."""
+    features = torch.cat(reader.features) if reader.features else projected[:0]
+    if features.shape[:2] != projected.shape[:2]:
+        raise UserInputError(
+            f"encode_images made {list(projected.shape[:2])} tokens of {list(features.shape[:2])} "
+            "features of the vision tower; an encode_images of your own must run the model's tower "
+            "once over its images and project every feature to one token"
+        )
+    return features

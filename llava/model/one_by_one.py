@@ -10,6 +10,7 @@ from llava.model.inputs import check_sizes
 from llava.model.instruction import check_questions
 from llava.model.splice import count_marks, share_images, unpadded
 from llava.model.tiles import Images
+from llava.pruning.active import prune
 from llava.utils import UserInputError
 
 # Arguments of `generate` that hold all rows, or are told which row they are asked about.
@@ -54,16 +55,17 @@ def generate_rows(
     count = 0 if images is None else len(images)
     sizes = None if images is None else check_sizes(image_sizes, count)
     new = []
-    for number, share in enumerate(share_images(count_marks(rows), count)):
-        own = slice(share.start, share.stop)
-        output = model.generate(
-            rows[number][None],
-            images=images[own] if len(share) else None,
-            image_sizes=None if sizes is None else sizes[own],
-            questions=None if questions is None else [questions[number]],
-            **kwargs,
-        )
-        new.extend(output)
+    with prune(model, model.pruning):  # one setting for all rows
+        for number, share in enumerate(share_images(count_marks(rows), count)):
+            own = slice(share.start, share.stop)
+            output = model.generate(
+                rows[number][None],
+                images=images[own] if len(share) else None,
+                image_sizes=None if sizes is None else sizes[own],
+                questions=None if questions is None else [questions[number]],
+                **kwargs,
+            )
+            new.extend(output)
     return pad_sequence(new, batch_first=True, padding_value=_padding(model, kwargs))
 
 

@@ -1,11 +1,12 @@
 """Visual token pruning: tensors and a projector in, indices out. Knows nothing of any model."""
 
+from llava.pruning.active import prune
 from llava.pruning.config import PruningConfig, parse_options
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.sensitivity import sensitivity
 from llava.pruning.registry import get_method, list_methods, register
 from llava.pruning.selection.max_min import max_min
-from llava.pruning.stage import importance_of, prune, prune_visual_tokens, select
+from llava.pruning.stage import importance_of, prune_visual_tokens, select
 from llava.pruning.tokens import VisualTokens
 from llava.pruning.trace import PruningTrace
 

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava.pruning.errors import PruningError, unknown
+from llava.utils import once
 
 if TYPE_CHECKING:
     from llava.pruning.methods.base import PruningMethod
@@ -20,7 +21,6 @@ ENTRY_POINT_GROUP = "llava.pruners"
 Method = TypeVar("Method", bound="type[PruningMethod]")
 
 _methods: dict[str, type[PruningMethod]] = {}
-_loaded = False
 
 
 def register(cls: Method) -> Method:
@@ -65,12 +65,9 @@ def list_methods() -> list[str]:
     return sorted(_methods, key=lambda name: (_methods[name].control, name))
 
 
+@once
 def _load() -> None:
-    """Import the built-in method files and the installed plug-ins, once."""
-    global _loaded
-    if _loaded:
-        return
-    _loaded = True
+    """Import the built-in method files and the installed plug-ins."""
     package = importlib.import_module("llava.pruning.methods")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")

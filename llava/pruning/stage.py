@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE
 from llava.pruning.merging import merge
 from llava.pruning.newlines import choose_with_newlines
+from llava.pruning.precision import outside_autocast
 from llava.pruning.released import applies_to, check_released, extra_places, released_counts
 from llava.pruning.room import fit_prompts
 from llava.pruning.selector import Selector
@@ -27,10 +27,12 @@ from llava.utils import describe_value
 logger = logging.getLogger(__name__)
 
 
+@outside_autocast()
 def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> VisualTokens:
     """Reduce every image of `visual` to `config.num_kept(its tokens)`.
 
-    Scores and selection run without gradients; kept tokens keep theirs. The **same object** comes
+    Scores and selection run without gradients and outside autocast; kept tokens keep their
+    gradients. The **same object** comes
     back when there is nothing to remove (no config, `none`, or a budget of at least every image's
     tokens), so an unpruned run is the unpruned model bit for bit.
 
@@ -235,6 +237,7 @@ def _grid(grid: Any, count: int) -> tuple[int, int]:
     return rows, cols
 
 
+@outside_autocast()
 def importance_of(config: PruningConfig, visual: VisualTokens) -> Tensor:
     """[T, N] raw importance a method gives every token; PruningError if it scores none."""
     with torch.no_grad():
@@ -242,36 +245,3 @@ def importance_of(config: PruningConfig, visual: VisualTokens) -> Tensor:
     if importance is None:
         raise PruningError(f"method {config.method!r} does not score tokens")
     return importance
-
-
-@contextmanager
-def prune(
-    model: Any, config: PruningConfig | str | None = None, **settings: Any
-) -> Iterator[PruningConfig | None]:
-    """`with prune(model, "zoo", keep_tokens=64): model.generate(...)`.
-
-    Works on any object with a `pruning` attribute. The previous setting comes back on exit, also
-    after an exception. `prune(model)` switches pruning off inside the block.
-
-    Args:
-        model: the model.
-        config: a PruningConfig, or a method name with budget and options in `settings`.
-
-    Raises PruningError if the model has no `pruning` attribute or the settings are wrong.
-    """
-    if not hasattr(model, "pruning"):
-        raise PruningError(
-            f"{type(model).__name__} has no `pruning` attribute; load the model with "
-            "llava.model.builder.load_pretrained_model"
-        )
-    if isinstance(config, str):
-        config = PruningConfig.of(config, **settings)
-    elif settings:
-        words = ", ".join(sorted(settings))
-        raise PruningError(f"{words}: settings go with a method name, prune(model, 'zoo', ...)")
-    previous = model.pruning
-    model.pruning = config
-    try:
-        yield config
-    finally:
-        model.pruning = previous

@@ -18,6 +18,7 @@ from llava.conversation import conv_templates
 from llava.eval.loading import Loaded
 from llava.eval.prompts import image_mark
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.observe import steps_run_by
 from llava.pruning import PruningConfig, PruningError, get_method, prune
 from llava.pruning.config import BUDGETS, CHOICES
 from llava.pruning.errors import unknown
@@ -175,7 +176,7 @@ class Session:
         stopped = False
         start = time.perf_counter()
         try:
-            with clock.watch(self.model), torch.inference_mode():
+            with steps_run_by(clock.run), torch.inference_mode():
                 self.model.generate(
                     inputs=ids,
                     images=self.pixels,

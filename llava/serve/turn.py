@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,24 +96,19 @@ class ClockedStreamer(TextStreamer):
 
 
 class PipelineClock:
-    """Times the encode and prune steps of a model and keeps the tokens they produced."""
+    """Times the encode and prune steps of one call and keeps the tokens they produced."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds = {"encode": 0.0, "prune": 0.0}
         self.tokens: dict[str, VisualTokens] = {}
 
-    @contextmanager
-    def watch(self, model: Any) -> Iterator[None]:
-        """Stand in for both steps of `model` inside the block."""
-        steps = {"encode": "encode_visual_tokens", "prune": "prune_visual_tokens"}
-        for name, method in steps.items():
-            setattr(model, method, self._timed(name, getattr(model, method)))
-        try:
-            yield
-        finally:
-            for method in steps.values():
-                delattr(model, method)  # the class's own method shows again
+    def run(self, name: str, step: Callable[..., VisualTokens], *arguments: Any) -> VisualTokens:
+        """Run a step of the pipeline and time it; see `llava.model.observe`."""
+        start = self._now()
+        self.tokens[name] = step(*arguments)
+        self.seconds[name] += self._now() - start
+        return self.tokens[name]
 
     def cost(self, start: float, arrivals: Sequence[float]) -> Cost | None:
         """What the turn that began at `start` cost; `arrivals` are the times of its new tokens."""
@@ -130,15 +124,6 @@ class PipelineClock:
             per_token = 1000 * (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
         encode = 1000 * self.seconds["encode"]
         return Cost(before, after, encode, 1000 * score, 1000 * select, prefill, per_token)
-
-    def _timed(self, name: str, step: Callable[..., VisualTokens]) -> Callable[..., VisualTokens]:
-        def run(*args: Any, **kwargs: Any) -> VisualTokens:
-            start = self._now()
-            self.tokens[name] = step(*args, **kwargs)
-            self.seconds[name] += self._now() - start
-            return self.tokens[name]
-
-        return run
 
     def _now(self) -> float:
         if self.device.type == "cuda":

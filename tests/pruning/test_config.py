@@ -23,6 +23,7 @@ from llava.pruning import (
     registry,
 )
 from llava.pruning.methods.base import PruningMethod
+from llava.utils import once
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def own_registry(monkeypatch):
 def test_entry_points(own_registry, monkeypatch) -> None:
     points = [Point("broken", ImportError("no such module")), Point("plugin", Plugin)]
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    monkeypatch.setattr(registry, "_loaded", False)
+    monkeypatch.setattr(registry, "_load", once(registry._load.__wrapped__))
     with pytest.warns(UserWarning, match="'broken' is not available: no such module"):
         assert "plugin" in list_methods()
     assert get_method("plugin") is Plugin

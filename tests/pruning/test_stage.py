@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.pruning import PruningConfig, PruningError, VisualTokens, prune, prune_visual_tokens
+from llava.pruning.active import Prunable
 from llava.pruning.budget import share_out
 
 
@@ -138,8 +139,8 @@ def test_wrong_shapes_are_refused() -> None:
         visual.embeddings(2)
 
 
-class Model:
-    pruning = None
+class Model(Prunable):
+    """The smallest thing that can be pruned."""
 
 
 def test_prune_restores_the_previous_setting() -> None:

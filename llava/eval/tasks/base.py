@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from llava.utils import UserInputError
+from llava.utils import UserInputError, once
 
 
 class TaskError(UserInputError):
@@ -125,7 +125,6 @@ class Benchmark(ABC):
 
 
 _BENCHMARKS: dict[str, type[Benchmark]] = {}
-_loaded = False
 
 
 def register_benchmark(cls: type[Benchmark]) -> type[Benchmark]:
@@ -151,12 +150,9 @@ def get_benchmark(name: str) -> type[Benchmark]:
     return _BENCHMARKS[name]
 
 
+@once
 def _load() -> None:
-    """Import every module beside this one, once: each registers its benchmarks."""
-    global _loaded
-    if _loaded:
-        return
-    _loaded = True
+    """Import every module beside this one: each registers its benchmarks."""
     package = importlib.import_module("llava.eval.tasks")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")

@@ -1,6 +1,7 @@
 """The text half of the CLIP model whose other half is the vision tower."""
 
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _loaded: "WeakKeyDictionary[VisionTower, CLIPTextTower]" = WeakKeyDictionary()
 
 _complete: "WeakKeyDictionary[VisionTower, bool]" = WeakKeyDictionary()
+
+# Threads that share a tower wait for one of them to load its text tower.
+_lock = RLock()
 
 
 class CLIPTextTower:
@@ -68,9 +72,10 @@ class CLIPTextTower:
 
 def has_text_tower(tower: VisionTower) -> bool:
     """Whether the folder or hub model that a tower is read from is a complete CLIP model."""
-    if tower not in _complete:
-        _complete[tower] = _is_complete(tower)
-    return _complete[tower]
+    with _lock:
+        if tower not in _complete:
+            _complete[tower] = _is_complete(tower)
+        return _complete[tower]
 
 
 def _is_complete(tower: VisionTower) -> bool:
@@ -87,10 +92,11 @@ def text_tower_of(tower: VisionTower) -> CLIPTextTower:
     Raises:
         UserInputError: it has none, or it cannot be loaded.
     """
-    known = _loaded.get(tower)
-    if known is None or known.visual_projection.weight.device != tower.device:
-        known = _loaded[tower] = _load(tower)
-    return known
+    with _lock:
+        known = _loaded.get(tower)
+        if known is None or known.visual_projection.weight.device != tower.device:
+            known = _loaded[tower] = _load(tower)
+        return known
 
 
 def _load(tower: VisionTower) -> CLIPTextTower:

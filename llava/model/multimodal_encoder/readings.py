@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llava.pruning.precision import outside_autocast
 from llava.utils import UserInputError
 
 
@@ -126,21 +127,24 @@ class TowerReader:
     """Collects the named readings of every tile that passes through the tower.
 
     Attributes:
+        features: what the tower returned, [B, N, C] of every call so far.
         found: per name the tensors [B, N, ...] (`cls_feature`: [B, C]) of every call so far.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
+        self.features: list[Tensor] = []
         self.found: dict[str, list[Tensor]] = {name: [] for name in names}
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """The towers that run inside are read; other threads do not see it."""
-        token = active_reader.set(self if self.found else None)
+        token = active_reader.set(self)
         try:
             yield
         finally:
             active_reader.reset(token)
 
+    @outside_autocast()
     def read_block(
         self, index: int, used: int, layers: nn.ModuleList, hidden: Tensor, first: int
     ) -> None:
@@ -154,7 +158,9 @@ class TowerReader:
             if name in READINGS and READINGS[name].block(used, len(layers)) == index
         ]
         if names:
-            x = layers[index].layer_norm1(hidden)
+            norm = layers[index].layer_norm1
+            # Under autocast the tower's hidden state may have another type than its weights.
+            x = norm(hidden.to(norm.weight.dtype))
             for name in names:
                 self.found[name].append(READINGS[name].value(layers[index].self_attn, x, first))
 

@@ -146,20 +146,24 @@ class VisionTower(nn.Module):
             )
         hidden = self.embed(pixels.to(self.device, self.dtype))
         layers, used = self.vision_tower.encoder.layers, self.num_layers_used
+        reader = active_reader.get()
         # Methods weigh patches; where the class token is one of the tokens they have no reading.
         only_patches = self.select_feature == "patch" or not self.has_class_token
-        reader = active_reader.get() if only_patches else None
+        read = reader is not None and bool(reader.found) and only_patches
         first = int(self.has_class_token)
         # Later blocks cannot change the result, so they are not run.
         for index, layer in enumerate(layers[:used]):
-            if reader is not None:
+            if read:
                 reader.read_block(index, used, layers, hidden, first)
             hidden = layer(hidden, None)
-        if reader is not None:
+        if read:
             if used < len(layers):
                 reader.read_block(used, used, layers, hidden, first)
             reader.read_output(hidden)
-        return self.feature_select(hidden).to(pixels.dtype)
+        features = self.feature_select(hidden).to(pixels.dtype)
+        if reader is not None:
+            reader.features.append(features)
+        return features
 
     def feature_select(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, S, C] without the class token, if there is one, unless ``cls_patch`` keeps it."""

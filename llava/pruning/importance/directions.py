@@ -17,5 +17,5 @@ def direction_bank(seed: int, width: int, count: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False):
-        bank = torch.randn(count, width, generator=generator)
+        bank = torch.randn(count, width, generator=generator, dtype=torch.float32, device="cpu")
         return bank / bank.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
+from functools import partial
+from threading import Lock
 from typing import NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -59,6 +61,18 @@ def linear_matrix(projector: nn.Module, dtype: torch.dtype) -> Tensor | None:
     return matrix
 
 
+def evaluating(projector: nn.Module) -> nn.Module:
+    """The projector as it is outside training, with the same weights.
+
+    Dropout would turn differences into noise and draw random numbers. A projector in training is
+    copied around its tensors, not switched: it may be in use elsewhere.
+    """
+    if not any(module.training for module in projector.modules()):
+        return projector
+    tensors = [*projector.parameters(), *projector.buffers()]
+    return copy.deepcopy(projector, {id(tensor): tensor for tensor in tensors}).eval()
+
+
 def _chain(projector: nn.Module) -> list[nn.Module]:
     """The layers of a plain nn.Sequential, any other module as its own single layer."""
     if isinstance(projector, nn.Sequential) and type(projector).forward is nn.Sequential.forward:
@@ -73,14 +87,18 @@ class WeightCache:
         self._entries: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, object]]] = (
             WeakKeyDictionary()
         )
+        self._lock = Lock()
 
     def get(self, module: nn.Module, key: Hashable, compute: Callable[[], Value]) -> Value:
         """`compute()`, or what it returned last time for this module, key and these weights."""
-        entries = self._entries.setdefault(module, {})
         state = _fingerprint(module)
-        if key not in entries or entries[key][0] != state:
-            entries[key] = (state, compute())
-        return cast(Value, entries[key][1])
+        with self._lock:  # a WeakKeyDictionary is not made for several threads
+            known = self._entries.setdefault(module, {}).get(key)
+        if known is None or known[0] != state:
+            known = (state, compute())
+            with self._lock:
+                self._entries.setdefault(module, {})[key] = known
+        return cast(Value, known[1])
 
 
 def _fingerprint(module: nn.Module) -> Hashable:
@@ -137,11 +155,10 @@ def untrained(projector: nn.Module, rank: int, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
 
     def product(layer: nn.Linear) -> nn.Linear:
-        inner = torch.randn(rank, layer.in_features, generator=generator) * 0.02
-        outer = torch.randn(layer.out_features, rank, generator=generator) * 0.02
-        made = nn.Linear(layer.in_features, layer.out_features, bias=False)
-        made.weight.data = (outer @ inner).to(layer.weight.device)
-        return made
+        draw = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+        inner = draw(rank, layer.in_features) * 0.02
+        outer = draw(layer.out_features, rank) * 0.02
+        return _linear((outer @ inner).to(layer.weight.device))
 
     def build() -> nn.Module:
         with torch.inference_mode(False), torch.no_grad():
@@ -159,15 +176,20 @@ def _truncated(projector: nn.Module, rank: int) -> nn.Module:
         u, s, vh = _svd(first.weight, rank)
         first.weight.data = (u * s) @ vh
         _, s, vh = _svd(parts.second.weight, rank)
-        second = nn.Linear(vh.shape[1], vh.shape[0], bias=False, dtype=vh.dtype, device=vh.device)
-        second.weight.data = s[:, None] * vh
-        return nn.Sequential(first, copy.deepcopy(parts.act), second)
+        return nn.Sequential(first, copy.deepcopy(parts.act), _linear(s[:, None] * vh))
     duplicate = copy.deepcopy(projector)
     for module in duplicate.modules():
         if isinstance(module, nn.Linear):
             u, s, vh = _svd(module.weight, rank)
             module.weight.data = (u * s) @ vh
     return duplicate
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A layer without bias of these weights [out, in]; it draws nothing to initialise others."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def _svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,15 +5,21 @@ ZOO-Prune, arXiv 2509.24837, eq. 2-4: S(i) = 1/m sum_j ||M(x_i + h u_j) - M(x_i 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.directions import direction_bank
-from llava.pruning.importance.projectors import TwoLayer, WeightCache, linear_matrix, two_layer
+from llava.pruning.importance.projectors import (
+    TwoLayer,
+    WeightCache,
+    evaluating,
+    linear_matrix,
+    two_layer,
+)
+from llava.pruning.precision import outside_autocast
 
 ESTIMATORS = ("zeroth_order", "exact")
 CHUNK_BYTES = 256 * 2**20
@@ -25,6 +31,7 @@ Function = Callable[[Tensor], Tensor]
 _quadratic_forms = WeightCache()
 
 
+@outside_autocast()
 def sensitivity(
     projector: nn.Module,
     features: Tensor,
@@ -62,7 +69,7 @@ def sensitivity(
         raise PruningError(f"step must be positive, got {step}")
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     # Forward-mode derivatives and version counters do not exist in inference mode.
-    with torch.inference_mode(False), torch.no_grad(), _evaluating(projector):
+    with torch.inference_mode(False), torch.no_grad():
         bank = _bank(directions, seed, features).to(features.device, dtype)
         score = _scorer(projector, estimator, bank, step, dtype)
         # clone(): a fresh, aligned block of memory whatever the batch around the row looks like.
@@ -116,7 +123,7 @@ def _scorer(
 
 def _black_box(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
     """Eq. 4 as written, for any projector: two passes per token and direction."""
-    function = _in_dtype(projector, dtype)
+    function = _in_dtype(evaluating(projector), dtype)
 
     def score(x: Tensor) -> Tensor:
         return _norms(_difference(function, step), x, bank, _widest(projector, x)).mean(dim=1)
@@ -171,7 +178,7 @@ def _closed_form(projector: nn.Module, parts: TwoLayer, dtype: torch.dtype) -> F
 
 def _forward_mode(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
     """||J||_F / sqrt(Dv) of any projector from directional derivatives J u."""
-    function = _in_dtype(projector, dtype)
+    function = _in_dtype(evaluating(projector), dtype)
     width = bank.shape[1]
     if width <= BASIS_WIDTH:
         bank, dimensions = torch.eye(width, dtype=dtype, device=bank.device), width
@@ -250,16 +257,3 @@ def _widest(projector: nn.Module, x: Tensor) -> int:
     """Numbers in the widest intermediate of one token."""
     sides = [side for p in projector.parameters() for side in p.shape]
     return max([x.shape[-1], *sides])
-
-
-@contextmanager
-def _evaluating(projector: nn.Module) -> Iterator[None]:
-    """Dropout in the projector would turn differences into noise and draw random numbers."""
-    training = [module for module in projector.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
+from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.picks import Picks
 
 
@@ -43,6 +44,7 @@ def max_min(
     ).indices
 
 
+@outside_autocast()
 @torch.no_grad()
 def max_min_with_margins(
     z: Tensor,

@@ -1,0 +1,24 @@
+"""Full precision for what pruning computes, whatever precision the caller computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Switch autocast off inside, on the CPU and on this machine's accelerator.
+
+    Autocast would lower float32 products to half precision without a word: scores and distances
+    are differences of nearly equal numbers, so other tokens would be kept. Also a decorator.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
