@@ -12,6 +12,7 @@ from llava.pruning.budget import tile_counts
 from llava.pruning.config import PruningConfig
 from llava.pruning.layout import NEWLINE
 from llava.pruning.methods.base import Merged, refuse_non_finite
+from llava.pruning.selection.picks import no_choice
 from llava.pruning.tokens import TokenSequence, VisualTokens, raster_slots
 from llava.pruning.trace import PruningTrace
 
@@ -54,7 +55,7 @@ def merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]
     trace = PruningTrace(
         method=config.pruner.label(visual),
         kept=None,
-        margins=torch.full((len(counts), slots), torch.inf, device=device),
+        margins=no_choice(len(counts), slots, device),
         tokens_before=[sequence.total for sequence in sequences],
         tokens_after=[len(sequence.source) for sequence in sequences],
         score_seconds=0.0,

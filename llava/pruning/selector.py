@@ -14,6 +14,7 @@ from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE
 from llava.pruning.methods.base import refuse_non_finite
+from llava.pruning.selection.picks import no_choice
 from llava.pruning.tokens import VisualTokens
 
 
@@ -53,7 +54,7 @@ class Selector:
         grid[whole] = True if visual.valid is None else visual.valid[whole]
         work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
         width = max(counts, default=0)
-        self.margins = torch.full((len(counts), width), torch.inf, device=grid.device)
+        self.margins = no_choice(len(counts), width, grid.device)
         if work:
             importance = self._score()
             if importance is not None:
@@ -72,9 +73,7 @@ class Selector:
         images = [i for i, count in enumerate(counts) if count is not None]
         rows, lookup, importance = self._image_rows(images)
         wanted = [count for count in counts if count is not None]
-        self.margins = torch.full(
-            (len(counts), max(wanted, default=0)), torch.inf, device=chosen.device
-        )
+        self.margins = no_choice(len(counts), max(wanted, default=0), chosen.device)
         at = torch.tensor(images, device=chosen.device)
         picked = self._pick(rows, importance, wanted, at)
         real = picked >= 0

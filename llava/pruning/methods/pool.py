@@ -42,7 +42,7 @@ class Pool(PruningMethod):
             tokens.append(pad(_pool(visual.projected[tile], visual.grid, rectangle, shape), fill))
             # Pooling the identity matrix shows which patches went into which output.
             total = visual.projected.shape[1]
-            identity = torch.eye(total, device=visual.projected.device)
+            identity = torch.eye(total, dtype=torch.float32, device=visual.projected.device)
             sources.append(pad(_pool(identity, visual.grid, rectangle, shape) > 0, fill))
         return Merged(torch.stack(tokens), torch.stack(sources))
 

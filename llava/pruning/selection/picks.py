@@ -20,6 +20,11 @@ class Picks(NamedTuple):
     margins: Tensor
 
 
+def no_choice(rows: int, width: int, device: torch.device) -> Tensor:
+    """[rows, width] float32 margins of picks that had no choice: `inf`."""
+    return torch.full((rows, width), torch.inf, dtype=torch.float32, device=device)
+
+
 def joined(rows: list[Picks]) -> Picks:
     """Picks of single rows, indices [k] and margins [k], as one batch."""
     indices = pad_sequence([row.indices for row in rows], batch_first=True, padding_value=-1)
@@ -30,4 +35,4 @@ def joined(rows: list[Picks]) -> Picks:
 def unscored(rows: list[Tensor]) -> Picks:
     """Picks from one LongTensor of indices per tile, for methods that rank nothing."""
     indices = pad_sequence(rows, batch_first=True, padding_value=-1)
-    return Picks(indices, torch.full(indices.shape, torch.inf, device=indices.device))
+    return Picks(indices, no_choice(*indices.shape, indices.device))
