@@ -4,33 +4,48 @@
 #   bash scripts/test.sh [--slow] [--min-deps | --lmms-eval] [-- pytest arguments]
 #
 #   --slow      also the checks that take minutes
-#   --min-deps  everything in a second environment with the oldest transformers that is supported
-#   --lmms-eval everything in a second environment that has lmms-eval, with the tests of its plug-in
+#   --min-deps  the tests of what stands on transformers, with the oldest one that is supported
+#   --lmms-eval the tests of the plug-in, with lmms-eval
 #
-# Safe to run twice. Any failing check fails the run, and so does a run that lost tests.
+# The last two use an environment of their own over .venv and run only what its packages can change.
+# Safe to run twice. Any failing check fails the run; so does a run that lost tests, and a default
+# run that takes longer than 15 minutes after installation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
-groups=(default) overlay= pytest_args=() selection=()
+limit=900 # seconds for the default run
+group=default overlay= pytest_args=() selection=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --slow) groups+=(slow) && pytest_args+=(--slow) ;;
+    --slow) group=slow && pytest_args+=(--slow) ;;
     --min-deps | --lmms-eval) overlay=${1#--} ;;
     --) shift && selection=("$@") && break ;;
     *) echo "error: unknown option $1 (known: --slow --min-deps --lmms-eval -- ...)" >&2 && exit 2 ;;
     esac
     shift
 done
+if [ -n "$overlay" ] && [ "$group" = slow ]; then
+    echo "error: --slow and --$overlay are runs of their own; ask for one of them" >&2 && exit 2
+fi
 
 prepare_environment dev
+affected=()
 if [ -n "$overlay" ]; then # other packages over those of .venv
     declare -A added=(
         [min-deps]="transformers==5.17.0"
         [lmms-eval]="lmms-eval==0.7.3 loguru pytz" # of its many requirements, what the tests import
     )
     declare -A place=([min-deps]=.venv-min [lmms-eval]=.venv-lmms)
-    second=${place[$overlay]}
+    declare -A tests=(
+        [min-deps]="tests/model tests/train tests/serve tests/eval/test_generation.py
+            tests/eval/test_model_vqa.py tests/eval/test_run_llava.py tests/eval/test_runner.py
+            tests/eval/test_run.py tests/pruning/test_divprune_end_to_end.py
+            tests/pruning/test_visionzip.py"
+        [lmms-eval]="tests/eval/test_lmms_eval_plugin.py"
+    )
+    group=$overlay second=${place[$overlay]}
+    read -r -d '' -a affected <<<"${tests[$overlay]}" || true
     say "adding $second: ${added[$overlay]} over the same packages"
     [ -x "$second/bin/python" ] || "${BASE_PYTHON:-python3}" -m venv "$second"
     echo "$PWD/.venv/lib/$(ls .venv/lib | head -n 1)/site-packages" \
@@ -42,15 +57,25 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
     PYTHON=$PWD/$second/bin/python
 fi
 
-say "lint"
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-say "types"
-.venv/bin/mypy
-say "tests (${groups[*]})"
+SECONDS=0
+if [ -z "$overlay" ]; then
+    say "lint"
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    say "types"
+    .venv/bin/mypy
+fi
+say "tests ($group)"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 if [ ${#selection[@]} -eq 0 ]; then # a guard against tests that silently went missing
-    group=${groups[-1]}
+    selection=("${affected[@]}")
     pytest_args+=(--at-least "$(sed -n "s/^$group //p" tests/recorded_counts)")
+    whole=yes
 fi
-exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-2}" "${pytest_args[@]}" "${selection[@]}"
+"$PYTHON" -m pytest -n "${PYTEST_WORKERS:-2}" "${pytest_args[@]}" "${selection[@]}"
+say "$group run: $((SECONDS / 60)) min $((SECONDS % 60)) s"
+if [ "$group" = default ] && [ -n "${whole:-}" ] && [ "$SECONDS" -gt "$limit" ]; then
+    echo "error: the default run took longer than $((limit / 60)) minutes; make tests faster, or" \
+        "mark those that take minutes as slow" >&2
+    exit 1
+fi

@@ -35,4 +35,4 @@ def joined(rows: list[Picks]) -> Picks:
 def unscored(rows: list[Tensor]) -> Picks:
     """Picks from one LongTensor of indices per tile, for methods that rank nothing."""
     indices = pad_sequence(rows, batch_first=True, padding_value=-1)
-    return Picks(indices, no_choice(*indices.shape, indices.device))
+    return Picks(indices, no_choice(indices.shape[0], indices.shape[1], indices.device))
