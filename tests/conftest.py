@@ -10,18 +10,21 @@ _ERROR = "largest error"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
+    parser.addoption("--gpu", action="store_true", help="also run tests that need a CUDA GPU")
     parser.addoption(
         "--at-least", type=int, default=0, metavar="N", help="fail if fewer tests than N passed"
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
-    skip = pytest.mark.skip(reason="takes minutes; run with --slow")
+    reasons = {
+        "slow": "takes minutes; run with --slow",
+        "gpu": "needs a CUDA GPU; run with --gpu (bash scripts/gpu.sh)",
+    }
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+        for group, reason in reasons.items():
+            if group in item.keywords and not config.getoption(f"--{group}"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
