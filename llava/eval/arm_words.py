@@ -1,8 +1,13 @@
-"""Arms as flags spell them: `--arm zoo:directions=32@64`, or `--pruner zoo --keep-tokens 64`."""
+"""Arms as flags spell them: `--arm zoo:directions=32@64`, or `--pruner zoo --keep-tokens 64`.
+
+A whole number is a budget of tokens, a number with a point a share of them: `zoo@1` keeps one
+token, `zoo@1.0` all. `arm_word` and `parse_arm` are each other's inverse.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +27,7 @@ def arms_from(args: argparse.Namespace) -> tuple[Arm, ...]:
     preset = preset_of(args)
     own = parse_options(args.pruner_option)
     own |= {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
-    words = ",".join(f"{key}={value}" for key, value in own.items())
+    words = spell_options(own)
     if preset is not None:
         if args.pruner is not None or args.pruner_option:
             raise UserInputError("--preset names method and options; leave --pruner out")
@@ -44,13 +49,66 @@ def arms_from(args: argparse.Namespace) -> tuple[Arm, ...]:
 
 
 def parse_arm(word: str) -> Arm:
-    """`none`, `zoo@64`, `zoo@0.1` or `zoo:directions=32,fusion=sum@64`. Raises PruningError."""
-    head, at, budget = word.rpartition("@")
-    if not at:
-        head, budget = word, ""
-    method, _, options = head.partition(":")
+    """`none`, `zoo@64`, `zoo@0.1` or `zoo:directions=32,fusion=sum@64`.
+
+    Values of options may be JSON, with commas and `@` in quotes or brackets:
+    `cen-prune:host=zoo,host_options={"directions": 32, "step": 0.1}@64`. Raises PruningError.
+    """
+    *head, budget = _split(word, "@")
+    if not head:
+        head, budget = [word], ""
+    method, _, options = "@".join(head).partition(":")
     tokens, ratio = _budget(budget, word)
-    return _arm(word, method, parse_options(options.split(",")) if options else {}, tokens, ratio)
+    pairs = _split(options, ",") if options else []
+    return _arm(word, method, parse_options(pairs), tokens, ratio)
+
+
+def arm_word(method: str, budget: int | float | None, options: Mapping[str, Any]) -> str:
+    """The word that `parse_arm` reads as just this setting: `zoo:fusion=sum@64`.
+
+    Args:
+        method: registered name, or `none`.
+        budget: an integer is a number of tokens, a float a share of them; None without a budget.
+        options: of the method, any JSON values.
+    """
+    words = spell_options(options)
+    word = f"{method}:{words}" if words else method
+    return word if budget is None else f"{word}@{budget}"
+
+
+def spell_options(options: Mapping[str, Any]) -> str:
+    """`directions=32,fusion=sum`: values as they are where they are read back so, else as JSON."""
+    return ",".join(f"{key}={_spell(value)}" for key, value in options.items())
+
+
+def _spell(value: Any) -> str:
+    text, as_json = str(value), json.dumps(value)
+    if not set(text) & set('"[]{},@'):
+        (read,) = parse_options([f"value={text}"]).values()
+        if json.dumps(read) == as_json:
+            return text
+    return as_json
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """`text` at every separator outside quotes and brackets, as JSON has them.
+
+    Text that leaves one open is split at every separator.
+    """
+    parts, depth, quoted, escaped = [""], 0, False, False
+    for letter in text:
+        if letter == separator and not depth and not quoted:
+            parts.append("")
+            continue
+        parts[-1] += letter
+        if quoted:
+            quoted = escaped or letter != '"'
+            escaped = letter == "\\" and not escaped
+        elif letter == '"':
+            quoted = True
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+    return text.split(separator) if quoted or depth else parts
 
 
 def preset_of(args: argparse.Namespace) -> Any:
@@ -84,7 +142,7 @@ def _arm(
             raise PruningError(f"{name}: the unpruned model takes no options and no budget")
         return Arm(UNPRUNED, "the unpruned model")
     budget = f"{tokens} tokens" if ratio is None else f"{100 * ratio:g} % of the tokens"
-    parts = [method, *(f"{key}={value}" for key, value in options.items())]
+    parts = [method, *(f"{key}={_spell(value)}" for key, value in options.items())]
     if tokens is not None or ratio is not None:
         parts.append(budget)
     return Arm(name, ", ".join(parts), method, tokens, ratio=ratio, options=options)

@@ -220,7 +220,8 @@ def write_submissions(
         said = {line["index"]: line["answer"] for line in answers if line["arm"] == arm.name}
         if not said:
             continue
-        own = folder / f"{number}-{''.join(c if c.isalnum() else '_' for c in arm.name)}"
+        # The number tells arms apart, so a long name may be cut: file systems allow 255 bytes.
+        own = folder / f"{number}-{''.join(c if c.isalnum() else '_' for c in arm.name)}"[:200]
         own.mkdir(parents=True, exist_ok=True)
         benchmark.write_submission(plan.items, [said[item.index] for item in plan.items], own)
         if not any(own.iterdir()):

@@ -21,7 +21,9 @@ from llava.conversation import conv_templates
 from llava.eval.loading import add_model_flags, load_from_flags
 from llava.eval.prompts import image_mark
 from llava.images import load_image
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import Size, process_images, tokenizer_image_token
+from llava.model.prompt_length import describe_overflow, exceeded_limits, prompt_length
+from llava.model.tiles import Images
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
@@ -63,7 +65,8 @@ def eval_model(args: Any) -> str:
             the flag's default. The model is loaded at every call.
 
     Raises:
-        UserInputError: names what cannot be used and what to do.
+        UserInputError: names what cannot be used and what to do; also a query that is too long for
+            the model.
     """
     args = _complete(args)
     sampling = Sampling(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
@@ -79,11 +82,14 @@ def eval_model(args: Any) -> str:
     prompt = build_prompt(args.query, len(images), template, image_mark(model.config))
     ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
     ids = ids[None].to(model.device)
+    pixels = process_images(images, loaded.processor, model.config)
+    sizes = [image.size for image in images]
+    check_length(model, ids[0], pixels, sizes)
     with torch.inference_mode():
         output = model.generate(
             inputs=ids,
-            images=process_images(images, loaded.processor, model.config),
-            image_sizes=[image.size for image in images],
+            images=pixels,
+            image_sizes=sizes,
             attention_mask=torch.ones_like(ids),
             questions=[words],
             **sampling.arguments(),
@@ -91,6 +97,28 @@ def eval_model(args: Any) -> str:
     answer = tokenizer.decode(output[0], skip_special_tokens=True).strip()
     print(answer)
     return answer
+
+
+def check_length(model: Any, ids: torch.Tensor, pixels: Images, sizes: Sequence[Size]) -> None:
+    """Refuse a prompt whose end, where the question stands, would be cut off.
+
+    Pruned images may still give way to the text, as in `generate`.
+
+    Args:
+        model: the model that is asked.
+        ids: int64 [L], the prompt.
+        pixels, sizes: its images, and their original (width, height).
+
+    Raises:
+        UserInputError: the prompt is longer than `tokenizer_model_max_length`.
+    """
+    length = prompt_length(model, ids, pixels, sizes, give_way=True)
+    for limit in exceeded_limits(model.config, length):
+        if not limit.answer:  # otherwise the model goes on beyond its positions, as LLaVA does
+            raise UserInputError(
+                f"the query does not fit: {describe_overflow(length, limit)}; shorten it, show "
+                "fewer images, or keep fewer visual tokens (--pruner, --keep-tokens)"
+            )
 
 
 def image_parser(args: Any) -> list[str]:

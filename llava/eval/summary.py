@@ -41,10 +41,13 @@ def summarise(
 
 
 def settings(arm: Arm) -> dict[str, Any]:
-    """An arm as result files describe it; a budget below 1 is a share of an image's tokens."""
+    """An arm as result files describe it.
+
+    An integer budget is a number of tokens, a float a share of an image's tokens: 1 and 1.0 differ.
+    """
     described: dict[str, Any] = {
         "method": arm.method,
-        "budget": arm.budget if arm.ratio is None else arm.ratio,
+        "budget": arm.budget if arm.ratio is None else float(arm.ratio),
         "options": dict(arm.options),
     }
     return described | ({"unavailable": arm.unavailable} if arm.unavailable else {})

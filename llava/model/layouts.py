@@ -13,6 +13,7 @@ from llava.mm_utils import (
     select_best_resolution,
     unpad_window,
 )
+from llava.model.tiles import Images
 from llava.pruning.layout import Box, ImageLayout
 from llava.utils import UserInputError
 
@@ -155,6 +156,34 @@ def image_layouts(
     return tuple(
         geometry.layout(count, size, stacked) for count, size in zip(tiles, known, strict=True)
     )
+
+
+def tile_grid(tower: Any, tokens: int) -> tuple[int, int]:
+    """(rows, columns) of the ``tokens`` that ``tower`` makes of a tile."""
+    side = tower.num_patches_per_side
+    # With the class token among them, the tokens of a tile form no square.
+    return (side, side) if tokens == side * side else (1, tokens)
+
+
+def layouts_for(
+    model: Any,
+    grid: tuple[int, int],
+    images: Images,
+    tiles: Sequence[int],
+    sizes: Sequence[Size] | None,
+) -> tuple[ImageLayout, ...]:
+    """One layout for each image, as ``model`` reads it.
+
+    Args:
+        model: a ``LlavaMetaForCausalLM`` with a vision tower.
+        grid: see ``tile_grid``.
+        images: the images, in the form in which they are given to the model.
+        tiles, sizes: see ``image_layouts``.
+    """
+    tower = model.get_vision_tower()
+    geometry = TileGeometry.of(model.config, grid, tower.config.image_size, tower.crops_centre)
+    stacked = not isinstance(images, torch.Tensor) or images.ndim == 5
+    return image_layouts(geometry, tiles, sizes, stacked)
 
 
 def padding_mask(layouts: Sequence[ImageLayout]) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import next_protocol, unpad_image
 from llava.model.finite import check_projected
 from llava.model.inputs import check_ids, check_images, check_prompt, check_sizes
-from llava.model.layouts import TileGeometry, image_layouts, padding_mask
+from llava.model.layouts import layouts_for, padding_mask, tile_grid
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
@@ -201,11 +201,9 @@ class LlavaMetaForCausalLM(Prunable):
         sizes = check_sizes(image_sizes, len(tiles_of_images))
         features, projected, extras = encode_tiles(self, tiles, needs)
         check_projected(self, tiles, projected, image_index)
-        grid = self._grid(projected.shape[1])
         tower = self.get_vision_tower()
-        geometry = TileGeometry.of(self.config, grid, tower.config.image_size, tower.crops_centre)
-        stacked = not isinstance(images, torch.Tensor) or images.ndim == 5
-        layouts = image_layouts(geometry, tiles_of_images, sizes, stacked)
+        grid = tile_grid(tower, projected.shape[1])
+        layouts = layouts_for(self, grid, images, tiles_of_images, sizes)
         valid = padding_mask(layouts)
         return VisualTokens(
             features=features,
@@ -351,11 +349,6 @@ class LlavaMetaForCausalLM(Prunable):
             visual, input_ids, position_ids, attention_mask, labels
         )
         return None, position_ids, attention_mask, past_key_values, inputs_embeds, labels
-
-    def _grid(self, tokens: int) -> tuple[int, int]:
-        side = self.get_vision_tower().num_patches_per_side
-        # With the class token among them, the tokens of a tile form no square.
-        return (side, side) if tokens == side * side else (1, tokens)
 
     def _newline(self, layouts: tuple[ImageLayout, ...]) -> torch.Tensor | None:
         """The newline's embedding [D], where an image has any."""

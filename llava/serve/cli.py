@@ -2,7 +2,8 @@
 
 LLaVA's flags, plus visual token pruning. The image enters the first turn only; an empty line or
 end of input leaves, and /help lists what else can be typed. After each answer one line says how
-many visual tokens the language model saw and where the time went.
+many visual tokens the language model saw and where the time went. A question that does not fit the
+model's context is refused with the numbers, and the chat goes on without it.
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ def compare(session: Session, _: str) -> str:
     notes = []
     if last.first:
         notes.append("(the first turn of a session is slower: its times include warming up)")
+    if last.full or unpruned.full:
+        notes.append("(an answer ends where the model's context does)")
     if session.sampling.temperature > 0:
         notes.append(
             "(answers are sampled, so they may differ by chance; --temperature 0 is exact)"

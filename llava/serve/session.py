@@ -19,6 +19,15 @@ from llava.eval.loading import Loaded
 from llava.eval.prompts import image_mark
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.observe import steps_run_by
+from llava.model.prompt_length import (
+    Limit,
+    PromptLength,
+    answer_room,
+    describe_overflow,
+    exceeded_limits,
+    prompt_length,
+    visual_room,
+)
 from llava.pruning import PruningConfig, PruningError, get_method, prune
 from llava.pruning.config import BUDGETS, CHOICES
 from llava.pruning.errors import unknown
@@ -119,7 +128,11 @@ class Session:
     def ask(self, question: str) -> Turn:
         """Stream the answer to a question. Ctrl-C ends the answer, which then stays as it is.
 
-        Raises UserInputError for an image mark in the question and for an impossible budget.
+        The answer also ends where the model has no more positions (`Turn.full`).
+
+        Raises UserInputError for an image mark in the question, for an impossible budget, and,
+        before anything is computed, for a question that does not fit the model's context together
+        with the image and the turns so far.
         """
         if DEFAULT_IMAGE_TOKEN in question:
             raise UserInputError(
@@ -131,7 +144,15 @@ class Session:
         chat.append_message(chat.roles[0], mark + question)
         chat.append_message(chat.roles[1], None)
         prompt = chat.get_prompt()
-        turn = self._answer(prompt, question)
+        ids = self._ids(prompt)
+        length, exceeded = self._measure(ids)
+        if exceeded:
+            why = describe_overflow(length, exceeded[0])
+            raise UserInputError(
+                f"this question does not fit: {why}; the chat is as it was before. You can "
+                f"{self._ways_out(length, first)}"
+            )
+        turn = self._answer(ids, question, length)
         if turn.answer or not turn.stopped:  # a turn stopped before its first word never was
             chat.messages[-1][-1] = turn.answer
             self.chat, self.last = chat, turn
@@ -139,9 +160,19 @@ class Session:
         return turn
 
     def ask_unpruned(self) -> Turn:
-        """Answer the last turn again with all visual tokens, silently; the chat is not changed."""
+        """Answer the last turn again with all visual tokens, silently; the chat is not changed.
+
+        Raises UserInputError where they do not fit the model's context.
+        """
         with prune(self.model):
-            return self._answer(self._last_prompt, self._last_question, silent=True)
+            ids = self._ids(self._last_prompt)
+            length, exceeded = self._measure(ids)
+            if exceeded:
+                raise UserInputError(
+                    "the last turn does not fit without pruning: "
+                    f"{describe_overflow(length, exceeded[0])}; compare a shorter chat (/reset)"
+                )
+            return self._answer(ids, self._last_question, length, silent=True)
 
     def save_overlay(self, path: Path) -> None:
         """Save the image with the patches dimmed that the last turn removed.
@@ -164,12 +195,40 @@ class Session:
                 f"cannot save {path}: {error}; give a path that ends in .png"
             ) from error
 
-    def _answer(self, prompt: str, question: str, silent: bool = False) -> Turn:
+    def _ids(self, prompt: str) -> torch.Tensor:
+        """The prompt's ids, int64 [1, L]."""
         if self.debug:
             print(f"\n{prompt!r}", file=sys.stderr)
         tokenizer = self.loaded.tokenizer
         ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
-        ids = ids[None].to(self.model.device)
+        return ids[None].to(self.model.device)
+
+    def _measure(self, ids: torch.Tensor) -> tuple[PromptLength, list[Limit]]:
+        """The length of a prompt [1, L] and the limits that it exceeds, the lowest first."""
+        length = prompt_length(self.model, ids[0], self.pixels, [self.image.size])
+        return length, exceeded_limits(self.model.config, length)
+
+    def _ways_out(self, length: PromptLength, first: bool) -> str:
+        """What the user can do about a question that does not fit."""
+        ways = ["ask a shorter question"]
+        config, room = self.model.pruning, visual_room(self.model.config, length.text)
+        if length.positions > length.total:
+            ways.append("count positions without the removed tokens (/set positions=compact)")
+        if room is not None and 0 < room < length.visual:
+            pruned = config is not None and config.pruner.budgeted
+            command = f"/keep {room}" if pruned else f"/method NAME keep_tokens={room}"
+            ways.append(f"keep at most {room} visual tokens ({command})")
+        if not first:
+            ways.append("start again without the turns so far (/reset)")
+        return ", or ".join(ways)
+
+    def _answer(
+        self, ids: torch.Tensor, question: str, length: PromptLength, silent: bool = False
+    ) -> Turn:
+        tokenizer = self.loaded.tokenizer
+        sampling, room = self.sampling, answer_room(self.model.config, length)
+        if room is not None:
+            sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
         clock = PipelineClock(self.model.device)
         streamer = ClockedStreamer(tokenizer, silent)
         setting = describe(self.model.pruning)
@@ -184,14 +243,16 @@ class Session:
                     attention_mask=torch.ones_like(ids),
                     questions=[question],
                     streamer=streamer,
-                    **self.sampling.arguments(),
+                    **sampling.arguments(),
                 )
         except KeyboardInterrupt:
             stopped = True
             streamer.end()  # print what is held back, and the end of the line
         answer = tokenizer.decode(streamer.tokens, skip_special_tokens=True).strip()
         cost = clock.cost(start, streamer.arrivals)
-        turn = Turn(setting, answer, stopped, not self._warm, cost, clock.tokens.get("prune"))
+        visual = clock.tokens.get("prune")
+        full = room is not None and len(streamer.tokens) >= room
+        turn = Turn(setting, answer, stopped, not self._warm, cost, visual, full)
         self._warm = True
         return turn
 

@@ -58,6 +58,7 @@ class Turn:
         stopped: whether the user stopped it.
         first: whether it is the first of its session, so that its times include warming up.
         cost, visual: None if it was stopped before the image was encoded.
+        full: whether it used up the model's positions, so that no other turn fits after it.
     """
 
     setting: str
@@ -66,11 +67,14 @@ class Turn:
     first: bool
     cost: Cost | None
     visual: VisualTokens | None
+    full: bool = False
 
     def status(self) -> str:
         """The line under the answer."""
         parts = [self.cost.line()] if self.cost is not None else []
-        return " | ".join([*parts, *(["stopped"] if self.stopped else [])])
+        parts += ["stopped"] if self.stopped else []
+        parts += ["the context is full; /reset starts again"] if self.full else []
+        return " | ".join(parts)
 
 
 class ClockedStreamer(TextStreamer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,45 @@ def test_names_that_scripts_import(pictures: list[str]) -> None:
     assert [image.size for image in load_images(pictures)] == [(336, 336)] * 2
     load: Callable[..., Image.Image] = run_llava.load_image
     assert load(pictures[0]).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("limits", "pruning", "fits"),
+    [
+        ({"tokenizer_model_max_length": 660}, {}, False),
+        ({"tokenizer_model_max_length": 760}, {}, True),
+        ({"max_position_embeddings": 660, "tokenizer_model_max_length": None}, {}, True),
+        ({"tokenizer_model_max_length": 200}, {"pruner": "grid", "keep_tokens": 64}, True),
+        ({"tokenizer_model_max_length": 100}, {"pruner": "grid", "keep_tokens": 64}, False),
+    ],
+)
+def test_a_query_that_does_not_fit_is_refused_before_it_is_cut(
+    checkpoint: Path,
+    pictures: list[str],
+    cached: list[Any],
+    loaded: tuple[Any, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    limits: dict[str, Any],
+    pruning: dict[str, Any],
+    fits: bool,
+) -> None:
+    """Its end would be lost, and with it the question; pruned images may give way to it."""
+    model = loaded[1]
+    for name, value in limits.items():
+        monkeypatch.setattr(model.config, name, value, raising=False)
+    args = arguments(checkpoint, pictures[0], query="What colour is the circle? " * 3, **pruning)
+    if fits:
+        assert eval_model(args) is not None
+        assert "cut off" not in caplog.text
+        return
+    monkeypatch.setattr(type(model), "encode_images", lambda *_: pytest.fail("computed"))
+    flags = ["--model-path", str(checkpoint), "--image-file", pictures[0], "--query", args.query]
+    flags += [f"--{name.replace('_', '-')}={value}" for name, value in pruning.items()]
+    with pytest.raises(SystemExit) as stop:
+        run_llava.main(flags)
+    assert stop.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"the query does not fit: \d+ tokens of text \+ \d+ visual tokens", error)
+    assert f"is {next(iter(limits.values()))}" in error and "--keep-tokens" in error

@@ -239,7 +239,8 @@ def _published(table: Table, row: Row, key: str) -> tuple[Published | None, bool
     if key in row.published or row.against is None:
         return row.published.get(key), False
     for other in table.rows:
-        same = other.method == row.against and other.budget == row.budget
+        budgets = [(each.keep_tokens, each.keep_ratio) for each in (row, other)]
+        same = other.method == row.against and budgets[0] == budgets[1]
         if same and other.next_protocol == row.next_protocol and key in other.published:
             return other.published[key], True
     return None, False

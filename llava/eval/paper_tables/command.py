@@ -244,6 +244,7 @@ def draw_overlays(order: Order, filled: Filled, path: Path) -> bool:
         path,
         model_base=order.launch.model_base,
         device=order.launch.device,
+        seed=order.launch.seed,
     )
 
 

@@ -1,4 +1,8 @@
-"""Handing a planned run to `python -m llava.eval run`, in this process or under torchrun."""
+"""Handing a planned run to `python -m llava.eval run`, in this process or under torchrun.
+
+Rows travel as words of `--arm`, which say all of a setting (`llava.eval.arm_words`), so a run in
+this process, one under torchrun and one that a user copies from `--dry-run` are the same.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava.eval.arm_words import parse_arm
 from llava.eval.arms import UNPRUNED
 from llava.eval.overlays import contact_sheet
 from llava.eval.paper_tables.collect import Filled, FilledRow
@@ -22,7 +23,10 @@ from llava.utils import UserInputError
 
 
 def rows_to_draw(filled: Filled) -> list[FilledRow]:
-    """The available rows at the smallest budget, as the model was trained to read images."""
+    """The available rows at the smallest budget, as the model was trained to read images.
+
+    Numbers of tokens and shares of them each have a smallest one.
+    """
     rows = [
         row
         for row in filled.rows
@@ -31,8 +35,12 @@ def rows_to_draw(filled: Filled) -> list[FilledRow]:
         and row.next_protocol == DEFAULT_PROTOCOL
         and row.budget is not None
     ]
-    smallest = min((row.budget for row in rows if row.budget is not None), default=None)
-    return [row for row in rows if row.budget == smallest]
+    drawn = []
+    for row in rows:
+        others = [r.budget for r in rows if isinstance(r.budget, type(row.budget))]
+        if row.budget == min(others):
+            drawn.append(row)
+    return drawn
 
 
 def draw_kept_tokens(
@@ -44,6 +52,7 @@ def draw_kept_tokens(
     *,
     model_base: str | None = None,
     device: str = "auto",
+    seed: int = 0,
 ) -> bool:
     """Draw `image` once per row with what the row dropped dimmed, to a PNG; False without rows.
 
@@ -56,7 +65,8 @@ def draw_kept_tokens(
     _, model, processor, _ = load_pretrained_model(model_path, model_base, device=device)
     model.pruning = None
     settings = [(row, Setting(row.row.method, row.budget, row.row.options)) for row in rows]
-    configs = [_config(setting) for _, setting in settings]
+    # As the runs read them, which draw at random from the same seed.
+    configs = [parse_arm(setting.word).pruning(seed) for _, setting in settings]
     visual = _encode(model, processor, image, question, configs)
     pictures = {"all tokens": image}
     for (row, setting), config in zip(settings, configs, strict=True):
@@ -81,16 +91,9 @@ def _encode(
     processor: Any,
     image: Image.Image,
     question: str,
-    configs: Sequence[PruningConfig],
+    configs: Sequence[PruningConfig | None],
 ) -> Any:
     """Visual tokens of the image, with what any of the settings needs."""
     pixels = process_images([image], processor, model.config)
-    needs = {need for config in configs for need in config.pruner.needs}
+    needs = {need for config in configs if config for need in config.pruner.needs}
     return model.encode_visual_tokens(pixels, [image.size], needs)
-
-
-def _config(setting: Setting) -> PruningConfig:
-    budget: dict[str, Any] = {"keep_tokens": setting.budget}
-    if isinstance(setting.budget, float):
-        budget = {"keep_ratio": setting.budget}
-    return PruningConfig(setting.method, **budget, options=setting.options)

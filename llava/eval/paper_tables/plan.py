@@ -6,11 +6,11 @@ that differ in it go to different runs, each with its own unpruned arm.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava.eval.arm_words import arm_word
 from llava.eval.arms import UNPRUNED
 from llava.eval.paper_tables.spec import Column, Row, Table
 from llava.eval.tasks.base import list_benchmarks
@@ -26,24 +26,19 @@ Place = tuple[str, str | None, str]
 
 @dataclass(frozen=True)
 class Setting:
-    """One arm of a run. Equal settings are the same arm, whatever rows they stand for."""
+    """One arm of a run, whatever rows it stands for.
+
+    `budget` is a number of visual tokens if it is an integer, and a share of them if it is a float.
+    """
 
     method: str
     budget: int | float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def key(self) -> str:
-        """What tells settings apart; the same for equal options in another order."""
-        return json.dumps([self.method, self.budget, dict(self.options)], sort_keys=True)
-
-    @property
     def word(self) -> str:
         """As `--arm` of `python -m llava.eval run` takes it: `zoo:fusion=sum@64`."""
-        if self.method == UNPRUNED:
-            return UNPRUNED
-        options = ",".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.method}{':' if options else ''}{options}@{self.budget}"
+        return arm_word(self.method, self.budget, self.options)
 
 
 @dataclass(frozen=True)
@@ -126,6 +121,6 @@ def plan(
                 for row in rows
                 if next_protocol_of(row, native_only) == reading
             ]
-            distinct = {setting.key: setting for setting in (Setting(UNPRUNED), *asked)}
+            distinct = {setting.word: setting for setting in (Setting(UNPRUNED), *asked)}
             jobs.append(Job(task, protocol, reading, tuple(distinct.values())))
     return jobs

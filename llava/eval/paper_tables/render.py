@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llava.eval.arm_words import spell_options
 from llava.eval.paper_tables.collect import Cell, Filled, FilledRow, Measured
 from llava.eval.paper_tables.spec import AVERAGE, Column, Published
 from llava.eval.results import Record, dump_json
@@ -154,7 +155,7 @@ def records(filled: Filled) -> list[Record]:
             "table": filled.table.name,
             "method": row.row.method,
             "label": row.row.label,
-            "options": ",".join(f"{k}={v}" for k, v in row.row.options.items()),
+            "options": spell_options(row.row.options),
             "budget": row.budget,
             "protocol": row.next_protocol,
         }
@@ -228,7 +229,7 @@ def _grid(filled: Filled, show: Show, published: bool = False) -> Grid:
 
 
 def budget_text(budget: int | float | None) -> str:
-    """`64`, `20 %`, or `all`."""
+    """`64` tokens, a share such as `20 %`, or `all` without a budget."""
     if budget is None:
         return "all"
     return f"{100 * budget:g} %" if isinstance(budget, float) else str(budget)

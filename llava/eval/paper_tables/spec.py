@@ -7,14 +7,16 @@ A cell that nobody published has no entry, and nothing is ever filled in for it.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from llava.eval.arms import UNPRUNED
+from llava.pruning import PruningConfig, PruningError
 from llava.utils import UserInputError
 
 FOLDER = Path(__file__).parent / "data"
@@ -88,7 +90,8 @@ class Row:
 
     @property
     def budget(self) -> int | float | None:
-        return self.keep_tokens if self.keep_ratio is None else self.keep_ratio
+        """An integer is a number of tokens, a float a share of them (1.0 is all of them)."""
+        return self.keep_tokens if self.keep_ratio is None else float(self.keep_ratio)
 
 
 @dataclass(frozen=True)
@@ -177,4 +180,22 @@ def _row(raw: dict[str, Any], sources: Mapping[str, Source], keys: set[str]) -> 
     budgets = [budget for budget in (row.keep_tokens, row.keep_ratio) if budget is not None]
     if len(budgets) != (row.method != UNPRUNED):
         raise ValueError(f"{row.label} needs one budget, or none if it is not pruned")
-    return row
+    try:
+        # Without a method, which this package may not have: the numbers are checked all the same.
+        checked = PruningConfig(keep_tokens=row.keep_tokens, keep_ratio=row.keep_ratio)
+    except PruningError as error:
+        raise ValueError(f"{row.label}: {error}") from error
+    _check_options(row)
+    return replace(row, keep_tokens=checked.keep_tokens, keep_ratio=checked.keep_ratio)
+
+
+def _check_options(row: Row) -> None:
+    """Raise ValueError unless the options of a row can be those of a method."""
+    if not isinstance(row.options, Mapping):
+        raise ValueError(f"{row.label}: options must be a table of names and values")
+    if row.method == UNPRUNED and row.options:
+        raise ValueError(f"{row.label} is not pruned, so it takes no options")
+    try:
+        json.dumps(row.options)
+    except TypeError as error:  # TOML also has dates and times
+        raise ValueError(f"{row.label}: options {row.options!r} are not plain values") from error

@@ -265,6 +265,12 @@ class VisionTower(nn.Module):
     def num_patches(self) -> int:
         return self.num_patches_per_side**2
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a tile: the patches, plus the class token where ``cls_patch`` keeps it."""
+        keeps_class = self.has_class_token and self.select_feature == "cls_patch"
+        return self.num_patches + int(keeps_class)
+
     def save_description(self, folder: Path) -> None:
         """Write config and preprocessor, so the folder describes a tower stored elsewhere."""
         self.config.save_pretrained(folder)

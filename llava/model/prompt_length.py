@@ -1,0 +1,155 @@
+"""How long a prompt with images becomes, from shapes alone: nothing is encoded."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.mm_utils import Size, next_protocol
+from llava.model.inputs import check_sizes
+from llava.model.layouts import layouts_for, padding_mask, tile_grid
+from llava.model.tiles import Images, flatten_tiles
+from llava.pruning.budget import image_budgets
+from llava.pruning.room import fit_prompts
+from llava.pruning.tokens import Prompt, VisualTokens
+
+
+class PromptLength(NamedTuple):
+    """Tokens of one prompt.
+
+    Attributes:
+        text: tokens of text.
+        visual: visual tokens of all its images after pruning; methods whose count depends on the
+            content may keep fewer.
+        positions: positions that the prompt takes up: ``text + visual``, or with
+            ``positions="original"`` those of the unpruned prompt.
+    """
+
+    text: int
+    visual: int
+    positions: int
+
+    @property
+    def total(self) -> int:
+        return self.text + self.visual
+
+
+class Limit(NamedTuple):
+    """A limit of a model's context.
+
+    Attributes:
+        name: its key in config.json.
+        tokens: how many it allows.
+        answer: how many of them an answer needs at least; 0 where only the prompt counts.
+    """
+
+    name: str
+    tokens: int
+    answer: int
+
+    def exceeded_by(self, length: PromptLength) -> bool:
+        used = length.positions if self.answer else length.total
+        return used + self.answer > self.tokens
+
+
+def prompt_length(
+    model: Any,
+    ids: torch.Tensor,
+    images: Images,
+    image_sizes: Sequence[Size] | None = None,
+    *,
+    give_way: bool = False,
+) -> PromptLength:
+    """Count the tokens of one prompt under the model's active pruning settings.
+
+    Args:
+        model: a ``LlavaMetaForCausalLM`` with a vision tower.
+        ids: int64 [L] with IMAGE_TOKEN_INDEX at every mark.
+        images, image_sizes: the images of this prompt, see ``encode_visual_tokens``.
+        give_way: count as ``generate`` does, where pruned images keep fewer tokens in a prompt of
+            limited length (``llava.pruning.room``); by default as the settings say.
+
+    Raises:
+        UserInputError: images that do not fit the model.
+        PruningError: a budget that the method cannot meet.
+    """
+    text = int((ids != IMAGE_TOKEN_INDEX).sum())
+    visual = _shapes(model, images, image_sizes)
+    config = model.pruning
+    count = visual.num_images
+    totals = [visual.sequence(image).total for image in range(count)]
+    budgets = [None] * count if config is None else image_budgets(visual, config)
+    limit = getattr(model.config, "tokenizer_model_max_length", None)
+    if give_way and limit is not None:
+        prompt = Prompt(tuple(range(count)), text, limit)
+        budgets, _ = fit_prompts(replace(visual, prompts=(prompt,)), budgets)
+    kept = sum(
+        total if budget is None else budget for total, budget in zip(totals, budgets, strict=True)
+    )
+    original = config is not None and config.positions == "original"
+    return PromptLength(text, kept, text + (sum(totals) if original else kept))
+
+
+def context_limits(config: Any) -> list[Limit]:
+    """The limits that a model's config names, the lowest first.
+
+    A prompt of more than ``tokenizer_model_max_length`` tokens is cut. Prompt and answer share
+    ``max_position_embeddings``: beyond them are positions that the model does not know.
+    """
+    named = [
+        Limit("tokenizer_model_max_length", getattr(config, "tokenizer_model_max_length", None), 0),
+        Limit("max_position_embeddings", getattr(config, "max_position_embeddings", None), 1),
+    ]
+    return sorted(
+        (limit for limit in named if limit.tokens is not None), key=lambda limit: limit.tokens
+    )
+
+
+def exceeded_limits(config: Any, length: PromptLength) -> list[Limit]:
+    """The limits of the model that a prompt exceeds, the lowest first."""
+    return [limit for limit in context_limits(config) if limit.exceeded_by(length)]
+
+
+def visual_room(config: Any, text: int) -> int | None:
+    """Visual tokens that fit beside ``text`` tokens; None where the model names no limit."""
+    rooms = [limit.tokens - limit.answer - text for limit in context_limits(config)]
+    return min(rooms, default=None)
+
+
+def answer_room(config: Any, length: PromptLength) -> int | None:
+    """Tokens that the answer may have; None where the model names no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else positions - length.positions
+
+
+def describe_overflow(length: PromptLength, limit: Limit) -> str:
+    """Say in numbers why a prompt does not fit, as ``900 tokens of text + ... = ..., but ...``."""
+    parts, total = [f"{length.text} tokens of text", f"{length.visual} visual tokens"], length.total
+    if limit.answer:
+        removed = length.positions - length.total
+        parts += [f"{removed} positions of removed tokens"] if removed else []
+        parts.append(f"at least {limit.answer} of the answer")
+        total = length.positions + limit.answer
+    return f"{' + '.join(parts)} = {total}, but {limit.name} is {limit.tokens}"
+
+
+def _shapes(model: Any, images: Images, image_sizes: Sequence[Size] | None) -> VisualTokens:
+    """What ``encode_visual_tokens`` returns, with embeddings of width 0."""
+    tiles, image_index = flatten_tiles(images)
+    counts = image_index.bincount().tolist()
+    tower = model.get_vision_tower()
+    tokens = tower.num_tokens if tiles.ndim == 4 else tiles.shape[1]
+    grid = tile_grid(tower, tokens)
+    layouts = layouts_for(model, grid, images, counts, check_sizes(image_sizes, len(counts)))
+    return VisualTokens(
+        features=torch.zeros(len(tiles), tokens, 0),
+        projected=torch.zeros(len(tiles), tokens, 0),
+        projector=model.get_model().mm_projector,
+        image_index=image_index,
+        grid=grid,
+        valid=padding_mask(layouts),
+        layouts=layouts,
+        released=next_protocol(model.config) == "zoo-release",
+    )
