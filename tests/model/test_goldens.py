@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from recorded_pixels import skip_unless_reproducible
 from safetensors.torch import load_file
 
 from llava.constants import IGNORE_INDEX
@@ -29,6 +30,7 @@ class Case:
         folder = GOLDENS / "cases" / name
         self.about = json.loads((folder / "case.json").read_text())
         self.version = "llava 1.6" if name.startswith("v16") else "llava 1.5"
+        skip_unless_reproducible(self.about["images"], in_tiles=self.version == "llava 1.6")
         checkpoint = str(GOLDENS / self.about["checkpoint"])
         self.model = model = load_pretrained_model(checkpoint, device="cpu")[1]
         self.inputs = load_file(folder / "inputs.safetensors")
