@@ -1,24 +1,30 @@
 """Pictures that users name, on disk or on the web: fetched within limits, checked, decoded.
 
-A picture from elsewhere is untrusted input. Only http and https are spoken (also after a
-redirect), a download ends at a size and at a time, the pixel count is read before anything is
-decoded, and only raster formats are decoded, none that runs another program.
+`open_image` is how every command opens a picture; what it makes of orientation, deep grey and
+transparency is said in `llava.pixels`. A picture from elsewhere is untrusted input. Only http and
+https are spoken (also after a redirect), a download ends at a size and at a time, the pixel count
+is read before anything is decoded, and only raster formats are decoded, none that runs another
+program.
 """
 
 from __future__ import annotations
 
+import base64
 import http.client
+import logging
 import re
 import time
 import urllib.error
 import urllib.request
-import warnings
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from llava.pixels import VIEWER, check_pixels, read_pixels, warnings_as
 from llava.utils import UserInputError
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS = 80_000_000  # 240 MB as RGB; Pillow itself starts to warn a little later
@@ -27,34 +33,72 @@ SILENCE_SECONDS = 15.0  # a server that says nothing for so long has gone
 DOWNLOAD_SECONDS = 60.0  # for the whole body, however steadily it drips
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(data):", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 _CHUNK = 64 * 2**10
+_noted: set[str] = set()  # lines that were logged: one a picture
 
 
 class PictureError(UserInputError):
     """One picture cannot be shown to a model; others can."""
 
 
-def load_image(location: str | Path) -> Image.Image:
+def open_image(location: str | Path, pixels: str = VIEWER) -> Image.Image:
     """The picture at a path or an http(s) URL, as RGB; of an animation the first frame.
+
+    Logs one line for a picture that the two readings show differently.
+
+    Args:
+        location: path or URL.
+        pixels: `viewer` or `original`, see `llava.pixels`.
 
     Raises:
         UserInputError: no such picture, one over the limits of this module, or no picture at all.
     """
+    check_pixels(pixels)
+    name = f"image {_short(location)}"
     scheme = _SCHEME.match(str(location))
     if scheme is None:
-        return _decode(_existing_file(location), str(location))
-    name = (scheme[1] or scheme[2]).lower()
-    if name not in ("http", "https"):
+        return _decode(_existing_file(location), name, pixels)
+    protocol = (scheme[1] or scheme[2]).lower()
+    if protocol not in ("http", "https"):
         raise UserInputError(
-            f"cannot read image {_short(location)}: {name} is not supported; give a path or an "
-            "http(s) URL"
+            f"cannot read {name}: {protocol} is not supported; give a path or an http(s) URL"
         )
-    return _decode(BytesIO(_download(str(location))), str(location))
+    return _decode(BytesIO(_download(str(location))), name, pixels)
 
 
-def decode_image(content: bytes, name: str) -> Image.Image:
-    """A picture whose file has these bytes, as `load_image` gives it; errors call it `name`."""
-    return _decode(BytesIO(content), name)
+load_image = open_image  # LLaVA's name for it
+
+
+def decode_image(content: bytes, name: str, pixels: str = VIEWER) -> Image.Image:
+    """The picture whose file has these bytes, as `open_image` gives it; errors call it `name`."""
+    check_pixels(pixels)
+    return _decode(BytesIO(content), name, pixels)
+
+
+def decode_base64(text: str | bytes, name: str, pixels: str = VIEWER) -> Image.Image:
+    """The picture whose file is written as base64 text, as `open_image` gives it.
+
+    Args:
+        text: base64, perhaps as a data URL; white space in it is skipped.
+        name: what errors call the picture, such as "the image of row 7".
+        pixels: `viewer` or `original`.
+
+    Raises:
+        UserInputError: text without a picture, and all that `open_image` refuses.
+    """
+    try:
+        letters = text.decode("ascii") if isinstance(text, bytes) else text
+        prefix = _DATA_URL.match(letters)
+        letters = "".join(letters[prefix.end() if prefix else 0 :].split())
+        content = base64.b64decode(letters, validate=True)
+    except (TypeError, ValueError) as error:
+        raise UserInputError(
+            f"{name} is not base64 text ({error}); encode the bytes of an image file"
+        ) from error
+    if not content:
+        raise UserInputError(f"{name} is missing: its text is empty; encode an image file")
+    return decode_image(content, name, pixels)
 
 
 def _existing_file(location: str | Path) -> Path:
@@ -70,30 +114,34 @@ def _existing_file(location: str | Path) -> Path:
     return path
 
 
-def _decode(source: Path | BytesIO, name: str) -> Image.Image:
-    """Decode a picture whose size is known to be within the limit."""
+def _decode(source: Path | BytesIO, name: str, pixels: str) -> Image.Image:
+    """Decode a picture whose size is known to be within the limit; errors call it `name`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=_readable()) as image:
-                _check_size(image.size, name)
-                return image.convert("RGB")
+        with warnings_as("error", Image.DecompressionBombWarning):
+            image = Image.open(source, formats=_readable())
+        with image:
+            _check_size(image.size, name)
+            reading = read_pixels(image, pixels, name)
     except UserInputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(name, "more") from error
+        raise _too_large(name, "perhaps a decompression bomb") from error
     except UnidentifiedImageError as error:
         raise UserInputError(
-            f"{_short(name)} is not an image that can be read; give one of {', '.join(_readable())}"
+            f"{name} is not an image that can be read; give one of {', '.join(_readable())}"
         ) from error
     except PermissionError as error:
         raise UserInputError(
-            f"cannot read image {name}: permission denied; make the file readable"
+            f"cannot read {name}: permission denied; make the file readable"
         ) from error
     except Exception as error:  # decoders raise errors without a common base
         raise UserInputError(
-            f"image {_short(name)} is damaged or cut short ({error}); download or save it again"
+            f"{name} is damaged or cut short ({_one_line(error)}); download or save it again"
         ) from error
+    if reading.note is not None and reading.note not in _noted:
+        _noted.add(reading.note)
+        logger.warning(reading.note)
+    return reading.image
 
 
 def _readable() -> list[str]:
@@ -105,16 +153,14 @@ def _readable() -> list[str]:
 def _check_size(size: tuple[int, int], name: str) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise UserInputError(
-            f"image {_short(name)} has no pixels ({width} x {height}); give another"
-        )
+        raise UserInputError(f"{name} has no pixels ({width} x {height}); give another")
     if width * height > MAX_PIXELS:
         raise _too_large(name, f"{width} x {height}")
 
 
 def _too_large(name: str, size: str) -> UserInputError:
     return UserInputError(
-        f"image {_short(name)} is too large ({size}; at most {MAX_PIXELS / 1e6:g} million pixels "
+        f"{name} is too large ({size}; at most {MAX_PIXELS / 1e6:g} million pixels "
         "are decoded); scale it down first"
     )
 
@@ -173,6 +219,10 @@ def _body(response: http.client.HTTPResponse, url: str) -> bytes:
                 "its path"
             )
     return bytes(body)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _short(name: str | Path) -> str:

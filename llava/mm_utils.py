@@ -4,10 +4,8 @@ The geometry of the multi-tile ("anyres") scheme lives here as pure functions of
 """
 
 import ast
-import base64
 import math
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.images import PictureError
+from llava.images import PictureError, decode_base64
 from llava.utils import UserInputError
 
 Size = tuple[int, int]
@@ -294,16 +292,16 @@ def _refuse_strip(size: Size, aspect: str | None, processor: Any) -> None:
 
 
 def load_image_from_base64(image: str) -> Image.Image:
-    """Decode a base64 image file.
+    """Decode a base64 image file as `open_image` does; RGB.
 
     Raises:
-        UserInputError: the text does not hold an image.
+        UserInputError: the text does not hold an image, or one that is cut short or too large.
     """
     try:
-        return Image.open(BytesIO(base64.b64decode(image)))
-    except (ValueError, TypeError, OSError, Image.DecompressionBombError) as error:
+        return decode_base64(image, "it")
+    except UserInputError as error:
         raise UserInputError(
-            f"the base64 text does not hold an image ({error}); encode the bytes of an image file"
+            f"the base64 text does not hold an image that can be read: {error}"
         ) from error
 
 
