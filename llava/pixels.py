@@ -23,6 +23,7 @@ from llava.utils import UserInputError
 
 VIEWER, ORIGINAL = "viewer", "original"
 PIXELS = (VIEWER, ORIGINAL)
+PIXELS_HELP = "read pictures as a viewer shows them, or as LLaVA's own code does"
 
 _ORIENTATION = 0x0112  # a tag of EXIF and of TIFF
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # tags of TIFF
@@ -55,7 +56,7 @@ def warnings_as(action: Literal["error", "ignore"], category: type[Warning]) -> 
 
 @dataclass(frozen=True)
 class Reading:
-    """A picture as RGB, and one line that says how the other reading differs; None if it does not."""
+    """A picture as RGB, and one line where the other reading differs from it, else None."""
 
     image: Image.Image
     note: str | None

@@ -9,6 +9,7 @@ from typing import Any
 from llava.command_line import check_complete, check_conv_mode, choose_conv_mode, device_name
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from llava.pixels import PIXELS, PIXELS_HELP, VIEWER
 from llava.pruning.flags import add_pruning_flags, pruning_from
 
 
@@ -22,13 +23,14 @@ class Loaded:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add LLaVA's flags that choose how a model is loaded, and the pruning flags."""
+    """Add LLaVA's flags that choose how a model is loaded, `--pixels` and the pruning flags."""
     add = parser.add_argument
     add("--model-base", help="base model of a LoRA or projector-only checkpoint")
     add("--conv-mode", help="conversation template, instead of the model's own")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--load-8bit", action="store_true")
     add("--load-4bit", action="store_true")
+    add("--pixels", choices=PIXELS, default=VIEWER, help=f"{PIXELS_HELP}; default: {VIEWER}")
     add_pruning_flags(parser)
 
 

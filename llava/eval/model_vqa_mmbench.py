@@ -16,13 +16,13 @@ from llava.eval.tasks.files import OPTION_LETTER, OPTION_LETTER_CN
 from llava.eval.tasks.mmbench import (
     LETTERS,
     Row,
-    decode_cell,
     images_of,
     options_of,
     question_of,
     read_questions,
 )
 from llava.eval.tasks.tsv import Cell, Table
+from llava.images import decode_base64
 
 SUFFIXES = {"en": OPTION_LETTER, "cn": OPTION_LETTER_CN}
 
@@ -47,7 +47,8 @@ class MMBench(vqa.QuestionList):
 
     def load_image(self, name: str) -> Image.Image:
         """The image of row `name`. Raises UserInputError if its cell holds none."""
-        return decode_cell(self._images[name], f"of row {name} in {self.file}")
+        what = f"the image of row {name} in {self.file}"
+        return decode_base64(self._images[name], what, self.pixels)
 
     def _item(self, place: int, name: Cell, row: Row, turn: int) -> Item:
         """A row with its options moved up by `turn`."""

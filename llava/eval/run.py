@@ -29,6 +29,7 @@ from llava.eval.summary import settings, summarise
 from llava.eval.tasks.base import Benchmark, get_benchmark
 from llava.mm_utils import NEXT_PROTOCOLS, get_model_name_from_path
 from llava.model.checkpoint import read_config
+from llava.pixels import PIXELS, PIXELS_HELP
 from llava.pruning.flags import add_pruning_flags
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -82,6 +83,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--mm-next-protocol", choices=NEXT_PROTOCOLS, help="how LLaVA-1.6 counts tokens")
     add("--seed", type=int, default=0, help="of methods and decoding that draw at random")
     add("--workers", type=int, default=4, help="processes that read images ahead; 0 for none")
+    add("--pixels", choices=PIXELS, help=f"{PIXELS_HELP}; by default what the benchmark's are")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     arms = arms_from(args)
     cls = get_benchmark(args.task)
     benchmark = cls(args.data_root or cls.default_root, args.protocol)
+    benchmark.pixels = args.pixels or benchmark.pixels
     plan = plan_of(benchmark, args)
     model = model_of(args, preset_of(args))
     longest = benchmark.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
@@ -180,6 +183,7 @@ def describe(
         "items_sha256": hash_json(asked),
         "seed": args.seed,
         "template": model.template,
+        "pixels": benchmark.pixels,
         "loading": dict(model.loading),
         "sampling": asdict(sampling),
         **machine_settings(model.device),
@@ -205,6 +209,7 @@ def dry_run(
         f"batches of {args.batch_size}",
         f"model     {args.model_path} on {config['device']}, template {config['template']}, "
         f"at most {config['sampling']['max_new_tokens']} new tokens",
+        f"pixels    {config['pixels']}",
         *(f"arm       {arm.name}: {arm.label}" for arm in arms),
         f"output    {output}",
         f"run key   {key}",

@@ -24,6 +24,7 @@ from llava.images import load_image
 from llava.mm_utils import Size, process_images, tokenizer_image_token
 from llava.model.prompt_length import describe_overflow, exceeded_limits, prompt_length
 from llava.model.tiles import Images
+from llava.pixels import VIEWER
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
@@ -70,7 +71,7 @@ def eval_model(args: Any) -> str:
     """
     args = _complete(args)
     sampling = Sampling(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
-    images = load_images(image_parser(args))
+    images = load_images(image_parser(args), args.pixels)
     count_marks(args.query, len(images))
     words = _words(args.query)
     if not words:
@@ -128,9 +129,9 @@ def image_parser(args: Any) -> list[str]:
     return args.image_file.split(args.sep)
 
 
-def load_images(image_files: Sequence[str]) -> list[Image.Image]:
-    """All pictures, see `load_image`."""
-    return [load_image(file) for file in image_files]
+def load_images(image_files: Sequence[str], pixels: str = VIEWER) -> list[Image.Image]:
+    """All pictures, see `llava.images.open_image`."""
+    return [load_image(file, pixels) for file in image_files]
 
 
 def build_prompt(query: str, images: int, template: str, mark: str) -> str:

@@ -31,9 +31,10 @@ from llava.eval.run import add_model_flags, describe, model_of
 from llava.eval.sharding import processes
 from llava.eval.tasks.base import Benchmark, Item, Metric
 from llava.eval.tasks.files import read_bytes, read_jsonl
-from llava.images import load_image
+from llava.images import open_image
 from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoint import read_config
+from llava.pixels import VIEWER
 from llava.pruning import PruningConfig
 from llava.pruning.flags import add_pruning_flags, pruning_from
 from llava.sampling import Sampling
@@ -53,6 +54,7 @@ class QuestionList(Benchmark):
     protocols = {"llava": "as the file words it"}  # noqa: RUF012
     max_new_tokens = 1024
     headline = ""
+    pixels = VIEWER
 
     def __init__(self, file: Path, image_folder: Path) -> None:
         super().__init__(file.parent)
@@ -64,7 +66,7 @@ class QuestionList(Benchmark):
         them as it is."""
 
     def load_image(self, name: str) -> Image.Image:
-        return load_image(self.image_folder / name)
+        return open_image(self.image_folder / name, self.pixels)
 
     def data_hash(self) -> str:
         """SHA-256 over the question file, and its images by name and size."""
@@ -143,6 +145,7 @@ def answer_file(program: Program, args: argparse.Namespace) -> int:
     if args.batch_size < 1 or args.seed < 0 or args.workers < 0:
         raise UserInputError("--batch-size must be at least 1, --seed and --workers at least 0")
     benchmark = program.benchmark(args)
+    benchmark.pixels = args.pixels or benchmark.pixels
     length = getattr(args, "max_new_tokens", benchmark.max_new_tokens)
     sampling = Sampling(args.temperature, args.top_p, args.num_beams, length)
     arm = arm_of(args)

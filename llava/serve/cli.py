@@ -17,7 +17,7 @@ from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.loading import add_model_flags, load_from_flags
-from llava.images import load_image
+from llava.images import open_image
 from llava.sampling import Sampling
 from llava.serve.commands import Leave, is_command, run_command
 from llava.serve.session import Session
@@ -56,9 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
 def open_session(args: argparse.Namespace) -> Session:
     """Load image and model. Raises UserInputError for flags that cannot be used, and for both."""
     sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens)
-    image = load_image(args.image_file)
+    image = open_image(args.image_file, args.pixels)
     loaded, template = load_from_flags(args)
-    return Session(loaded, template, image, sampling, args.debug)
+    return Session(loaded, template, image, sampling, args.debug, args.pixels)
 
 
 def chat(session: Session, overlay: Path | None = None) -> None:

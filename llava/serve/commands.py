@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.images import load_image
+from llava.images import open_image
 from llava.pruning import PruningConfig, get_method, list_methods, parse_options
 from llava.pruning.config import CHOICES
 from llava.pruning.errors import unknown
@@ -172,7 +172,7 @@ def summary_of(method: str) -> str:
 
 
 def change_image(session: Session, argument: str) -> str:
-    image = load_image(unquoted(argument))
+    image = open_image(unquoted(argument), session.reading)
     session.show(image)
     return f"[{image.width} x {image.height} pixels; the chat starts again]"
 

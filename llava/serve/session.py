@@ -28,6 +28,7 @@ from llava.model.prompt_length import (
     prompt_length,
     visual_room,
 )
+from llava.pixels import VIEWER
 from llava.pruning import PruningConfig, PruningError, get_method, prune
 from llava.pruning.config import BUDGETS, CHOICES
 from llava.pruning.errors import unknown
@@ -46,6 +47,7 @@ class Session:
         image: what the chat is about.
         sampling: how answers are drawn.
         debug: print every prompt on stderr.
+        reading: how `/image` reads pictures, see `llava.pixels`.
 
     Raises UserInputError for a template that cannot hold a chat.
     """
@@ -57,12 +59,14 @@ class Session:
         image: Image.Image,
         sampling: Sampling,
         debug: bool = False,
+        reading: str = VIEWER,
     ) -> None:
         check_chat_template(template)
         self.loaded = loaded
         self.template = template
         self.sampling = sampling
         self.debug = debug
+        self.reading = reading
         self.budget = budget_of(self.model.pruning)
         self._warm = False
         self.show(image)

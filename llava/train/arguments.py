@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import transformers
 
+from llava.pixels import PIXELS, PIXELS_HELP, VIEWER
+
 
 @dataclass
 class ModelArguments:
@@ -27,6 +29,9 @@ class DataArguments:
 
     data_path: str = field(metadata={"help": "JSON array of LLaVA conversations"})
     image_folder: str | None = field(default=None, metadata={"help": "folder of the image files"})
+    pixels: str = field(
+        default=VIEWER, metadata={"help": f"{PIXELS_HELP}; choices: {', '.join(PIXELS)}"}
+    )
     image_aspect_ratio: str = field(default="pad", metadata={"help": "pad or square"})
     feature_file: str | None = field(
         default=None,

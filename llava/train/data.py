@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
+from llava.images import open_image
 from llava.mm_utils import process_images
+from llava.pixels import check_pixels
 from llava.train.arguments import DataArguments
 from llava.train.conversations import render, tokenize, tokenize_turns
 from llava.utils import UserInputError
@@ -24,7 +25,7 @@ class SupervisedDataset(Dataset):
 
     Raises:
         UserInputError: the file is missing, is no JSON array, or names images without a source;
-            ``parallel_turns`` is no share.
+            ``parallel_turns`` is no share; ``pixels`` is no reading.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class SupervisedDataset(Dataset):
         image_processor: Any,
         model_config: Any,
     ) -> None:
+        check_pixels(args.pixels)
         self.samples = _read(args.data_path)
         if not 0 <= args.parallel_turns <= 1:
             raise UserInputError(f"--parallel_turns is {args.parallel_turns}; give a share, 0 to 1")
@@ -77,11 +79,7 @@ class SupervisedDataset(Dataset):
         """Pixels ``[3, H, W]``, or cached features ``[N, Dv]``."""
         if self.features is not None:
             return torch.from_numpy(np.asarray(self.features[int(Path(name).stem)])).float()
-        path = Path(self.args.image_folder or "") / name
-        try:
-            image = Image.open(path).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserInputError(f"cannot read the image {path}: {error}") from error
+        image = open_image(Path(self.args.image_folder or "") / name, self.args.pixels)
         return process_images([image], self.image_processor, self.model_config)[0]
 
 

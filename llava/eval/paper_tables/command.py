@@ -34,6 +34,7 @@ from llava.eval.paper_tables.report import to_html
 from llava.eval.paper_tables.spec import Table, TableError, list_tables, load_table
 from llava.eval.results import Record, exclusive, write_atomically
 from llava.eval.tasks.base import get_benchmark
+from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.utils import UserInputError
 
 DEMO_MODEL = Path("playground/llava-tiny")
@@ -64,6 +65,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--workers", type=int, help="processes that read images; default: 4, in a demo none")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", help="of the model; default: the loader's")
+    add("--pixels", choices=PIXELS, default=ORIGINAL, help=f"{PIXELS_HELP}; default: {ORIGINAL}")
     add("--dry-run", action="store_true", help="print the runs that it needs and stop")
     parser.set_defaults(run=run)
 
@@ -147,6 +149,7 @@ def read_order(args: argparse.Namespace) -> Order:
         workers=(0 if args.demo else 4) if args.workers is None else args.workers,
         device=args.device,
         dtype=args.dtype,
+        pixels=args.pixels,
         processes=args.processes,
         extra=("--max-new-tokens", str(DEMO_NEW_TOKENS)) if args.demo else (),
     )
@@ -235,6 +238,7 @@ def draw_overlays(order: Order, filled: Filled, path: Path) -> bool:
     ):
         return False
     benchmark = get_benchmark(first.task)(order.launch.data_root, first.protocol)
+    benchmark.pixels = order.launch.pixels
     item = next(item for item in benchmark.items() if item.images)
     return draw_kept_tokens(
         filled,
@@ -257,6 +261,7 @@ def describe_conditions(order: Order, command: str) -> Record:
         "batch_size": order.launch.batch_size,
         "limit": order.launch.limit,
         "seed": order.launch.seed,
+        "pixels": order.launch.pixels,
         "git": provenance.git_state(),
         "versions": provenance.package_versions(),
         "machine": provenance.machine(order.launch.device),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.eval.paper_tables.plan import DEFAULT_PROTOCOL, Job
+from llava.pixels import ORIGINAL
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Launch:
     workers: int = 2
     device: str = "auto"
     dtype: str | None = None
+    pixels: str = ORIGINAL
     processes: int = 1
     extra: tuple[str, ...] = ()
 
@@ -58,7 +60,7 @@ class Launch:
         words += ["--data-root", str(self.data_root), "--output", str(self.folder(job))]
         words += ["--batch-size", str(self.batch_size), "--limit", str(self.limit)]
         words += ["--seed", str(self.seed), "--workers", str(self.workers)]
-        words += ["--device", self.device]
+        words += ["--device", self.device, "--pixels", self.pixels]
         for setting in job.settings:
             words += ["--arm", setting.word]
         return [*words, *self.extra]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from llava.pixels import ORIGINAL
 from llava.utils import UserInputError, once
 
 
@@ -64,6 +65,8 @@ class Benchmark(ABC):
         max_new_tokens: LLaVA's limit for this benchmark.
         headline: key of the metric that tables print by default.
         default_root: data root where `--data-root` is not given.
+        pixels: how `load_image` reads pictures, see `llava.pixels`; `--pixels` sets it on the
+            instance. Published figures were measured with `original`.
 
     Raises:
         TaskError: files of it are missing or damaged; the message names them and the
@@ -76,6 +79,7 @@ class Benchmark(ABC):
     max_new_tokens: ClassVar[int]
     headline: ClassVar[str]
     default_root: ClassVar[Path] = Path("playground/data/eval")
+    pixels: str = ORIGINAL
 
     def __init__(self, root: Path, protocol: str | None = None) -> None:
         protocol = protocol or next(iter(self.protocols))
@@ -91,7 +95,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def load_image(self, name: str) -> Image.Image:
-        """An image of an item, RGB.
+        """An image of an item, RGB, read as `self.pixels` says.
 
         Raises:
             UserInputError: it cannot be read; its items count as failed and the run goes on.

@@ -16,7 +16,8 @@ from typing import Any
 from PIL import Image
 
 from llava.eval.tasks.base import TaskError
-from llava.images import load_image
+from llava.images import open_image
+from llava.pixels import ORIGINAL
 
 # Suffixes that LLaVA-1.5 was trained with; its published question files carry them in `text`.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -109,10 +110,10 @@ class ImageFolder:
     root: Path
     task: str | None = None
 
-    def load(self, name: str) -> Image.Image:
+    def load(self, name: str, pixels: str = ORIGINAL) -> Image.Image:
         """An image, RGB. Raises UserInputError if there is none or it cannot be decoded."""
         self._check()
-        return load_image(self.root / name)
+        return open_image(self.root / name, pixels)
 
     def sizes(self, names: Iterable[str]) -> list[tuple[str, int]]:
         """Sorted (name, bytes) of the images called `names`; -1 bytes for one that is missing."""

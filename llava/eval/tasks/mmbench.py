@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
 from llava.eval.tasks.files import OPTION_LETTER, OPTION_LETTER_CN, hash_files
 from llava.eval.tasks.tsv import Table, read_table
-from llava.images import decode_image
+from llava.images import decode_base64
 from llava.utils import UserInputError
 
 LETTERS = "ABCD"
@@ -94,15 +92,6 @@ def question_of(row: Row) -> str:
     return f"{hint}\n{question}" if _is_given(hint) else question
 
 
-def decode_cell(text: str, what: str) -> Image.Image:
-    """The image in a cell. Raises UserInputError, naming `what` ("of row 7"), if it holds none."""
-    try:
-        content = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserInputError(f"the image {what} is no base64 text ({error})") from error
-    return decode_image(content, what)
-
-
 @register_benchmark
 class MMBench(Benchmark):
     """Scored by rules alone (`llava.eval.scorers.mmbench`), so without a GPT and offline.
@@ -132,7 +121,8 @@ class MMBench(Benchmark):
 
     def load_image(self, name: str) -> Image.Image:
         try:
-            return decode_cell(self._images[name], f"of row {name} of {self.path}")
+            what = f"the image of row {name} of {self.path}"
+            return decode_base64(self._images[name], what, self.pixels)
         except UserInputError as error:
             mend = f"; `python -m llava.eval prepare {self.name}` gets the file anew"
             raise UserInputError(f"{error}{mend}") from error

@@ -69,7 +69,7 @@ class MMMU(Benchmark):
         return list(self._items)
 
     def load_image(self, name: str) -> Image.Image:
-        return self.images.load(name)
+        return self.images.load(name, self.pixels)
 
     def data_hash(self) -> str:
         names = [name for item in self._items for name in item.images]

@@ -72,7 +72,7 @@ class PublishedQuestions(Benchmark):
         return list(self._items)
 
     def load_image(self, name: str) -> Image.Image:
-        return self.images.load(name)
+        return self.images.load(name, self.pixels)
 
     def data_hash(self) -> str:
         names = (item.images[0] for item in self._items)  # reads the files, with their errors

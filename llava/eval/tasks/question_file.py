@@ -15,7 +15,8 @@ from llava.eval.scorers.exact_match import is_correct
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
 from llava.eval.tasks.files import index_by, read_bytes, read_json, read_jsonl
-from llava.images import load_image
+from llava.images import open_image
+from llava.pixels import VIEWER
 
 ImageLoader = Callable[[str], Image.Image]
 
@@ -36,6 +37,7 @@ class QuestionFile(Benchmark):
     max_new_tokens = 8
     headline = "accuracy"
     default_root = Path("playground/llava-tiny/benchmark")
+    pixels = VIEWER
 
     def __init__(
         self, root: Path, protocol: str | None = None, image_folder: Path | None = None
@@ -72,7 +74,7 @@ class QuestionFile(Benchmark):
 
     def load_image(self, name: str) -> Image.Image:
         if self.image_folder is not None:
-            return load_image(self.image_folder / name)
+            return open_image(self.image_folder / name, self.pixels)
         if self._draw is None:
             self._draw = _world_loader(self.root / "manifest.json")
         return self._draw(name)
