@@ -94,7 +94,7 @@ def decode_base64(text: str | bytes, name: str, pixels: str = VIEWER) -> Image.I
         content = base64.b64decode(letters, validate=True)
     except (TypeError, ValueError) as error:
         raise UserInputError(
-            f"{name} is not base64 text ({error}); encode the bytes of an image file"
+            f"{name} is no base64 text ({error}); encode the bytes of an image file"
         ) from error
     if not content:
         raise UserInputError(f"{name} is missing: its text is empty; encode an image file")

@@ -11,7 +11,7 @@ from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import Row, read_answers
 from llava.eval.scorers.pope import Answer, Confusion, count, decide
 from llava.eval.tasks.base import TaskError
-from llava.eval.tasks.files import check_ids, index_by, read_jsonl
+from llava.eval.tasks.files import check_ids, index_by, numbered_jsonl, read_jsonl, shown
 
 PREFIX, SUFFIX = "coco_pope_", ".json"
 
@@ -44,7 +44,7 @@ def confusions(
     Labels are paired with answers by their order in the split. Raises TaskError where that order
     or the numbers do not agree, which the published code does not look at.
     """
-    lines = read_jsonl(question_file, keys=("question_id", "category"))
+    lines = read_jsonl(question_file, ids=("question_id",), texts=("category",))
     questions = index_by(lines, "question_id", question_file)
     answers = list(read_answers(result_file).values())
     given = [row["question_id"] for row in answers]
@@ -93,8 +93,11 @@ def print_figures(category: str, confusion: Confusion) -> None:
 
 
 def _confusion(answers: Sequence[Row], path: Path, result_file: Path) -> Confusion:
-    rows = read_jsonl(path, keys=("label",))
-    labels: list[Answer] = ["no" if row["label"] == "no" else "yes" for row in rows]
+    labels: list[Answer] = []
+    for where, row in numbered_jsonl(path, keys=("label",)):
+        if row["label"] not in ("yes", "no"):
+            raise TaskError(f"label in {where} is {shown(row['label'])}; yes or no")
+        labels.append(row["label"])
     if len(labels) != len(answers) or not labels:
         raise TaskError(
             f"{path} holds {len(labels)} labels for {len(answers)} answers of {result_file}; is it "

@@ -55,8 +55,8 @@ def accuracies(annotation_file: Path, result_file: Path) -> list[float]:
     content = read_json(annotation_file)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise TaskError(f"{annotation_file} holds no list of annotations under data")
-    known = answers_by_question(content["data"])
-    rows = read_jsonl(result_file, keys=("question_id",), texts=("prompt", "text"))
+    known = answers_by_question(content["data"], annotation_file)
+    rows = read_jsonl(result_file, ids=("question_id",), texts=("prompt", "text"))
     if not rows:
         raise TaskError(f"{result_file} holds no answer")
     return [

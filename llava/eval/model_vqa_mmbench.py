@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from llava.eval import vqa
-from llava.eval.tasks.base import Item
+from llava.eval.tasks.base import Item, TaskError
 from llava.eval.tasks.files import OPTION_LETTER, OPTION_LETTER_CN
 from llava.eval.tasks.mmbench import (
     LETTERS,
@@ -52,6 +52,8 @@ class MMBench(vqa.QuestionList):
 
     def _item(self, place: int, name: Cell, row: Row, turn: int) -> Item:
         """A row with its options moved up by `turn`."""
+        if row["question"] is None:
+            raise TaskError(f"row {row['index']} of {self.file} has no question")
         options = options_of(row)
         letters = LETTERS[: len(options)]
         options = options[turn:] + options[:turn]

@@ -11,7 +11,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval import vqa
 from llava.eval.prompts import bare_question
 from llava.eval.tasks.base import Item, TaskError
-from llava.eval.tasks.files import OPTION_LETTER, read_json
+from llava.eval.tasks.files import OPTION_LETTER, check_fields, check_listed, image_names, read_json
 
 
 class ScienceQA(vqa.QuestionList):
@@ -26,20 +26,20 @@ class ScienceQA(vqa.QuestionList):
         self.suffix = suffix
 
     def items(self) -> list[Item]:
-        rows = read_json(self.file)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise TaskError(f"{self.file} is no JSON array of questions")
+        rows = check_listed(
+            read_json(self.file), "question", self.file, keys=("conversations",), ids=("id",)
+        )
         items = []
         for index, row in enumerate(rows):
-            what = f"question {index}"
-            if not {"id", "conversations"} <= row.keys():
-                raise TaskError(f"{what} of {self.file} lacks id or conversations")
-            try:
-                asked = str(row["conversations"][0]["value"])
-            except (LookupError, TypeError) as error:
-                raise TaskError(f"{what} of {self.file} has no first turn") from error
-            question = bare_question(asked).strip()
-            images = (str(row["image"]),) if row.get("image") else ()
+            where = f"question {index + 1} of {self.file}"
+            turns = row["conversations"]
+            if not isinstance(turns, list) or not turns:
+                raise TaskError(f"{where} has no first turn; write it into `conversations`")
+            check_fields(turns[0], f"the first turn of {where}", texts=("value",))
+            question = bare_question(turns[0]["value"]).strip()
+            images = image_names(row.get("image"), where)
+            if len(images) > 1:
+                raise TaskError(f"image in {where} is a list; ScienceQA asks about one picture")
             text = question + self.suffix
             prompt = f"{DEFAULT_IMAGE_TOKEN}\n{text}" if images else text
             data = {"prompt": prompt, "extra": {}}

@@ -32,14 +32,27 @@ def bare_question(text: str) -> str:
     return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
 
 
-def question_prompt(text: str, template: str, config: Any, images: int = 1) -> str:
-    """One user turn asking `text` after the marks of `images` images, open for the answer.
+def has_inner_marks(text: str, images: int) -> bool:
+    """Whether the text marks all of its images, and not only at its start."""
+    rest = text
+    while rest.lstrip().startswith(DEFAULT_IMAGE_TOKEN):
+        rest = rest.lstrip().removeprefix(DEFAULT_IMAGE_TOKEN)
+    return DEFAULT_IMAGE_TOKEN in rest and text.count(DEFAULT_IMAGE_TOKEN) == images
 
-    A mark that the text carries already is never doubled.
+
+def question_prompt(text: str, template: str, config: Any, images: int = 1) -> str:
+    """One user turn asking `text` about `images` images, open for the answer.
+
+    The marks of the images stand in front, each on a line; a mark that the text begins with is not
+    doubled. Where the text marks all images and not only at its start, they stand as it says.
     """
     conversation = conv_templates[template].copy()
-    marks = image_mark(config) * images
-    conversation.append_message(conversation.roles[0], marks + bare_question(text))
+    mark = image_mark(config)
+    if has_inner_marks(text, images):
+        asked = text.replace(DEFAULT_IMAGE_TOKEN, mark.removesuffix("\n"))
+    else:
+        asked = mark * images + bare_question(text)
+    conversation.append_message(conversation.roles[0], asked)
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()
 

@@ -21,16 +21,17 @@ from typing import Any
 from PIL import Image
 
 from llava.command_line import OneLineParser, one_line_errors
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.arms import UNPRUNED, Arm
 from llava.eval.execution import Job, execute
 from llava.eval.identity import identity
 from llava.eval.plan import Plan, chunk_of
-from llava.eval.prompts import bare_question
+from llava.eval.prompts import bare_question, has_inner_marks
 from llava.eval.results import Record, RunFolder, dump_lines, write_atomically
 from llava.eval.run import add_model_flags, describe, model_of
 from llava.eval.sharding import processes
-from llava.eval.tasks.base import Benchmark, Item, Metric
-from llava.eval.tasks.files import read_bytes, read_jsonl
+from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
+from llava.eval.tasks.files import image_names, numbered_jsonl, read_bytes
 from llava.images import open_image
 from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoint import read_config
@@ -84,15 +85,27 @@ class QuestionList(Benchmark):
 
 
 class JsonLines(QuestionList):
-    """LLaVA's usual question file: `question_id, image, text` a line; no image is text alone."""
+    """LLaVA's usual question file: `question_id, image, text` a line.
+
+    No image is a question of text alone. `image` may also be a list: several pictures, marked in
+    the text with `<image>` each, or not at all, in which case they stand in front of it.
+    """
 
     def items(self) -> list[Item]:
         items = []
-        for row in read_jsonl(self.file, keys=("question_id", "text")):
-            text = bare_question(str(row["text"]))
-            images = (str(row["image"]),) if row.get("image") else ()
+        for where, row in numbered_jsonl(self.file, ids=("question_id",), texts=("text",)):
+            images, text = image_names(row.get("image"), where), row["text"]
+            marks = text.count(DEFAULT_IMAGE_TOKEN)
+            if marks not in (0, len(images)):
+                raise TaskError(
+                    f"text in {where} marks {marks} images, and `image` names {len(images)}; mark "
+                    f"each image once with {DEFAULT_IMAGE_TOKEN}, or none"
+                )
+            words = bare_question(text)
+            if not has_inner_marks(text, len(images)):
+                text = words
             data = {"prompt": text, "extra": {}}
-            question = text.partition("\n")[0]
+            question = words.partition("\n")[0]
             items.append(Item(len(items), row["question_id"], images, text, question, data))
         return items
 

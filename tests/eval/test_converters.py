@@ -133,9 +133,9 @@ def line(question_id: int, text: str = "a") -> str:
     [
         (line(1) + line(1, "b") + line(2), "question_id 1 twice"),
         (line(1), "no result for 1 of 2 VizWiz questions, the first is 2"),
-        ('{"question_id": 1}\n', "record 1 of .* lacks question_id or text"),
-        ('{"question_id": 1, "text": 7}\n', "record 1 of .* lacks question_id or text"),
-        ('{"question_id": [1], "text": "a"}\n', r"question_id \[1\], which is no text"),
+        ('{"question_id": 1}\n', "line 1 of .* lacks text"),
+        ('{"question_id": 1, "text": 7}\n', "text in line 1 of .* is no text but 7"),
+        ('{"question_id": [1], "text": "a"}\n', r"question_id in line 1 of .* but \[1\]"),
         (None, "cannot read .*results.jsonl"),
     ],
 )
@@ -236,7 +236,7 @@ ODD_ANNOTATIONS: dict[str, tuple[str, dict[str, str], str]] = {
             "annotation.json": '{"questions": [{"question_id": [1], "question_type_id": 1, '
             '"data_type": "image", "answer": "A"}], "question_type": {"x": 1}}'
         },
-        "of question 1 of .* is no text",
+        "question_id in question 1 of .* is no text",
     ),
     "a type that is a list": (
         "seed",

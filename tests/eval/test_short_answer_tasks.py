@@ -299,10 +299,10 @@ class TestBadInput:
             with pytest.raises(TaskError, match=rf"{path.name} holds no question"):
                 open_task(name).items()
             path.write_text('{"question_id": [1], "image": "a", "text": "b"}')
-            with pytest.raises(TaskError, match="question_id of record 1"):
+            with pytest.raises(TaskError, match=r"question_id in line 1 of .* but \[1\]"):
                 open_task(name).items()
             path.write_text('{"question_id": 1, "image": 7, "text": "b"}')
-            with pytest.raises(TaskError, match="image or text of record 1"):
+            with pytest.raises(TaskError, match="image in line 1 of .* is no text but 7"):
                 open_task(name).items()
 
     @pytest.mark.parametrize("name", ["gqa", "vqav2", "textvqa", "pope"])

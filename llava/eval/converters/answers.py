@@ -10,11 +10,11 @@ from typing import Any
 
 from llava.eval.results import write_atomically
 from llava.eval.tasks.base import TaskError
-from llava.eval.tasks.files import index_by, read_bytes, read_jsonl
+from llava.eval.tasks.files import check_fields, index_by, read_bytes, read_jsonl
 
 Row = dict[str, Any]
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,100}")  # Python refuses to read thousands of digits
 
 
 def question_key(name: str | int) -> str | int:
@@ -33,10 +33,8 @@ def read_answers(path: Path, texts: Sequence[str] = ()) -> dict[str | int, Row]:
     """
     answers: dict[str | int, Row] = {}
     seen = set()
-    for row in read_jsonl(path, keys=("question_id",), texts=("text", *texts)):
+    for row in read_jsonl(path, ids=("question_id",), texts=("text", *texts)):
         name = row["question_id"]
-        if not isinstance(name, str | int):
-            raise TaskError(f"{path} is damaged: question_id {name!r} is no text or whole number")
         name, place = question_key(name), (question_key(name), str(row.get("round_id", 0)))
         if place in seen:
             raise TaskError(f"{path} answers question {name!r} twice; keep one of the two lines")
@@ -55,15 +53,15 @@ def read_intact_answers(path: Path) -> tuple[dict[Any, str], int]:
     """
     rows, damaged = [], 0
     content = read_bytes(path)
-    for line in content.removesuffix(b"\n").split(b"\n") if content else []:
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line.decode("utf-8")))
-        except ValueError:
+        except (ValueError, RecursionError):
             damaged += 1
             continue
-        row = rows[-1] if isinstance(rows[-1], dict) else {}
-        if "question_id" not in row or not isinstance(row.get("text"), str):
-            raise TaskError(f"record {len(rows)} of {path} lacks question_id or text")
+        where = f"line {number} of {path}"
+        check_fields(rows[-1], where, texts=("text",), ids=("question_id",))
     return {name: row["text"] for name, row in index_by(rows, "question_id", path).items()}, damaged
 
 

@@ -12,9 +12,10 @@ from llava.eval.converters.answers import question_key, read_answers
 from llava.eval.results import write_atomically
 from llava.eval.scorers.seed_bench import Tally, by_type, is_correct, total
 from llava.eval.tasks.base import TaskError
-from llava.eval.tasks.files import check_ids, read_json
+from llava.eval.tasks.files import check_ids, check_listed, is_id, read_json
 
-KEYS = ("question_id", "question_type_id", "data_type", "answer")
+TEXTS = ("data_type", "answer")
+DATA_TYPES = ("image", "video")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,18 +56,26 @@ def read_annotations(
     types = content.get("question_type") if isinstance(content, dict) else None
     if not isinstance(questions, list) or not questions or not isinstance(types, dict):
         raise TaskError(f"{path} must hold `questions` and `question_type`; is it SEED-Bench.json?")
-    if not all(isinstance(kind, str | int) for kind in types.values()):
+    if not all(isinstance(kind, int) and is_id(kind) for kind in types.values()):
         raise TaskError(f"`question_type` of {path} must give every type a number")
-    for number, question in enumerate(questions, start=1):
-        missing = [key for key in KEYS if not isinstance(question, dict) or key not in question]
-        if missing:
-            raise TaskError(f"question {number} of {path} lacks {', '.join(missing)}")
-        if not all(isinstance(question[key], str | int) for key in KEYS):
-            raise TaskError(f"one of {', '.join(KEYS)} of question {number} of {path} is no text")
     names = {kind: name for name, kind in types.items()}
-    unnamed = {row["question_type_id"] for row in questions} - names.keys()
-    if unnamed:
-        raise TaskError(f"{path} names no question type {sorted(unnamed)} in `question_type`")
+    seen = set()
+    check_listed(questions, "question", path, ids=("question_id", "question_type_id"), texts=TEXTS)
+    for number, question in enumerate(questions, start=1):
+        where = f"question {number} of {path}"
+        if question["data_type"] not in DATA_TYPES:
+            raise TaskError(
+                f"data_type in {where} is {question['data_type']!r}; one of {', '.join(DATA_TYPES)}"
+            )
+        if question["question_type_id"] not in names:
+            raise TaskError(
+                f"question_type_id in {where} is {question['question_type_id']!r}, which "
+                "`question_type` does not name"
+            )
+        key = question_key(question["question_id"])
+        if key in seen:
+            raise TaskError(f"{where} has the question_id {key!r} of one before it; keep one")
+        seen.add(key)
     return questions, names
 
 

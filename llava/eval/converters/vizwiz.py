@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with one_line_errors(parser):
         results, damaged = read_intact_answers(args.result_file)
-        split = read_jsonl(args.annotation_file, keys=("question_id", "image"))
+        split = read_jsonl(args.annotation_file, ids=("question_id",), texts=("image",))
         print(f"total results: {len(results)}, total split: {len(split)}, error_line: {damaged}")
         write_json(args.result_upload_file, submission(split, results))
     return 0

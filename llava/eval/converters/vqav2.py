@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         answers = args.dir / "answers" / args.split / args.ckpt / "merge.jsonl"
         results, damaged = read_intact_answers(answers)
         split_file = args.dir / "llava_vqav2_mscoco_test2015.jsonl"
-        split = read_jsonl(split_file, "vqav2", keys=("question_id",))
+        split = read_jsonl(split_file, "vqav2", ids=("question_id",))
         print(f"total results: {len(results)}, total split: {len(split)}, error_line: {damaged}")
         target = args.dir / "answers_upload" / args.split / f"{args.ckpt}.json"
         write_json(target, submission(split, results))

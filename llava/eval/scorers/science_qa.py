@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava.utils import UserInputError
+
 LETTERS = ("A", "B", "C", "D", "E")
 FAILED = "FAILED"
 
@@ -60,6 +62,9 @@ def evaluate(
         problems: `problems.json`: {id: {"answer": index, "choices": [...]}}.
         split: ids that count; an id without an answer counts as wrong and as text only.
         answers: {id: answer line}, with `text` and the `prompt` that was asked.
+
+    Raises:
+        UserInputError: fewer letters than a right choice needs.
     """
     analysis: dict[str, Any] = {"correct": [], "incorrect": []}
     results: dict[str, int] = {}
@@ -67,6 +72,11 @@ def evaluate(
     for name in dict.fromkeys(split):
         line = answers.get(name, {"text": FAILED, "prompt": "Unknown"})
         problem = problems[name]
+        if problem["answer"] >= len(letters):
+            raise UserInputError(
+                f"the right choice of problem {name} is number {problem['answer'] + 1}, and there "
+                f"are only {len(letters)} letters; give more in --options"
+            )
         verdict = judge(line["text"], problem["answer"], len(problem["choices"]), letters)
         results[name], outputs[name] = verdict.choice, line["text"]
         analysis["correct" if verdict.correct else "incorrect"].append(

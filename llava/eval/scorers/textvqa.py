@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from llava.utils import UserInputError
@@ -42,28 +43,29 @@ def question_in(prompt: str) -> str:
     )
 
 
-def answers_by_question(annotations: Iterable[Mapping[str, Any]]) -> dict[Key, list[str]]:
+def answers_by_question(
+    annotations: Iterable[Mapping[str, Any]], file: Path | None = None
+) -> dict[Key, list[str]]:
     """{(image id, lower-case question): human answers} of the `data` of an annotation file.
 
     Where two annotations share the key the later one counts, as in the published code. Raises
-    UserInputError for one that is not a TextVQA annotation.
+    UserInputError, naming `file`, for one that is not a TextVQA annotation.
     """
     found = {}
     for number, row in enumerate(annotations, start=1):
+        what = (f"{file}: " if file else "") + f"TextVQA annotation {number}"
         try:
-            key, answers = (row["image_id"], row["question"].lower()), list(row["answers"])
-            known = isinstance(key[0], str | int) and all(isinstance(a, str) for a in answers)
+            key, answers = (row["image_id"], row["question"].lower()), row["answers"]
+            if not isinstance(answers, list):
+                raise TypeError("answers are no list")
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserInputError(
-                f"TextVQA annotation {number} lacks image_id, question or answers"
-            ) from error
-        if not known:
-            raise UserInputError(
-                f"TextVQA annotation {number} is damaged: its image_id or an answer is no text"
-            )
+            raise UserInputError(f"{what} lacks image_id, question or answers") from error
+        named = isinstance(key[0], str | int) and not isinstance(key[0], bool)
+        if not named or not all(isinstance(text, str) for text in answers):
+            raise UserInputError(f"{what} is damaged: its image_id or an answer is no text")
         if len(answers) != PEOPLE:
             raise UserInputError(
-                f"TextVQA annotation {number} holds {len(answers)} answers instead of {PEOPLE}; "
+                f"{what} holds {len(answers)} answers instead of {PEOPLE}; "
                 "only the splits train and val come with answers"
             )
         found[key] = answers

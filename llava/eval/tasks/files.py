@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,29 +38,128 @@ def read_json(path: Path, task: str | None = None) -> Any:
     content = read_bytes(path, task)
     try:
         return json.loads(content.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TaskError(f"{path} is damaged, it is not JSON: {error}{_how_to_get(task)}") from error
 
 
 def read_jsonl(
-    path: Path, task: str | None = None, keys: Sequence[str] = (), texts: Sequence[str] = ()
+    path: Path,
+    task: str | None = None,
+    keys: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    ids: Sequence[str] = (),
 ) -> list[Any]:
-    """Objects of a JSON lines file, blank lines left out.
+    """The objects that `numbered_jsonl` yields, without their places."""
+    return [row for _, row in numbered_jsonl(path, task, keys, texts, ids)]
+
+
+def numbered_jsonl(
+    path: Path,
+    task: str | None = None,
+    keys: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    ids: Sequence[str] = (),
+) -> Iterator[tuple[str, Any]]:
+    """(place, object) of each line of a JSON lines file, blank lines left out.
+
+    A place, such as "line 3 of questions.jsonl", is what errors about the object should name.
 
     Raises:
-        TaskError: the file is missing, or a line (named by its number, from 1) is damaged, is no
-            object, lacks one of `keys`, or holds no text under one of `texts`.
+        TaskError: the file is missing, or a line is damaged, is no object, lacks one of `keys`, or
+            is refused by `check_fields`.
     """
-    rows = []
     # Not splitlines(): JSON may hold U+2028 and its like unescaped, which that takes for line ends.
     for number, line in enumerate(read_bytes(path, task).split(b"\n"), start=1):
         if line.strip():
-            where, mend = f"line {number} of {path}", _how_to_get(task)
-            rows.append(_object(line, where, (*keys, *texts), mend))
-            odd = [key for key in texts if not isinstance(rows[-1][key], str)]
-            if odd:
-                raise TaskError(f"{', '.join(odd)} in {where} is no text{mend}")
+            where, hint = f"line {number} of {path}", _how_to_get(task)
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise TaskError(f"{where} is damaged, it is not JSON: {error}{hint}") from error
+            check_fields(row, where, keys, texts, ids, hint)
+            yield where, row
+
+
+def check_fields(
+    row: Any,
+    where: str,
+    keys: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    ids: Sequence[str] = (),
+    hint: str = "",
+) -> None:
+    """Refuse an object whose fields are missing or of another kind.
+
+    Args:
+        row: what was read from JSON.
+        where: what errors call it, such as "line 3 of questions.jsonl".
+        keys: fields that must be there.
+        texts: fields that must be text.
+        ids: fields that must be text or whole numbers.
+        hint: what errors end in.
+
+    Raises:
+        TaskError: the first field that cannot be used, with its value.
+    """
+    if not isinstance(row, dict):
+        raise TaskError(f"{where} is no JSON object{hint}")
+    missing = [key for key in dict.fromkeys((*ids, *keys, *texts)) if key not in row]
+    if missing:
+        raise TaskError(f"{where} lacks {', '.join(missing)}{hint}")
+    for key in (*ids, *texts):
+        if key in texts and not isinstance(row[key], str):
+            raise TaskError(f"{key} in {where} is no text but {shown(row[key])}{hint}")
+        if not is_id(row[key]):
+            raise TaskError(
+                f"{key} in {where} is no text or whole number but {shown(row[key])}{hint}"
+            )
+        if isinstance(row[key], str) and not _is_unicode(row[key]):
+            raise TaskError(f"{key} in {where} holds half of a surrogate pair; write it in UTF-8")
+
+
+def check_listed(
+    rows: Any,
+    what: str,
+    path: Path,
+    keys: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    ids: Sequence[str] = (),
+) -> list[Any]:
+    """`rows` of a JSON file, if they are a list of objects that pass `check_fields`.
+
+    `what` is what one of them is called, such as "question". Raises TaskError otherwise.
+    """
+    if not isinstance(rows, list):
+        raise TaskError(f"{path} holds no JSON array of {what}s")
+    for number, row in enumerate(rows, start=1):
+        check_fields(row, f"{what} {number} of {path}", keys, texts, ids)
     return rows
+
+
+def image_names(value: Any, where: str) -> tuple[str, ...]:
+    """The names in an `image` field: none (missing, null, ""), one, or a list of them.
+
+    Raises TaskError, naming `where`, for anything else.
+    """
+    if value is None or value == "":
+        return ()
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name and _is_unicode(name) for name in names):
+        raise TaskError(
+            f"image in {where} is {shown(value)}; give the name of a file, or a list of names"
+        )
+    return tuple(names)
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value can name a question: text or a whole number (JSON's true is neither)."""
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value as JSON writes it, cut to one short line."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
@@ -70,7 +169,7 @@ def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
     """
     found: dict[Any, Any] = {}
     for row in rows:
-        if not isinstance(row[key], str | int):
+        if not is_id(row[key]):
             raise TaskError(f"{path} holds {key} {row[key]!r}, which is no text or whole number")
         if row[key] in found:
             raise TaskError(f"{path} holds {key} {row[key]!r} twice; keep one of the two lines")
@@ -123,7 +222,7 @@ class ImageFolder:
     def _size(self, name: str) -> int:
         try:
             return (self.root / name).stat().st_size
-        except OSError:
+        except (OSError, ValueError):  # ValueError: names that no file can have
             return -1
 
     def _check(self) -> None:
@@ -131,17 +230,13 @@ class ImageFolder:
             raise TaskError(f"there is no image folder {self.root}{_how_to_get(self.task)}")
 
 
-def _object(line: bytes, where: str, keys: Sequence[str], mend: str) -> Any:
+def _is_unicode(text: str) -> bool:
+    """False for text with lone surrogates, which cannot be written, hashed or tokenised."""
     try:
-        row = json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise TaskError(f"{where} is damaged, it is not JSON: {error}{mend}") from error
-    if not isinstance(row, dict):
-        raise TaskError(f"{where} is no JSON object{mend}")
-    missing = [key for key in keys if key not in row]
-    if missing:
-        raise TaskError(f"{where} lacks {', '.join(missing)}{mend}")
-    return row
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _how_to_get(task: str | None) -> str:

@@ -55,6 +55,8 @@ class GQA(PublishedQuestions):
                 raise TaskError(f"question {name} of {path} lacks its structural type")
             if not all(isinstance(text, str) for text in texts):
                 raise TaskError(f"answer or imageId of question {name} of {path} is no text")
+            if not isinstance(question["isBalanced"], bool):
+                raise TaskError(f"isBalanced of question {name} of {path} is not true or false")
             if question["isBalanced"] and name not in asked:
                 raise TaskError(
                     f"{self.question_file()} does not ask the balanced question {name} of {path}; "

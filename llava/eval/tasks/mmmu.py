@@ -21,7 +21,9 @@ from llava.eval.tasks.files import (
     ImageFolder,
     hash_files,
     index_by,
+    is_id,
     read_jsonl,
+    shown,
 )
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -40,6 +42,8 @@ DOMAINS: dict[str, tuple[str, ...]] = {
     ),
 }
 _DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
+QUESTION_TYPES = ("multiple-choice", "open")
+_NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 _IMAGE = re.compile(r"<image (\d+)>")
 
 
@@ -102,8 +106,8 @@ class MMMU(Benchmark):
 
     @cached_property
     def _items(self) -> list[Item]:
-        keys = ("id", "question", "options", "answer", "question_type")
-        rows = read_jsonl(self.path, self.name, keys)
+        keys = ("options", "answer", "question_type")
+        rows = read_jsonl(self.path, self.name, keys, texts=("question",), ids=("id",))
         if not rows:
             raise TaskError(f"{self.path} holds no question")
         return [self._item(*pair) for pair in enumerate(index_by(rows, "id", self.path).values())]
@@ -113,12 +117,15 @@ class MMMU(Benchmark):
         subject = name.split("_", 1)[-1].rpartition("_")[0]
         if subject not in _DOMAIN_OF:
             raise TaskError(f"{where} must have an id like validation_Accounting_1")
-        if not isinstance(row["question"], str):
-            raise TaskError(f"{where} is damaged: its `question` is no text")
         options = _as_list(row["options"], where)
-        answers = _references(row["answer"])
+        answers = _references(row["answer"], where)
         if not answers:
             raise TaskError(f"{where} has no answer")
+        if row["question_type"] not in QUESTION_TYPES:
+            raise TaskError(
+                f"question_type of {where} is {shown(row['question_type'])}; one of "
+                f"{', '.join(QUESTION_TYPES)}"
+            )
         if row["question_type"] == "multiple-choice":
             if not options or answers[0] not in list(LETTERS[: len(options)]):
                 raise TaskError(f"{where} needs options, and the letter of one as its answer")
@@ -138,14 +145,14 @@ class MMMU(Benchmark):
         )
 
 
-def _references(answer: Any) -> list[str]:
+def _references(answer: Any, where: str) -> list[str]:
     """Every accepted answer: an open question's may be a list, written as a Python literal."""
     if isinstance(answer, str) and answer.startswith("["):
         try:
             answer = ast.literal_eval(answer)
-        except (ValueError, SyntaxError):  # text that begins with a bracket: [0, 1)
+        except _NO_LITERAL:  # text that begins with a bracket: [0, 1)
             return [answer]
-    return [str(entry) for entry in answer] if isinstance(answer, list) else [str(answer)]
+    return _words(answer if isinstance(answer, list) else [answer], f"the answer of {where}")
 
 
 def _as_list(value: Any, where: str) -> list[str]:
@@ -153,10 +160,18 @@ def _as_list(value: Any, where: str) -> list[str]:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
+        except _NO_LITERAL as error:
             raise TaskError(f"{where} is damaged: {value[:60]!r} is no list") from error
     if value is None:
         return []
     if not isinstance(value, list | tuple):
         raise TaskError(f"{where} is damaged: {value!r} is no list")
-    return [str(entry) for entry in value]
+    return _words(value, f"an option of {where}")
+
+
+def _words(values: Sequence[Any], what: str) -> list[str]:
+    """Texts and numbers as text. Raises TaskError for anything else, calling it `what`."""
+    for value in values:
+        if not isinstance(value, float) and not is_id(value):
+            raise TaskError(f"{what} is no text or number but {value!r}"[:200])
+    return [str(value) for value in values]

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from llava.eval.converters.mmvet import submission
 from llava.eval.results import dump_lines, write_atomically
-from llava.eval.tasks.base import Item, Metric, register_benchmark
+from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
+from llava.eval.tasks.files import shown
 from llava.eval.tasks.published import PublishedQuestions, Row
 
 
@@ -70,7 +71,13 @@ class LLaVABench(GradedElsewhere):
         return self.root / "llava-bench-in-the-wild/questions.jsonl"
 
     def annotate(self, rows: Sequence[Row]) -> Iterator[Mapping[str, Any]]:
-        return ({"category": row.get("category")} for row in rows)
+        for row in rows:
+            if row.get("category") is not None and not isinstance(row["category"], str):
+                raise TaskError(
+                    f"category of question {row['question_id']!r} of {self.question_file()} is no "
+                    f"text but {shown(row['category'])}"
+                )
+            yield {"category": row.get("category")}
 
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path

@@ -52,12 +52,7 @@ class PublishedQuestions(Benchmark):
 
     def read_questions(self, path: Path) -> list[Row]:
         """Lines of a question file; TaskError for a damaged, repeated or odd one, or for none."""
-        rows = read_jsonl(path, self.name, keys=("question_id", "image", "text"))
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row["question_id"], str | int):
-                raise TaskError(f"question_id of record {number} of {path} is no text or integer")
-            if not isinstance(row["image"], str) or not isinstance(row["text"], str):
-                raise TaskError(f"image or text of record {number} of {path} is no text")
+        rows = read_jsonl(path, self.name, ids=("question_id",), texts=("image", "text"))
         if self.unique_ids:
             index_by(rows, "question_id", path)
         if not rows:

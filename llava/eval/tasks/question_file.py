@@ -14,7 +14,7 @@ from llava.eval.prompts import bare_question
 from llava.eval.scorers.exact_match import is_correct
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
-from llava.eval.tasks.files import index_by, read_bytes, read_json, read_jsonl
+from llava.eval.tasks.files import check_fields, index_by, read_bytes, read_json, read_jsonl
 from llava.images import open_image
 from llava.pixels import VIEWER
 
@@ -50,8 +50,8 @@ class QuestionFile(Benchmark):
         self._draw: ImageLoader | None = None
 
     def items(self) -> list[Item]:
-        answers = _by_id(self.root, "answers", ("question_id", "answer"))
-        questions = _by_id(self.root, "questions", ("question_id", "image", "text"))
+        answers = _by_id(self.root, "answers", ids=("question_id", "answer"))
+        questions = _by_id(self.root, "questions", ids=("question_id",), texts=("image", "text"))
         if not questions:
             raise TaskError(f"{self.root / 'questions.jsonl'} holds no question")
         unknown = [name for name in answers if name not in questions]
@@ -64,12 +64,14 @@ class QuestionFile(Benchmark):
         for index, (name, row) in enumerate(questions.items()):
             if name not in answers:
                 raise TaskError(f"{self.root / 'answers.jsonl'} has no answer to question {name}")
-            text = bare_question(str(row["text"]))
+            text = bare_question(row["text"])
+            row = {"category": "all", **row}
+            check_fields(row, f"question {name} of {self.root}", ids=("category",))
             data = {
-                "category": str(row.get("category", "all")),
+                "category": str(row["category"]),
                 "answer": str(answers[name]["answer"]),
             }
-            items.append(Item(index, name, (str(row["image"]),), text, text, data))
+            items.append(Item(index, name, (row["image"],), text, text, data))
         return items
 
     def load_image(self, name: str) -> Image.Image:
@@ -111,10 +113,13 @@ class QuestionFile(Benchmark):
         return {"accuracy": of(range(len(items)))} | metrics
 
 
-def _by_id(folder: Path, name: str, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Objects of a JSONL file by their question id, each with at least `keys`."""
+def _by_id(
+    folder: Path, name: str, ids: Sequence[str], texts: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Objects of a JSONL file by their question id, with fields as `check_fields` has them."""
     path = folder / f"{name}.jsonl"
-    rows = [row | {"question_id": str(row["question_id"])} for row in read_jsonl(path, keys=keys)]
+    rows = read_jsonl(path, ids=ids, texts=texts)
+    rows = [row | {"question_id": str(row["question_id"])} for row in rows]
     return index_by(rows, "question_id", path)
 
 
@@ -128,7 +133,10 @@ def _world_loader(manifest: Path) -> ImageLoader:
         raise TaskError(f"{manifest} holds no hashes of images: {error}") from error
 
     def load(name: str) -> Image.Image:
-        image = render(name)
+        try:
+            image = render(name)
+        except ValueError as error:
+            raise TaskError(f"{manifest.parent} has no folder of images, and {error}") from error
         if hashlib.sha256(image.tobytes()).hexdigest() != hashes.get(name):
             raise TaskError(f"{name} drawn here is not the image whose hash {manifest} records")
         return image

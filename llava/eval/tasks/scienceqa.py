@@ -17,6 +17,7 @@ from llava.eval.tasks.files import (
     OPTION_LETTER,
     ImageFolder,
     check_ids,
+    check_listed,
     hash_files,
     index_by,
     read_json,
@@ -88,11 +89,8 @@ class ScienceQA(Benchmark):
         problems, _ = read_split(self.folder, "test", self.name)
         path = self._question_file
         rows = read_json(path, self.name)
-        if not isinstance(rows, list) or not rows:
-            raise TaskError(f"{path} must be a JSON list of questions and hold at least one")
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict) or not {"id", "conversations"} <= row.keys():
-                raise TaskError(f"question {number} of {path} lacks `id` or `conversations`")
+        if not check_listed(rows, "question", path, keys=("id", "conversations")):
+            raise TaskError(f"{path} holds no question")
         check_ids(index_by(rows, "id", path), problems, path, self.folder / "problems.json")
         return [self._item(*pair, problems) for pair in enumerate(rows)]
 
@@ -137,7 +135,8 @@ def read_split(
     for name in names:
         problem = problems[name] if isinstance(problems[name], dict) else {}
         answer, choices = problem.get("answer"), problem.get("choices")
-        if not isinstance(choices, list) or answer not in range(len(choices)):
+        whole = isinstance(answer, int) and not isinstance(answer, bool)
+        if not isinstance(choices, list) or not whole or answer not in range(len(choices)):
             raise TaskError(
                 f"problem {name} in {folder / 'problems.json'} is damaged: `answer` must be the "
                 "index of one of its `choices`"

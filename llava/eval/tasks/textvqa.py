@@ -55,7 +55,7 @@ class TextVQA(PublishedQuestions):
         content = read_json(path, self.name)
         if not isinstance(content, dict) or not isinstance(content.get("data"), list):
             raise TaskError(f"{path} holds no list of annotations under data")
-        known = answers_by_question(content["data"])
+        known = answers_by_question(content["data"], path)
         return ({"answers": answers_for(known, row["question_id"], row["text"])} for row in rows)
 
     def item_score(self, item: Item, answer: str) -> float:

@@ -19,7 +19,7 @@ Cell = int | float | str | None
 _MISSING_WORDS = """#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a
 nan null"""
 MISSING = frozenset(["", "#N/A N/A", *_MISSING_WORDS.split()])
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?\d{1,100}")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 

@@ -12,7 +12,7 @@ from llava.eval.scorers.evalai import normalise
 from llava.eval.scorers.vqa_accuracy import vqav2_accuracy
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
-from llava.eval.tasks.files import SHORT_ANSWER, check_ids, index_by, read_json
+from llava.eval.tasks.files import SHORT_ANSWER, check_ids, check_listed, index_by, read_json
 from llava.eval.tasks.published import PublishedQuestions, Row
 
 VAL = "val"
@@ -110,13 +110,9 @@ def _listed(path: Path, name: str, keys: Sequence[str], task: str) -> list[Row]:
     """The objects under `name` of one of VQA's JSON files, each with `keys`."""
     content = read_json(path, task)
     rows = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
+    if not rows:
         raise TaskError(f"{path} holds no list of {name}; it is no file of VQA v2")
-    for number, row in enumerate(rows, start=1):
-        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise TaskError(f"entry {number} of {name} in {path} lacks {', '.join(missing)}")
-    return rows
+    return check_listed(rows, name.removesuffix("s"), path, keys)
 
 
 def _people(annotation: Row, path: Path) -> list[str]:
