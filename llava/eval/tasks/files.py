@@ -146,7 +146,7 @@ def image_names(value: Any, where: str) -> tuple[str, ...]:
     names = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) and name and _is_unicode(name) for name in names):
         raise TaskError(
-            f"image in {where} is {shown(value)}; give the name of a file, or a list of names"
+            f"image in {where} is no name of a file, or list of names, but {shown(value)}"
         )
     return tuple(names)
 

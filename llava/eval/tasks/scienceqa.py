@@ -16,9 +16,11 @@ from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_b
 from llava.eval.tasks.files import (
     OPTION_LETTER,
     ImageFolder,
+    check_fields,
     check_ids,
     check_listed,
     hash_files,
+    image_names,
     index_by,
     read_json,
 )
@@ -95,22 +97,22 @@ class ScienceQA(Benchmark):
         return [self._item(*pair, problems) for pair in enumerate(rows)]
 
     def _item(self, index: int, row: dict[str, Any], problems: Mapping[str, Any]) -> Item:
-        try:
-            question = row["conversations"][0]["value"].replace("<image>", "").strip()
-        except (LookupError, TypeError, AttributeError) as error:
+        where = f"question {row['id']!r} of {self._question_file}"
+        turns = row["conversations"]
+        if not isinstance(turns, list) or not turns:
             raise TaskError(
-                f"question {row['id']!r} of {self._question_file} is damaged: `conversations` must "
-                "start with a turn that has a `value`"
-            ) from error
-        if not isinstance(row.get("image") or "", str):
-            raise TaskError(
-                f"the image of question {row['id']!r} of {self._question_file} is no name of a file"
+                f"{where} is damaged: `conversations` must start with a turn that has a `value`"
             )
+        check_fields(turns[0], f"the first turn of {where}", texts=("value",))
+        question = turns[0]["value"].replace("<image>", "").strip()
+        images = image_names(row.get("image"), where)
+        if len(images) > 1:
+            raise TaskError(f"the image of {where} is no name of a file, but a list")
         problem = problems[row["id"]]
         return Item(
             index,
             row["id"],
-            (row["image"],) if row.get("image") else (),
+            images,
             question + OPTION_LETTER,
             question,
             {"answer": problem["answer"], "choices": len(problem["choices"])},

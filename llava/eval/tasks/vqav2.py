@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,10 +13,18 @@ from llava.eval.scorers.evalai import normalise
 from llava.eval.scorers.vqa_accuracy import vqav2_accuracy
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
-from llava.eval.tasks.files import SHORT_ANSWER, check_ids, check_listed, index_by, read_json
+from llava.eval.tasks.files import (
+    SHORT_ANSWER,
+    check_fields,
+    check_ids,
+    check_listed,
+    index_by,
+    read_json,
+)
 from llava.eval.tasks.published import PublishedQuestions, Row
 
 VAL = "val"
+_NUMBER = re.compile(r"[0-9]{1,12}")  # of an image, as COCO's file names have room for
 
 
 @register_benchmark
@@ -54,11 +63,12 @@ class VQAv2(PublishedQuestions):
         questions = _listed(path, "questions", ("question_id", "image_id", "question"), self.name)
         index_by(questions, "question_id", path)
         for row in questions:
-            if not isinstance(row["question"], str) or not str(row["image_id"]).isdecimal():
+            where = f"question {row['question_id']!r} of {path}"
+            if not isinstance(row["question"], str) or not _NUMBER.fullmatch(str(row["image_id"])):
                 raise TaskError(
-                    f"question {row['question_id']!r} of {path} is damaged: its question must be "
-                    "text, its image_id a number"
+                    f"{where} is damaged: its question must be text, its image_id a number"
                 )
+            check_fields(row, where, texts=("question",))
         return [
             {
                 "question_id": row["question_id"],
