@@ -302,7 +302,7 @@ class TestBadInput:
             with pytest.raises(TaskError, match=r"question_id in line 1 of .* but \[1\]"):
                 open_task(name).items()
             path.write_text('{"question_id": 1, "image": 7, "text": "b"}')
-            with pytest.raises(TaskError, match="image in line 1 of .* is no text but 7"):
+            with pytest.raises(TaskError, match=r"image in line 1 of .* is no text but 7"):
                 open_task(name).items()
 
     @pytest.mark.parametrize("name", ["gqa", "vqav2", "textvqa", "pope"])
