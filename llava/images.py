@@ -227,4 +227,4 @@ def _one_line(error: Exception) -> str:
 
 def _short(name: str | Path) -> str:
     text = str(name)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return text if len(text) <= 120 else f"{text[:57]}...{text[-60:]}"  # files differ at the end

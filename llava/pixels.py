@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from llava.utils import UserInputError
 
@@ -130,13 +130,14 @@ def _viewer(
 
 def _original(image: Image.Image) -> Image.Image:
     """LLaVA's reading. Raises ValueError for the few modes that Pillow cannot convert."""
-    plain = image.copy()
-    plain.info.pop("transparency", None)  # changes no pixel, and Pillow would warn about it
-    return plain.convert("RGB")
+    if "transparency" in image.info:  # it changes no pixel, and Pillow would warn about it
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
 
 
 def _equal(one: Image.Image, other: Image.Image) -> bool:
-    return one.size == other.size and one.tobytes() == other.tobytes()
+    return one.size == other.size and ImageChops.difference(one, other).getbbox() is None
 
 
 def _orientation(image: Image.Image) -> int:

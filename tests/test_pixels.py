@@ -355,6 +355,18 @@ def test_a_picture_that_differs_is_logged_once(
     assert "--pixels viewer" in record.getMessage() and "\n" not in record.getMessage()
 
 
+def test_long_paths_are_told_apart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_noted", set())
+    folder = tmp_path / ("f" * 140)
+    folder.mkdir()
+    for name in ("one.png", "two.png"):
+        (folder / name).write_bytes(orientation_and("RGBA"))
+        open_image(folder / name)
+    assert ["one.png" in record.getMessage() for record in caplog.records] == [True, False]
+
+
 def test_an_unknown_reading(tmp_path: Path) -> None:
     RGB.save(tmp_path / "a.png")
     with pytest.raises(UserInputError, match="pixels is 'raw'; use viewer or original"):
