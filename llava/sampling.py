@@ -1,8 +1,9 @@
-"""How answers are drawn: the decoding settings of the chat and of single questions."""
+"""How answers are drawn: decoding settings, and how they meet a model's generation_config."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,39 @@ from llava.utils import UserInputError
 
 # Answers are greedy long before this; logits divided by much less are no numbers any more.
 LOWEST_TEMPERATURE = 1e-6
+
+_Settings = Mapping[str, Any]
+_ASSISTED = "assisted decoding is not supported"
+_GONE = "transformers no longer decodes in this way"
+_IDS = "it reads the ids of a prompt, and a prompt with images is made of embeddings"
+# What a generation_config may ask for and `generate` cannot do with one answer to a prompt of
+# embeddings: the setting, whether its value asks for that beside the settings of the call, and why.
+_UNUSABLE: tuple[tuple[str, Callable[[Any, _Settings], bool], str], ...] = (
+    ("num_return_sequences", lambda value, _: value > 1, "every question gets one answer"),
+    ("prompt_lookup_num_tokens", lambda value, _: True, _ASSISTED),
+    ("assistant_early_exit", lambda value, _: True, _ASSISTED),
+    ("use_mtp", lambda value, _: value, _ASSISTED),
+    ("is_assistant", lambda value, _: value, _ASSISTED),
+    ("constraints", lambda value, _: True, _GONE),
+    ("force_words_ids", lambda value, _: True, _GONE),
+    ("dola_layers", lambda value, call: call["num_beams"] == 1, _GONE),
+    ("penalty_alpha", lambda value, call: value > 0 and _contrastive(call), _GONE),
+    ("num_beam_groups", lambda value, call: value > 1 and call["num_beams"] > 1, _GONE),
+    ("low_memory", lambda value, call: value and call["num_beams"] > 1, _GONE),
+    ("guidance_scale", lambda value, _: value != 1, _IDS),
+    ("token_healing", lambda value, _: value, _IDS),
+    ("prefill_chunk_size", lambda value, _: True, _IDS),
+    (
+        "cache_implementation",
+        lambda value, call: (
+            value == "quantized" or (value.startswith("offloaded") and call["device"] != "cuda")
+        ),
+        "this cache needs CUDA, or packages that are not among the requirements",
+    ),
+)
+# Settings by which the rows of a batch would depend on each other: they end by more than an end
+# token, and `min_length` counts the longest prompt.
+_OF_A_BATCH = ("stop_strings", "max_time", "min_length")
 
 
 @dataclass(frozen=True)
@@ -43,7 +77,7 @@ class Sampling:
             _check(name, getattr(self, name), "a whole number of at least 1", int, 1, math.inf)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `generate`."""
+        """Keyword arguments of `generate`; they go before the model's own generation_config."""
         sampled = self.temperature > 0
         return {
             "do_sample": sampled,
@@ -51,8 +85,45 @@ class Sampling:
             "top_p": self.top_p if sampled else None,
             "num_beams": self.num_beams,
             "max_new_tokens": self.max_new_tokens,
+            "max_length": None,  # beside `max_new_tokens` it would only be warned about
             "use_cache": True,
         }
+
+    def arguments_for(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """`arguments`, with what the generation_config of `model` needs to be carried out.
+
+        Raises UserInputError for a generation_config that cannot be: it asks for several answers
+        to a prompt, or for a way of decoding that does not exist for prompts with images.
+        """
+        self._check_config(model)
+        return {
+            **self.arguments(),
+            "return_dict_in_generate": False,
+            "tokenizer": tokenizer,  # for `stop_strings`
+        }
+
+    def rows_alone(self, config: Any) -> bool:
+        """Whether the rows of a batch must be continued one by one not to depend on each other.
+
+        So they must where tokens are drawn, and under some settings of the model's `config`.
+        """
+        return self.temperature > 0 or any(getattr(config, name, None) for name in _OF_A_BATCH)
+
+    def _check_config(self, model: Any) -> None:
+        config = model.generation_config
+        call = {"top_k": config.top_k, "device": model.device.type, **self.arguments()}
+        for name, unusable, reason in _UNUSABLE:
+            value = getattr(config, name, None)
+            if value is not None and unusable(value, call):
+                raise UserInputError(
+                    f"the model's generation_config sets {name} to {value!r}, which cannot be used "
+                    f"here: {reason}; remove it from generation_config.json"
+                )
+
+
+def _contrastive(call: _Settings) -> bool:
+    """Whether a `penalty_alpha` makes a call of `generate` a contrastive search."""
+    return not call["do_sample"] and call["num_beams"] == 1 and (call["top_k"] or 50) > 1
 
 
 def _check(name: str, value: Any, what: str, kind: type, low: float, high: float) -> None:

@@ -1,19 +1,23 @@
-"""Decoding of spliced prompts: greedy with a clock, or as `generate` samples and searches.
+"""Decoding of spliced prompts with `generate`, timed from inside.
 
-`generate` hides where prefill ends. Timing it from outside would need a second forward pass per
-question, so the greedy loop is written out here; a test holds it equal to `model.generate`.
+transformers' own `generate` continues the prompts, so that whatever the checkpoint's
+generation_config.json says holds in an evaluation too. A streamer notes when every token arrives,
+because `generate` hides where prefill ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.generation import BaseStreamer
 
 from llava.sampling import Sampling
 
@@ -37,9 +41,31 @@ class Stopwatch:
         return time.perf_counter()
 
 
+class StepClock(BaseStreamer):
+    """Notes how long every step of one `generate` call takes.
+
+    Attributes:
+        laps: ms up to the prefill, of the prefill with its token, and of every later step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._clock = Stopwatch(device)
+        self.laps: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Take note of the prompt, at the first call, or of the new token of every row."""
+        self.laps.append(self._clock.lap())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
 @dataclass(frozen=True)
 class Decoded:
-    """New tokens of each row up to its end token, and the time of the whole batch in ms."""
+    """New tokens of each row up to its end token, and the time of the whole batch in ms.
+
+    An end token that answers show, because the tokenizer does not call it special, is in its row.
+    """
 
     tokens: list[list[int]]
     prefill_ms: float | None = None  # embeddings in, first new token out; None: not measured
@@ -53,50 +79,49 @@ def decode(
     attention_mask: Tensor,
     position_ids: Tensor | None,
     *,
+    tokenizer: Any,
     sampling: Sampling,
-    end_tokens: Iterable[int],
     seeds: Sequence[int],
 ) -> Decoded:
     """Continue `inputs_embeds` [B, L, D], left-padded under `attention_mask` [B, L].
 
-    Greedy prompts go through `greedy_decode`, beam search through `generate`. Where tokens are
-    drawn, each row is continued alone, its draws seeded by its entry of `seeds` [B], so that they
-    depend neither on the batch nor on what was drawn before; no global generator is moved.
+    Where tokens are drawn, or a setting would let rows depend on each other, each row is continued
+    alone, its draws seeded by its entry of `seeds` [B], so that they depend neither on the batch
+    nor on what was drawn before; no global generator is moved. Beam search is not timed.
+
+    Raises:
+        UserInputError: the model's generation_config cannot be used, see `Sampling.arguments_for`.
     """
-    if sampling.temperature == 0 and sampling.num_beams == 1:
-        return greedy_decode(
-            model,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            end_tokens=end_tokens,
-            max_new_tokens=sampling.max_new_tokens,
-        )
-    ends = sorted(end_tokens)
+    device = inputs_embeds.device
+    arguments = sampling.arguments_for(model, tokenizer)
+    ends = end_tokens(model.generation_config)
+    arguments["pad_token_id"] = min(ends, default=0)
+    clocks: list[StepClock] = []
 
     def generate(rows: slice, start: int) -> list[list[int]]:
-        positions = None if position_ids is None else position_ids[rows, start:]
+        own = dict(arguments)
+        if position_ids is not None:
+            own["position_ids"] = position_ids[rows, start:]
+        if sampling.num_beams == 1:
+            clocks.append(StepClock(device))
+            own["streamer"] = clocks[-1]
         output = GenerationMixin.generate(
             model,
             inputs_embeds=inputs_embeds[rows, start:],
             attention_mask=attention_mask[rows, start:],
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-            **({} if positions is None else {"position_ids": positions}),
-            **sampling.arguments(),
+            **own,
         )
-        return [_until(row, set(ends)) for row in output.tolist()]
+        return [until_end(row, ends, tokenizer.all_special_ids) for row in output.tolist()]
 
-    if sampling.temperature == 0:
-        return Decoded(generate(slice(None), 0))
-    device = inputs_embeds.device
+    if not sampling.rows_alone(model.generation_config):
+        return Decoded(generate(slice(None), 0), *_times(clocks))
     tokens: list[list[int]] = []
     for row, seed in enumerate(seeds):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             padding = int((attention_mask[row] == 0).sum())
             tokens += generate(slice(row, row + 1), padding)
-    return Decoded(tokens)
+    return Decoded(tokens, *_times(clocks))
 
 
 def row_seed(seed: int, index: int) -> int:
@@ -105,62 +130,24 @@ def row_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-@torch.inference_mode()
-def greedy_decode(
-    model: nn.Module,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor,
-    position_ids: Tensor | None = None,
-    *,
-    end_tokens: Iterable[int],
-    max_new_tokens: int,
-) -> Decoded:
-    """Continue `inputs_embeds` [B, L, D], left-padded under `attention_mask` [B, L], greedily.
-
-    `position_ids` [B, L] default to the running count of real tokens; decoding goes on from the
-    last position. A row stops at one of `end_tokens`, which is not returned, or after
-    `max_new_tokens`.
-    """
-    mask = attention_mask.long()
-    if position_ids is None:
-        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    ends = torch.tensor(sorted(end_tokens), device=mask.device)
-    clock = Stopwatch(mask.device)
-    output = model(
-        inputs_embeds=inputs_embeds,
-        attention_mask=mask,
-        position_ids=position_ids,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    token = output.logits[:, -1].argmax(-1)
-    prefill_ms = clock.lap()
-    steps = [token]
-    position = position_ids.amax(-1, keepdim=True)
-    finished = torch.isin(token, ends)
-    while len(steps) < max_new_tokens and not finished.all():
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position = position + 1
-        output = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        )
-        token = output.logits[:, -1].argmax(-1)
-        finished = finished | torch.isin(token, ends)
-        steps.append(token)
-    later = len(steps) - 1
-    step_ms = clock.lap() / later if later else None
-    rows = torch.stack(steps, dim=1).tolist()
-    stop = set(ends.tolist())
-    return Decoded([_until(row, stop) for row in rows], prefill_ms, step_ms)
+def end_tokens(generation_config: Any) -> set[int]:
+    """Ids that end an answer."""
+    ends = generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
-def _until(row: list[int], stop: set[int]) -> list[int]:
-    """`row` before its first token in `stop`."""
+def until_end(row: Sequence[int], ends: Collection[int], special: Collection[int]) -> list[int]:
+    """`row` up to its first token in `ends`; that token stays unless it is in `special`."""
     for position, token in enumerate(row):
-        if token in stop:
-            return row[:position]
-    return row
+        if token in ends:
+            return list(row[: position + (token not in special)])
+    return list(row)
+
+
+def _times(clocks: Sequence[StepClock]) -> tuple[float | None, float | None]:
+    """Prefill and mean later step of a batch whose rows were continued in so many calls."""
+    if not clocks:
+        return None, None
+    later = [lap for clock in clocks for lap in clock.laps[2:]]
+    prefill = sum(clock.laps[1] for clock in clocks)
+    return prefill, len(clocks) * fmean(later) if later else None

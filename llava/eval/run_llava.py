@@ -93,7 +93,7 @@ def eval_model(args: Any) -> str:
             image_sizes=sizes,
             attention_mask=torch.ones_like(ids),
             questions=[words],
-            **sampling.arguments(),
+            **sampling.arguments_for(model, tokenizer),
         )
     answer = tokenizer.decode(output[0], skip_special_tokens=True).strip()
     print(answer)

@@ -281,8 +281,8 @@ class Runner:
             embeds,
             merged_mask,
             positions,
+            tokenizer=self.subject.tokenizer,
             sampling=self.sampling,
-            end_tokens=self.subject.end_tokens(),
             seeds=[row_seed(self.seed, item.index) for item in items],
         )
         return Outcome(

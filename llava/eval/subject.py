@@ -26,11 +26,6 @@ class Subject:
     template: str
     own_pruning: PruningConfig | None = None
 
-    def end_tokens(self) -> set[int]:
-        """Ids that end an answer, those `model.generate` stops at."""
-        ends = self.model.generation_config.eos_token_id
-        return set(ends if isinstance(ends, list) else [ends]) - {None}
-
 
 def load_subject(
     path: str,

@@ -247,7 +247,7 @@ class Session:
                     attention_mask=torch.ones_like(ids),
                     questions=[question],
                     streamer=streamer,
-                    **sampling.arguments(),
+                    **sampling.arguments_for(self.model, tokenizer),
                 )
         except KeyboardInterrupt:
             stopped = True

@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    LogitsProcessorList,
 )
 
 from llava.model.checkpoint import (
@@ -271,6 +272,18 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         if positions is not None:
             kwargs["position_ids"] = positions
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """transformers' processors, with ``repetition_penalty`` on every new token of a row.
+
+        transformers leaves out as many tokens of a row as it has padding. That is meant for prompts
+        of ids, which stand in front of the new tokens; prompts of embeddings do not.
+        """
+        processors = super()._get_logits_processor(*args, **kwargs)
+        for processor in processors:
+            if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):
+                processor.prompt_ignore_length = None
+        return processors
 
 
 class LlavaConfig(LlavaConfigMixin, LlamaConfig):
