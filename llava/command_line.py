@@ -50,8 +50,9 @@ def one_line_errors(parser: argparse.ArgumentParser, debug: bool = False) -> Ite
 def device_name(name: str) -> str:
     """`name` if it is `auto`, or a device that torch can use here."""
     try:
-        torch.empty(0, device="cpu" if name in ("auto", "cuda") else name)
-    except (RuntimeError, AssertionError) as error:
+        # Read back, because a tensor on `meta` holds no numbers.
+        torch.zeros(1, device="cpu" if name in ("auto", "cuda") else name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise argparse.ArgumentTypeError(
             f"{name!r} is no device of this machine; use auto, cpu, cuda, cuda:N or mps"
         ) from error

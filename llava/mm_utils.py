@@ -324,26 +324,41 @@ def tokenizer_image_token(
         ValueError: another value of ``return_tensors``.
         UserInputError: the prompt holds what is no text, such as bytes that could not be decoded.
     """
+    ids = tokenize_pieces(prompt.split(DEFAULT_IMAGE_TOKEN), tokenizer, image_token_index)
+    if return_tensors is None:
+        return ids
+    if return_tensors == "pt":
+        return torch.tensor(ids, dtype=torch.long)
+    raise ValueError(f"unsupported tensor type: {return_tensors!r}; use 'pt' or None")
+
+
+def tokenize_pieces(
+    pieces: Sequence[str], tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX
+) -> list[int]:
+    """Tokenise the texts between the image marks of a prompt, see ``tokenizer_image_token``.
+
+    Args:
+        pieces: one text more than there are images; an ``<image>`` in a piece is text.
+
+    Raises:
+        UserInputError: a piece holds what is no text.
+    """
     try:
-        prompt.encode()
+        DEFAULT_IMAGE_TOKEN.join(pieces).encode()
     except UnicodeEncodeError as error:
         raise UserInputError(
             f"the prompt holds {error.object[error.start]!r} at place {error.start}, which is no "
             "character; write it in UTF-8"
         ) from error
     bos = tokenizer.bos_token_id
-    chunks = [tokenizer(chunk).input_ids for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    chunks = [tokenizer(piece).input_ids for piece in pieces]
     starts_with_bos = bool(chunks[0]) and bos is not None and chunks[0][0] == bos
     ids: list[int] = [bos] if starts_with_bos else []
     for i, chunk in enumerate(chunks):
         if i:
             ids.append(image_token_index)
         ids.extend(chunk[1:] if starts_with_bos and chunk[:1] == [bos] else chunk)
-    if return_tensors is None:
-        return ids
-    if return_tensors == "pt":
-        return torch.tensor(ids, dtype=torch.long)
-    raise ValueError(f"unsupported tensor type: {return_tensors!r}; use 'pt' or None")
+    return ids
 
 
 def get_model_name_from_path(model_path: str) -> str:

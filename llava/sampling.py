@@ -102,13 +102,6 @@ class Sampling:
             "tokenizer": tokenizer,  # for `stop_strings`
         }
 
-    def rows_alone(self, config: Any) -> bool:
-        """Whether the rows of a batch must be continued one by one not to depend on each other.
-
-        So they must where tokens are drawn, and under some settings of the model's `config`.
-        """
-        return self.temperature > 0 or any(getattr(config, name, None) for name in _OF_A_BATCH)
-
     def _check_config(self, model: Any) -> None:
         config = model.generation_config
         call = {"top_k": config.top_k, "device": model.device.type, **self.arguments()}
@@ -119,6 +112,11 @@ class Sampling:
                     f"the model's generation_config sets {name} to {value!r}, which cannot be used "
                     f"here: {reason}; remove it from generation_config.json"
                 )
+
+
+def rows_depend(config: Any) -> bool:
+    """Whether rows continued together would depend on each other, under a generation_config."""
+    return any(getattr(config, name, None) for name in _OF_A_BATCH)
 
 
 def _contrastive(call: _Settings) -> bool:

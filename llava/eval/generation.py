@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.generation import BaseStreamer
 
-from llava.sampling import Sampling
+from llava.sampling import Sampling, rows_depend
 
 
 class Stopwatch:
@@ -113,7 +113,7 @@ def decode(
         )
         return [until_end(row, ends, tokenizer.all_special_ids) for row in output.tolist()]
 
-    if not sampling.rows_alone(model.generation_config):
+    if sampling.temperature == 0 and not rows_depend(model.generation_config):
         return Decoded(generate(slice(None), 0), *_times(clocks))
     tokens: list[list[int]] = []
     for row, seed in enumerate(seeds):

@@ -10,8 +10,7 @@ messages, which hold the same unless a task writes its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,59 +18,26 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from PIL import Image
 from tqdm import tqdm
 
 from llava.command_line import check_complete, check_conv_mode
-from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
+from llava.eval.generation import end_tokens, until_end
+from llava.eval.plugins.lmms_arguments import batch_size_of, device_of, dtype_of
+from llava.eval.plugins.lmms_prompts import Prompt, pictures_of, read_messages
 from llava.eval.presets import get_preset
-from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig
-from llava.sampling import Sampling
+from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
 
 OPTION_PREFIX = "pruner_"  # pruner_fusion=sum sets the option `fusion`
-IGNORED = ("max_batch_size", "device_map", "use_cache")  # lmms-eval and its `llava` may pass these
-NEW_TOKENS = 1024  # where a task sets no limit
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One request: the user's words, with image marks or without any, and the pictures."""
-
-    text: str
-    images: tuple[Image.Image, ...]
-    decoding: Mapping[str, Any]
-
-    @property
-    def marked(self) -> str:
-        """The words with a mark for every picture: one line of marks in front if they had none."""
-        if not self.images or DEFAULT_IMAGE_TOKEN in self.text:
-            return self.text
-        return " ".join([DEFAULT_IMAGE_TOKEN] * len(self.images)) + "\n" + self.text
-
-    @property
-    def words(self) -> str:
-        """The words alone, for methods that read the question."""
-        return self.text.replace(DEFAULT_IMAGE_TOKEN, " ").strip()
-
-    @property
-    def sampling(self) -> Sampling:
-        """lmms-eval's decoding settings with the defaults of its `llava`."""
-        return Sampling(
-            temperature=self.decoding.get("temperature") or 0.0,
-            top_p=self.decoding.get("top_p"),
-            num_beams=self.decoding.get("num_beams", 1),
-            max_new_tokens=self.decoding.get("max_new_tokens", NEW_TOKENS),
-        )
-
-    @property
-    def ends(self) -> list[str]:
-        """Texts that end an answer."""
-        until = self.decoding.get("until", [])
-        return [until] if isinstance(until, str) else list(until)
+# lmms-eval and its `llava` pass these; they play no part here.
+IGNORED = (
+    *("max_batch_size", "device_map", "use_cache", "model_name"),
+    *("truncation", "truncate_context", "tie_weights"),
+)
 
 
 class LlavaPruned(lmms):
@@ -83,7 +49,7 @@ class LlavaPruned(lmms):
         preset: a named setting instead of `pruner` (`llava.eval.presets`).
         mm_next_protocol: how LLaVA-1.6 counts tokens; the preset's by default.
         conv_template: conversation template.
-        dtype: float16, bfloat16 or float32; the loader's by default.
+        dtype: float16, bfloat16 or float32; by default, and for auto, the loader's.
         device, batch_size: given by lmms-eval.
 
     Raises UserInputError for an argument that does not exist or cannot be used.
@@ -117,6 +83,9 @@ class LlavaPruned(lmms):
         if unknown:
             raise UserInputError(f"llava_pruned takes no model_args {', '.join(unknown)}")
         check_conv_mode(conv_template)
+        self.batch_size = batch_size_of(batch_size)
+        dtype = dtype_of(dtype)
+        device = device_of(device)
         chosen = None if preset is None else get_preset(preset)
         if chosen is not None:
             if pruner is not None or options:
@@ -144,13 +113,13 @@ class LlavaPruned(lmms):
             pretrained,
             model_base,
             get_model_name_from_path(pretrained),
-            device=device or "auto",
+            device=device,
             **loading,
         )
         check_complete(pretrained, self.tokenizer, self.processor)
         self.model.pruning = pruning
         self.model.eval()
-        self.conv_template, self.batch_size = conv_template, int(batch_size)
+        self.conv_template = conv_template
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests, `batch_size` at a time."""
@@ -179,8 +148,8 @@ class LlavaPruned(lmms):
     def prompt_of(self, request: Instance) -> Prompt:
         """What a request asks: (text, decoding, pictures of a document, its id, task, split)."""
         text, decoding, pictures, doc, task, split = request.args
-        images = pictures(self.task_dict[task][split][doc]) or []
-        return Prompt(text, tuple(image.convert("RGB") for image in images), decoding)
+        visuals = pictures(self.task_dict[task][split][doc])
+        return Prompt(text, pictures_of(visuals, task), decoding)
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Answers to prompts; those that decode alike and have images, or have none, together."""
@@ -188,12 +157,13 @@ class LlavaPruned(lmms):
         for places in _groups(prompts):
             texts = self._generate([prompts[place] for place in places])
             for place, text in zip(places, texts, strict=True):
-                answers[place] = _until(text.strip(), prompts[place].ends)
+                answers[place] = text
         return answers
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
-        rows = [tokenizer_image_token(self._render(prompt), self.tokenizer) for prompt in prompts]
+        template = conv_templates[self.conv_template]
+        rows = [prompt.ids(template, self.tokenizer) for prompt in prompts]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
@@ -202,44 +172,32 @@ class LlavaPruned(lmms):
         if images:
             pixels = process_images(images, self.processor, self.model.config)
             shown = {"images": pixels, "image_sizes": [image.size for image in images]}
+        config = self.model.generation_config
         output = self.model.generate(
             inputs=ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             questions=[prompt.words for prompt in prompts],
+            strict=rows_depend(config),
             **shown,
-            **prompts[0].sampling.arguments(),
+            **prompts[0].sampling.arguments_for(self.model, self.tokenizer),
         )
-        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
-
-    def _render(self, prompt: Prompt) -> str:
-        conversation = conv_templates[self.conv_template].copy()
-        conversation.append_message(conversation.roles[0], prompt.marked)
-        conversation.append_message(conversation.roles[1], None)
-        return conversation.get_prompt()
+        ends, special = end_tokens(config), self.tokenizer.all_special_ids
+        answers = [until_end(row, ends, special) for row in output.tolist()]
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 class LlavaPrunedChat(LlavaPruned):
-    """The same under lmms-eval's "chat" interface: messages of one user turn."""
+    """The same under lmms-eval's "chat" interface: messages, with pictures where they stand."""
 
     is_simple = False
 
     def prompt_of(self, request: Instance) -> Prompt:
         """What a request asks: (text, messages of a document, decoding, its id, task, split).
 
-        Raises UserInputError for other media than pictures, and for several turns.
+        Raises UserInputError for other media than pictures.
         """
         _, messages, decoding, doc, task, split = request.args
-        turns = messages(self.task_dict[task][split][doc])
-        parts = [part for turn in turns if turn["role"] == "user" for part in turn["content"]]
-        kinds = {part["type"] for part in parts}
-        if len(turns) != 1 or not kinds <= {"text", "image"}:
-            raise UserInputError(
-                f"task {task} asks in {len(turns)} turns of {', '.join(sorted(kinds))}; "
-                "llava_pruned takes one turn of text and images"
-            )
-        text = "".join(part["text"] for part in parts if part["type"] == "text")
-        images = [part["url"].convert("RGB") for part in parts if part["type"] == "image"]
-        return Prompt(text, tuple(images), decoding)
+        return read_messages(messages(self.task_dict[task][split][doc]), decoding, task)
 
 
 def manifests() -> ModelManifest:
@@ -257,11 +215,3 @@ def _groups(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     for place, prompt in enumerate(prompts):
         groups.setdefault((bool(prompt.images), prompt.sampling), []).append(place)
     yield from groups.values()
-
-
-def _until(text: str, ends: Sequence[str]) -> str:
-    """`text` before the first of `ends` in it."""
-    for end in ends:
-        if end:
-            text = text.split(end)[0]
-    return text
