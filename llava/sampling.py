@@ -92,17 +92,21 @@ class Sampling:
     def arguments_for(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """`arguments`, with what the generation_config of `model` needs to be carried out.
 
-        Raises UserInputError for a generation_config that cannot be: it asks for several answers
-        to a prompt, or for a way of decoding that does not exist for prompts with images.
+        Raises UserInputError as `check_model` does.
         """
-        self._check_config(model)
+        self.check_model(model)
         return {
             **self.arguments(),
             "return_dict_in_generate": False,
             "tokenizer": tokenizer,  # for `stop_strings`
         }
 
-    def _check_config(self, model: Any) -> None:
+    def check_model(self, model: Any) -> None:
+        """Refuse a generation_config of `model` that cannot be carried out with these settings.
+
+        Such a one asks for several answers to a prompt, or for a way of decoding that does not
+        exist for prompts with images. Raises UserInputError naming the setting.
+        """
         config = model.generation_config
         call = {"top_k": config.top_k, "device": model.device.type, **self.arguments()}
         for name, unusable, reason in _UNUSABLE:

@@ -49,7 +49,8 @@ class Session:
         debug: print every prompt on stderr.
         reading: how `/image` reads pictures, see `llava.pixels`.
 
-    Raises UserInputError for a template that cannot hold a chat.
+    Raises UserInputError for a template that cannot hold a chat, and for a generation_config that
+    cannot be carried out.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Session:
         reading: str = VIEWER,
     ) -> None:
         check_chat_template(template)
+        sampling.check_model(loaded.model)
         self.loaded = loaded
         self.template = template
         self.sampling = sampling

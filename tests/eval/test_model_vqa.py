@@ -15,7 +15,7 @@ from tiny_llava import write_lines
 from llava.eval import execution
 from llava.eval.model_vqa_mmbench import MMBench
 from llava.eval.prompts import question_prompt
-from llava.eval.subject import Subject
+from llava.eval.subject import Subject, load_subject
 from llava.eval.vqa import build_parser
 from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -68,6 +68,13 @@ def lines(path: Path) -> list[dict]:
 
 
 def generated(subject: Subject, image: Path | None, text: str, tokens: int, **setting) -> str:
+    ids = generated_ids(subject, image, text, tokens, **setting)
+    return subject.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def generated_ids(
+    subject: Subject, image: Path | None, text: str, tokens: int, **setting
+) -> list[int]:
     model = subject.model
     pictures = [load_image(image)] if image else []
     prompt = question_prompt(text, "vicuna_v1", model.config, len(pictures))
@@ -81,8 +88,9 @@ def generated(subject: Subject, image: Path | None, text: str, tokens: int, **se
             image_sizes=[picture.size for picture in pictures],
             do_sample=False,
             max_new_tokens=tokens,
+            tokenizer=subject.tokenizer,
         )
-    return subject.tokenizer.decode(output[0], skip_special_tokens=True).strip()
+    return output[0].tolist()
 
 
 def test_answer_lines(
@@ -99,6 +107,45 @@ def test_answer_lines(
         assert (line["model_id"], line["metadata"]) == ("llava-random", {})
     assert len({line["answer_id"] for line in answered}) == 7
     assert len({line["text"] for line in answered}) > 1
+
+
+def test_generation_config_of_the_checkpoint(
+    script: Callable[..., int],
+    questions: Path,
+    images: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It decides as in `generate`, and answers under another one are not taken over."""
+    folder = tmp_path / "llava-random"
+    shutil.copytree(checkpoint, folder)
+    model = ["--model-path", str(folder), "--batch-size", "4"]
+    assert script("model_vqa_loader", questions, *model) == 0
+    before = [line["text"] for line in lines(tmp_path / "answers.jsonl")]
+    unchanged = load_subject(str(folder), "cpu")
+    first = generated_ids(unchanged, images / "0.png", "Circle 0?" + SHORT, 4)[0]
+    settings = {
+        "suppress_tokens": [first],
+        "repetition_penalty": 1.5,
+        "stop_strings": ["h"],
+        "eos_token_id": 2,
+        "max_length": 4096,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    assert script("model_vqa_loader", questions, *model) == 0
+    changed = load_subject(str(folder), "cpu")
+    answered = lines(tmp_path / "answers.jsonl")
+    for row, line in zip(lines(questions), answered, strict=True):
+        image = images / row["image"] if "image" in row else None
+        assert line["text"] == generated(changed, image, row["text"], 4)
+    assert [line["text"] for line in answered] != before
+    for name, value in (("prompt_lookup_num_tokens", 3), ("guidance_scale", 2.0)):
+        (folder / "generation_config.json").write_text(json.dumps({**settings, name: value}))
+        capsys.readouterr()
+        assert script("model_vqa_loader", questions, *model) == 2
+        (said,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)
+        assert f"the model's generation_config sets {name} to {value}" in said
 
 
 def test_pruning_flags(

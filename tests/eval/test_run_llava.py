@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_llava import draw_picture
+from transformers import GenerationConfig
 
 from llava.constants import IMAGE_PLACEHOLDER
 from llava.eval import loading, run_llava
@@ -72,11 +73,12 @@ def arguments(checkpoint: Path, image_file: str, **others: Any) -> Any:
     return type("Args", (), fields | others)()
 
 
-def by_hand(loaded: tuple[Any, ...], prompt: str, files: list[str]) -> str:
+def by_hand(loaded: tuple[Any, ...], prompt: str, files: list[str], **settings: Any) -> str:
     tokenizer, model, processor, _ = loaded
     pixels = process_images([Image.open(file) for file in files], processor, model.config)
     ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
-    new = model.generate(inputs=ids, images=pixels, do_sample=False, max_new_tokens=6)
+    settings = {"do_sample": False, "max_new_tokens": 6, **settings}
+    new = model.generate(inputs=ids, images=pixels, **settings)
     return tokenizer.decode(new[0], skip_special_tokens=True).strip()
 
 
@@ -138,6 +140,29 @@ def test_several_images(
     prompt = f"{SYSTEM} USER: <image>\n<image>\nEqual? ASSISTANT:"
     assert answer == by_hand(loaded, prompt, pictures)
     assert answer != by_hand(loaded, prompt, pictures[::-1]), "the order of files counts"
+
+
+def test_generation_config_decides_beside_the_flags(
+    checkpoint: Path,
+    pictures: list[str],
+    loaded: tuple[Any, ...],
+    cached: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer, model, *_ = loaded
+    before = eval_model(arguments(checkpoint, pictures[0]))
+    config = GenerationConfig(
+        **{"eos_token_id": 2, "suppress_tokens": list(range(3, 259))},  # the bytes
+        **{"return_dict_in_generate": True, "stop_strings": ["q"], "do_sample": True},
+    )
+    monkeypatch.setattr(model, "generation_config", config)
+    prompt = build_prompt("What colour is the circle?", 1, "vicuna_v1", "<image>\n")
+    settings = {"tokenizer": tokenizer, "return_dict_in_generate": False}
+    said = eval_model(arguments(checkpoint, pictures[0]))
+    assert said == by_hand(loaded, prompt, pictures[:1], **settings) != before
+    config.num_return_sequences = 2
+    with pytest.raises(UserInputError, match="generation_config sets num_return_sequences to 2"):
+        eval_model(arguments(checkpoint, pictures[0]))
 
 
 def test_decoding_settings_reach_the_model(

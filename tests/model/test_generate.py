@@ -44,6 +44,21 @@ def test_batch_equals_single_rows(pad_left, config_side, pruning, small_model: M
     assert model.config.tokenizer_padding_side == config_side
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_padding_does_not_weaken_the_penalty_on_repetition(beams: int, small_model: Make) -> None:
+    """A row repeats in a batch what it repeats alone, however much padding it has there."""
+    model = small_model()
+    rows = [[1, *range(5, 45)], [1, 20, 21, 22], [1, 4, 8]]
+    settings = {**GREEDY, "max_new_tokens": 12, "num_beams": beams}
+    penalty = {**settings, "repetition_penalty": 5.0}
+    single = [model.generate(torch.tensor([row]), **penalty)[0].tolist() for row in rows]
+    ids, mask = _batch(rows, pad_left=True)
+    together = model.generate(ids, attention_mask=mask, **penalty)
+    assert together.tolist() == single
+    plain = model.generate(ids, attention_mask=mask, **settings)
+    assert all(row != other for row, other in zip(plain.tolist(), single, strict=True))
+
+
 @pytest.mark.parametrize("dummies", [True, False])
 @pytest.mark.parametrize("pruning", [None, {"method": "zoo", "keep_tokens": 3}])
 def test_strict_rows_are_bit_equal_to_single_ones(

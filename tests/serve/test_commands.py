@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from llava.conversation import conv_templates
 from llava.eval import loading
@@ -64,11 +65,35 @@ def talk(
     return run
 
 
-def answer_by_hand(session: Session, prompt: str) -> str:
+def answer_by_hand(session: Session, prompt: str, **settings: Any) -> str:
     pixels = process_images([session.image], session.loaded.processor, session.model.config)
     ids = tokenizer_image_token(prompt, session.loaded.tokenizer, return_tensors="pt")[None]
-    new = session.model.generate(inputs=ids, images=pixels, do_sample=False, max_new_tokens=6)
+    settings = {"do_sample": False, "max_new_tokens": 6, **settings}
+    new = session.model.generate(inputs=ids, images=pixels, **settings)
     return session.loaded.tokenizer.decode(new[0], skip_special_tokens=True).strip()
+
+
+def test_generation_config_decides_beside_the_flags(
+    session: Session, talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = session.model, session.loaded.tokenizer
+    chat = conv_templates["vicuna_v1"].copy()
+    chat.append_message(chat.roles[0], "<image>\nWhat is it?")
+    chat.append_message(chat.roles[1], None)
+    before = session.ask("What is it?").answer
+    config = GenerationConfig(
+        **{"eos_token_id": 2, "suppress_tokens": list(range(3, 259))},  # the bytes
+        **{"return_dict_in_generate": True, "stop_strings": ["q"], "do_sample": True},
+    )
+    monkeypatch.setattr(model, "generation_config", config)
+    session.reset()
+    out = talk("What is it?")
+    settings = {"tokenizer": tokenizer, "return_dict_in_generate": False}
+    said = answer_by_hand(session, chat.get_prompt(), **settings)
+    assert said != before and said in out
+    config.update(num_return_sequences=2, do_sample=True)
+    with pytest.raises(UserInputError, match="generation_config sets num_return_sequences to 2"):
+        Session(session.loaded, "vicuna_v1", session.image, session.sampling)
 
 
 def test_method_and_budget_hold_from_the_next_turn(talk: Callable[..., str]) -> None:
