@@ -20,6 +20,7 @@ from transformers import GenerationMixin
 from transformers.generation import BaseStreamer
 
 from llava.sampling import Sampling, rows_depend
+from llava.utils import UserInputError
 
 
 class Stopwatch:
@@ -105,12 +106,20 @@ def decode(
         if sampling.num_beams == 1:
             clocks.append(StepClock(device))
             own["streamer"] = clocks[-1]
-        output = GenerationMixin.generate(
-            model,
-            inputs_embeds=inputs_embeds[rows, start:],
-            attention_mask=attention_mask[rows, start:],
-            **own,
-        )
+        try:
+            output = GenerationMixin.generate(
+                model,
+                inputs_embeds=inputs_embeds[rows, start:],
+                attention_mask=attention_mask[rows, start:],
+                **own,
+            )
+        except UserInputError:
+            raise
+        except ValueError as error:  # as of a penalty below 0, set after the model was loaded
+            reason = " ".join(str(error).split())
+            raise UserInputError(
+                f"the model's generation_config cannot be used: {reason}"
+            ) from error
         return [until_end(row, ends, tokenizer.all_special_ids) for row in output.tolist()]
 
     if sampling.temperature == 0 and not rows_depend(model.generation_config):

@@ -222,6 +222,14 @@ def test_what_cannot_be_carried_out_is_named(settings, sampling, answers, config
         answers(sampling)
 
 
+def test_a_value_that_no_call_takes_is_one_line(answers, configure) -> None:
+    configure({"repetition_penalty": -1.0})
+    with pytest.raises(
+        UserInputError, match=r"^the model's generation_config cannot be used: .*-1"
+    ):
+        answers(GREEDY)
+
+
 def test_an_end_that_is_no_special_token_is_shown(answers, generated, configure) -> None:
     """As `generate` shows it; the padding of a row that has ended is not."""
     configure({"eos_token_id": answers(GREEDY)[1][0][2]})

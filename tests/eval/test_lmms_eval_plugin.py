@@ -1,13 +1,18 @@
 """The model that lmms-eval loads. Needs lmms-eval 0.7; skipped, with this reason, without it."""
 
+import copy
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.presets import get_preset
 from llava.utils import UserInputError
 
@@ -107,6 +112,11 @@ def test_arguments_become_the_pruning_setting(plugin: ModuleType) -> None:
         ({"pruner": "zoo", "preset": "paper", "keep_tokens": 64}, "leave pruner= out"),
         ({"conv_template": "vicuna"}, "vicuna"),
         ({"pruner": "zooo", "keep_tokens": 64}, "zoo"),
+        ({"dtype": "foo"}, "unknown dtype 'foo'"),
+        ({"device": "gpu"}, "'gpu' is no device"),
+        ({"attn_implementation": "foo"}, "foo"),
+        ({"mm_next_protocol": "foo"}, "foo"),
+        ({"customized_config": "other.json"}, "customized_config"),
     ],
 )
 def test_wrong_arguments_are_named(plugin: ModuleType, arguments: dict, named: str) -> None:
@@ -114,17 +124,154 @@ def test_wrong_arguments_are_named(plugin: ModuleType, arguments: dict, named: s
         load(plugin, **arguments)
 
 
-def test_an_answer_ends_before_the_texts_of_the_task(plugin: ModuleType) -> None:
+def test_arguments_that_play_no_part_are_taken(plugin: ModuleType) -> None:
+    given = {"device_map": "auto", "truncation": True, "tie_weights": True, "model_name": "llava"}
+    model = load(plugin, dtype="auto", use_cache=True, truncate_context=False, **given)
+    assert model.model.dtype == torch.float32
+    for size in ("auto", 0):
+        with pytest.raises(UserInputError, match="batch_size must be a whole number"):
+            plugin.LlavaPruned.create_from_arg_string(f"pretrained={MODEL}", {"batch_size": size})
+
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"until": ["\n\n"]},
+    {"until": ["e", "o"]},
+    {"do_sample": True, "top_p": 0},
+    {"num_beams": 3, "max_new_tokens": 20},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 0.8, "top_p": 0},
+)
+
+
+@pytest.fixture
+def own(plugin: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    """lmms-eval's own model class, on this package."""
+    if find_spec("evaluate") is None:  # which it imports and does not use here
+        monkeypatch.setitem(sys.modules, "evaluate", ModuleType("evaluate"))
+    from lmms_eval.models.simple.llava import Llava
+
+    model = Llava(pretrained=str(MODEL), device="cpu", device_map="auto", batch_size=1)
+    model.task_dict = {"demo": {"test": DOCS}}
+    return model
+
+
+def test_answers_are_those_of_the_model_it_stands_beside(plugin: ModuleType, own) -> None:
     model = load(plugin)
-    whole = model.generate_until(requests(plugin))[0]
-    cut = model.generate_until(requests(plugin, until=[whole[1]]))[0]
-    assert cut == whole.split(whole[1])[0]
+    for settings in SETTINGS:
+        torch.manual_seed(0)
+        # It changes the settings of a request, so it gets its own.
+        expected = [
+            own.generate_until([request])[0]
+            for request in requests(plugin, **copy.deepcopy(settings))
+            for request.arguments in [(request.args[0], dict(request.args[1]), *request.args[2:])]
+        ]
+        torch.manual_seed(0)
+        said = [model.generate_until([request])[0] for request in requests(plugin, **settings)]
+        assert said == expected, settings
 
 
-def test_other_media_are_refused(plugin: ModuleType) -> None:
+def test_no_text_of_the_task_ends_an_answer(
+    plugin: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is: paragraphs stay, and so does white space at the ends."""
+    model = load(plugin)
+    said = model.tokenizer("One.\n\nTwo. ").input_ids[1:]
+
+    def generate(**arguments: Any) -> torch.Tensor:
+        return torch.tensor([[*said, 2, 0]] * len(arguments["inputs"]))
+
+    monkeypatch.setattr(model.model, "generate", generate)
+    for until in (["\n\n"], "Two", None, 3):
+        answers = model.generate_until(requests(plugin, until=until))
+        assert answers == [model.tokenizer.decode(said)] * len(DOCS)
+        assert "\n\nTwo." in answers[0]
+
+
+def test_settings_of_null_are_the_defaults(plugin: ModuleType) -> None:
+    model = load(plugin)
+    names = ("temperature", "top_p", "num_beams", "max_new_tokens")
+    assert model.generate_until(requests(plugin, **dict.fromkeys(names))) == (
+        model.generate_until(requests(plugin, max_new_tokens=1024))
+    )
+
+
+def test_the_generation_config_decides_too(plugin: ModuleType) -> None:
+    model = load(plugin)
+    before = model.generate_until(requests(plugin))
+    model.model.generation_config = GenerationConfig(
+        eos_token_id=2, stop_strings=["Y", "b"], return_dict_in_generate=True, num_beams=4
+    )
+    cut = model.generate_until(requests(plugin))
+    assert cut != before and all(
+        text.startswith(short) for text, short in zip(before, cut, strict=True)
+    )
+    model.batch_size = 1
+    assert model.generate_until(requests(plugin)) == cut
+    model.model.generation_config.guidance_scale = 2.0
+    with pytest.raises(UserInputError, match="generation_config sets guidance_scale to 2"):
+        model.generate_until(requests(plugin))
+
+
+def test_pictures_stand_where_the_messages_show_them(
+    plugin: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(plugin, "LlavaPrunedChat")
+    seen, generate = [], model.model.generate
+
+    def watch(**arguments: Any) -> torch.Tensor:
+        seen.append(arguments)
+        return generate(**arguments)
+
+    monkeypatch.setattr(model.model, "generate", watch)
+    shown = {"type": "image", "url": pictures(DOCS[0])[0]}
+    parts = [{"type": "text", "text": "Each row of"}, shown]
+    parts += [{"type": "text", "text": "shows one <image>."}]
+    talk = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+        {"role": "user", "content": [{"type": "text", "text": "And"}, shown]},
+    ]
     (request, *_) = requests(plugin, chat=True)
+    request.arguments = (request.args[0], lambda _: talk, *request.args[2:])
+    assert len(model.generate_until([request])) == 1
+    (call,) = seen
+    ids = call["inputs"][0].tolist()
+    pieces, start = [], 0
+    for place in [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX] + [len(ids)]:
+        pieces.append(model.tokenizer.decode(ids[start:place]))
+        start = place + 1
+    assert len(pieces) == 3 and len(call["images"]) == 2
+    assert pieces[0].rstrip().endswith("USER: Each row of")
+    assert pieces[1].lstrip().startswith("shows one <image>. ASSISTANT: Yes")
+    assert pieces[1].rstrip().endswith("USER: And")
+    assert call["questions"] == ["And"]
+
+
+@pytest.mark.parametrize("kind", ["LlavaPruned", "LlavaPrunedChat"])
+def test_other_media_are_refused(plugin: ModuleType, kind: str) -> None:
+    model = load(plugin, kind)
+    (request, *_) = requests(plugin, chat=kind != "LlavaPruned")
+    picture = pictures(DOCS[0])[0]
+    for visual in ("clip.mp4", [picture, picture]):
+        if kind == "LlavaPruned":
+            request.arguments = (*request.args[:2], lambda _, v=visual: [v], *request.args[3:])
+        else:
+            turn = [{"role": "user", "content": [{"type": "image", "url": visual}]}]
+            request.arguments = (request.args[0], lambda _, t=turn: t, *request.args[2:])
+        with pytest.raises(UserInputError, match=r"^task demo shows ('clip\.mp4'|list); "):
+            model.generate_until([request])
     turn = [{"role": "user", "content": [{"type": "video", "url": "clip.mp4"}]}]
-    request.arguments = (request.args[0], lambda _: turn, *request.args[2:])
-    with pytest.raises(UserInputError, match="video"):
-        model.generate_until([request])
+    if kind != "LlavaPruned":
+        request.arguments = (request.args[0], lambda _: turn, *request.args[2:])
+        with pytest.raises(UserInputError, match="video"):
+            model.generate_until([request])
+
+
+def test_a_document_without_pictures(plugin: ModuleType) -> None:
+    model = load(plugin)
+    expected = model.generate_until(requests(plugin)[2:3])
+    for nothing in (None, [None]):
+        (request,) = requests(plugin)[2:3]
+        request.arguments = (*request.args[:2], lambda _, n=nothing: n, *request.args[3:])
+        assert model.generate_until([request]) == expected

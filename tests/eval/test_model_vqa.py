@@ -140,7 +140,7 @@ def test_generation_config_of_the_checkpoint(
         image = images / row["image"] if "image" in row else None
         assert line["text"] == generated(changed, image, row["text"], 4)
     assert [line["text"] for line in answered] != before
-    for name, value in (("prompt_lookup_num_tokens", 3), ("guidance_scale", 2.0)):
+    for name, value in (("use_mtp", True), ("guidance_scale", 2.0)):
         (folder / "generation_config.json").write_text(json.dumps({**settings, name: value}))
         capsys.readouterr()
         assert script("model_vqa_loader", questions, *model) == 2
