@@ -142,7 +142,7 @@ def row_seed(seed: int, index: int) -> int:
 def end_tokens(generation_config: Any) -> set[int]:
     """Ids that end an answer."""
     ends = generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [ends]) - {None}
+    return set(ends if isinstance(ends, list | tuple) else [ends]) - {None}
 
 
 def until_end(row: Sequence[int], ends: Collection[int], special: Collection[int]) -> list[int]:
