@@ -1,6 +1,7 @@
 """The model that lmms-eval loads. Needs lmms-eval 0.7; skipped, with this reason, without it."""
 
 import copy
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,6 +103,19 @@ def test_arguments_become_the_pruning_setting(plugin: ModuleType) -> None:
     model = load(plugin, preset="paper", keep_ratio=0.25)
     assert dict(model.model.pruning.options) == dict(get_preset("paper").options)
     assert model.model.pruning.keep_ratio == 0.25
+
+
+def test_a_checkpoint_keeps_the_pruning_it_was_saved_with(
+    plugin: ModuleType, tmp_path: Path
+) -> None:
+    for part in MODEL.iterdir():
+        if part.name not in ("config.json", "benchmark"):
+            (tmp_path / part.name).symlink_to(part)
+    config = json.loads((MODEL / "config.json").read_text())
+    saved = {"method": "grid", "keep_tokens": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mm_token_pruning": saved}))
+    assert load(plugin, pretrained=tmp_path).model.pruning.method == "grid"
+    assert load(plugin, pretrained=tmp_path, pruner="none").model.pruning.method == "none"
 
 
 @pytest.mark.parametrize(

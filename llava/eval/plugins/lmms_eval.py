@@ -45,7 +45,8 @@ class LlavaPruned(lmms):
 
     Args:
         pretrained, model_base: as in `load_pretrained_model`.
-        pruner, keep_tokens, keep_ratio, pruner_KEY: the pruning setting; none by default.
+        pruner, keep_tokens, keep_ratio, pruner_KEY: the pruning setting, `pruner=none` for the
+            unpruned model; by default the one that the checkpoint was saved with, if any.
         preset: a named setting instead of `pruner` (`llava.eval.presets`).
         mm_next_protocol: how LLaVA-1.6 counts tokens; the preset's by default.
         conv_template: conversation template.
@@ -117,7 +118,8 @@ class LlavaPruned(lmms):
             **loading,
         )
         check_complete(pretrained, self.tokenizer, self.processor)
-        self.model.pruning = pruning
+        if pruning is not None:
+            self.model.pruning = pruning
         self.model.eval()
         self.conv_template = conv_template
 
