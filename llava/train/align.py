@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from llava.model.builder import load_tokenizer
 from llava.train.patch_labels import CLASSES, IGNORE, SIGN, patch_labels
 from llava.world import scene
 from llava.world.font import ALPHABET
@@ -177,7 +178,7 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
     """Rewrite the language model in ``folder`` and add ``mm_projector.bin``."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     features, labels = read_patches(data, scenes)
     projector = starting_projector(features, labels, model.config.hidden_size)
     found = effects(projector(features), labels)

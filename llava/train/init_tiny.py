@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from llava.model.builder import load_tokenizer
 from llava.train.tokenizer import make_tokenizer
 
 # hidden size, MLP width, layers, heads
@@ -15,7 +16,7 @@ SIZES = {"tiny": (128, 344, 4, 4), "small": (512, 1376, 8, 8)}
 def init_language_model(folder: Path, size: str, seed: int) -> None:
     """A random Llama in the shape of ``size`` with the tokenizer of the world's prompts."""
     make_tokenizer(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     torch.manual_seed(seed)
     hidden, intermediate, layers, heads = SIZES[size]
     config = LlamaConfig(
