@@ -1,11 +1,11 @@
 """Write the untrained language model of llava-tiny: ``python -m llava.train.init_tiny DIR``."""
 
-import argparse
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llava.command_line import OneLineParser
 from llava.model.builder import load_tokenizer
 from llava.train.tokenizer import make_tokenizer
 
@@ -41,7 +41,7 @@ def init_language_model(folder: Path, size: str, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
