@@ -57,7 +57,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     """Add the `quickstart` command to the parser of `python -m llava.eval`."""
     parser = commands.add_parser("quickstart", help="compare all methods on llava-tiny")
     add = parser.add_argument
-    add("--model-path", type=Path, default=Path("playground/llava-tiny"))
+    add("--model-path", default="playground/llava-tiny", help="checkpoint folder or hub name")
     add("--benchmark", type=Path, help="folder of questions.jsonl; default: MODEL_PATH/benchmark")
     add("--image-folder", type=Path, help="read images from here instead of rendering them")
     add("--limit", type=int, default=DEFAULT_LIMIT, help="questions to ask, 0 for all")

@@ -103,7 +103,14 @@ def test_a_base_model_too(saved, home, hub, small_model) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("", "/no/such/folder", "~/no-such-folder", "~nobody-here/model", "./missing", "../missing"),
+        *(
+            "",
+            "/no/such/folder",
+            "~/no-such-folder",
+            "~nobody-here/model",
+            "./missing",
+            "../missing",
+        ),
         *("missing", "a/b/c", "some/model", "some/model/", "so me/mod el", "./", "~"),
     ],
 )
