@@ -41,7 +41,7 @@ from llava.eval.tasks.question_file import QuestionFile
 from llava.model.checkpoint import local_checkpoint
 from llava.pruning import PruningError, get_method, list_methods
 from llava.sampling import Sampling
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 
 METHODS = ("none", "random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact")
 BUDGETS = (576, 192, 128, 64, 32)
@@ -140,6 +140,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserInputError("--budgets must be at least 1")
     if find_spec("matplotlib") is None:
         raise UserInputError("the plots need matplotlib: pip install 'llava[eval]'")
+    if user_path(args.model_path).is_file():
+        raise UserInputError(
+            f"--model-path {args.model_path} is no folder; give a checkpoint folder or a hub name"
+        )
     try:
         for method in args.methods:
             get_method(method)
