@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from llava.conversation import SeparatorStyle, conv_mode_for, conv_templates
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 
 # What the user can mend; anything else that is raised is a bug of ours and keeps its traceback.
 MENDABLE = (UserInputError, OSError, torch.OutOfMemoryError)
@@ -30,7 +30,14 @@ def explain(error: Exception) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line and exit code 2, without the usage text."""
+    """A parser whose errors are one line and exit code 2, without the usage text.
+
+    Flags of `type=Path` understand `~`, see `user_path`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, user_path)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

@@ -5,7 +5,9 @@ The geometry of the multi-tile ("anyres") scheme lives here as pure functions of
 
 import ast
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.images import PictureError, decode_base64
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 
 Size = tuple[int, int]
 
@@ -361,9 +363,17 @@ def tokenize_pieces(
     return ids
 
 
-def get_model_name_from_path(model_path: str) -> str:
-    """Last part of a path; ``parent_checkpoint-N`` for a step checkpoint of a training run."""
-    parts = model_path.strip("/").split("/")
+def get_model_name_from_path(model_path: str | Path) -> str:
+    """Last part of a path; ``parent_checkpoint-N`` for a step checkpoint of a training run.
+
+    A folder in the hub's cache is called as the model on the hub, ``.`` as the folder it stands
+    for.
+    """
+    parts = str(model_path).strip("/").split("/")
+    if parts[-1] in (".", "..", "~"):
+        parts = os.path.abspath(user_path(model_path)).split("/")
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").split("--", 1)[-1]
     if parts[-1].startswith("checkpoint-") and len(parts) > 1:
         return f"{parts[-2]}_{parts[-1]}"
     return parts[-1]

@@ -1,8 +1,10 @@
 """Small helpers shared by the whole package."""
 
+import os
 import threading
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,15 @@ def describe_value(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)}"
     return type(value).__name__
+
+
+def user_path(path: str | Path) -> Path:
+    """A path with `~` at its start replaced by the home folder.
+
+    A shell does so only for words that begin with `~`: not in `--flag=~/x`, in a notebook or in a
+    config file. A home folder that does not exist is left as it is written.
+    """
+    return Path(os.path.expanduser(path))
 
 
 def once(function: Callable[[], None]) -> Callable[[], None]:

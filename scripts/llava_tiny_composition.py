@@ -6,7 +6,6 @@ signs among the kept tokens (first 100 test images), and the share of answers th
 the kind that was asked for (families whose answers come from a closed list).
 """
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llava.command_line import OneLineParser
 from llava.eval import provenance
 from llava.eval.results import dump_json, write_atomically
 from llava.model.builder import load_pretrained_model
@@ -71,7 +71,7 @@ def right_kind(run: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("run", type=Path)
     run = parser.parse_args().run
     kinds = right_kind(run)

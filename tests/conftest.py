@@ -1,9 +1,11 @@
 """Options and fixtures shared by all tests."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 _ERROR = "largest error"
 
@@ -31,6 +33,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def goldens() -> Path:
     """Folder of recorded inputs and outputs of reference programs."""
     return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`hub(folder, name)`: the folder's files in a cache of the hub, which is out of reach.
+
+    The cache has the hub's own layout: contents are blobs, and snapshots link to them.
+    """
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def publish(folder: Path, name: str, revision: str = "main", commit: str = "a" * 40) -> str:
+        home = cache / f"models--{name.replace('/', '--')}"
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        (home / "blobs").mkdir(parents=True, exist_ok=True)
+        (home / "refs").mkdir(exist_ok=True)
+        (home / "refs" / revision).write_text(commit)
+        for number, file in enumerate(files):
+            blob = home / "blobs" / f"{commit[:4]}{number}"
+            shutil.copyfile(file, blob)
+            link = home / "snapshots" / commit / file.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)
+        return name
+
+    return publish
 
 
 @pytest.fixture

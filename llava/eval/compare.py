@@ -19,6 +19,7 @@ from llava.eval.arms import UNPRUNED
 from llava.eval.results import Record, ResultError
 from llava.eval.scorers.exact_match import normalise
 from llava.eval.stats import mean_estimate, paired_difference
+from llava.utils import user_path
 
 RESAMPLES = 10_000
 _AT_ONCE = 2**22  # numbers drawn at a time
@@ -54,6 +55,7 @@ def read_arm(word: str) -> ArmAnswers:
 
     A folder with one pruned arm needs no ARM, nor does one with a single arm. Raises ResultError.
     """
+    word = str(user_path(word))
     folder, name = Path(word), None
     if not folder.is_dir() and ":" in word:
         head, name = _split(word)

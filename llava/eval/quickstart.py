@@ -19,6 +19,7 @@ import torch
 
 from llava.eval import provenance
 from llava.eval.arms import Arm, plan_arms
+from llava.eval.identity import checkpoint_hash
 from llava.eval.metrics import accuracy_rows, timing_columns
 from llava.eval.overlays import save_overlays
 from llava.eval.plan import Plan
@@ -37,9 +38,10 @@ from llava.eval.runner import Runner
 from llava.eval.subject import Subject, load_subject
 from llava.eval.tables import render
 from llava.eval.tasks.question_file import QuestionFile
+from llava.model.checkpoint import local_checkpoint
 from llava.pruning import PruningError, get_method, list_methods
 from llava.sampling import Sampling
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 
 METHODS = ("none", "random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact")
 BUDGETS = (576, 192, 128, 64, 32)
@@ -55,7 +57,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     """Add the `quickstart` command to the parser of `python -m llava.eval`."""
     parser = commands.add_parser("quickstart", help="compare all methods on llava-tiny")
     add = parser.add_argument
-    add("--model-path", type=Path, default=Path("playground/llava-tiny"))
+    add("--model-path", default="playground/llava-tiny", help="checkpoint folder or hub name")
     add("--benchmark", type=Path, help="folder of questions.jsonl; default: MODEL_PATH/benchmark")
     add("--image-folder", type=Path, help="read images from here instead of rendering them")
     add("--limit", type=int, default=DEFAULT_LIMIT, help="questions to ask, 0 for all")
@@ -81,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if ALL in args.methods:
         args.methods = every_method()
     check(args)
+    args.model_path = local_checkpoint(args.model_path)
     root = args.benchmark or args.model_path / "benchmark"
     benchmark = QuestionFile(root, image_folder=args.image_folder)
     questions = Plan.of(benchmark.items()[: args.limit or None], args.batch_size)
@@ -121,7 +124,7 @@ def describe(args: argparse.Namespace, subject: Subject, benchmark: QuestionFile
             "template": subject.template,
             "max_new_tokens": MAX_NEW_TOKENS,
         },
-        "checkpoint_sha256": provenance.hash_checkpoint(args.model_path),
+        "checkpoint_sha256": checkpoint_hash(str(args.model_path)),
         "data_sha256": benchmark.data_hash(),
         "source_sha256": provenance.hash_sources(),
         "versions": provenance.package_versions(),
@@ -137,8 +140,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserInputError("--budgets must be at least 1")
     if find_spec("matplotlib") is None:
         raise UserInputError("the plots need matplotlib: pip install 'llava[eval]'")
-    if not args.model_path.is_dir():
-        raise UserInputError(f"--model-path {args.model_path} is no folder")
+    if user_path(args.model_path).is_file():
+        raise UserInputError(
+            f"--model-path {args.model_path} is no folder; give a checkpoint folder or a hub name"
+        )
     try:
         for method in args.methods:
             get_method(method)

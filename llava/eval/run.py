@@ -28,7 +28,7 @@ from llava.eval.sharding import processes
 from llava.eval.summary import settings, summarise
 from llava.eval.tasks.base import Benchmark, get_benchmark
 from llava.mm_utils import NEXT_PROTOCOLS, get_model_name_from_path
-from llava.model.checkpoint import read_config
+from llava.model.checkpoint import checkpoint_here, local_checkpoint, read_config
 from llava.pixels import PIXELS, PIXELS_HELP
 from llava.pruning.flags import add_pruning_flags
 from llava.sampling import Sampling
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
             "--limit, --seed and --workers must be at least 0, --batch-size at least 1"
         )
     arms = arms_from(args)
+    find_models(args, download=not args.dry_run)
     cls = get_benchmark(args.task)
     benchmark = cls(args.data_root or cls.default_root, args.protocol)
     benchmark.pixels = args.pixels or benchmark.pixels
@@ -130,6 +131,20 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{figures(metrics)}\nwritten to {output}: {', '.join(FILES)}")
 
         return execute(job, group, finish, begin=lambda: withdraw(output, whole["run_key"]))
+
+
+def find_models(args: argparse.Namespace, *, download: bool = True) -> None:
+    """Put folders in place of `--model-path` and `--model-base`, so that what follows reads files.
+
+    A hub name that is not here yet is downloaded, or stays without `download`.
+
+    Raises UserInputError for what is neither a folder nor a hub name, or cannot be downloaded.
+    """
+    find = local_checkpoint if download else checkpoint_here
+    for flag in ("model_path", "model_base"):
+        given = getattr(args, flag)
+        if given is not None:
+            setattr(args, flag, str(find(given) or given))
 
 
 def plan_of(benchmark: Benchmark, args: argparse.Namespace) -> Plan:
@@ -199,10 +214,12 @@ def dry_run(
     output: Path,
 ) -> str:
     """The plan in words. Loads nothing; the run key needs a checkpoint that is here."""
-    if Path(args.model_path).is_dir():
+    models = (args.model_path, args.model_base)
+    absent = [path for path in models if path and not Path(path).is_dir()]
+    if not absent:
         key = identity(config, benchmark, args.model_path, args.model_base)["run_key"]
     else:
-        key = f"known once {args.model_path} is downloaded"
+        key = f"known once {' and '.join(absent)} is downloaded"
     lines = [
         f"task      {benchmark.name}, protocol {benchmark.protocol}, from {benchmark.root}",
         f"items     {len(plan.items)} about {len(plan.images())} images, in {len(plan.batches)} "

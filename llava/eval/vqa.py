@@ -28,13 +28,13 @@ from llava.eval.identity import identity
 from llava.eval.plan import Plan, chunk_of
 from llava.eval.prompts import bare_question, has_inner_marks
 from llava.eval.results import Record, RunFolder, dump_lines, write_atomically
-from llava.eval.run import add_model_flags, describe, model_of
+from llava.eval.run import add_model_flags, describe, find_models, model_of
 from llava.eval.sharding import processes
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
 from llava.eval.tasks.files import image_names, numbered_jsonl, read_bytes
 from llava.images import open_image
 from llava.mm_utils import get_model_name_from_path
-from llava.model.checkpoint import read_config
+from llava.model.checkpoint import local_checkpoint, read_config
 from llava.pixels import VIEWER
 from llava.pruning import PruningConfig
 from llava.pruning.flags import add_pruning_flags, pruning_from
@@ -157,6 +157,7 @@ def answer_file(program: Program, args: argparse.Namespace) -> int:
     """
     if args.batch_size < 1 or args.seed < 0 or args.workers < 0:
         raise UserInputError("--batch-size must be at least 1, --seed and --workers at least 0")
+    find_models(args)
     benchmark = program.benchmark(args)
     benchmark.pixels = args.pixels or benchmark.pixels
     length = getattr(args, "max_new_tokens", benchmark.max_new_tokens)
@@ -229,7 +230,6 @@ def arm_of(args: argparse.Namespace) -> Arm:
 
 
 def saved_pruning(path: str) -> PruningConfig | None:
-    """The setting that a checkpoint folder was saved with."""
-    folder = Path(path)
-    saved = read_config(folder).get("mm_token_pruning") if folder.is_dir() else None
+    """The setting that a checkpoint, in a folder or on the hub, was saved with."""
+    saved = read_config(local_checkpoint(path)).get("mm_token_pruning")
     return None if saved is None else PruningConfig.from_dict(saved)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaTokenizer
+from transformers import AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
@@ -29,6 +29,7 @@ from llava.model.language_model.llava_llama import (
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.partial import PartialCheckpoint, read_partial
 from llava.model.quantization import quantization_config
+from llava.model.tokenizer import LlamaTokenizer
 from llava.pruning.config import PruningConfig
 from llava.utils import UserInputError
 

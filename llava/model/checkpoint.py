@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from llava.model.finite import check_weights
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 
 # LLaVA's files nest the CLIP model twice and keep an inner level that CLIPVisionModel has lost.
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -57,31 +57,67 @@ def has_weights(folder: Path) -> bool:
 def local_checkpoint(path: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint; a hub name is downloaded first.
 
+    The one place that knows what the name of a model may be: a folder, absolute, relative or
+    below `~`, or a name on the hub.
+
+    Args:
+        path: folder or hub name; a slash at its end makes no difference.
+        revision: branch, tag or commit of a hub name.
+
     Raises:
         UserInputError: no text, or neither a folder nor a model that the hub returns.
     """
+    place = _folder_or_name(path)
+    return place if isinstance(place, Path) else _snapshot(place, revision)
+
+
+def checkpoint_here(path: str | Path) -> Path | None:
+    """The folder of a checkpoint, or None for a hub name that was not downloaded yet.
+
+    Raises:
+        UserInputError: no text, or neither a folder nor a hub name.
+    """
+    place = _folder_or_name(path)
+    if isinstance(place, Path):
+        return place
+    try:
+        folder = _snapshot(place, None, local_files_only=True)
+    except UserInputError:
+        return None
+    # Other programs may have fetched its config.json alone.
+    weights = (file for suffix in ("safetensors", "bin") for file in folder.glob(f"*.{suffix}"))
+    return folder if any(weights) else None
+
+
+def _folder_or_name(path: str | Path) -> Path | str:
+    """An existing folder, or text that has the form of a hub name."""
     advice = (
         "give a folder that holds config.json and weights, or a hub name such as "
         "'liuhaotian/llava-v1.5-7b'"
     )
     if not isinstance(path, str | Path):
         raise UserInputError(f"the path of a checkpoint must be a text, got {path!r}; {advice}")
-    folder = Path(path)
+    folder, name = user_path(path), str(path).rstrip("/")
     if path != "" and folder.is_dir():
         return folder
     if folder.is_file():
         raise UserInputError(f"{str(path)!r} is a file, not a checkpoint folder; {advice}")
-    if folder.is_absolute() or str(path).count("/") != 1:
+    if folder.is_absolute() or name.count("/") != 1 or name[0] in "./~":
         raise UserInputError(f"{str(path)!r} is not a checkpoint folder; {advice}")
+    return name
+
+
+def _snapshot(name: str, revision: str | None, **options: Any) -> Path:
+    """The folder that the hub's cache has for a model, after a download if need be."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = ["*.json", "*.model", "*.safetensors", "*.bin"]
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise UserInputError(
-            f"{str(path)!r} is no local folder and the hub does not return it ({error}); check the "
+            f"{name!r} is no local folder and the hub does not return it ({error}); check the "
             "spelling and the network, or download the model and give its folder"
         ) from error
 

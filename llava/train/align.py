@@ -14,14 +14,15 @@ rate of the language model then moves all tokens together and undoes the rest (c
 at step 250); train it with a small ``--mm_projector_lr``.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from llava.command_line import OneLineParser
+from llava.model.builder import load_tokenizer
 from llava.train.patch_labels import CLASSES, IGNORE, SIGN, patch_labels
 from llava.world import scene
 from llava.world.font import ALPHABET
@@ -177,7 +178,7 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
     """Rewrite the language model in ``folder`` and add ``mm_projector.bin``."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     features, labels = read_patches(data, scenes)
     projector = starting_projector(features, labels, model.config.hidden_size)
     found = effects(projector(features), labels)
@@ -199,7 +200,7 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of llava.train.init_tiny")
     parser.add_argument("--data", type=Path, required=True, help="folder of llava.train.world_data")
     parser.add_argument("--scenes", type=int, default=600)

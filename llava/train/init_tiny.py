@@ -1,11 +1,12 @@
 """Write the untrained language model of llava-tiny: ``python -m llava.train.init_tiny DIR``."""
 
-import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from llava.command_line import OneLineParser
+from llava.model.builder import load_tokenizer
 from llava.train.tokenizer import make_tokenizer
 
 # hidden size, MLP width, layers, heads
@@ -15,7 +16,7 @@ SIZES = {"tiny": (128, 344, 4, 4), "small": (512, 1376, 8, 8)}
 def init_language_model(folder: Path, size: str, seed: int) -> None:
     """A random Llama in the shape of ``size`` with the tokenizer of the world's prompts."""
     make_tokenizer(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     torch.manual_seed(seed)
     hidden, intermediate, layers, heads = SIZES[size]
     config = LlamaConfig(
@@ -40,7 +41,7 @@ def init_language_model(folder: Path, size: str, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--seed", type=int, default=0)

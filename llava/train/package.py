@@ -4,13 +4,13 @@
 the SentencePiece tokenizer, and ``vision_tower/`` with the description of the tower.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
+from llava.command_line import OneLineParser
 from llava.model import LlavaLlamaForCausalLM
 
 TOWER_NAME = "vision_tower"
@@ -42,7 +42,7 @@ def package(checkpoint: Path, tokenizer: Path, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with its two files")
     parser.add_argument("--output", type=Path, required=True)

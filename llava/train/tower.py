@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.command_line import OneLineParser
 from llava.train.patch_labels import CLASSES, IGNORE, patch_labels
 from llava.world import scene
 from llava.world.scene import PATCH
@@ -265,7 +266,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--steps", type=int, default=1000)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llava.conversation import conv_templates
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_tokenizer
+from llava.model.checkpoint import local_checkpoint
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import Collator, SupervisedDataset, spliced_turns, turn_mask
 from llava.utils import UserInputError
@@ -100,7 +101,7 @@ def train() -> None:
         )
     transformers.set_seed(args.seed)
     model = build_model(model_args, torch.bfloat16 if args.bf16 else torch.float32)
-    tokenizer = load_tokenizer(Path(model_args.model_name_or_path))
+    tokenizer = load_tokenizer(local_checkpoint(model_args.model_name_or_path))
     if tokenizer is None:
         raise UserInputError(f"{model_args.model_name_or_path!r} holds no tokenizer to train with")
     tokenizer.model_max_length, tokenizer.padding_side = args.model_max_length, "right"

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from llava.command_line import OneLineParser
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.train.descriptions import TRAINING_FAMILIES, describe
 from llava.world import Scene, ask, render, scene
@@ -91,10 +92,10 @@ def write_conversations(
 
 
 @torch.no_grad()
-def write_features(output: Path, tower_folder: str, split: str, scenes: int, workers: int) -> None:
+def write_features(output: Path, tower_folder: Path, split: str, scenes: int, workers: int) -> None:
     """``features.npy``: float16 ``[scenes, N, Dv]``, row i for scene i."""
     settings = argparse.Namespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
-    tower = CLIPVisionTower(tower_folder, settings)
+    tower = CLIPVisionTower(str(tower_folder), settings)
     done_file, path = output / "features.done", output / "features.npy"
     done = int(done_file.read_text()) if done_file.exists() and path.exists() else 0
     shape = (scenes, tower.num_patches, tower.hidden_size)
@@ -113,8 +114,10 @@ def write_features(output: Path, tower_folder: str, split: str, scenes: int, wor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tower", required=True, help="folder written by llava.train.tower")
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument(
+        "--tower", type=Path, required=True, help="folder written by llava.train.tower"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--split", choices=["train", "val"], default="train")
     parser.add_argument("--scenes", type=int, default=10_000)

@@ -46,7 +46,7 @@ def build(images: int) -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=lambda text: Path(text).expanduser())
     parser.add_argument("--images", type=int, default=720)
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     args = parser.parse_args()

@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.eval.arms import UNPRUNED
 from llava.pruning import PruningConfig, PruningError
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 
 FOLDER = Path(__file__).parent / "data"
 KINDS = ("paper", "re-run")
@@ -136,7 +136,7 @@ def load_table(name: str | Path) -> Table:
     Raises:
         TableError: no such table, or a file that is not one.
     """
-    path = Path(name)
+    path = user_path(name)
     if path.suffix != ".toml":
         path = FOLDER / f"{name}.toml"
         if path.stem not in list_tables():

@@ -8,7 +8,7 @@ from typing import Any
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower, without_unheld_head
 from llava.model.multimodal_encoder.vision_tower import VisionTower, read_vision_config
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 
 # Another kind of tower is one entry here.
 TOWER_CLASSES: tuple[type[VisionTower], ...] = (CLIPVisionTower, SiglipVisionTower)
@@ -68,13 +68,15 @@ def _tower_class(raw: dict[str, Any], name: str) -> type[VisionTower]:
 def resolve_vision_tower(name: str, checkpoint: str | None) -> str:
     """Where a tower is read from.
 
-    A relative name is looked up in the checkpoint folder, then in its parent. A checkpoint in
+    ``~`` is the home folder, and a slash at the end makes no difference. A relative name is looked
+    up in the checkpoint folder, then in its parent. A checkpoint in
     Hugging Face's format describes its tower in its own config.json. Anything else is left to
     transformers, which knows paths and hub names.
 
     Returns:
         An existing folder, or ``name``.
     """
+    name = str(user_path(name))
     if checkpoint and not Path(name).is_absolute():
         folder = Path(checkpoint).absolute()
         for base in (folder, folder.parent):
@@ -95,4 +97,4 @@ def is_portable(tower: VisionTower) -> bool:
     True for hub names and absolute paths, false for a folder that was found relative to the
     checkpoint or is the checkpoint itself.
     """
-    return tower.source == tower.vision_tower_name
+    return tower.source == str(user_path(tower.vision_tower_name))

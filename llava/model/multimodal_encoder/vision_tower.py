@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from llava.model.multimodal_encoder.readings import active_reader
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 
 # Buffers that old checkpoints stored and the model computes itself.
 _DERIVED_KEYS = ("embeddings.position_ids",)
@@ -52,7 +52,7 @@ class VisionTower(nn.Module):
         self.is_loaded = False
         self.from_checkpoint = False
         self.vision_tower_name = vision_tower
-        self.source = source or vision_tower
+        self.source = source or str(user_path(vision_tower))
         self.select_layer = getattr(args, "mm_vision_select_layer", -2)
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
         self._config: PretrainedConfig | None = None

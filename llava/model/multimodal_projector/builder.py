@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llava.model.checkpoint import read_tensors
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 
 
 class IdentityMap(nn.Module):
@@ -55,12 +55,13 @@ def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any)
     return nn.Sequential(*layers)
 
 
-def load_projector(projector: nn.Module, file: Path) -> None:
+def load_projector(projector: nn.Module, file: str | Path) -> None:
     """Fill ``projector`` from a file whose keys contain ``mm_projector.``, as LLaVA saves it.
 
     Raises:
         UserInputError: the file is missing or damaged, or does not hold exactly these weights.
     """
+    file = user_path(file)
     if not file.is_file():
         raise UserInputError(f"there is no projector file {str(file)!r}; check its path")
     marker, weights = "mm_projector.", read_tensors(file)
