@@ -6,10 +6,10 @@ LLaVA renders (checked against recorded prompts in ``tests/goldens/llava/convers
 
 import base64
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum, auto
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -29,6 +29,20 @@ class SeparatorStyle(Enum):
     MPT = auto()
     PLAIN = auto()
     LLAMA_2 = auto()
+
+
+class Piece(NamedTuple):
+    """A stretch of a prompt, and whose words it is.
+
+    Attributes:
+        text: as it stands in the prompt.
+        message: index of the message whose words these are, with the mark that ends them (the
+            exchange that a template may put before an image message counts); None for what the
+            template says by itself: system text and speakers' names.
+    """
+
+    text: str
+    message: int | None = None
 
 
 @dataclasses.dataclass
@@ -66,6 +80,17 @@ class Conversation:
                 LLaVA does).
             UserInputError: a ``LLAMA_2`` conversation that does not open with a user message.
         """
+        return "".join(piece.text for piece in self.pieces())
+
+    def pieces(self) -> Iterator[Piece]:
+        """The prompt piece by piece, each with the message it belongs to.
+
+        What a model is to write in an answered turn is the one piece of that message: it starts
+        where the prompt of the open turn would end. A message without text has no piece.
+
+        Raises:
+            TypeError, UserInputError: as ``get_prompt``.
+        """
         turns = [(role, _text(message)) for role, message in self._with_image_first()]
         match self.sep_style:
             case SeparatorStyle.SINGLE:
@@ -73,8 +98,7 @@ class Conversation:
             case SeparatorStyle.TWO:
                 return self._render_named(turns, (self.sep, self.sep2))
             case SeparatorStyle.MPT:
-                body = (role + text + self.sep if text else role for role, text in turns)
-                return self.system + self.sep + "".join(body)
+                return self._render_mpt(turns)
             case SeparatorStyle.PLAIN:
                 return self._render_plain(turns)
             case SeparatorStyle.LLAMA_2:
@@ -92,26 +116,34 @@ class Conversation:
             return [shown, (self.roles[1], "Received."), (role, text), *messages[1:]]
         return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"), *messages[1:]]
 
-    def _render_named(self, turns: list[tuple[str, str]], seps: tuple[str, str | None]) -> str:
-        prompt = self.system + seps[0]
+    def _render_named(
+        self, turns: list[tuple[str, str]], seps: tuple[str, str | None]
+    ) -> Iterator[Piece]:
+        yield Piece(self.system + seps[0])
         for i, (role, text) in enumerate(turns):
             # An open turn ends at the colon: the model writes the space itself.
-            prompt += f"{role}: {text}{seps[i % 2]}" if text else f"{role}:"
-        return prompt
+            yield Piece(f"{role}:")
+            if text:
+                yield Piece(f" {text}{seps[i % 2]}", i)
 
-    def _render_plain(self, turns: list[tuple[str, str]]) -> str:
-        prompt = self.system
+    def _render_mpt(self, turns: list[tuple[str, str]]) -> Iterator[Piece]:
+        yield Piece(self.system + self.sep)
+        for i, (role, text) in enumerate(turns):
+            yield Piece(role)
+            if text:
+                yield Piece(text + self.sep, i)
+
+    def _render_plain(self, turns: list[tuple[str, str]]) -> Iterator[Piece]:
+        yield Piece(self.system)
         for i, (_, text) in enumerate(turns):
             if not text:
                 continue
             sep = (self.sep, self.sep2)[i % 2]
             if sep is None:
                 raise TypeError("this plain template has no separator (sep2) to close an answer")
-            prompt += text + sep
-        return prompt
+            yield Piece(text + sep, i)
 
-    def _render_llama_2(self, turns: list[tuple[str, str]]) -> str:
-        prompt = ""
+    def _render_llama_2(self, turns: list[tuple[str, str]]) -> Iterator[Piece]:
         for i, (role, text) in enumerate(turns):
             if i == 0 and (not text or role != self.roles[0]):
                 raise UserInputError(
@@ -122,12 +154,12 @@ class Conversation:
                 continue
             if i == 0 and self.system:
                 text = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n{text}"
-            if i % 2 == 0:
-                prompt += f"{self.sep}[INST] {text} [/INST]"
-            else:
-                prompt += f" {text} {self.sep2}"
-        # The tokenizer adds <s> itself. LLaVA strips a set of characters here, not a prefix.
-        return prompt.lstrip(self.sep)
+            if i % 2 == 1:
+                yield Piece(f" {text} {self.sep2}", i)
+                continue
+            said = f"{self.sep}[INST] {text} [/INST]"
+            # The tokenizer adds <s> itself. LLaVA strips a set of characters here, not a prefix.
+            yield Piece(said.lstrip(self.sep) if i == 0 else said, i)
 
     def get_images(self, return_pil: bool = False) -> list[Any]:
         """Images of the user's turns: PIL images, or PNG files as base64 text.

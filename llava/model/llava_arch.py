@@ -53,6 +53,14 @@ _tower_in_checkpoint: ContextVar[PretrainedConfig | None] = ContextVar(
 )
 _padding_side: ContextVar[str | None] = ContextVar("padding_side", default=None)
 
+# What LLaVA takes where neither the arguments nor the model say it.
+_VISION_DEFAULTS = {
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "flat",
+    "mm_projector_type": "linear",
+}
+
 
 @contextmanager
 def tower_from_checkpoint(config: PretrainedConfig | None) -> Iterator[None]:
@@ -99,28 +107,55 @@ class LlavaMetaModel:
     def initialize_vision_modules(self, model_args: Any) -> None:
         """Attach a tower and a projector to a language model, before training.
 
+        What is left out, or None, stays as the model has it.
+
         Args:
             model_args: LLaVA's model arguments: ``vision_tower``, ``mm_vision_select_layer``,
                 ``mm_vision_select_feature``, ``mm_projector_type``, ``mm_patch_merge_type``,
                 ``pretrain_mm_mlp_adapter`` (a file whose keys contain ``mm_projector.``).
+
+        Raises:
+            UserInputError: a projector of another type, or for another tower, than the model has.
         """
         config = self.config
-        config.mm_vision_tower = model_args.vision_tower
-        config.mm_vision_select_layer = getattr(model_args, "mm_vision_select_layer", -2)
-        config.mm_vision_select_feature = getattr(model_args, "mm_vision_select_feature", "patch")
-        config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
-        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
+        given = {
+            "mm_vision_tower": getattr(model_args, "vision_tower", None),
+            **{name: getattr(model_args, name, None) for name in _VISION_DEFAULTS},
+        }
+        has_projector = getattr(self, "mm_projector", None) is not None
+        own = getattr(config, "mm_projector_type", None) or "linear"
+        if has_projector and given["mm_projector_type"] not in (None, own):
+            raise UserInputError(
+                f"the model has a projector of type {own!r}, not {given['mm_projector_type']!r}; "
+                "leave mm_projector_type out, or start from the language model"
+            )
+        for name, value in given.items():
+            if value is None:
+                value = getattr(config, name, None)
+            setattr(config, name, _VISION_DEFAULTS.get(name) if value is None else value)
         config.use_mm_proj = True
         tower = self.get_vision_tower()
         if tower is None or tower.vision_tower_name != config.mm_vision_tower:
             self.vision_tower = build_vision_tower(config, delay_load=True)
+        self.vision_tower.select_layer = config.mm_vision_select_layer
+        self.vision_tower.select_feature = config.mm_vision_select_feature
         self.vision_tower.load_model()
-        config.mm_hidden_size = self.vision_tower.hidden_size
-        if getattr(self, "mm_projector", None) is None:
+        width = self.vision_tower.hidden_size
+        if has_projector and getattr(config, "mm_hidden_size", width) != width:
+            raise UserInputError(
+                f"the vision tower {config.mm_vision_tower!r} has features of width {width}, but "
+                f"the model's projector takes {config.mm_hidden_size}; give the model's own tower, "
+                "or start from the language model"
+            )
+        config.mm_hidden_size = width
+        if not has_projector:
             self.mm_projector = build_vision_projector(config)
         self.mm_projector.requires_grad_(True)
-        if "unpad" in config.mm_patch_merge_type and not hasattr(self, "image_newline"):
+        has_newline = hasattr(self, "image_newline")
+        if "unpad" in config.mm_patch_merge_type and not has_newline:
             self.add_newline()
+        elif "unpad" not in config.mm_patch_merge_type and has_newline:
+            del self.image_newline  # the saved model would have no place for it
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
         if adapter is not None:
             load_projector(self.mm_projector, Path(adapter))

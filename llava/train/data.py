@@ -1,6 +1,5 @@
-"""LLaVA's supervised data: conversations with at most one image, and their batches."""
+"""Samples as the model takes them, and batches of them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,22 @@ from llava.images import open_image
 from llava.mm_utils import process_images
 from llava.pixels import check_pixels
 from llava.train.arguments import DataArguments
-from llava.train.conversations import render, tokenize, tokenize_turns
-from llava.utils import UserInputError
+from llava.train.conversations import tokenize_sample, tokenize_turns
+from llava.train.samples import read_samples
+from llava.utils import UserInputError, user_path
 
 
 class SupervisedDataset(Dataset):
     """Samples of a LLaVA JSON file; text and images are prepared when they are asked for.
 
+    An item holds the int64 ``[L]`` tensors ``input_ids``, ``labels`` and ``turns``. Where there is
+    an image, ``image`` is its pixels ``[3, H, W]``, tiles ``[T, 3, H, W]`` or cached features
+    ``[N, Dv]`` (a list of several), and ``image_sizes`` holds (width, height) of each, None for
+    features.
+
     Raises:
-        UserInputError: the file is missing, is no JSON array, or names images without a source;
-            ``parallel_turns`` is no share; ``pixels`` is no reading.
+        UserInputError: data that cannot be used; ``parallel_turns`` is no share; ``pixels`` is no
+            reading.
     """
 
     def __init__(
@@ -37,75 +42,103 @@ class SupervisedDataset(Dataset):
         model_config: Any,
     ) -> None:
         check_pixels(args.pixels)
-        self.samples = _read(args.data_path)
         if not 0 <= args.parallel_turns <= 1:
             raise UserInputError(f"--parallel_turns is {args.parallel_turns}; give a share, 0 to 1")
+        self.samples = read_samples(args.data_path)
         self.args, self.tokenizer, self.template = args, tokenizer, template
         self.image_processor, self.model_config = image_processor, model_config
-        self.features = None
-        if args.feature_file is not None:
-            self.features = np.load(args.feature_file, mmap_mode="r")
-        elif args.image_folder is None and any("image" in sample for sample in self.samples):
-            raise UserInputError("the samples name images; give --image_folder or --feature_file")
+        self.features = _read_features(args.feature_file, model_config)
+        self.folder = user_path(args.image_folder or "")
+        if self.features is None and any(sample.images for sample in self.samples):
+            if args.image_folder is None:
+                raise UserInputError(
+                    "the samples name images; give --image_folder or --feature_file"
+                )
+            if not self.folder.is_dir():
+                raise UserInputError(
+                    f"--image_folder {args.image_folder} is not a folder; check the path"
+                )
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
-        if "image" in sample and self._parallel(index):
-            ids, labels, turns = tokenize_turns(sample, self.template, self.tokenizer)
-        else:
-            prompt = render(sample, self.template)
-            ids, labels = tokenize(prompt, self.template, self.tokenizer)
-            turns = torch.zeros_like(ids)
-        example = {"input_ids": ids, "labels": labels, "turns": turns}
-        marks = int((ids == IMAGE_TOKEN_INDEX).sum())
-        if marks > 1 or marks != ("image" in sample):
-            raise UserInputError(
-                f"sample {sample.get('id')!r} has {marks} <image> marks and "
-                f"{'an' if 'image' in sample else 'no'} image; write exactly one mark for an image"
-            )
-        if "image" in sample:
-            example["image"] = self._image(sample["image"])
-        return example
+        make = tokenize_turns if sample.images and self._parallel(index) else tokenize_sample
+        ids, labels, turns = make(sample, self.template, self.tokenizer)
+        try:
+            shown = [self._image(name) for name in sample.images]
+        except UserInputError as error:
+            raise UserInputError(f"{sample.name}: {error}") from error
+        item = {"name": sample.name, "input_ids": ids, "labels": labels, "turns": turns}
+        if shown:
+            images, item["image_sizes"] = map(list, zip(*shown, strict=True))
+            item["image"] = images[0] if len(images) == 1 else images
+        return item
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any] | UserInputError]:
+        """What a loader asks for: items, or the error in an item's place.
+
+        A worker that raised would hand on its traceback with the message.
+        """
+        items: list[dict[str, Any] | UserInputError] = []
+        for index in indices:
+            try:
+                items.append(self[index])
+            except UserInputError as error:
+                items.append(error)
+        return items
 
     def _parallel(self, index: int) -> bool:
         """Spread the share of parallel samples evenly over the file."""
         share = self.args.parallel_turns
         return int((index + 1) * share) > int(index * share)
 
-    def _image(self, name: str) -> Tensor:
-        """Pixels ``[3, H, W]``, or cached features ``[N, Dv]``."""
+    def _image(self, name: str) -> tuple[Tensor, tuple[int, int] | None]:
         if self.features is not None:
-            return torch.from_numpy(np.asarray(self.features[int(Path(name).stem)])).float()
-        image = open_image(Path(self.args.image_folder or "") / name, self.args.pixels)
-        return process_images([image], self.image_processor, self.model_config)[0]
+            return _row(self.features, name), None
+        image = open_image(self.folder / name, self.args.pixels)
+        pixels = process_images([image], self.image_processor, self.model_config)[0]
+        return pixels, image.size
 
 
 class Collator:
-    """Pad a batch on the right.
+    """Pad a batch on the right; its mask ``[B, L]`` says where the tokens are.
 
-    No padding mask is made: attention is causal, so no real token can see the padding behind it,
-    and padding carries no labels.
+    ``images`` and ``image_sizes`` are those of all marks in order. An error among the samples
+    becomes the batch, see ``SupervisedDataset.__getitems__``.
     """
 
     def __init__(self, pad_token_id: int, max_length: int) -> None:
         self.pad_token_id, self.max_length = pad_token_id, max_length
 
-    def __call__(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        ids = pad_sequence([e["input_ids"] for e in examples], True, self.pad_token_id)
-        labels = pad_sequence([e["labels"] for e in examples], True, IGNORE_INDEX)
-        turns = pad_sequence([e["turns"] for e in examples], True, 0)
-        batch = {"input_ids": ids, "labels": labels, "turns": turns}
-        batch = {name: values[:, : self.max_length] for name, values in batch.items()}
-        images = [e["image"] for e in examples if "image" in e]
-        if images and len(images) < len(examples):
-            # a text-only row takes one image slot and shows nothing of it, as in LLaVA
-            blank = torch.zeros_like(images[0])
-            images = [e.get("image", blank) for e in examples]
+    def __call__(self, examples: list[dict[str, Any] | UserInputError]) -> dict[str, Any]:
+        error = next((e for e in examples if isinstance(e, UserInputError)), None)
+        if error is not None:
+            return {"error": error}
+        texts = {
+            key: [e[key][: self.max_length] for e in examples]
+            for key in ("input_ids", "labels", "turns")
+        }
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "turns": 0}
+        batch: dict[str, Any] = {
+            key: pad_sequence(rows, True, fill[key]) for key, rows in texts.items()
+        }
+        masks = [torch.ones_like(row) for row in texts["turns"]]
+        batch["attention_mask"] = pad_sequence(masks, True, 0)
+        batch["names"] = [e["name"] for e in examples]
+        images: list[Tensor] = []
+        sizes: list[tuple[int, int] | None] = []
+        for example, row in zip(examples, texts["input_ids"], strict=True):
+            # An image whose mark was cut off is not shown.
+            marks = int((row == IMAGE_TOKEN_INDEX).sum())
+            given = example.get("image", [])
+            images += [given][:marks] if isinstance(given, Tensor) else given[:marks]
+            sizes += example.get("image_sizes", [])[:marks]
         if images:
-            batch["images"] = torch.stack(images)
+            # Tiles of images differ in number.
+            batch["images"] = torch.stack(images) if images[0].ndim == 3 else images
+            batch["image_sizes"] = None if None in sizes else sizes
         return batch
 
 
@@ -122,21 +155,37 @@ def turn_mask(turns: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def spliced_turns(turns: Tensor, input_ids: Tensor, image_tokens: int, length: int) -> Tensor:
-    """``turns`` ``[B, L]`` after the splice of ``image_tokens`` per mark, padded to ``length``."""
-    rows = []
-    for ids, row in zip(input_ids, turns, strict=True):
-        wide = torch.where(ids == IMAGE_TOKEN_INDEX, image_tokens, 1)
-        row = row.repeat_interleave(wide)[:length]
-        rows.append(torch.nn.functional.pad(row, (0, length - len(row))))
-    return torch.stack(rows)
-
-
-def _read(path: str) -> list[dict[str, Any]]:
+def _read_features(path: str | None, config: Any) -> np.ndarray | None:
+    """Cached features ``[images, N, Dv]``, mapped rather than read; None without a file."""
+    if path is None:
+        return None
+    if getattr(config, "image_aspect_ratio", None) == "anyres":
+        raise UserInputError(
+            "--feature_file holds one view of each image, but image_aspect_ratio 'anyres' shows "
+            "several; give --image_folder, or --image_aspect_ratio pad"
+        )
     try:
-        samples = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserInputError(f"cannot read --data_path {path}: {error}") from error
-    if not isinstance(samples, list) or not samples:
-        raise UserInputError(f"--data_path {path} must hold a JSON array of samples")
-    return samples
+        features = np.load(user_path(path), mmap_mode="r")
+    except (OSError, ValueError, EOFError, RuntimeError) as error:
+        raise UserInputError(f"cannot read --feature_file {path}: {error}") from error
+    wanted = f"give floating point of shape [images, patches, {config.mm_hidden_size}]"
+    if not isinstance(features, np.ndarray):
+        raise UserInputError(f"--feature_file {path} is an archive of several arrays; {wanted}")
+    shape, kind = features.shape, features.dtype.kind
+    if len(shape) != 3 or shape[2] != config.mm_hidden_size or 0 in shape or kind != "f":
+        raise UserInputError(
+            f"--feature_file {path} holds {features.dtype} of shape {list(shape)}; {wanted}, made "
+            "by this model's vision tower"
+        )
+    return features
+
+
+def _row(features: np.ndarray, name: str) -> Tensor:
+    """Features ``[N, Dv]`` of the image whose file name is the number of their row."""
+    stem = Path(name).stem
+    if not stem.isdecimal() or int(stem) >= len(features):
+        raise UserInputError(
+            f"--feature_file has the rows 0 to {len(features) - 1}, and none for the image "
+            f"{name!r}; name every image by the number of its row"
+        )
+    return torch.from_numpy(features[int(stem)].astype(np.float32))

@@ -1,134 +1,184 @@
 """Train the projector and the language model of a LLaVA: ``python -m llava.train.train``.
 
-LLaVA's arguments and data format on transformers' Trainer. The vision tower stays frozen. A run
-that finds a checkpoint in ``--output_dir`` continues from it.
+LLaVA's arguments and data format on transformers' Trainer. The vision tower stays frozen. What no
+argument names stays as the model to start from has it, also in what is saved. A run that finds a
+checkpoint in ``--output_dir`` continues from it.
 """
 
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import extract_model_from_parallel as unwrap_model
-from torch import Tensor, nn
+from transformers.trainer import TRAINER_STATE_NAME
 
+from llava.command_line import MENDABLE, explain
 from llava.conversation import conv_templates
-from llava.model import LlavaLlamaForCausalLM
-from llava.model.builder import load_tokenizer
-from llava.model.checkpoint import local_checkpoint
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.data import Collator, SupervisedDataset, spliced_turns, turn_mask
-from llava.utils import UserInputError
+from llava.model.builder import load_tokenizer, model_class
+from llava.model.checkpoint import local_checkpoint, read_config
+from llava.model.config_check import check_config
+from llava.model.hugging_face import native_form
+from llava.model.language_model.llava_llama import LlavaCausalLM
+from llava.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+)
+from llava.train.data import Collator, SupervisedDataset
+from llava.train.trainer import LlavaTrainer
+from llava.utils import UserInputError, user_path
+
+# Settings of a LLaVA that is made from a language model, where no argument says otherwise.
+_NEW_PROJECTOR = "mlp2x_gelu"
+_NEW_SETTINGS = {
+    "image_aspect_ratio": "pad",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "tokenizer_padding_side": "right",
+}
+_MAX_LENGTH = 2048
 
 
-class LlavaTrainer(transformers.Trainer):
-    """A Trainer whose optimizer may give the projector a learning rate of its own."""
+def build_model(args: ModelArguments, dtype: torch.dtype) -> LlavaCausalLM:
+    """The model with a loaded, frozen tower and the parts that train marked so.
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.args.mm_projector_lr is not None:
-            groups = self._groups()
-            cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(groups, **settings)
-        return super().create_optimizer() if self.optimizer is None else self.optimizer
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
-        """The model's loss; turns that stand side by side get a mask that keeps them apart."""
-        turns = inputs.pop("turns")
-        if turns.any():
-            inputs = side_by_side(model, inputs, turns)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Decayed or not x projector or not; the projector's groups have their own rate."""
-        decayed = set(self.get_decay_parameter_names(self.model))
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                key = ("mm_projector" in name, name in decayed)
-                groups.setdefault(key, []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "weight_decay": self.args.weight_decay if decay else 0.0,
-                **({"lr": self.args.mm_projector_lr} if projector else {}),
-            }
-            for (projector, decay), parameters in groups.items()
-        ]
-
-
-def side_by_side(model: nn.Module, inputs: dict[str, Any], turns: Tensor) -> dict[str, Any]:
-    """Spliced ``inputs`` with the attention mask of their ``turns`` ``[B, L]``."""
-    llava = unwrap_model(model)
-    _, positions, _, _, embeds, labels = llava.prepare_inputs_labels_for_multimodal(
-        inputs["input_ids"], None, None, None, inputs["labels"], inputs["images"]
-    )
-    image_tokens = llava.get_vision_tower().num_patches
-    turns = spliced_turns(turns, inputs["input_ids"], image_tokens, embeds.shape[1])
-    mask = turn_mask(turns, embeds.dtype)
-    return {
-        "inputs_embeds": embeds,
-        "attention_mask": mask,
-        "position_ids": positions,
-        "labels": labels,
-    }
-
-
-def build_model(args: ModelArguments, dtype: torch.dtype) -> LlavaLlamaForCausalLM:
-    """The model with a loaded, frozen tower and the parts that train marked so."""
-    model = LlavaLlamaForCausalLM.from_pretrained(args.model_name_or_path, dtype=dtype)
-    if args.vision_tower is not None:
-        model.get_model().initialize_vision_modules(args)
-    tower = model.get_vision_tower()
-    if tower is None:
+    Raises:
+        UserInputError: no such model, or parts that do not fit together.
+    """
+    folder = local_checkpoint(args.model_name_or_path)
+    cls = model_class(native_form(read_config(folder), str(folder)))
+    model = cls.from_pretrained(folder, dtype=dtype)
+    own_tower = getattr(model.config, "mm_vision_tower", None)
+    if args.vision_tower is None and own_tower is None:
         raise UserInputError("the model has no vision tower; give --vision_tower")
-    tower.load_model()
+    if own_tower is None:
+        args = replace(args, mm_projector_type=args.mm_projector_type or _NEW_PROJECTOR)
+        model.config.update(_NEW_SETTINGS)
+    inner = model.get_model()
+    inner.initialize_vision_modules(args)
     if args.freeze_backbone or args.tune_mm_mlp_adapter:
         model.requires_grad_(False)
-    model.get_model().mm_projector.requires_grad_(True)
-    tower.requires_grad_(False)
+    inner.mm_projector.requires_grad_(not args.freeze_mm_mlp_adapter)
+    inner.get_vision_tower().requires_grad_(False)
     return model
 
 
-def train() -> None:
-    """Parse the command line, train, save to ``--output_dir``."""
-    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    model_args, data_args, args = parser.parse_args_into_dataclasses()
-    template = conv_templates.get(model_args.version)
-    if template is None:
+def configure(model: LlavaCausalLM, data: DataArguments, training: TrainingArguments) -> None:
+    """Bring into the config what arguments ask for, and what a new LLaVA has to say.
+
+    Raises:
+        UserInputError: settings that no LLaVA has, or that training lacks.
+    """
+    config = model.config
+    if data.image_aspect_ratio is not None:
+        config.image_aspect_ratio = data.image_aspect_ratio
+    limit = training.model_max_length or getattr(config, "tokenizer_model_max_length", None)
+    config.tokenizer_model_max_length = limit or _MAX_LENGTH
+    if getattr(config, "mm_use_im_start_end", False):
         raise UserInputError(
-            f"unknown template {model_args.version!r}; one of {', '.join(sorted(conv_templates))}"
+            "this model puts marks around images (mm_use_im_start_end in its config.json), which "
+            "is not built yet in training; start from another model"
         )
+    check_config(model)
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint that is asked for, else the newest complete one in ``--output_dir``.
+
+    Raises:
+        UserInputError: the one that is asked for cannot be used.
+    """
+    asked = args.resume_from_checkpoint
+    folders = [user_path(asked)] if asked else list(Path(args.output_dir).glob("checkpoint-*"))
+    # The trainer writes its state last.
+    complete = [folder for folder in folders if (folder / TRAINER_STATE_NAME).is_file()]
+    if asked and not complete:
+        raise UserInputError(
+            f"--resume_from_checkpoint {asked} is not a checkpoint of a training run; give a "
+            "folder that holds trainer_state.json, or leave it out to continue from the newest one"
+        )
+    return max(map(str, complete), key=_step, default=None)
+
+
+def _step(folder: str) -> int:
+    number = folder.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def train() -> None:
+    """Parse the command line, train, save to ``--output_dir``.
+
+    Raises:
+        UserInputError: arguments or data that cannot be used.
+    """
+    model_args, data_args, args = parse_arguments()
     transformers.set_seed(args.seed)
     model = build_model(model_args, torch.bfloat16 if args.bf16 else torch.float32)
-    tokenizer = load_tokenizer(local_checkpoint(model_args.model_name_or_path))
+    configure(model, data_args, args)
+    _check_generation(model)
+    folder = local_checkpoint(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(folder)
     if tokenizer is None:
-        raise UserInputError(f"{model_args.model_name_or_path!r} holds no tokenizer to train with")
-    tokenizer.model_max_length, tokenizer.padding_side = args.model_max_length, "right"
-    model.config.use_cache = False
-    model.config.image_aspect_ratio = data_args.image_aspect_ratio
-    model.config.tokenizer_padding_side = "right"
-    model.config.tokenizer_model_max_length = args.model_max_length
+        raise UserInputError(f"{model_args.model_name_or_path!r} has no tokenizer to train with")
     dataset = SupervisedDataset(
-        data_args, tokenizer, template, model.get_vision_tower().image_processor, model.config
+        data_args,
+        tokenizer,
+        conv_templates[model_args.version],
+        model.get_vision_tower().image_processor,
+        model.config,
     )
     trainer = LlavaTrainer(
         model=model,
+        tokenizer_folder=folder,
         args=args,
         train_dataset=dataset,
-        data_collator=Collator(tokenizer.pad_token_id or 0, args.model_max_length),
-        processing_class=tokenizer,
+        data_collator=Collator(
+            tokenizer.pad_token_id or 0, model.config.tokenizer_model_max_length
+        ),
     )
-    checkpoints = list(Path(args.output_dir).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=bool(checkpoints))
+    if len(trainer.get_train_dataloader()) == 0:
+        raise UserInputError(
+            f"the {len(dataset)} samples do not fill a batch; give more, or a smaller batch, "
+            "or leave out --dataloader_drop_last"
+        )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_state()
-    model.config.use_cache = True
     trainer.save_model(args.output_dir)
+    if model_args.tune_mm_mlp_adapter and trainer.is_world_process_zero():
+        save_projector(model, Path(args.output_dir) / "mm_projector.bin")
+
+
+def save_projector(model: LlavaCausalLM, file: Path) -> None:
+    """Write the projector alone, as ``--pretrain_mm_mlp_adapter`` reads it."""
+    state = model.get_model().mm_projector.state_dict()
+    torch.save({f"model.mm_projector.{name}": value.cpu() for name, value in state.items()}, file)
+
+
+def _check_generation(model: LlavaCausalLM) -> None:
+    """Refuse a generation_config.json that could not be saved after the training."""
+    if model.generation_config is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            raise UserInputError(
+                f"the model's generation_config.json cannot be saved again: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+
+
+def main() -> None:
+    """Run ``train``; what the user can put right is one line and exit code 2."""
+    try:
+        train()
+    except MENDABLE as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    try:
-        train()
-    except UserInputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

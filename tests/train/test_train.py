@@ -4,59 +4,25 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPVisionConfig
 
-from llava.conversation import conv_templates
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import ModelArguments
-from llava.train.conversations import tokenize_turns
-from llava.train.data import Collator, spliced_turns
-from llava.train.init_tiny import init_language_model
 from llava.train.package import package
 from llava.train.patch_labels import CLASSES, IGNORE, patch_labels
 from llava.train.tower import DenseTower, SceneDataset, loss_of
-from llava.train.train import build_model, side_by_side
-from llava.train.world_data import write_conversations, write_features
+from llava.train.train import build_model
+from llava.train.world_data import write_conversations
 from llava.world import render, scene
 
-SCENES = 4
 
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random tower, an untrained language model, and data of four scenes."""
-    folder = tmp_path_factory.mktemp("work")
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        image_size=336,
-        patch_size=14,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    CLIPVisionModel(config).save_pretrained(folder / "tower")
-    CLIPImageProcessorPil(
-        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
-    ).save_pretrained(folder / "tower")
-    init_language_model(folder / "init", "tiny", seed=0)
-    (folder / "data").mkdir()
-    write_conversations(folder / "data/data.json", "train", SCENES, 2, turns=12, lists=True)
-    write_features(folder / "data", str(folder / "tower"), "train", SCENES, workers=0)
-    for index in range(SCENES):
-        target = folder / "images" / f"train/{index:06d}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        render(f"train/{index:06d}").save(target)
-    return folder
-
-
-def run_train(work: Path, output: str, steps: int, *extra: str) -> subprocess.CompletedProcess:
+def run_command(work: Path, output: str, steps: int, *extra: str) -> subprocess.CompletedProcess:
     command = f"""-m llava.train.train --model_name_or_path {work}/init --version v1
         --vision_tower {work}/tower --data_path {work}/data/data.json --output_dir {work}/{output}
         --max_steps {steps} --per_device_train_batch_size 2 --learning_rate 1e-3 --save_steps 2
@@ -68,7 +34,7 @@ def run_train(work: Path, output: str, steps: int, *extra: str) -> subprocess.Co
 
 @pytest.fixture(scope="module")
 def trained(work: Path) -> Path:
-    done = run_train(work, "model", 4, "--feature_file", f"{work}/data/features.npy")
+    done = run_command(work, "model", 4, "--feature_file", f"{work}/data/features.npy")
     assert done.returncode == 0, done.stderr[-2000:]
     return work / "model"
 
@@ -79,16 +45,12 @@ def test_training_lowers_the_loss_and_moves_the_projector(work: Path, trained: P
     assert losses[-1] < losses[0]
 
 
-def test_pixels_and_cached_features_train_alike(work: Path, trained: Path) -> None:
-    done = run_train(work, "pixels", 1, "--image_folder", f"{work}/images")
-    assert done.returncode == 0, done.stderr[-2000:]
-
-    def first_loss(folder: Path) -> float:
-        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        return next(entry["loss"] for entry in log if "loss" in entry)
-
+def test_pixels_and_cached_features_train_alike(trained: Path, run_train: Callable) -> None:
+    done = run_train(None)
+    assert done.code == 0, done.errors
+    log = json.loads((trained / "trainer_state.json").read_text())["log_history"]
     # cached features are float16
-    assert first_loss(work / "pixels") == pytest.approx(first_loss(trained), abs=2e-3)
+    assert done.losses[0] == pytest.approx(log[0]["loss"], abs=2e-3)
 
 
 def test_one_conversation_of_questions_in_25_shows_no_image(tmp_path: Path) -> None:
@@ -103,44 +65,33 @@ def test_one_conversation_of_questions_in_25_shows_no_image(tmp_path: Path) -> N
         assert marks == ["image" in sample] + [False] * (len(openings) - 1)
 
 
-def test_a_killed_run_continues(work: Path, trained: Path) -> None:
-    features = ("--feature_file", f"{work}/data/features.npy")
-    assert run_train(work, "again", 2, *features).returncode == 0
-    assert run_train(work, "again", 4, *features).returncode == 0
-    state = json.loads((work / "again" / "trainer_state.json").read_text())
+def test_a_killed_run_continues(work: Path, run_train: Callable) -> None:
+    words = ("--feature_file", f"{work}/data/features.npy", "--save_strategy", "steps")
+    assert run_train(None, *words, "--save_steps", "2", "--max_steps", "2").code == 0
+    done = run_train(None, *words, "--save_steps", "2", "--max_steps", "4")
+    assert done.code == 0, done.errors
+    state = json.loads((done.folder / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     assert [e["step"] for e in state["log_history"] if "loss" in e] == [1, 2, 3, 4]
 
 
-def test_turns_side_by_side_do_not_see_one_another(work: Path) -> None:
-    """A question's logits are those of the prompt that asks it alone, at the same positions."""
-    torch.manual_seed(0)
-    model = build_model(
-        ModelArguments(str(work / "init"), vision_tower=str(work / "tower")), torch.float32
-    ).eval()
-    sample = json.loads((work / "data" / "data.json").read_text())[0]
-    tokenizer = AutoTokenizer.from_pretrained(work / "init")
-    ids, labels, turns = tokenize_turns(sample, conv_templates["v1"], tokenizer)
-    image = torch.from_numpy(np.load(work / "data" / "features.npy")[0]).float()
-    batch = Collator(0, 2048)(
-        [{"input_ids": ids, "labels": labels, "turns": turns, "image": image}]
-    )
-    with torch.no_grad():
-        inputs = side_by_side(model, batch, batch["turns"])
-        together = model(**inputs).logits[0]
-        spliced = spliced_turns(turns[None], ids[None], len(image), len(together))[0]
-        for number in range(1, int(turns.max()) + 1):
-            kept = ((spliced == 0) | (spliced == number)).nonzero()[:, 0]
-            alone = model(
-                inputs_embeds=inputs["inputs_embeds"][:, kept], position_ids=kept[None]
-            ).logits[0]
-            assert torch.allclose(together[kept], alone, atol=1e-4)
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--version", "v9"), "unknown template"),
+        (("--data_path", "missing.json"), "cannot read --data_path"),
+        (("--parallel_turns", "2"), "--parallel_turns is 2.0"),
+    ],
+)
+def test_bad_input_is_one_line(extra: tuple[str, ...], message: str, run_train: Callable) -> None:
+    assert message in run_train(None, *extra).refused()
 
 
-def test_a_share_of_the_samples_trains_side_by_side(work: Path) -> None:
-    features = ("--feature_file", f"{work}/data/features.npy")
-    done = run_train(work, "parallel", 2, *features, "--parallel_turns", "0.5")
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_command_ends_with_one_line_and_2(work: Path) -> None:
+    done = run_command(work, "bad", 1)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: the samples name images; give --image")
+    assert "Traceback" not in done.stderr
 
 
 def test_the_package_loads_and_answers_like_the_trained_model(work: Path, trained: Path) -> None:
@@ -153,22 +104,6 @@ def test_the_package_loads_and_answers_like_the_trained_model(work: Path, traine
     cached = np.load(work / "data" / "features.npy")[0]
     assert torch.allclose(features[0], torch.from_numpy(cached).float(), atol=2e-2)
     assert tokenizer.bos_token_id == model.config.bos_token_id
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (("--version", "v9"), "unknown template"),
-        (("--data_path", "missing.json"), "cannot read --data_path"),
-        ((), "give --image_folder or --feature_file"),
-        (("--parallel_turns", "2"), "--parallel_turns is 2.0"),
-    ],
-)
-def test_bad_input_is_one_line(work: Path, extra: tuple[str, ...], message: str) -> None:
-    done = run_train(work, "bad", 1, *extra)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_patch_labels_name_what_is_drawn() -> None:

@@ -1,0 +1,154 @@
+"""A Trainer for batches of text and images, whose saved models keep what was not trained."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import extract_model_from_parallel as unwrap_model
+from torch import Tensor, nn
+from transformers.trainer_callback import ProgressCallback
+
+from llava.constants import IGNORE_INDEX
+from llava.model.llava_arch import padding_side
+from llava.train.data import turn_mask
+from llava.utils import UserInputError
+
+_TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+class LlavaTrainer(transformers.Trainer):
+    """A Trainer whose optimizer may give the projector a learning rate of its own.
+
+    Args:
+        model: a LLaVA.
+        tokenizer_folder: where its tokenizer was read. The files are copied beside every model that
+            is saved: writing the tokenizer anew would lose settings of it.
+        **kwargs: as transformers' Trainer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer_folder: Path, **kwargs: Any) -> None:
+        self._tokenizer_folder, self._use_cache = tokenizer_folder, model.config.use_cache
+        super().__init__(model=model, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # An error is reported on a line of its own, not behind the progress bar.
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.close()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.args.mm_projector_lr is not None:
+            groups = self._groups()
+            cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(groups, **settings)
+        return super().create_optimizer() if self.optimizer is None else self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """Batches for one step; raises here what the loader's workers found wrong."""
+        return super().get_batch_samples(_without_errors(epoch_iterator), *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+        """The model's loss on the merged batch.
+
+        Raises:
+            UserInputError: a sample of which the length limit leaves no answer.
+        """
+        merged = merge(model, inputs)
+        unlearnt = (merged["labels"] == IGNORE_INDEX).all(dim=1)
+        if bool(unlearnt.any()):
+            name = inputs["names"][int(unlearnt.nonzero()[0])]
+            limit = unwrap_model(model).config.tokenizer_model_max_length
+            raise UserInputError(
+                f"{name}: its first answer begins behind the length limit of {limit} tokens, so "
+                "nothing of it would be learnt; give a larger --model_max_length, or shorten or "
+                "remove the sample"
+            )
+        return super().compute_loss(model, merged, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        config, running = self.model.config, self.model.config.use_cache
+        config.use_cache = self._use_cache  # the Trainer has its own while it runs
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.use_cache = running
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save and folder.resolve() != self._tokenizer_folder.resolve():
+            for name in _TOKENIZER_FILES:
+                if (self._tokenizer_folder / name).is_file():
+                    shutil.copyfile(self._tokenizer_folder / name, folder / name)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Decayed or not x projector or not; the projector's groups have their own rate."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                key = ("mm_projector" in name, name in decayed)
+                groups.setdefault(key, []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "weight_decay": self.args.weight_decay if decay else 0.0,
+                **({"lr": self.args.mm_projector_lr} if projector else {}),
+            }
+            for (projector, decay), parameters in groups.items()
+        ]
+
+
+def merge(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of ``Collator`` as the language model takes it: images in their places in the text.
+
+    Args:
+        model: a LLaVA, perhaps wrapped.
+        batch: ``input_ids``, ``labels``, ``turns`` and ``attention_mask`` ``[B, L]``; ``images``
+            and ``image_sizes`` where a row has an image mark.
+
+    Returns:
+        Keyword arguments of the model, with ``labels`` of the merged length.
+    """
+    ids, labels, turns = batch["input_ids"], batch["labels"], batch["turns"]
+    if batch.get("images") is None:
+        # Attention is causal and padding stands on the right, where no token can see it.
+        return {"input_ids": ids, "labels": labels}
+    # In the place of labels goes where every token stood, so that the splice itself says which
+    # token came from where: images of any length, and cuts, need no arithmetic here.
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    with padding_side("right"):
+        parts = unwrap_model(model).prepare_inputs_labels_for_multimodal(
+            ids, None, batch["attention_mask"], None, places, batch["images"], batch["image_sizes"]
+        )
+    _, positions, _, _, embeds, places = parts
+    # Image marks belong to turn 0.
+    turns = _at(turns, places, 0)
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": turn_mask(turns, embeds.dtype) if bool(turns.any()) else None,
+        "position_ids": positions,
+        "labels": _at(labels, places, IGNORE_INDEX),
+    }
+
+
+def _at(values: Tensor, places: Tensor, fill: int) -> Tensor:
+    """``values`` ``[B, L]`` at ``places`` ``[B, L']``; ``fill`` where no token of the text is."""
+    of_text = places != IGNORE_INDEX
+    return torch.where(of_text, values.gather(1, places.clamp(min=0)), fill)
+
+
+def _without_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if "error" in batch:
+            raise batch["error"]
+        yield batch

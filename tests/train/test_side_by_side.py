@@ -1,0 +1,158 @@
+"""Turns that stand side by side are what each would be alone, however long images become."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.mm_utils import process_images
+from llava.model.builder import load_tokenizer
+from llava.train.arguments import ModelArguments
+from llava.train.conversations import tokenize_sample, tokenize_turns
+from llava.train.data import Collator
+from llava.train.samples import Sample
+from llava.train.train import build_model
+from llava.train.trainer import merge
+
+TEXTS = ("What color?", "red", "How many stars?", "two", "Where is it?", "upper left")
+NARROW, WIDE, SMALL = (30, 90), (64, 32), (40, 40)
+# A tile has 16 patches.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "all patches": {"image_aspect_ratio": "pad"},
+    "pruned": {"mm_token_pruning": {"method": "divprune", "keep_tokens": 5}},
+    "pruned, original positions": {
+        "mm_token_pruning": {"method": "divprune", "keep_tokens": 5, "positions": "original"}
+    },
+    "merged": {"mm_token_pruning": {"method": "pool", "keep_tokens": 4}},
+    "tiles": {"image_aspect_ratio": "anyres"},
+    "pruned tiles": {
+        "image_aspect_ratio": "anyres",
+        "mm_token_pruning": {"method": "divprune", "keep_ratio": 0.2},
+    },
+    "padded on the left elsewhere": {"tokenizer_padding_side": "left"},
+}
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tower")
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        image_size=56,
+        patch_size=14,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(work: Path, tower: Path) -> Any:
+    torch.manual_seed(0)
+    args = ModelArguments(
+        str(work / "init"), vision_tower=str(tower), mm_patch_merge_type="spatial_unpad"
+    )
+    return build_model(args, torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(work: Path) -> Any:
+    return load_tokenizer(work / "init")
+
+
+def item(model: Any, tokenizer: Any, texts: tuple[str, ...], *sizes: tuple[int, int]) -> dict:
+    """What the dataset would give for a sample about random pictures of these sizes."""
+    marks = "<image>\n" * len(sizes)
+    sample = Sample("x", (marks + texts[0], *texts[1:]), ("a",) * len(sizes))
+    tokenize = tokenize_turns if sizes else tokenize_sample
+    ids, labels, turns = tokenize(sample, conv_templates["v1"], tokenizer)
+    noise = torch.Generator().manual_seed(0)
+    images = [
+        Image.frombytes("RGB", (w, h), bytes(torch.randint(256, (w * h * 3,), generator=noise)))
+        for w, h in sizes
+    ]
+    processor = model.get_vision_tower().image_processor
+    found = {"name": "x", "input_ids": ids, "labels": labels, "turns": turns}
+    if images:
+        pixels = [process_images([image], processor, model.config)[0] for image in images]
+        found |= {"image": pixels, "image_sizes": list(sizes)}
+    return found
+
+
+@pytest.mark.parametrize("limit", [4096, 90], ids=["whole", "cut"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@torch.no_grad()
+def test_a_turn_sees_the_images_and_itself(
+    settings: dict[str, Any], limit: int, model: Any, tokenizer: Any
+) -> None:
+    """In a batch of rows with two images, one, and none, each turn is what it is alone."""
+    model.config.update(settings)
+    items = [
+        item(model, tokenizer, TEXTS, NARROW, SMALL),
+        item(model, tokenizer, TEXTS[2:4], WIDE),
+        item(model, tokenizer, TEXTS[:2]),
+    ]
+    collate = Collator(tokenizer.pad_token_id, 4096)
+    lengths = [int(merge(model, collate([one]))["labels"].shape[1]) for one in items]
+    model.config.tokenizer_model_max_length = limit
+    merged = merge(model, collate(items))
+    longest = merged["labels"].shape[1]
+    assert longest == min(limit, max(lengths))
+    together = model(**merged).logits
+    for row, (one, length) in enumerate(zip(items, lengths, strict=True)):
+        marks = (one["input_ids"] == IMAGE_TOKEN_INDEX).nonzero()
+        text = len(one["input_ids"]) - (int(marks[-1]) + 1 if len(marks) else 0)
+        turns = torch.zeros(length, dtype=torch.long)
+        labels = torch.full((length,), IGNORE_INDEX)
+        turns[length - text :], labels[length - text :] = (
+            one[key][len(one["input_ids"]) - text :] for key in ("turns", "labels")
+        )
+        turns, labels = turns[:longest], labels[:longest]
+        assert merged["labels"][row, : len(labels)].tolist() == labels.tolist()
+        assert (merged["labels"][row, len(labels) :] == IGNORE_INDEX).all()
+        given = merged["position_ids"]
+        places = torch.arange(longest) if given is None else given[row]
+        for number in range(1, int(turns.max()) + 1):
+            kept = ((turns == 0) | (turns == number)).nonzero()[:, 0]
+            alone = model(
+                inputs_embeds=merged["inputs_embeds"][row, kept][None],
+                position_ids=places[kept][None],
+            ).logits[0]
+            assert torch.allclose(together[row, kept], alone, atol=1e-4)
+
+
+def test_a_row_is_merged_alike_whatever_stands_beside_it(model: Any, tokenizer: Any) -> None:
+    """Padding takes no room from images that are pruned to fit the length limit."""
+    model.config.update(
+        {
+            "tokenizer_model_max_length": 60,
+            "mm_token_pruning": {"method": "divprune", "keep_tokens": 15},
+        }
+    )
+    shown = item(model, tokenizer, TEXTS[:2], SMALL)
+    long = item(model, tokenizer, TEXTS)
+    collate = Collator(tokenizer.pad_token_id, 60)
+    alone, beside = merge(model, collate([shown])), merge(model, collate([shown, long]))
+    length = alone["labels"].shape[1]
+    assert torch.equal(beside["inputs_embeds"][0, :length], alone["inputs_embeds"][0])
+    assert torch.equal(beside["labels"][0, :length], alone["labels"][0])
+
+
+def test_an_image_whose_mark_is_cut_off_is_not_shown(model: Any, tokenizer: Any) -> None:
+    two = item(model, tokenizer, TEXTS[:2], NARROW, WIDE)
+    first = int((two["input_ids"] == IMAGE_TOKEN_INDEX).nonzero()[0])
+    batch = Collator(tokenizer.pad_token_id, first + 1)([two, item(model, tokenizer, TEXTS[:2])])
+    assert len(batch["images"]) == 1 and batch["image_sizes"] == [NARROW]
+    assert merge(model, batch)["labels"].shape[1] > first + 1
