@@ -19,11 +19,13 @@ from llava.model.checkpoint import (
     TOWER_INNER,
     TOWER_PREFIX,
     check_loading,
-    checkpoint_keys,
+    check_shapes,
+    checkpoint_weights,
     local_checkpoint,
     name_in_memory,
     read_config,
 )
+from llava.model.config_values import build_config, choose_dtype
 from llava.model.hugging_face import native_form
 from llava.model.inputs import check_images, check_prompt
 from llava.model.instruction import asking
@@ -94,19 +96,24 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
                 match the config.
         """
         folder = local_checkpoint(str(pretrained_model_name_or_path), kwargs.get("revision"))
-        keys = checkpoint_keys(folder)
+        weights = {name_in_memory(k): v for k, v in checkpoint_weights(folder).items()}
         if config is None:
-            config, kwargs = cls.config_class.from_dict(
-                native_config(folder, cls), return_unused_kwargs=True, **kwargs
-            )
+            config, kwargs = native_config(folder, cls, **kwargs)
+        torch_dtype = kwargs.pop("torch_dtype", None)  # its older name
+        asked = kwargs.pop("dtype", None) or torch_dtype
+        kwargs["dtype"] = choose_dtype(asked, config, (v.dtype for v in weights.values()))
+        config.name_or_path = str(folder)  # a relative name of a tower refers to it
         tower_config = None
         name = getattr(config, "mm_vision_tower", None)
-        names = [name_in_memory(key) for key in keys]
-        held = {key.removeprefix(TOWER_PREFIX) for key in names if key.startswith(TOWER_PREFIX)}
+        held = {k.removeprefix(TOWER_PREFIX) for k in weights if k.startswith(TOWER_PREFIX)}
         if name and held:
             source = resolve_vision_tower(name, str(folder))
             tower_config = read_tower_config(source, name, held)
         with tower_from_checkpoint(tower_config):
+            if getattr(config, "quantization_config", None) is None:  # else weights are packed
+                with torch.device("meta"):
+                    skeleton = cls(config)
+                check_shapes(skeleton, weights, folder, supplied)
             model, info = super().from_pretrained(
                 str(folder),
                 *model_args,
@@ -301,18 +308,30 @@ class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
         self.post_init()
 
 
-def native_config(folder: Path, model_class: type[LlavaCausalLM]) -> dict[str, Any]:
-    """``config.json`` of a folder that ``model_class`` can hold, with the type corrected.
+def native_config(
+    folder: Path, model_class: type[LlavaCausalLM], **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The config of a folder that ``model_class`` can hold, with the type corrected.
 
     Released checkpoints call their type ``llava``, which transformers takes for its own class, so
     the architecture decides and the type is corrected.
 
+    Args:
+        folder: of the checkpoint.
+        model_class: the LLaVA that it is to be.
+        **kwargs: attributes that override those of the file, and other arguments.
+
+    Returns:
+        The config, and the keyword arguments that are no attributes of it.
+
     Raises:
-        UserInputError: another architecture, or settings of a later LLaVA.
+        UserInputError: another architecture, settings of a later LLaVA, values that no model has.
     """
     raw = native_form(read_config(folder), str(folder))
     check_architecture(raw, str(folder), model_class)
-    return {**raw, "model_type": model_class.config_class.model_type}
+    config_class = model_class.config_class
+    raw = {**raw, "model_type": config_class.model_type}
+    return build_config(config_class, raw, f"in {str(folder / 'config.json')!r}", **kwargs)
 
 
 def describes(config: Mapping[str, Any], model_class: type[LlavaCausalLM]) -> bool:
