@@ -5,6 +5,8 @@ after that and does not fit is refused with the name of the key, the file and wh
 """
 
 import math
+import numbers
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -69,10 +71,11 @@ def whole(low: int, high: int | None = None) -> Rule:
     """A whole number within bounds."""
 
     def read(value: Any) -> int:
-        number = value if type(value) is int else None
-        if isinstance(value, float) and value.is_integer():
-            number = int(value)
-        if number is None or number < low or (high is not None and number > high):
+        if isinstance(value, bool):
+            raise TypeError
+        fraction = isinstance(value, float) and value.is_integer()
+        number = int(value) if fraction else operator.index(value)
+        if number < low or (high is not None and number > high):
             raise ValueError
         return number
 
@@ -84,7 +87,7 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
     """A finite number from `low` to `high`; `above` excludes `low` itself."""
 
     def read(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError
         value = float(value)
         if not math.isfinite(value) or not low <= value <= high or (above and value == low):
@@ -95,11 +98,13 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
     return Rule(f"a number {bounds}" + (f" and at most {high:g}" if high < math.inf else ""), read)
 
 
-def list_of(rule: Rule, length: int | None = None) -> Rule:
-    """A list of values that `rule` reads, not empty."""
+def list_of(rule: Rule, length: int | None = None, empty: bool = False) -> Rule:
+    """A list of values that `rule` reads; `empty` allows one without values."""
 
     def read(value: Any) -> list[Any]:
-        if not isinstance(value, list | tuple) or not value or length not in (None, len(value)):
+        if not isinstance(value, list | tuple) or length not in (None, len(value)):
+            raise TypeError
+        if not value and not empty:
             raise ValueError
         return [rule.read(entry) for entry in value]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from llava.model.finite import check_weights
 from llava.utils import UserInputError
-from llava.value_rules import TEXT, list_of, read_values
+from llava.value_rules import TEXT, list_of, one_line, read_values
 
 # LLaVA's files nest the CLIP model twice and keep an inner level that CLIPVisionModel has lost.
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -247,6 +247,20 @@ def _readable(file: Path) -> Iterator[None]:
         raise UserInputError(
             f"the weight file {str(file)!r} is no plain weight file ({type(error).__name__}); "
             "use a safetensors file or a .bin file that holds tensors only"
+        ) from error
+
+
+@contextmanager
+def loading_errors(folder: Path) -> Iterator[None]:
+    """Turn what transformers says of arguments and settings it cannot use into one clear error."""
+    try:
+        yield
+    except UserInputError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        raise UserInputError(
+            f"{str(folder)!r} cannot be loaded ({one_line(error)}); correct its config.json, or "
+            "the arguments it is loaded with"
         ) from error
 
 

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -22,7 +21,6 @@ from llava.utils import UserInputError
 from llava.value_rules import (
     FLAG,
     TEXT,
-
     list_of,
     number,
     one_line,
@@ -34,6 +32,8 @@ from llava.value_rules import (
 )
 
 logger = logging.getLogger(__name__)
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Far above every model; a model of more layers would not be built in reasonable time.
@@ -49,9 +49,9 @@ _MODEL_RULES = {
     **dict.fromkeys(("image_size", "patch_size"), whole(1, 2**14)),
     "num_hidden_layers": whole(1, _MAX_LAYERS),
     "num_channels": whole(3, 3),
-    "rms_norm_eps": number(0),
-    "layer_norm_eps": number(0),
-    "rope_theta": _SCALE,
+    "rms_norm_eps": number(0, 1e-3),
+    "layer_norm_eps": number(0, 1e-3),
+    "rope_theta": number(1, above=True),
     "hidden_act": one_of(tuple(ACT2FN)),
 }
 _LLAVA_RULES = {
@@ -69,13 +69,18 @@ _LLAVA_DEFAULTS = (
     *("mm_hidden_size", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"),
     *("mm_patch_merge_type", "mm_next_protocol", "tokenizer_padding_side", "max_sequence_length"),
 )
-# What the program that saved a checkpoint was told about its own machine and call.
-_OF_A_RUN = (
+# What the program that saved a checkpoint was told about its own machine and call, and settings of
+# answers (see generation_settings).
+_OF_A_RUN = {
     *("attn_implementation", "_attn_implementation", "return_dict", "use_return_dict"),
     *("output_attentions", "output_hidden_states", "torchscript"),
-)
+    *(set(GenerationConfig().to_dict()) - {"transformers_version", "use_cache", *TOKENS}),
+}
+# What caches read of every model's config, though only some models have such layers.
+_OF_SOME = {"sliding_window", "use_sliding_window", "attention_chunk_size", "layer_types"}
 _ROPE_RULES = {
-    **dict.fromkeys(("rope_theta", "factor", "original_max_position_embeddings"), _SCALE),
+    "rope_theta": number(1, above=True),
+    **dict.fromkeys(("factor", "original_max_position_embeddings"), number(1)),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor", "attention_factor"), _SCALE),
     **dict.fromkeys(("beta_fast", "beta_slow"), _SCALE),
     **dict.fromkeys(("short_factor", "long_factor"), list_of(_SCALE)),
@@ -105,20 +110,20 @@ def build_config(
     try:
         config, rest = cls.from_dict(values, return_unused_kwargs=True, **kwargs)
         config.validate()
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _check_heads(config, place)
+        if getattr(config, "rope_parameters", None):
+            _check_rope(config, place)
+    except UserInputError:
+        raise
+    except Exception as error:  # validators of transformers share no base class
         raise UserInputError(
             f"the settings {place} cannot be used ({one_line(error)}); correct them, or download "
             "the file again"
         ) from error
-    _check_heads(config, place)
-    if getattr(config, "rope_parameters", None):
-        _check_rope(config, place)
     return config, {**rest, **asked}
 
 
-def clean_values(
-    cls: type[PretrainedConfig], raw: Mapping[str, Any], place: str
-) -> dict[str, Any]:
+def clean_values(cls: type[PretrainedConfig], raw: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A copy of `raw` whose values are of the types that `cls` takes.
 
     null is taken out where `cls` has a default instead, and tokens that no vocabulary holds are no
@@ -127,23 +132,32 @@ def clean_values(
     Raises:
         UserInputError: a value that cannot be used.
     """
-    values = {k: copy.deepcopy(v) for k, v in raw.items() if k not in _OF_A_RUN}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {k: copy.deepcopy(v) for k, v in raw.items() if _has_part(k, cls, k in fields)}
     for name in _LLAVA_DEFAULTS:
         if values.get(name, ...) is None:
             del values[name]
     values = read_values(values, {**_MODEL_RULES, **_LLAVA_RULES}, place, _OR_REMOVE)
+    for name in ("image_size", "patch_size"):
+        if values.get(name, ...) is None:
+            del values[name]
     longest = values.get("max_position_embeddings")
     if type(longest) is int and longest < 1:  # as others write "no limit"
         del values["max_position_embeddings"]
-    for field in dataclasses.fields(cls):
-        if field.name in values:
-            _fit_type(values, field.name, _kinds(field.type), place)
+    for name in fields.keys() & values.keys():
+        _fit_type(values, name, _kinds(fields[name].type), place)
     for name in ("dtype", "torch_dtype"):
         if name in values and as_dtype(values[name]) is None:
             del values[name]
     _clean_rope(values, place)
     _clean_tokens(values, getattr(cls, "vocab_size", None), place)
     return values
+
+
+def _has_part(name: str, cls: type[PretrainedConfig], is_field: bool) -> bool:
+    """Whether a key can say something about a model of the class, field of it or not."""
+    inner = callable(getattr(cls, name, None)) or name.startswith("base_model_")
+    return name not in _OF_A_RUN and (is_field or not (inner or name in _OF_SOME))
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
@@ -191,7 +205,7 @@ def _clean_tokens(values: dict[str, Any], default_vocabulary: int | None, place:
     vocabulary = values.get("vocab_size") or default_vocabulary
     if vocabulary is None:
         return
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in TOKENS:
         if name in values:
             values[name] = known_tokens(name, values[name], vocabulary, place)
 
@@ -200,9 +214,9 @@ def known_tokens(name: str, value: Any, vocabulary: int, place: str) -> Any:
     """A token id, or a list of them, without those that are not in the vocabulary; None for none.
 
     Raises:
-        UserInputError: no id; only the end of an answer can be a list of them.
+        UserInputError: no id; only ends of an answer can be a list of them.
     """
-    several = isinstance(value, list | tuple) and name == "eos_token_id"
+    several = isinstance(value, list | tuple) and "eos" in name
     rule = whole(-(2**63), 2**63 - 1)
     try:
         ids = [] if value is None else [rule.read(i) for i in (value if several else [value])]

@@ -21,11 +21,13 @@ from llava.model.checkpoint import (
     check_loading,
     check_shapes,
     checkpoint_weights,
+    loading_errors,
     local_checkpoint,
     name_in_memory,
     read_config,
 )
 from llava.model.config_values import build_config, choose_dtype
+from llava.model.generation_settings import check_length, check_settings, read_generation_config
 from llava.model.hugging_face import native_form
 from llava.model.inputs import check_images, check_prompt
 from llava.model.instruction import asking
@@ -44,6 +46,7 @@ from llava.model.multimodal_encoder.builder import (
 from llava.model.one_by_one import generate_rows
 from llava.model.tiles import Images
 from llava.utils import UserInputError
+from llava.value_rules import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -102,29 +105,30 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         torch_dtype = kwargs.pop("torch_dtype", None)  # its older name
         asked = kwargs.pop("dtype", None) or torch_dtype
         kwargs["dtype"] = choose_dtype(asked, config, (v.dtype for v in weights.values()))
+        answers = kwargs.pop("generation_config", None)
+        if answers is None:
+            raw = native_form(read_config(folder), str(folder))
+            answers = read_generation_config(folder, config, raw)
         config.name_or_path = str(folder)  # a relative name of a tower refers to it
-        tower_config = None
-        name = getattr(config, "mm_vision_tower", None)
-        held = {k.removeprefix(TOWER_PREFIX) for k in weights if k.startswith(TOWER_PREFIX)}
-        if name and held:
-            source = resolve_vision_tower(name, str(folder))
-            tower_config = read_tower_config(source, name, held)
-        with tower_from_checkpoint(tower_config):
+        tower_config = _held_tower(config, weights, folder)
+        with tower_from_checkpoint(tower_config), loading_errors(folder):
             if getattr(config, "quantization_config", None) is None:  # else weights are packed
                 with torch.device("meta"):
-                    skeleton = cls(config)
-                check_shapes(skeleton, weights, folder, supplied)
+                    check_shapes(cls(config), weights, folder, supplied)
             model, info = super().from_pretrained(
                 str(folder),
                 *model_args,
                 config=config,
+                generation_config=answers,
                 key_mapping=KEY_MAPPING,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **kwargs,
             )
         check_loading(info, folder, supplied)
+        model.generation_config = answers  # transformers made a copy, which it would not save
         if tower_config is not None:
+            name = config.mm_vision_tower
             logger.info("the vision tower's weights come from %s, not from %r", folder, name)
         return (model, info) if output_loading_info else model
 
@@ -250,7 +254,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         Raises:
             NotImplementedError: ``inputs_embeds`` was given.
             UserInputError: no prompt, ids, masks or images of the wrong kind, or images that do not
-                match the marks.
+                match the marks; settings that cannot be used, or a ``max_length``, which counts the
+                prompt and its images too, that leaves no room for an answer.
         """
         if "inputs_embeds" in kwargs:
             raise NotImplementedError("`inputs_embeds` is not supported; pass ids and images")
@@ -259,6 +264,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         attention_mask = kwargs.pop("attention_mask", None)
         check_prompt(input_ids, attention_mask, self.get_input_embeddings().num_embeddings)
         check_images(images)
+        kwargs = check_settings(self, kwargs)
         if strict and len(input_ids) > 1:
             kwargs["position_ids"] = position_ids
             return generate_rows(
@@ -277,7 +283,15 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
                 )
         if positions is not None:
             kwargs["position_ids"] = positions
-        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        check_length(self, kwargs, embeds.shape[1])
+        try:
+            return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        except UserInputError:
+            raise
+        except (ValueError, ImportError) as error:  # unknown arguments, absent packages, ...
+            raise UserInputError(
+                f"generate cannot run with these arguments: {one_line(error)}"
+            ) from error
 
 
 class LlavaConfig(LlavaConfigMixin, LlamaConfig):
@@ -308,6 +322,15 @@ class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
         self.post_init()
 
 
+def _held_tower(config: Any, weights: Collection[str], folder: Path) -> Any:
+    """The config of the tower whose weights are among those of a checkpoint; None without any."""
+    name = getattr(config, "mm_vision_tower", None)
+    held = {k.removeprefix(TOWER_PREFIX) for k in weights if k.startswith(TOWER_PREFIX)}
+    if not name or not held:
+        return None
+    return read_tower_config(resolve_vision_tower(name, str(folder)), name, held)
+
+
 def native_config(
     folder: Path, model_class: type[LlavaCausalLM], **kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
@@ -330,7 +353,8 @@ def native_config(
     raw = native_form(read_config(folder), str(folder))
     check_architecture(raw, str(folder), model_class)
     config_class = model_class.config_class
-    raw = {**raw, "model_type": config_class.model_type}
+    raw = {k: v for k, v in raw.items() if k not in ("text_config", "vision_config")}
+    raw["model_type"] = config_class.model_type
     return build_config(config_class, raw, f"in {str(folder / 'config.json')!r}", **kwargs)
 
 

@@ -68,7 +68,7 @@ def make_processor(raw: Mapping[str, Any], cls: Any, side: int, place: str) -> A
     top = 1 if values.get("do_rescale", True) else 255
     colours = {
         "image_mean": list_of(number(0, top), length=3),
-        "image_std": list_of(number(0, top, above=True), length=3),
+        "image_std": list_of(number(1e-3, top), length=3),
     }
     values = read_values(values, colours, place, ", or remove it for the default")
     values["do_center_crop"] = crops = bool(
