@@ -62,7 +62,7 @@ def _check_squares(config: Any, processor: Any) -> None:
     shaped = processor.do_resize and "shortest_edge" in dict(processor.size)
     if aspect in (None, "square") and shaped and not processor.do_center_crop:
         raise UserInputError(
-            "do_center_crop in preprocessor_config.json is false, so pictures that are no squares "
-            "do not fit the vision tower; set it to true, give size as a height and a width, or set "
-            "image_aspect_ratio in config.json to 'pad'"
+            "do_center_crop in preprocessor_config.json is false, so pictures that are not square "
+            "do not fit the vision tower; set it to true, give size as a height and a width, or "
+            "set image_aspect_ratio in config.json to 'pad'"
         )

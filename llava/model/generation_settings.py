@@ -1,4 +1,4 @@
-"""Settings of `generate`: from generation_config.json and from arguments, read by the same rules."""
+"""Settings of `generate`, from generation_config.json and from arguments, by the same rules."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,6 @@ from llava.value_rules import (
     one_line,
     one_of,
     read_values,
-    shown,
     unfit,
     whole,
 )
@@ -61,6 +60,8 @@ RULES: dict[str, Rule] = {
     "guidance_scale": number(0),
     **dict.fromkeys(("prompt_lookup_num_tokens", "prefill_chunk_size"), _NOTHING),
 }
+# Settings for which None means "not given"; filters of draws are switched off by it.
+_UNSET = set(RULES) - {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"}
 
 
 def read_generation_config(folder: Path, config: Any, raw_config: Mapping[str, Any]) -> Any:
@@ -112,27 +113,29 @@ def check_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if config is not None and not isinstance(config, GenerationConfig):
         raise unfit("generation_config", config, "of generate", "give a GenerationConfig")
     for name in ("stopping_criteria", "logits_processor"):
-        given = arguments.get(name)
-        whole_list = isinstance(given, list | tuple) and all(map(callable, given))
-        if given is not None and not whole_list:
-            raise unfit(
-                name, given, "of generate", "give a list of them, such as [KeywordsStop...]"
-            )
-    read = read_values(arguments, RULES, "of generate")
+        several = arguments.get(name)
+        if several is not None and not _are_functions(several):
+            raise unfit(name, several, "of generate", "give a list of objects that can be called")
+    given = {k: v for k, v in arguments.items() if v is not None or k not in _UNSET}
+    read = read_values(given, RULES, "of generate")
     vocabulary = model.get_input_embeddings().num_embeddings
     for name in _TOKENS:
         if read.get(name) is not None:
             read[name] = known_tokens(name, read[name], vocabulary, "of generate")
     chosen = {name: effective(model, read, name) for name in RULES}
     read_values(chosen, RULES, "of generate")
-    beams, several = chosen["num_beams"] or 1, chosen["num_return_sequences"] or 1
+    beams, answers = chosen["num_beams"] or 1, chosen["num_return_sequences"] or 1
     if chosen["do_sample"]:
         if chosen["temperature"] == 0:
             raise unfit("temperature", 0, "of generate", "set do_sample=False for greedy answers")
-    elif several > beams:
-        remedy = f"without do_sample there is one for each beam, so give num_beams={several}"
-        raise unfit("num_return_sequences", several, "of generate", remedy)
+    elif answers > beams:
+        remedy = f"without do_sample there is one for each beam, so give num_beams={answers}"
+        raise unfit("num_return_sequences", answers, "of generate", remedy)
     return read
+
+
+def _are_functions(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(callable, value))
 
 
 def effective(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
@@ -155,10 +158,11 @@ def check_length(model: Any, arguments: Mapping[str, Any], prompt: int) -> None:
         UserInputError: names both lengths.
     """
     longest = effective(model, arguments, "max_length")
-    if effective(model, arguments, "max_new_tokens") is None and longest is not None:
-        if longest <= prompt:
-            raise UserInputError(
-                f"max_length={longest} counts the prompt too, which has {prompt} tokens with its "
-                f"images; give max_new_tokens={longest} for so many new tokens, or a max_length "
-                f"above {prompt}"
-            )
+    if longest is None or effective(model, arguments, "max_new_tokens") is not None:
+        return
+    if longest <= prompt:
+        raise UserInputError(
+            f"max_length={longest} counts the prompt too, which has {prompt} tokens with its "
+            f"images; give max_new_tokens={longest} for so many new tokens, or a max_length above "
+            f"{prompt}"
+        )

@@ -102,6 +102,8 @@ def _clean(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 "settings of a model); download it again"
             )
         kind = given.get("model_type")
+        if kind is None:
+            given = {key: value for key, value in given.items() if key != "model_type"}
         cls = kinds.get(kind if isinstance(kind, str) else next(iter(kinds)))
         if cls is not None:
             place = f"in {part} of config.json of {where!r}"
@@ -140,7 +142,7 @@ def _check(config: Mapping[str, Any], parsed: Any, where: str) -> None:
         f"projector_hidden_act is {parsed.projector_hidden_act!r}": (
             parsed.projector_hidden_act != "gelu"
         ),
-        "its projector has no bias": not config.get("multimodal_projector_bias", True),
+        "its projector has no bias": not parsed.multimodal_projector_bias,
     }
     found = [fault for fault, present in faults.items() if present]
     if found:

@@ -381,9 +381,9 @@ def check_architecture(
     if not describes(config, model_class):
         held = ", ".join(config.get("architectures") or ["an unnamed architecture"])
         raise UserInputError(
-            f"{where!r} holds {held} (type {config.get('model_type')!r}), not "
-            f"{model_class.__name__}; give a LLaVA with a Llama or Mistral language model, such as "
-            "liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf"
+            f"{where!r} holds {held} (type {config.get('model_type')!r}), as its config.json says, "
+            f"not {model_class.__name__}; give a LLaVA with a Llama or Mistral language model, "
+            "such as liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf"
         )
     aspect = str(config.get("image_aspect_ratio") or "")
     merge = str(config.get("mm_patch_merge_type") or "flat")

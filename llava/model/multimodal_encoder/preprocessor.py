@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from llava.utils import UserInputError
 from llava.value_rules import (
     FLAG,
     Rule,
@@ -13,7 +14,6 @@ from llava.value_rules import (
     unfit,
     whole,
 )
-from llava.utils import UserInputError
 
 # Larger pictures than this are refused before they are scaled up to it.
 _MAX_SIDE = 2**12
@@ -71,6 +71,9 @@ def make_processor(raw: Mapping[str, Any], cls: Any, side: int, place: str) -> A
         "image_std": list_of(number(1e-3, top), length=3),
     }
     values = read_values(values, colours, place, ", or remove it for the default")
+    if values.get("do_rescale") is False and values.get("do_normalize") is False:
+        remedy = "do_normalize is false too, so pixels would stay bytes; set one of the two to true"
+        raise unfit("do_rescale", False, place, remedy)
     values["do_center_crop"] = crops = bool(
         values.get("do_center_crop", getattr(cls, "do_center_crop", False))
     )

@@ -309,7 +309,8 @@ def read_vision_config(source: str, name: str) -> dict[str, Any]:
             "vision_config", inner, _place(CONFIG_FILE, name), "give the settings of a tower"
         )
     if kind in ("llava", "llava_next"):
-        return {"model_type": "clip_vision_model", **(inner or {})}
+        inner = inner or {}
+        return {**inner, "model_type": inner.get("model_type") or "clip_vision_model"}
     return {**(inner or raw), "model_type": kind}
 
 
