@@ -17,6 +17,7 @@ from transformers import StoppingCriteria
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.images import PictureError, decode_base64
 from llava.utils import UserInputError, user_path
+from llava.value_rules import list_of, shown, whole
 
 Size = tuple[int, int]
 
@@ -24,6 +25,9 @@ NEXT_PROTOCOLS = ("native", "fixed2880", "zoo-release")
 # (columns, rows) of tiles of the canvases in all released LLaVA-1.6 checkpoints, in their order.
 RELEASED_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
+
+# Sides in pixels.
+_CANVASES = list_of(list_of(whole(1, 2**14), length=2))
 
 # Of a padded picture, or one scaled until its shorter side fills a tile: 1 GB as RGB.
 MAX_ENLARGED_PIXELS = 320_000_000
@@ -106,15 +110,13 @@ def parse_pinpoints(grid_pinpoints: str | Sequence[Size]) -> list[Size]:
     try:
         if isinstance(given, str):
             given = ast.literal_eval(given)
-        canvases = [(int(width), int(height)) for width, height in given]
-    except (ValueError, TypeError, SyntaxError):
-        canvases = []
-    if not canvases or min(map(min, canvases)) < 1:
+        return [(width, height) for width, height in _CANVASES.read(given)]
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserInputError(
-            f"image_grid_pinpoints is {grid_pinpoints!r}; give canvases as [[width, height], ...], "
-            "such as [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]"
-        )
-    return canvases
+            f"image_grid_pinpoints is {shown(grid_pinpoints)}; give canvases as "
+            "[[width, height], ...], such as "
+            "[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]"
+        ) from error
 
 
 def next_protocol(model_cfg: Any) -> str:

@@ -73,9 +73,9 @@ def load_pretrained_model(
             ``"auto"`` mean the CPU.
         use_flash_attn: use flash attention 2 in the language model.
         pruning: settings that override those saved in the checkpoint; None keeps the saved ones.
-        **kwargs: for ``from_pretrained``, such as ``attn_implementation``; ``dtype`` is float16,
-            on the CPU float32, by default. Keys of the config override it, such as
-            ``mm_next_protocol``.
+        **kwargs: for ``from_pretrained``, such as ``attn_implementation``; ``dtype``, one of
+            torch's or its name, is float16, on the CPU float32, by default, and "auto" is the
+            checkpoint's own. Keys of the config override it, such as ``mm_next_protocol``.
 
     Returns:
         (tokenizer, model, image_processor, context_len). The tokenizer is None if the folder
@@ -90,7 +90,8 @@ def load_pretrained_model(
     # lmms-eval passes this to every loader.
     kwargs.pop("multimodal", None)
     placement, dtype = _placement(device, device_map)
-    kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or dtype)
+    torch_dtype = kwargs.pop("torch_dtype", None)  # its older name
+    kwargs["dtype"] = kwargs.pop("dtype", None) or torch_dtype or dtype
     if use_flash_attn:
         kwargs["attn_implementation"] = "flash_attention_2"
     _check_attention(kwargs.get("attn_implementation"))
@@ -142,9 +143,7 @@ def _load_model(
         model = cls.from_pretrained(base, **kwargs)
     else:
         native_config(base, cls)  # refuses a base of another kind
-        config, kwargs = cls.config_class.from_dict(
-            native_config(folder, cls), return_unused_kwargs=True, **kwargs
-        )
+        config, kwargs = native_config(folder, cls, **kwargs)
         model = cls.from_pretrained(base, config=config, supplied=set(part.weights), **kwargs)
     tower = model.get_vision_tower()
     if tower is not None:

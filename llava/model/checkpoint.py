@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from llava.model.finite import check_weights
 from llava.utils import UserInputError, user_path
+from llava.value_rules import TEXT, list_of, one_line, read_values
 
 # LLaVA's files nest the CLIP model twice and keep an inner level that CLIPVisionModel has lost.
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -35,6 +37,11 @@ KEY_MAPPING = {
 
 # Single-file and index names in the order transformers prefers them.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# How safetensors calls the precisions that models run in.
+_HEADER_TYPES = {
+    **{"F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F32": torch.float32, "F64": torch.float64},
+}
 # Buffers that old checkpoints stored and the model computes itself.
 _DERIVED_KEY = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
@@ -126,43 +133,64 @@ def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` as plain data: its ``model_type`` would mislead transformers' own reader.
 
     Raises:
-        UserInputError: the file is missing or no JSON object.
+        UserInputError: the file is missing or no JSON object, or does not say what it describes.
     """
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json_object(file)
     except FileNotFoundError:
         raise UserInputError(
             f"{str(folder)!r} holds no config.json; give the folder of a complete checkpoint"
         ) from None
-    except (OSError, ValueError) as error:
+    if isinstance(config.get("architectures"), str):
+        config["architectures"] = [config["architectures"]]
+    return read_values(
+        config,
+        {"model_type": TEXT, "architectures": list_of(TEXT)},
+        f"in {str(file)!r}",
+        ", or remove it; the other says what the model is",
+    )
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserInputError: it cannot be read, or holds no JSON object.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserInputError(
             f"{str(file)!r} cannot be read ({error}); download or save it again"
         ) from error
-    if not isinstance(config, dict):
+    if not isinstance(data, dict):
         raise UserInputError(f"{str(file)!r} holds no JSON object; download or save it again")
-    return config
+    return data
 
 
-def checkpoint_keys(folder: Path) -> set[str]:
-    """Names of all weights in a folder, read without loading them.
+def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Shapes and types of all weights in a folder by name: tensors on the meta device.
 
     Raises:
         UserInputError: no weights, a missing shard, or a file that is damaged.
     """
     for name in _WEIGHT_FILES:
         if (folder / name).is_file():
-            return _file_keys(folder / name)
+            return _file_weights(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _indexed_keys(index)
+            return _indexed_weights(index)
     raise UserInputError(
         f"{str(folder)!r} holds no weights (none of {', '.join(_WEIGHT_FILES)} nor their index "
         "files); give the folder of a complete checkpoint"
     )
 
 
-def _indexed_keys(index: Path) -> set[str]:
+def _indexed_weights(index: Path) -> dict[str, torch.Tensor]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -174,7 +202,7 @@ def _indexed_keys(index: Path) -> set[str]:
             f"{str(index)!r} is damaged (weight_map does not name files beside it); download or "
             "save the checkpoint again"
         )
-    present: set[str] = set()
+    present: dict[str, torch.Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         file = index.parent / shard
         if not file.is_file():
@@ -182,8 +210,8 @@ def _indexed_keys(index: Path) -> set[str]:
                 f"{index.name} names {shard!r}, which is missing in {str(index.parent)!r}; "
                 "download the checkpoint again"
             )
-        present |= _file_keys(file)
-    absent = sorted(set(weight_map) - present)
+        present |= _file_weights(file)
+    absent = sorted(set(weight_map) - set(present))
     if absent:
         raise UserInputError(
             f"{index.name} names {len(absent)} weights that no file holds, for example "
@@ -223,15 +251,22 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _file_keys(file: Path) -> set[str]:
+def _file_weights(file: Path) -> dict[str, torch.Tensor]:
     with _readable(file):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as handle:
-                return set(handle.keys())
+                return {name: _on_meta(handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
         # Mapped and on the meta device: only names and shapes are read. Files of old versions
         # of torch are no archives and cannot be mapped.
         mapped = zipfile.is_zipfile(file)
-        return set(torch.load(file, map_location="meta", weights_only=True, mmap=mapped))
+        weights = torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
+        return {name: value for name, value in weights.items() if torch.is_tensor(value)}
+
+
+def _on_meta(part: Any) -> torch.Tensor:
+    """A tensor of the shape and type that the header of a safetensors file gives."""
+    dtype = _HEADER_TYPES.get(part.get_dtype(), torch.uint8)
+    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 @contextmanager
@@ -251,6 +286,39 @@ def _readable(file: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def loading_errors(folder: Path) -> Iterator[None]:
+    """Turn what transformers says of arguments and settings it cannot use into one clear error."""
+    try:
+        yield
+    except UserInputError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        raise UserInputError(
+            f"{str(folder)!r} cannot be loaded ({one_line(error)}); correct its config.json, or "
+            "the arguments it is loaded with"
+        ) from error
+
+
+def check_shapes(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], place: Path, owned: Collection[str] = ()
+) -> None:
+    """Refuse a config of other sizes than the weights, before memory is taken for either.
+
+    Args:
+        model: built from the config, on the meta device.
+        weights: of the checkpoint, by their names in memory; only shapes are looked at.
+        place: of the checkpoint.
+        owned: weights that the caller fills in afterwards.
+
+    Raises:
+        UserInputError: shapes that differ.
+    """
+    state = model.state_dict()
+    differ = [k for k, v in weights.items() if k in state and state[k].shape != v.shape]
+    check_loading({"mismatched_keys": differ}, place, owned)
+
+
 def check_loading(info: dict[str, Any], folder: Path, supplied: Collection[str] = ()) -> None:
     """Refuse a checkpoint that does not fill the model exactly: the rest would be random.
 
@@ -267,7 +335,7 @@ def check_loading(info: dict[str, Any], folder: Path, supplied: Collection[str] 
         ("mismatched", "sizes in config.json differ from those of the weights"),
     ):
         names = sorted(
-            str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"]
+            str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{kind}_keys", ())
         )
         names = [name for name in names if name not in supplied and not _DERIVED_KEY.search(name)]
         if names:

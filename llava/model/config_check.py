@@ -53,3 +53,16 @@ def check_config(model: Any) -> None:
         tower.check_selection()
         side = tower.num_patches_per_side
         TileGeometry.of(config, (side, side), tower.config.image_size)
+        _check_squares(config, tower.image_processor)
+
+
+def _check_squares(config: Any, processor: Any) -> None:
+    """Refuse pictures that reach the tower in their own shape: nothing pads, cuts or squeezes."""
+    aspect = getattr(config, "image_aspect_ratio", None)
+    shaped = processor.do_resize and "shortest_edge" in dict(processor.size)
+    if aspect in (None, "square") and shaped and not processor.do_center_crop:
+        raise UserInputError(
+            "do_center_crop in preprocessor_config.json is false, so pictures that are not square "
+            "do not fit the vision tower; set it to true, give size as a height and a width, or "
+            "set image_aspect_ratio in config.json to 'pad'"
+        )

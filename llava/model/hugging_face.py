@@ -7,12 +7,24 @@ Weights need no translation beyond their names, see ``checkpoint.KEY_MAPPING``. 
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, SiglipVisionConfig
 from transformers import LlavaConfig as HuggingFaceLlavaConfig
 from transformers import LlavaNextConfig as HuggingFaceLlavaNextConfig
 
+from llava.mm_utils import parse_pinpoints
+from llava.model.config_values import build_config, clean_values
 from llava.utils import UserInputError
+from llava.value_rules import shown
 
 _READERS = {"llava": HuggingFaceLlavaConfig, "llava_next": HuggingFaceLlavaNextConfig}
+# Part of the config -> model type -> class of its settings; the first one where no type is given.
+_PARTS = {
+    "text_config": {"llama": LlamaConfig, "mistral": MistralConfig},
+    "vision_config": {
+        "clip_vision_model": CLIPVisionConfig,
+        "siglip_vision_model": SiglipVisionConfig,
+    },
+}
 # Language model -> (architecture, model type) of the LLaVA that has it.
 _LANGUAGE_MODELS = {
     "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
@@ -50,12 +62,8 @@ def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
     """
     if not is_hugging_face(config):
         return config
-    try:
-        parsed = _READERS[config["model_type"]].from_dict(config)
-    except Exception as error:  # validators of transformers share no base class
-        raise UserInputError(
-            f"config.json of {where!r} cannot be understood ({error}); download it again"
-        ) from error
+    config = _clean(config, where)
+    parsed, _ = build_config(_READERS[config["model_type"]], config, f"in config.json of {where!r}")
     text, vision = parsed.text_config, parsed.vision_config
     _check(config, parsed, where)
     architecture, model_type = _LANGUAGE_MODELS[text.model_type]
@@ -83,11 +91,31 @@ def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def _clean(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config with the values of both parts read; a part of an unknown kind is left as it is."""
+    cleaned = dict(config)
+    for part, kinds in _PARTS.items():
+        given = config[part]
+        if not isinstance(given, dict):
+            raise UserInputError(
+                f"config.json of {where!r} cannot be understood ({part} is {shown(given)}, not the "
+                "settings of a model); download it again"
+            )
+        kind = given.get("model_type")
+        if kind is None:
+            given = {key: value for key, value in given.items() if key != "model_type"}
+        cls = kinds.get(kind if isinstance(kind, str) else next(iter(kinds)))
+        if cls is not None:
+            place = f"in {part} of config.json of {where!r}"
+            cleaned[part] = clean_values(cls, given, place)
+    return cleaned
+
+
 def _aspect(config: Mapping[str, Any], parsed: Any) -> dict[str, Any]:
     if config["model_type"] == "llava":
         return {"image_aspect_ratio": "pad"}
     # Hugging Face writes (height, width), LLaVA (width, height).
-    points = [[width, height] for height, width in parsed.image_grid_pinpoints]
+    points = [[width, height] for height, width in parse_pinpoints(parsed.image_grid_pinpoints)]
     return {
         "image_aspect_ratio": "anyres",
         "mm_patch_merge_type": "spatial_unpad",
@@ -114,7 +142,7 @@ def _check(config: Mapping[str, Any], parsed: Any, where: str) -> None:
         f"projector_hidden_act is {parsed.projector_hidden_act!r}": (
             parsed.projector_hidden_act != "gelu"
         ),
-        "its projector has no bias": not config.get("multimodal_projector_bias", True),
+        "its projector has no bias": not parsed.multimodal_projector_bias,
     }
     found = [fault for fault, present in faults.items() if present]
     if found:

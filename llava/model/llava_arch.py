@@ -89,8 +89,10 @@ class LlavaMetaModel:
         super().__init__(config)
         if getattr(config, "mm_vision_tower", None):
             self.vision_tower = build_vision_tower(config, delay_load=True)
-            self.mm_projector = build_vision_projector(config)
             tower_config = _tower_in_checkpoint.get()
+            if getattr(config, "mm_hidden_size", None) is None:  # as in early checkpoints
+                config.mm_hidden_size = (tower_config or self.vision_tower).hidden_size
+            self.mm_projector = build_vision_projector(config)
             if tower_config is not None:
                 self.vision_tower.build(tower_config)
             if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):

@@ -1,7 +1,9 @@
 """Generation: only new tokens, left padding whatever the config says, batches equal single rows."""
 
+import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
@@ -216,3 +218,77 @@ def test_padding_side_is_restored_after_an_exception(small_model: Make, pixels) 
     with padding_side("left"):
         out_mask = prepare(ids, None, mask, None, None, pixels(2, side=28))[2]
     assert out_mask[1].tolist() == [0] + [1] * 5
+
+
+def test_max_length_counts_the_prompt_and_its_images(small_model: Make, pixels) -> None:
+    """As in transformers: of 4 patches and 2 tokens of text, 10 leaves room for 4."""
+    model, ids, images = small_model(), torch.tensor([[1, IMG, 5]]), pixels(1, side=28)
+    settings = {"images": images, "do_sample": False, "eos_token_id": None}
+    wanted = model.generate(ids, max_new_tokens=4, **settings)
+    assert model.generate(ids, max_length=10, **settings).tolist() == wanted.tolist()
+    model.generation_config.max_length = 10
+    assert model.generate(ids, **settings).tolist() == wanted.tolist()
+    assert model.generate(ids, max_new_tokens=6, **settings).shape == (1, 6)
+    config = GenerationConfig(max_length=7)
+    assert model.generate(ids, generation_config=config, **settings).shape == (1, 1)
+    for longest in (1, 6):
+        with pytest.raises(UserInputError) as caught:
+            model.generate(ids, max_length=longest, **settings)
+        message = str(caught.value)
+        assert f"max_length={longest} counts the prompt too, which has 6 tokens" in message
+        assert f"give max_new_tokens={longest}" in message
+    batch, mask = _batch([[1, IMG, 5], [1, 20, 21, 22, 23, 24, 25, 26]], pad_left=False)
+    with pytest.raises(UserInputError, match=r"max_length=8 .* has 8 tokens"):
+        model.generate(batch, attention_mask=mask, max_length=8, **settings)
+    assert model.generate(torch.tensor([[1, 5]]), max_length=4, do_sample=False).shape[1] <= 2
+
+
+UNUSABLE: dict[str, tuple[dict, str]] = {
+    "no tokens": ({"max_new_tokens": 0}, "max_new_tokens of generate is 0; give a whole number"),
+    "fewer than none": ({"max_new_tokens": -5}, "max_new_tokens of generate is -5"),
+    "a text": ({"max_new_tokens": "64"}, "max_new_tokens of generate is '64'"),
+    "half a token": ({"max_new_tokens": 2.5}, "max_new_tokens of generate is 2.5"),
+    "no length": ({"max_length": 0}, "max_length of generate is 0"),
+    "a negative length": ({"min_length": -1}, "min_length of generate is -1"),
+    "no time": ({"max_time": 0}, "max_time of generate is 0; give a number above 0"),
+    "time as text": ({"max_time": "1s"}, "max_time of generate is '1s'"),
+    "a function": ({"stopping_criteria": max}, "stopping_criteria of generate .* give a list"),
+    "a word to stop at": ({"stopping_criteria": ["</s>"]}, "stopping_criteria of generate"),
+    "a processor": ({"logits_processor": "x"}, "logits_processor of generate"),
+    "no answer": ({"num_return_sequences": 0}, "num_return_sequences of generate is 0"),
+    "several greedy answers": ({"num_return_sequences": 2}, "so give num_beams=2"),
+    "no beams": ({"num_beams": 0}, "num_beams of generate is 0"),
+    "nothing drawn": ({"do_sample": True, "temperature": 0.0}, "set do_sample=False"),
+    "a negative temperature": ({"temperature": -0.2}, "temperature of generate is -0.2"),
+    "top_p": ({"top_p": 1.5}, "top_p of generate is 1.5; give a number"),
+    "not a number": ({"top_p": float("nan")}, "top_p of generate is nan"),
+    "an end in words": ({"eos_token_id": "</s>"}, "eos_token_id of generate is '</s>'"),
+    "settings as a dictionary": ({"generation_config": {"max_new_tokens": 1}}, "GenerationConfig"),
+    "a misspelt argument": ({"max_new_token": 3}, "max_new_token"),
+    "a prompt in parts": ({"prefill_chunk_size": 2}, "prefill_chunk_size of generate is 2"),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_settings_are_one_line(case: str, strict: bool, small_model: Make) -> None:
+    settings, message = UNUSABLE[case]
+    model, ids = small_model(), torch.tensor([[1, 5], [1, 6]])
+    with pytest.raises(UserInputError) as caught:
+        model.generate(ids, strict=strict, **{"max_new_tokens": 2, **settings})
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_play_no_part_are_taken(small_model: Make) -> None:
+    model, ids = small_model(), torch.tensor([[1, 5]])
+    wanted = model.generate(ids, do_sample=False, max_new_tokens=3).tolist()
+    for settings in (
+        {"temperature": 0, "top_p": None, "num_beams": None, "top_k": 0},
+        {"max_length": 2, "min_length": 0},
+        {"max_new_tokens": np.int64(3), "stopping_criteria": [], "logits_processor": None},
+        {"max_new_tokens": torch.tensor(3), "temperature": np.float32(0.5)},
+        {"eos_token_id": [2, 10**6], "max_time": 1000},
+    ):
+        got = model.generate(ids, do_sample=False, **{"max_new_tokens": 3, **settings})
+        assert got.tolist() == wanted

@@ -20,11 +20,15 @@ from llava.model.checkpoint import (
     TOWER_INNER,
     TOWER_PREFIX,
     check_loading,
-    checkpoint_keys,
+    check_shapes,
+    checkpoint_weights,
+    loading_errors,
     local_checkpoint,
     name_in_memory,
     read_config,
 )
+from llava.model.config_values import build_config, choose_dtype
+from llava.model.generation_settings import check_length, check_settings, read_generation_config
 from llava.model.hugging_face import native_form
 from llava.model.inputs import check_images, check_prompt
 from llava.model.instruction import asking
@@ -43,6 +47,7 @@ from llava.model.multimodal_encoder.builder import (
 from llava.model.one_by_one import generate_rows
 from llava.model.tiles import Images
 from llava.utils import UserInputError
+from llava.value_rules import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -95,30 +100,36 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
                 match the config.
         """
         folder = local_checkpoint(str(pretrained_model_name_or_path), kwargs.get("revision"))
-        keys = checkpoint_keys(folder)
+        weights = {name_in_memory(k): v for k, v in checkpoint_weights(folder).items()}
         if config is None:
-            config, kwargs = cls.config_class.from_dict(
-                native_config(folder, cls), return_unused_kwargs=True, **kwargs
-            )
-        tower_config = None
-        name = getattr(config, "mm_vision_tower", None)
-        names = [name_in_memory(key) for key in keys]
-        held = {key.removeprefix(TOWER_PREFIX) for key in names if key.startswith(TOWER_PREFIX)}
-        if name and held:
-            source = resolve_vision_tower(name, str(folder))
-            tower_config = read_tower_config(source, name, held)
-        with tower_from_checkpoint(tower_config):
+            config, kwargs = native_config(folder, cls, **kwargs)
+        torch_dtype = kwargs.pop("torch_dtype", None)  # its older name
+        asked = kwargs.pop("dtype", None) or torch_dtype
+        kwargs["dtype"] = choose_dtype(asked, config, (v.dtype for v in weights.values()))
+        answers = kwargs.pop("generation_config", None)
+        if answers is None:
+            raw = native_form(read_config(folder), str(folder))
+            answers = read_generation_config(folder, config, raw)
+        config.name_or_path = str(folder)  # a relative name of a tower refers to it
+        tower_config = _held_tower(config, weights, folder)
+        with tower_from_checkpoint(tower_config), loading_errors(folder):
+            if getattr(config, "quantization_config", None) is None:  # else weights are packed
+                with torch.device("meta"):
+                    check_shapes(cls(config), weights, folder, supplied)
             model, info = super().from_pretrained(
                 str(folder),
                 *model_args,
                 config=config,
+                generation_config=answers,
                 key_mapping=KEY_MAPPING,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **kwargs,
             )
         check_loading(info, folder, supplied)
+        model.generation_config = answers  # transformers made a copy, which it would not save
         if tower_config is not None:
+            name = config.mm_vision_tower
             logger.info("the vision tower's weights come from %s, not from %r", folder, name)
         return (model, info) if output_loading_info else model
 
@@ -244,7 +255,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         Raises:
             NotImplementedError: ``inputs_embeds`` was given.
             UserInputError: no prompt, ids, masks or images of the wrong kind, or images that do not
-                match the marks.
+                match the marks; settings that cannot be used, or a ``max_length``, which counts the
+                prompt and its images too, that leaves no room for an answer.
         """
         if "inputs_embeds" in kwargs:
             raise NotImplementedError("`inputs_embeds` is not supported; pass ids and images")
@@ -253,6 +265,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         attention_mask = kwargs.pop("attention_mask", None)
         check_prompt(input_ids, attention_mask, self.get_input_embeddings().num_embeddings)
         check_images(images)
+        kwargs = check_settings(self, kwargs)
         if strict and len(input_ids) > 1:
             kwargs["position_ids"] = position_ids
             return generate_rows(
@@ -271,7 +284,15 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
                 )
         if positions is not None:
             kwargs["position_ids"] = positions
-        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        check_length(self, kwargs, embeds.shape[1])
+        try:
+            return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        except UserInputError:
+            raise
+        except (ValueError, ImportError) as error:  # unknown arguments, absent packages, ...
+            raise UserInputError(
+                f"generate cannot run with these arguments: {one_line(error)}"
+            ) from error
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """transformers' processors, with ``repetition_penalty`` on every new token of a row.
@@ -314,18 +335,40 @@ class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
         self.post_init()
 
 
-def native_config(folder: Path, model_class: type[LlavaCausalLM]) -> dict[str, Any]:
-    """``config.json`` of a folder that ``model_class`` can hold, with the type corrected.
+def _held_tower(config: Any, weights: Collection[str], folder: Path) -> Any:
+    """The config of the tower whose weights are among those of a checkpoint; None without any."""
+    name = getattr(config, "mm_vision_tower", None)
+    held = {k.removeprefix(TOWER_PREFIX) for k in weights if k.startswith(TOWER_PREFIX)}
+    if not name or not held:
+        return None
+    return read_tower_config(resolve_vision_tower(name, str(folder)), name, held)
+
+
+def native_config(
+    folder: Path, model_class: type[LlavaCausalLM], **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The config of a folder that ``model_class`` can hold, with the type corrected.
 
     Released checkpoints call their type ``llava``, which transformers takes for its own class, so
     the architecture decides and the type is corrected.
 
+    Args:
+        folder: of the checkpoint.
+        model_class: the LLaVA that it is to be.
+        **kwargs: attributes that override those of the file, and other arguments.
+
+    Returns:
+        The config, and the keyword arguments that are no attributes of it.
+
     Raises:
-        UserInputError: another architecture, or settings of a later LLaVA.
+        UserInputError: another architecture, settings of a later LLaVA, values that no model has.
     """
     raw = native_form(read_config(folder), str(folder))
     check_architecture(raw, str(folder), model_class)
-    return {**raw, "model_type": model_class.config_class.model_type}
+    config_class = model_class.config_class
+    raw = {k: v for k, v in raw.items() if k not in ("text_config", "vision_config")}
+    raw["model_type"] = config_class.model_type
+    return build_config(config_class, raw, f"in {str(folder / 'config.json')!r}", **kwargs)
 
 
 def describes(config: Mapping[str, Any], model_class: type[LlavaCausalLM]) -> bool:
@@ -351,9 +394,9 @@ def check_architecture(
     if not describes(config, model_class):
         held = ", ".join(config.get("architectures") or ["an unnamed architecture"])
         raise UserInputError(
-            f"{where!r} holds {held} (type {config.get('model_type')!r}), not "
-            f"{model_class.__name__}; give a LLaVA with a Llama or Mistral language model, such as "
-            "liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf"
+            f"{where!r} holds {held} (type {config.get('model_type')!r}), as its config.json says, "
+            f"not {model_class.__name__}; give a LLaVA with a Llama or Mistral language model, "
+            "such as liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf"
         )
     aspect = str(config.get("image_aspect_ratio") or "")
     merge = str(config.get("mm_patch_merge_type") or "flat")

@@ -22,9 +22,3 @@ class CLIPVisionTower(VisionTower):
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixels))
-
-    def default_processor(self) -> CLIPImageProcessorPil:
-        side = self.config.image_size
-        return CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        )

@@ -28,10 +28,6 @@ class SiglipVisionTower(VisionTower):
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.vision_tower.embeddings(pixels)
 
-    def default_processor(self) -> SiglipImageProcessorPil:
-        side = self.config.image_size
-        return SiglipImageProcessorPil(size={"height": side, "width": side})
-
 
 def without_unheld_head(config: Any, weights: Collection[str]) -> Any:
     """``config`` of a tower whose weights are ``weights``: no LLaVA runs SigLIP's pooling head.

@@ -1,5 +1,6 @@
 """A vision tower: pixels in, patch features of one inner layer out."""
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,11 +9,19 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
+from llava.model.checkpoint import read_json_object
+from llava.model.config_values import build_config
+from llava.model.multimodal_encoder.preprocessor import make_processor
 from llava.model.multimodal_encoder.readings import active_reader
 from llava.utils import UserInputError, user_path
+from llava.value_rules import one_line, unfit
 
 # Buffers that old checkpoints stored and the model computes itself.
 _DERIVED_KEYS = ("embeddings.position_ids",)
+CONFIG_FILE = "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
+# In files; a model of images and texts has blocks for texts too.
+_VISION_BLOCK = re.compile(r"(vision_model\.)?encoder\.layers\.")
 
 
 class VisionTower(nn.Module):
@@ -20,7 +29,7 @@ class VisionTower(nn.Module):
 
     The model inside is ``self.vision_tower``; it exists once the tower is loaded, so that a
     checkpoint without tower weights can be loaded first. A kind of tower says what it is in the
-    class attributes and defines ``embed`` and ``default_processor``.
+    class attributes and defines ``embed``.
 
     Args:
         vision_tower: the name as the config gives it.
@@ -64,10 +73,6 @@ class VisionTower(nn.Module):
         """Hidden states [B, S, C] before the first block, of pixels in the tower's precision."""
         raise NotImplementedError
 
-    def default_processor(self) -> Any:
-        """The image processor where the tower's folder holds none."""
-        raise NotImplementedError
-
     def load_model(self, device_map: Any = None, dtype: torch.dtype = torch.float32) -> None:
         """Load the tower's own weights from ``source``; does nothing if it is loaded.
 
@@ -88,14 +93,22 @@ class VisionTower(nn.Module):
         except (OSError, ValueError, RuntimeError) as error:
             raise UserInputError(
                 f"cannot load the vision tower {self.vision_tower_name!r} from {self.source!r}: "
-                f"{error}. Put its model file into that folder, or set mm_vision_tower in "
-                f"config.json to a complete {self.family} model"
+                f"{one_line(error)}. Put its model file into that folder, or set mm_vision_tower "
+                f"in config.json to a complete {self.family} model"
             ) from error
         missing = sorted(k for k in info["missing_keys"] if not k.endswith(_DERIVED_KEYS))
         if missing:
             raise UserInputError(
                 f"the vision tower in {self.source!r} lacks {len(missing)} weights, for example "
                 f"{missing[0]!r}; use a complete {self.family} model"
+            )
+        # Blocks too many would change which one mm_vision_select_layer counts from the end.
+        deeper = sorted(k for k in info["unexpected_keys"] if _VISION_BLOCK.match(k))
+        if deeper:
+            raise UserInputError(
+                f"the vision tower in {self.source!r} has weights of more than the "
+                f"{config.num_hidden_layers} blocks of its config.json, for example {deeper[0]!r}; "
+                "correct num_hidden_layers there, or download both again"
             )
         self._adopt(tower)
 
@@ -213,33 +226,39 @@ class VisionTower(nn.Module):
                 f"the vision tower {name!r} is of type {raw.get('model_type')!r}; "
                 f"set mm_vision_tower to a {cls.family} model"
             )
-        return cls.config_class.from_dict({**raw, "model_type": cls.config_class.model_type})
+        raw = {**raw, "model_type": cls.config_class.model_type}
+        return build_config(cls.config_class, raw, _place(CONFIG_FILE, name))[0]
 
     @property
     def image_processor(self) -> Any:
         """The processor of the tower's folder, else its kind's defaults at the tower's size."""
         if self._image_processor is None:
-            self._image_processor = self._read_processor() or self.default_processor()
+            file, settings = self._processor_settings()
+            place = _place(file, self.vision_tower_name)
+            side = self.config.image_size
+            self._image_processor = make_processor(settings, self.processor_class, side, place)
         return self._image_processor
 
-    def _read_processor(self) -> Any:
-        for file in ("preprocessor_config.json", "processor_config.json"):
-            found = cached_file(
-                self.source,
-                file,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
+    def _processor_settings(self) -> tuple[str, dict[str, Any]]:
+        """The file that describes the image processor, and what it says; nothing without one."""
+        for file, key in (("processor_config.json", "image_processor"), (PROCESSOR_FILE, None)):
+            found = _file_of(self.source, file)
             if found is None:
                 continue
             try:
-                return self.processor_class.from_pretrained(str(Path(found).parent))
-            except (OSError, ValueError, TypeError) as error:
+                settings: Any = read_json_object(found)
+                settings = settings if key is None else settings.get(key)
+            except UserInputError as error:
                 raise UserInputError(
-                    f"the image processor of {self.source!r} cannot be read from {file} ({error}); "
-                    "download the file again"
+                    f"the image processor of {self.source!r} cannot be read: {error}"
                 ) from error
-        return None
+            if isinstance(settings, dict):
+                return file, settings
+            if settings is not None:
+                raise unfit(
+                    str(key), settings, _place(file, self.vision_tower_name), "download it again"
+                )
+        return PROCESSOR_FILE, {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -286,15 +305,39 @@ def read_vision_config(source: str, name: str) -> dict[str, Any]:
     Raises:
         UserInputError: there is no such folder or model.
     """
-    try:
-        raw, _ = PretrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
+    found = _file_of(source, CONFIG_FILE)
+    if found is None:
         raise UserInputError(
             f"cannot find the vision tower {name!r}: it is neither a folder in or next to the "
             "checkpoint nor a model the hub returns. Put the tower's folder (config.json, "
             "preprocessor_config.json, weights) next to the checkpoint, or allow hub access"
-        ) from error
-    kind = raw.get("model_type")
+        )
+    raw = read_json_object(found)
+    kind, inner = raw.get("model_type"), raw.get("vision_config")
+    if inner is not None and not isinstance(inner, dict):
+        raise unfit(
+            "vision_config", inner, _place(CONFIG_FILE, name), "give the settings of a tower"
+        )
     if kind in ("llava", "llava_next"):
-        return {"model_type": "clip_vision_model", **(raw.get("vision_config") or {})}
-    return {**raw.get("vision_config", raw), "model_type": kind}
+        inner = inner or {}
+        return {**inner, "model_type": inner.get("model_type") or "clip_vision_model"}
+    return {**(inner or raw), "model_type": kind}
+
+
+def _file_of(source: str, file: str) -> Path | None:
+    """A file of a folder or hub model; None where it is missing or cannot be asked for."""
+    try:
+        found = cached_file(
+            source,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # no name of a model, or one that the hub keeps to itself
+        return None
+    return None if found is None else Path(found)
+
+
+def _place(file: str, tower: str) -> str:
+    """What errors about a value in a file of a tower say after its name."""
+    return f"in {file} of the vision tower {tower!r}"

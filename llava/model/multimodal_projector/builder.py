@@ -43,7 +43,7 @@ def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any)
         return nn.Linear(config.mm_hidden_size, config.hidden_size)
     if kind == "identity":
         return IdentityMap()
-    depth = re.fullmatch(r"mlp([1-9]\d*)x_gelu", str(kind))
+    depth = re.fullmatch(r"mlp([1-9]\d?)x_gelu", str(kind))
     if depth is None:
         raise UserInputError(
             f"unknown mm_projector_type {kind!r}; use 'linear', 'identity' or 'mlpNx_gelu' "
