@@ -22,7 +22,8 @@ from llava.conversation import conv_templates
 from llava.eval.prompts import prompt_ids, question_prompt
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_tokenizer
-from llava.train.conversations import tokenize
+from llava.train.conversations import render, tokenize
+from llava.train.samples import Sample
 from llava.utils import UserInputError
 
 WORDS = "what is the colour of this red blue circle == ---- aaaa USER: é 漢字 ﬁ"
@@ -273,7 +274,10 @@ def test_prompts_of_evaluation_and_training_are_sentencepieces(load, models) -> 
     assert tokenizer_image_token(prompt, tokenizer) == wanted
     assert prompt_ids([prompt], tokenizer)[0][0].tolist() == wanted
     told = f"{prompt} {answer}</s>USER:  next ASSISTANT: red</s>"
-    ids, labels = tokenize(told, template, tokenizer)
+    turns = (f"<image>\n{question}", answer, " next", "red")
+    parts = render(Sample("sample 0", turns, ("red.png",)), template)
+    assert "".join(part.text for part in parts) == told
+    ids, labels = tokenize(parts, tokenizer)
     assert ids.tolist() == tokenizer_image_token(told, tokenizer)
     assert ids.tolist() == [
         *(1, *full.encode(head), -200, *full.encode(f"{tail} {answer}"), 2),
