@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from llava.model.finite import check_weights
+from llava.shipped import shipped_checkpoint
 from llava.utils import UserInputError, user_path
 
 # LLaVA's files nest the CLIP model twice and keep an inner level that CLIPVisionModel has lost.
@@ -58,10 +59,11 @@ def local_checkpoint(path: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint; a hub name is downloaded first.
 
     The one place that knows what the name of a model may be: a folder, absolute, relative or
-    below `~`, or a name on the hub.
+    below `~`, the model that comes with the package (`llava-tiny`), or a name on the hub. A folder
+    of that name comes first.
 
     Args:
-        path: folder or hub name; a slash at its end makes no difference.
+        path: folder or name; a slash at its end makes no difference.
         revision: branch, tag or commit of a hub name.
 
     Raises:
@@ -102,6 +104,9 @@ def _folder_or_name(path: str | Path) -> Path | str:
         return folder
     if folder.is_file():
         raise UserInputError(f"{str(path)!r} is a file, not a checkpoint folder; {advice}")
+    shipped = shipped_checkpoint(name)
+    if shipped is not None:
+        return shipped
     if folder.is_absolute() or name.count("/") != 1 or name[0] in "./~":
         raise UserInputError(f"{str(path)!r} is not a checkpoint folder; {advice}")
     return name
