@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llava.utils import UserInputError
@@ -13,23 +13,23 @@ def markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
-def fill_sections(file: Path, sections: Mapping[str, str]) -> str:
+def fill_sections(file: Path, sections: Mapping[str, Callable[[], str]]) -> str:
     """Return the text of `file` with new content in its generated sections.
 
     Args:
         file: a Markdown file that has at least one of the sections.
-        sections: content of each by name; those that the file does not have are left out.
+        sections: what makes the content of each, by name; called for those that the file has.
 
     Raises:
         UserInputError: the file cannot be read or has none of the sections.
     """
     text, found = read_markdown(file), False
-    for name, content in sections.items():
+    for name, make in sections.items():
         begin, end = markers(name)
         before, start, rest = text.partition(begin)
         _, stop, after = rest.partition(end)
         if start and stop:
-            text, found = f"{before}{begin}\n{content.rstrip()}\n{end}{after}", True
+            text, found = f"{before}{begin}\n{make().rstrip()}\n{end}{after}", True
     if not found:
         wanted = " or ".join(" and ".join(markers(name)) for name in sections)
         raise UserInputError(f"{file} has no section between {wanted}")

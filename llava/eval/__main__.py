@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,13 +18,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.eval") 
 
     `prog`: how the user called this program; help, errors and run descriptions repeat it.
     """
-    parser = OneLineParser(prog=prog, description="Run comparisons and print what they found.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = (quickstart, run_command, compare, paper_table, table_command, selection_speed)
-    for module in (*modules, prepare):
-        module.add_command(commands)
     words = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(words)
+    args = build_parser(prog).parse_args(words)
     args.command_line = shlex.join([*prog.split(), *words])
     try:
         return args.run(args)
@@ -31,6 +27,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.eval") 
         name = prog.removeprefix("python -m ")
         print(f"{name}: error: {explain(error)}", file=sys.stderr)
         return 2
+
+
+def build_parser(prog: str = "python -m llava.eval") -> argparse.ArgumentParser:
+    """The parser of all commands of this package."""
+    parser = OneLineParser(prog=prog, description="Run comparisons and print what they found.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    modules = (quickstart, run_command, compare, paper_table, table_command, selection_speed)
+    for module in (*modules, prepare):
+        module.add_command(commands)
+    return parser
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,10 @@ def family_table(result: Record) -> str:
     return markdown(header, body)
 
 
-def sections(result: Record) -> dict[str, str]:
-    """The generated sections that Markdown files may have, by name."""
-    return {"llava-tiny": full_section(result), "llava-tiny-short": short_section(result)}
+def filled(file: Path, result: Record) -> str:
+    """The text of a Markdown file with `result` in the generated sections that it has."""
+    sections = {"llava-tiny": full_section, "llava-tiny-short": short_section}
+    return fill_sections(file, {name: partial(make, result) for name, make in sections.items()})
 
 
 def short_section(result: Record) -> str:
@@ -155,7 +157,7 @@ def _folded(title: str, parts: Sequence[str]) -> list[str]:
 def drift(file: Path, result: Path) -> str | None:
     """Why the generated sections of `file` are not what `result` renders to, or None."""
     try:
-        if fill_sections(file, sections(read_result(result))) == read_markdown(file):
+        if filled(file, read_result(result)) == read_markdown(file):
             return None
     except UserInputError as error:
         return str(error)
@@ -169,7 +171,7 @@ def update(file: Path, result: Path) -> None:
     Raises:
         UserInputError: one of the two cannot be read, or the file has no such markers.
     """
-    write_atomically(file, fill_sections(file, sections(read_result(result))))
+    write_atomically(file, filled(file, read_result(result)))
 
 
 def _main_line(row: dict[str, Any]) -> list[str]:

@@ -14,10 +14,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.pruning
 
     `prog`: how the user called this program; help and errors repeat it.
     """
-    parser = OneLineParser(prog=prog, description="The pruning methods, from their classes.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("list", "methods"):
-        _add_list(commands.add_parser(name, help="list the pruning methods"))
+    parser = build_parser(prog)
     arguments = parser.parse_args(argv)
     with one_line_errors(parser):
         for file in arguments.update:
@@ -26,6 +23,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.pruning
         if not arguments.update:
             print(render(arguments.markdown, arguments.results or tracked_results()))
     return 0
+
+
+def build_parser(prog: str = "python -m llava.pruning") -> OneLineParser:
+    """The parser: `list` here is `methods` of the console script."""
+    parser = OneLineParser(prog=prog, description="The pruning methods, from their classes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("list", "methods"):
+        _add_list(commands.add_parser(name, help="list the pruning methods"))
+    return parser
 
 
 def _add_list(parser: OneLineParser) -> None:

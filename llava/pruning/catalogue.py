@@ -148,4 +148,4 @@ def update(file: Path, results: Path | None) -> None:
 
 def filled(file: Path, results: Path | None) -> str:
     """The text of `file` with the catalogue as it is now."""
-    return fill_sections(file, {SECTION: render(markdown=True, results=results)})
+    return fill_sections(file, {SECTION: lambda: render(markdown=True, results=results)})
