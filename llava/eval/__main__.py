@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,21 +13,30 @@ from llava.eval import run as run_command
 from llava.eval.paper_tables import command as paper_table
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it did its work, 2 with one line on stderr for unusable input."""
-    parser = OneLineParser(prog="python -m llava.eval", description=__doc__)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.eval") -> int:
+    """Run one command; 0 if it did its work, 2 with one line on stderr for unusable input.
+
+    `prog`: how the user called this program; help, errors and run descriptions repeat it.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(prog).parse_args(words)
+    args.command_line = shlex.join([*prog.split(), *words])
+    try:
+        return args.run(args)
+    except MENDABLE as error:
+        name = prog.removeprefix("python -m ")
+        print(f"{name}: error: {explain(error)}", file=sys.stderr)
+        return 2
+
+
+def build_parser(prog: str = "python -m llava.eval") -> argparse.ArgumentParser:
+    """The parser of all commands of this package."""
+    parser = OneLineParser(prog=prog, description="Run comparisons and print what they found.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = (quickstart, run_command, compare, paper_table, table_command, selection_speed)
     for module in (*modules, prepare):
         module.add_command(commands)
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(words)
-    args.command_line = shlex.join(["python", "-m", "llava.eval", *words])
-    try:
-        return args.run(args)
-    except MENDABLE as error:
-        print(f"llava.eval: error: {explain(error)}", file=sys.stderr)
-        return 2
+    return parser
 
 
 if __name__ == "__main__":

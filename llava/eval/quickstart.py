@@ -41,6 +41,7 @@ from llava.eval.tasks.question_file import QuestionFile
 from llava.model.checkpoint import local_checkpoint
 from llava.pruning import PruningError, get_method, list_methods
 from llava.sampling import Sampling
+from llava.shipped import LLAVA_TINY
 from llava.utils import UserInputError, user_path
 
 METHODS = ("none", "random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact")
@@ -57,7 +58,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     """Add the `quickstart` command to the parser of `python -m llava.eval`."""
     parser = commands.add_parser("quickstart", help="compare all methods on llava-tiny")
     add = parser.add_argument
-    add("--model-path", default="playground/llava-tiny", help="checkpoint folder or hub name")
+    add("--model-path", default=LLAVA_TINY, help="checkpoint folder or name")
     add("--benchmark", type=Path, help="folder of questions.jsonl; default: MODEL_PATH/benchmark")
     add("--image-folder", type=Path, help="read images from here instead of rendering them")
     add("--limit", type=int, default=DEFAULT_LIMIT, help="questions to ask, 0 for all")

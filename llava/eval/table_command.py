@@ -1,4 +1,4 @@
-"""`python -m llava.eval table RESULT.json`: tables from a result file, into a README too."""
+"""`llava table RESULT.json`: tables from a result file, into Markdown files too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from llava.eval.results import read_result
-from llava.eval.tables import readme_section, update_readme
+from llava.eval.tables import full_section, update
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -14,19 +14,22 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("table", help="print the tables of a result file as Markdown")
     parser.add_argument("result", type=Path, help="file written by quickstart --save-result")
     parser.add_argument(
+        "--update",
         "--update-readme",
         type=Path,
-        metavar="README",
-        help="write them between the llava-tiny markers of this file instead",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write them between the llava-tiny markers of this Markdown file; repeatable",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables, or put them into a README."""
-    if args.update_readme:
-        update_readme(args.update_readme, args.result)
-        print(f"updated {args.update_readme}")
-    else:
-        print(readme_section(read_result(args.result)), end="")
+    """Print the tables, or put them into Markdown files."""
+    for file in args.update:
+        update(file, args.result)
+        print(f"updated {file}")
+    if not args.update:
+        print(full_section(read_result(args.result)), end="")
     return 0

@@ -1,16 +1,32 @@
-"""Markdown tables from result files, and the check that a README still shows them."""
+"""Markdown tables from result files, and the check that README and docs still show them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llava.eval.arms import UNPRUNED
-from llava.eval.results import Record, ResultError, read_result, write_atomically
+from llava.eval.results import Record, read_result, write_atomically
+from llava.generated import fill_sections, read_markdown
+from llava.utils import UserInputError
 
-BEGIN = "<!-- llava-tiny:begin -->"
-END = "<!-- llava-tiny:end -->"
+# Rows of the README's table: baselines, the paper's method and its relatives, one of every family.
+SHORT = (
+    "none",
+    "random",
+    "grid",
+    "pool",
+    "norm",
+    "divprune",
+    "zoo",
+    "zoo-exact",
+    "cdpruner",
+    "fopru",
+    "visionzip",
+    "vispruner",
+)
 
 LEGEND = """\
 *tokens*: visual tokens spliced into the language model's input, counted there (lowest..highest over
@@ -98,8 +114,20 @@ def family_table(result: Record) -> str:
     return markdown(header, body)
 
 
-def readme_section(result: Record) -> str:
-    """What the README shows of a tracked result file: conditions, summary, long tables folded."""
+def filled(file: Path, result: Record) -> str:
+    """The text of a Markdown file with `result` in the generated sections that it has."""
+    sections = {"llava-tiny": full_section, "llava-tiny-short": short_section}
+    return fill_sections(file, {name: partial(make, result) for name, make in sections.items()})
+
+
+def short_section(result: Record) -> str:
+    """The summary of a dozen methods, for the README."""
+    rows = [row for row in result["rows"] if row["method"] in SHORT and not row["control"]]
+    return summary_table(result | {"rows": rows}) + "\n"
+
+
+def full_section(result: Record) -> str:
+    """Everything about a tracked result file: conditions, summary, long tables folded."""
     run = result["run"]
     git = run["git"]
     commit = git["commit"][:10] + (" (with local changes)" if git["dirty"] else "") if git else "?"
@@ -126,38 +154,24 @@ def _folded(title: str, parts: Sequence[str]) -> list[str]:
     return [f"<details><summary>{title}</summary>", *parts, "</details>"]
 
 
-def readme_drift(readme: Path, result: Path) -> str | None:
-    """Why the section of `readme` between the markers is not what `result` renders to, or None."""
+def drift(file: Path, result: Path) -> str | None:
+    """Why the generated sections of `file` are not what `result` renders to, or None."""
     try:
-        _, section, _ = _split_readme(readme)
-        expected = readme_section(read_result(result))
-    except ResultError as error:
+        if filled(file, read_result(result)) == read_markdown(file):
+            return None
+    except UserInputError as error:
         return str(error)
-    if section != f"\n{expected}":
-        fix = f"python -m llava.eval table {result} --update-readme {readme}"
-        return f"the tables in {readme} are not those of {result}; run {fix}"
-    return None
+    fix = f"llava table {result} --update {file}"
+    return f"the tables in {file} are not those of {result}; run {fix}"
 
 
-def update_readme(readme: Path, result: Path) -> None:
-    """Write the rendered `result` between the markers of `readme`."""
-    before, _, after = _split_readme(readme)
-    section = f"\n{readme_section(read_result(result))}"
-    write_atomically(readme, before + BEGIN + section + END + after)
+def update(file: Path, result: Path) -> None:
+    """Write the rendered `result` between the markers of `file`.
 
-
-def _split_readme(readme: Path) -> tuple[str, str, str]:
-    try:
-        text = readme.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ResultError(f"cannot read {readme}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ResultError(f"{readme} is not UTF-8 text: {error}") from error
-    before, begin, rest = text.partition(BEGIN)
-    section, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ResultError(f"{readme} has no section between {BEGIN} and {END}")
-    return before, section, after
+    Raises:
+        UserInputError: one of the two cannot be read, or the file has no such markers.
+    """
+    write_atomically(file, filled(file, read_result(result)))
 
 
 def _main_line(row: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llava.model.finite import check_weights
+from llava.shipped import shipped_checkpoint
 from llava.utils import UserInputError, user_path
 from llava.value_rules import TEXT, list_of, one_line, read_values
 
@@ -65,10 +66,11 @@ def local_checkpoint(path: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint; a hub name is downloaded first.
 
     The one place that knows what the name of a model may be: a folder, absolute, relative or
-    below `~`, or a name on the hub.
+    below `~`, the model that comes with the package (`llava-tiny`), or a name on the hub. A folder
+    of that name comes first.
 
     Args:
-        path: folder or hub name; a slash at its end makes no difference.
+        path: folder or name; a slash at its end makes no difference.
         revision: branch, tag or commit of a hub name.
 
     Raises:
@@ -109,6 +111,9 @@ def _folder_or_name(path: str | Path) -> Path | str:
         return folder
     if folder.is_file():
         raise UserInputError(f"{str(path)!r} is a file, not a checkpoint folder; {advice}")
+    shipped = shipped_checkpoint(name)
+    if shipped is not None:
+        return shipped
     if folder.is_absolute() or name.count("/") != 1 or name[0] in "./~":
         raise UserInputError(f"{str(path)!r} is not a checkpoint folder; {advice}")
     return name

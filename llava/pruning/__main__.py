@@ -1,4 +1,4 @@
-"""`python -m llava.pruning list`: the catalogue of methods, generated from the classes."""
+"""`llava methods`, or `python -m llava.pruning list`: the catalogue of methods."""
 
 from __future__ import annotations
 
@@ -6,39 +6,52 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
-from llava.pruning.catalogue import RESULTS, render, update_readme
+from llava.pruning.catalogue import render, tracked_results, update
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; argparse leaves with exit code 2 on wrong usage."""
-    parser = OneLineParser(prog="python -m llava.pruning", description=__doc__)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.pruning") -> int:
+    """Run the command and return 0; argparse leaves with exit code 2 on wrong usage.
+
+    `prog`: how the user called this program; help and errors repeat it.
+    """
+    parser = build_parser(prog)
+    arguments = parser.parse_args(argv)
+    with one_line_errors(parser):
+        for file in arguments.update:
+            update(file, arguments.results or tracked_results(file))
+            print(f"updated {file}")
+        if not arguments.update:
+            print(render(arguments.markdown, arguments.results or tracked_results()))
+    return 0
+
+
+def build_parser(prog: str = "python -m llava.pruning") -> OneLineParser:
+    """The parser: `list` here is `methods` of the console script."""
+    parser = OneLineParser(prog=prog, description="The pruning methods, from their classes.")
     commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("list", help="list the pruning methods")
-    table.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    table.add_argument(
+    for name in ("list", "methods"):
+        _add_list(commands.add_parser(name, help="list the pruning methods"))
+    return parser
+
+
+def _add_list(parser: OneLineParser) -> None:
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument(
         "--results",
         type=Path,
         metavar="FILE",
-        help=f"result file with our figures; default: {RESULTS}, where there is one beside the "
-        "README that is updated, or else in the working directory",
+        help="result file with our figures; default: playground/results/llava-tiny.json of the "
+        "checkout that an updated file lies in, else the one that comes with the package",
     )
-    table.add_argument(
+    parser.add_argument(
+        "--update",
         "--update-readme",
         type=Path,
-        metavar="README",
-        help="write the Markdown table between the methods markers of this file instead",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write the Markdown table between the methods markers of this file; repeatable",
     )
-    arguments = parser.parse_args(argv)
-    readme, results = arguments.update_readme, arguments.results
-    if results is None:
-        usual = (readme.parent if readme else Path()) / RESULTS
-        results = usual if usual.exists() else None
-    with one_line_errors(parser):
-        if readme:
-            update_readme(readme, results)
-            print(f"updated {readme}")
-        else:
-            print(render(arguments.markdown, results))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava.generated import fill_sections, read_markdown
 from llava.pruning.errors import PruningError
 from llava.pruning.published import KEEP_TOKENS, RETENTION, SOURCES
 from llava.pruning.registry import get_method, list_methods
+from llava.shipped import shipped_path
 
-BEGIN = "<!-- methods:begin -->"
-END = "<!-- methods:end -->"
-# Tracked, beside the README of this repository.
-RESULTS = Path("playground/results/llava-tiny.json")
+SECTION = "methods"  # between the markers of docs/methods.md
+RESULTS = "results/llava-tiny.json"  # below playground
 COLUMNS = (
     *("method", "signal", "needs", "query-aware", "merges", "fidelity"),
     *("published %", "llava-tiny %", "paper"),
@@ -115,29 +115,37 @@ def _figure(row: dict[str, Any], whole: bool) -> str:
     return f"{100 * row['accuracy']:.1f} ± {error}" + (f" ({note})" if note else "")
 
 
-def readme_drift(readme: Path, results: Path | None) -> str | None:
-    """Why the table of `readme` between the markers is not the generated one, or None."""
-    _, section, _ = _split(readme)
-    if section == f"\n{render(markdown=True, results=results)}\n":
+def tracked_results(file: Path | None = None) -> Path | None:
+    """The result file whose figures the catalogue shows, or None if there is none.
+
+    Args:
+        file: Markdown file that is checked or updated: the results of its own checkout count.
+            None: those that come with the package.
+    """
+    if file is None:
+        places = [shipped_path(RESULTS)]
+    else:
+        places = [folder / "playground" / RESULTS for folder in file.absolute().parents]
+    return next((place for place in places if place.is_file()), None)
+
+
+def drift(file: Path, results: Path | None) -> str | None:
+    """Why the catalogue in `file` is not that of the registered methods, or None.
+
+    Raises:
+        UserInputError: the file cannot be read or has no markers.
+    """
+    if filled(file, results) == read_markdown(file):
         return None
-    fix = f"python -m llava.pruning list --update-readme {readme}"
-    return f"the methods table in {readme} is not that of the registered methods; run {fix}"
+    fix = f"llava methods --update {file}"
+    return f"the methods table in {file} is not that of the registered methods; run {fix}"
 
 
-def update_readme(readme: Path, results: Path | None) -> None:
-    """Write the table between the markers of `readme`. Raises PruningError if it has none."""
-    before, _, after = _split(readme)
-    text = render(markdown=True, results=results)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+def update(file: Path, results: Path | None) -> None:
+    """Write the catalogue between the markers of `file`. Raises UserInputError as `drift`."""
+    file.write_text(filled(file, results), encoding="utf-8")
 
 
-def _split(readme: Path) -> tuple[str, str, str]:
-    try:
-        text = readme.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PruningError(f"{readme} is not UTF-8 text: {error}") from error
-    before, begin, rest = text.partition(BEGIN)
-    section, end, after = rest.partition(END)
-    if not begin or not end:
-        raise PruningError(f"{readme} has no section between {BEGIN} and {END}")
-    return before, section, after
+def filled(file: Path, results: Path | None) -> str:
+    """The text of `file` with the catalogue as it is now."""
+    return fill_sections(file, {SECTION: lambda: render(markdown=True, results=results)})

@@ -1,4 +1,4 @@
-"""Chat about one image in the terminal: `python -m llava.serve.cli --image-file scene.png`.
+"""Chat about one image in the terminal: `llava chat --image-file scene.png`.
 
 LLaVA's flags, plus visual token pruning. The image enters the first turn only; an empty line or
 end of input leaves, and /help lists what else can be typed. After each answer one line says how
@@ -21,15 +21,20 @@ from llava.images import open_image
 from llava.sampling import Sampling
 from llava.serve.commands import Leave, is_command, run_command
 from llava.serve.session import Session
+from llava.shipped import LLAVA_TINY, shipped_path
 from llava.utils import UserInputError
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "llava.serve.cli") -> int:
     """Run the chat; 0 when the user leaves, 2 with one line on stderr for unusable input."""
-    parser = build_parser()
+    parser = build_parser(prog)
     args = parser.parse_args(argv)
+    if args.image_file is None:
+        if args.model_path != LLAVA_TINY:
+            parser.error("the following arguments are required: --image-file")
+        args.image_file = str(shipped_path(f"{LLAVA_TINY}/example.png"))
     with one_line_errors(parser, args.debug):
         try:
             session = open_session(args)
@@ -39,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = "llava.serve.cli") -> argparse.ArgumentParser:
     """LLaVA's flags and the pruning flags."""
-    parser = OneLineParser(prog="llava.serve.cli", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog=prog, description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model-path", default="playground/llava-tiny", help="checkpoint folder or hub name")
-    add("--image-file", required=True, help="path or http(s) URL of the image")
+    add("--model-path", default=LLAVA_TINY, help="checkpoint folder, hub name or llava-tiny")
+    add("--image-file", help="path or http(s) URL of the image; llava-tiny has an example")
     add("--temperature", type=float, default=0.2, help="0 is greedy")
     add("--max-new-tokens", type=int, default=512)
     add("--debug", action="store_true", help="show prompts, and tracebacks of errors")

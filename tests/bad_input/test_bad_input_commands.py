@@ -93,7 +93,11 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (pruning_command, ("list", "--html"), r"unrecognized arguments: --html"),
     (pruning_command, ("list", "--update-readme", "list.json"), r"no section between"),
     (pruning_command, ("list", "--update-readme", "scene.png"), r"not UTF-8 text"),
-    (pruning_command, ("list", "--update-readme", "nowhere.md"), r"No such file.*nowhere\.md"),
+    (
+        pruning_command,
+        ("list", "--update-readme", "nowhere.md"),
+        r"cannot read nowhere\.md: No such file",
+    ),
 ]
 
 

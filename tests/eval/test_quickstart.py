@@ -21,7 +21,7 @@ from llava.eval import quickstart as command
 from llava.eval.__main__ import main
 from llava.eval.quickstart import FILES, PICTURES, describe
 from llava.eval.subject import load_subject
-from llava.eval.tables import readme_section, render
+from llava.eval.tables import full_section, render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.pruning import list_methods
 from llava.pruning.catalogue import figures
@@ -67,7 +67,7 @@ def test_result_file_renders_the_printed_table(output: Path) -> None:
     printed = (output / "table.md").read_text()
     result = read(output / "result.json")
     assert printed == render(result)
-    section = readme_section(result).splitlines()
+    section = full_section(result).splitlines()
     assert set(printed.splitlines()) <= set(section)
     assert section.count("</details>") == 2
 

@@ -1,55 +1,123 @@
-"""What the README says: figures of the tracked result file or none, and commands that exist."""
+"""Figures in README and docs are those of tracked result files."""
 
 from __future__ import annotations
 
+import json
 import re
-import shlex
-from argparse import ArgumentParser
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from llava.eval import run_llava
 from llava.eval.results import read_result
-from llava.eval.tables import BEGIN, END, readme_drift
-from llava.serve import cli
+from llava.eval.tables import drift
+from llava.generated import markers
+from llava.pruning import get_method, list_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "playground" / "results" / "llava-tiny.json"
+SPEED = ROOT / "playground" / "results" / "stage-h200.json"
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
+PERCENT = r"\d+\.\d %"
 
 
-def test_readme_shows_the_tracked_result() -> None:
-    if RESULT.exists():
-        assert readme_drift(ROOT / "README.md", RESULT) is None
-        result = read_result(RESULT)
-        assert result["run"]["status"] == "done"
-        assert result["config"]["limit"] == 0
-        assert result["questions"] >= 2000
-        assert result["images"] >= 600
-    else:
-        text = (ROOT / "README.md").read_text()
-        section = text.partition(BEGIN)[2].partition(END)[0]
-        assert BEGIN in text and "|" not in section and "%" not in section
+def without_tables(file: Path) -> str:
+    """Text of a file without its generated sections."""
+    text = file.read_text()
+    for name in ("llava-tiny", "llava-tiny-short"):
+        begin, end = markers(name)
+        before, start, rest = text.partition(begin)
+        if start:
+            text = before + rest.partition(end)[2]
+    return text
 
 
-def test_prose_about_the_result_repeats_its_cells() -> None:
-    text = (ROOT / "README.md").read_text()
-    prose = text.partition("## Results on llava-tiny")[2].partition(BEGIN)[0]
-    accuracy = {row["arm"]: f"{100 * row['accuracy']:.1f} %" for row in read_result(RESULT)["rows"]}
-    arms = ("divprune@64", "zoo-exact@64", "zoo@64", "random@64")
-    assert re.findall(r"\d+\.\d %", prose) == [accuracy[arm] for arm in arms]
+def accuracy() -> dict[str, str]:
+    return {row["arm"]: f"{100 * row['accuracy']:.1f} %" for row in read_result(RESULT)["rows"]}
 
 
 @pytest.mark.parametrize(
-    ("module", "build_parser"),
-    [("llava.eval.run_llava", run_llava.build_parser), ("llava.serve.cli", cli.build_parser)],
+    ("file", "section"),
+    [(README, "llava-tiny-short"), (RESULTS, "llava-tiny")],
+    ids=["README", "results"],
 )
-def test_commands_are_understood(module: str, build_parser: Callable[[], ArgumentParser]) -> None:
-    """Continued lines belong to a command; what it printed stands below it."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(rf"^(?:\$ )?python -m {re.escape(module)} (.*)$", text, flags=re.M)
-    assert commands
-    for words in commands:
-        args = build_parser().parse_args(shlex.split(words))
-        assert (ROOT / args.model_path).is_dir() and (ROOT / args.image_file).is_file()
+def test_tables_are_those_of_the_tracked_result(file: Path, section: str) -> None:
+    begin, end = markers(section)
+    content = file.read_text().partition(begin)[2].partition(end)[0]
+    assert content.count("\n| ") > 10
+    assert drift(file, RESULT) is None
+
+
+def test_the_tracked_result_is_a_full_run() -> None:
+    result = read_result(RESULT)
+    assert result["run"]["status"] == "done"
+    assert result["config"]["limit"] == 0
+    assert result["questions"] >= 2000
+    assert result["images"] >= 600
+
+
+@pytest.mark.parametrize(
+    ("file", "arms"),
+    [
+        (README, ("least-sensitive@64", "no-image")),
+        (
+            RESULTS,
+            ("divprune@64", "zoo-exact@64", "zoo@64", "random@64", "least-sensitive@64"),
+        ),
+    ],
+    ids=["README", "results"],
+)
+def test_prose_about_accuracy_repeats_its_cells(file: Path, arms: tuple[str, ...]) -> None:
+    figures = accuracy()
+    assert re.findall(PERCENT, without_tables(file)) == [figures[arm] for arm in arms]
+
+
+def test_counts_in_the_readme() -> None:
+    text = README.read_text()
+    methods = [name for name in list_methods() if not get_method(name).control]
+    assert f"{len(methods)} methods behind one" in text
+    assert f"over {read_result(RESULT)['questions']:,} questions" in text
+
+
+def speed() -> tuple[dict, dict[tuple[str, str], str]]:
+    """The result file of the stage's times, and its medians by method and column title."""
+    result = json.loads(SPEED.read_text())
+    cells = {
+        (row["method"], f"{row['tokens']:,} → {row['keep']}"): f"{row['median_ms']:.1f}"
+        for row in result["rows"]
+    }
+    return result, cells
+
+
+def test_the_table_of_times_is_that_of_its_file() -> None:
+    result, cells = speed()
+    section = RESULTS.read_text().partition("## Time of the pruning stage")[2]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
+    columns = table[0][1:]
+    shown = {
+        (method, column): cell
+        for method, *row in table[2:]
+        for column, cell in zip(columns, row, strict=True)
+    }
+    assert shown == cells
+    words = " ".join(section.split())
+    assert result["machine"]["gpu"] in words and "before any work on speed" in words
+    assert {row["dtype"] for row in result["rows"]} == {"bfloat16"} and "in bfloat16" in words
+    assert f"`{result['command']}` at commit {result['commit']['commit']}" in words
+    waits = [row["waits"] for row in result["rows"]]
+    assert f"the GPU {min(waits)} to {max(waits)} times per call" in words
+
+
+def test_times_in_the_readme() -> None:
+    result, cells = speed()
+    text = " ".join(README.read_text().split())
+    (line,) = re.findall(r"\*\*Speed\.\*\*.*?GPU\.", text)
+    budget = "576 → 64"
+    assert re.findall(r"\d+\.\d ms", line) == [
+        f"{cells[method, budget]} ms" for method in ("zoo", "zoo-exact")
+    ]
+    assert budget in line and "before any work on speed" in line
+    assert result["machine"]["gpu"].removeprefix("NVIDIA ") in line

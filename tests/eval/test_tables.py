@@ -1,4 +1,4 @@
-"""Rows from records, Markdown from rows, and a README that may not drift."""
+"""Rows from records, Markdown from rows, and documents that may not drift."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from llava.eval.metrics import accuracy_rows, timing_columns
 from llava.eval.plots import draw_accuracy
 from llava.eval.results import SCHEMA_VERSION
 from llava.eval.tables import (
-    BEGIN,
-    END,
+    drift,
     family_table,
+    full_section,
     main_table,
     notes,
-    readme_drift,
     render,
+    short_section,
     summary_table,
 )
+from llava.generated import markers
 
 
 def refuse(method: str, budget: int) -> str | None:
@@ -187,25 +188,56 @@ def test_a_run_of_one_batch_has_timings_although_cold() -> None:
     assert timing_columns(ARMS, first)["zoo@64"]["prefill_ratio"] == 9.0
 
 
-def test_readme_drift(result: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme, file = tmp_path / "README.md", tmp_path / "result.json"
+def section(name: str, content: str) -> str:
+    begin, end = markers(name)
+    return f"{begin}\n{content}\n{end}\n"
+
+
+def test_drift(result: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, file = tmp_path / "results.md", tmp_path / "result.json"
     file.write_text(json.dumps(result))
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert "not those of" in readme_drift(readme, file)
-    assert main(["table", str(file), "--update-readme", str(readme)]) == 0
-    assert readme_drift(readme, file) is None
-    text = readme.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n4 questions") and text.endswith(f"{END}\nafter\n")
+    page.write_text(f"before\n{section('llava-tiny', 'old')}after\n")
+    assert "not those of" in drift(page, file)
+    assert main(["table", str(file), "--update", str(page)]) == 0
+    assert drift(page, file) is None
+    text = page.read_text()
+    begin, end = markers("llava-tiny")
+    assert text.startswith(f"before\n{begin}\n4 questions") and text.endswith(f"{end}\nafter\n")
     assert "commit 0123456789 (with local changes)" in text
 
     capsys.readouterr()
     assert main(["table", str(file)]) == 0
     assert capsys.readouterr().out in text
 
-    readme.write_text(text.replace("50.0 ± 28.9", "51.0 ± 28.9", 1))
-    assert readme_drift(readme, file) is not None
-    assert "no section" in readme_drift(file, file)
-    assert "cannot read" in readme_drift(readme, tmp_path / "missing.json")
+    page.write_text(text.replace("50.0 ± 28.9", "51.0 ± 28.9", 1))
+    assert drift(page, file) is not None
+    assert "no section" in drift(file, file)
+    assert "cannot read" in drift(page, tmp_path / "missing.json")
+    assert "cannot read" in drift(tmp_path / "missing.md", file)
+
+
+def test_one_command_updates_several_files(result: dict, tmp_path: Path) -> None:
+    """A file may have the short section, the full one, or both; the old spelling works too."""
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(result))
+    pages = [tmp_path / name for name in ("short.md", "both.md")]
+    short, full = section("llava-tiny-short", ""), section("llava-tiny", "")
+    for page, content in zip(pages, (short, short + full), strict=True):
+        page.write_text(content)
+        assert drift(page, file) is not None
+    assert (
+        main(["table", "--update-readme", str(pages[0]), str(file), "--update", str(pages[1])]) == 0
+    )
+    assert [drift(page, file) for page in pages] == [None, None]
+    lines = pages[0].read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == [
+        "none (unpruned)",
+        "zoo",
+        "pool",
+    ], "methods of the README in the order of the run, without controls"
+    assert lines[1:-1] == short_section(result).splitlines()
+    assert short_section(result) in pages[1].read_text()
+    assert full_section(result) in pages[1].read_text()
 
 
 def test_unusable_result_file_is_one_line(

@@ -16,9 +16,10 @@ from PIL import Image
 from pruning_checks import registered
 
 import llava.pruning
+from llava.generated import markers
 from llava.pruning import catalogue, list_methods
 from llava.pruning.__main__ import main
-from llava.pruning.catalogue import BEGIN, COLUMNS, END, RESULTS, method_table, readme_drift
+from llava.pruning.catalogue import COLUMNS, RESULTS, SECTION, drift, method_table, tracked_results
 from llava.pruning.errors import PruningError
 from llava.pruning.methods.base import PruningMethod
 from llava.pruning.published import RETENTION, SOURCES, Retention
@@ -153,44 +154,48 @@ def test_an_unusable_result_file_is_one_line(tmp_path: Path, capsys, content) ->
     assert "result.json" in capsys.readouterr().err
 
 
-def test_readme_shows_the_registered_methods() -> None:
-    assert readme_drift(ROOT / "README.md", ROOT / RESULTS) is None
+def test_the_documents_show_the_registered_methods() -> None:
+    page = ROOT / "docs" / "methods.md"
+    assert tracked_results(page) == ROOT / "playground" / RESULTS
+    assert drift(page, tracked_results(page)) is None
 
 
-def test_readme_drift(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The result file beside the README is the one that counts."""
-    readme, results = tmp_path / "README.md", tmp_path / RESULTS
+def test_drift(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The result file of the document's own checkout is the one that counts."""
+    page, results = tmp_path / "docs" / "methods.md", tmp_path / "playground" / RESULTS
     results.parent.mkdir(parents=True)
+    page.parent.mkdir()
     result_file(results, {"method": "grid", "accuracy": 0.125})
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert "--update-readme" in readme_drift(readme, results)
-    main(["list", "--update-readme", str(readme)])
-    assert readme_drift(readme, results) is None
-    text = readme.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n| method |")
-    assert text.endswith(f"\n{END}\nafter\n")
+    begin, end = markers(SECTION)
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    assert f"llava methods --update {page}" in drift(page, results)
+    main(["list", "--update", str(page)])
+    assert drift(page, results) is None
+    text = page.read_text()
+    assert text.startswith(f"before\n{begin}\n| method |")
+    assert text.endswith(f"\n{end}\nafter\n")
     assert "| 12.5 ± 1.2 |" in text
     capsys.readouterr()
     main(["list", "--markdown", "--results", str(results)])
     assert capsys.readouterr().out in text
-    readme.write_text(text.replace("| grid | place |", "| grid | chance |"))
-    assert readme_drift(readme, results) is not None
-    readme.write_text(text)
+    page.write_text(text.replace("| grid | place |", "| grid | chance |"))
+    assert drift(page, results) is not None
+    page.write_text(text)
     result_file(results, {"method": "grid", "accuracy": 0.25})
-    assert readme_drift(readme, results) is not None, "the figures were measured anew"
-    main(["list", "--update-readme", str(readme)])
-    text = readme.read_text()
+    assert drift(page, results) is not None, "the figures were measured again"
+    main(["list", "--update-readme", str(page)])
+    text = page.read_text()
 
     @dataclass(frozen=True)
     class Unlisted(PruningMethod):
         name = "unlisted"
 
     with registered(Unlisted):
-        assert readme_drift(readme, results) is not None
+        assert drift(page, results) is not None
         assert cell(method_table(), "unlisted", "signal") == "-"
     results.unlink()
-    main(["list", "--update-readme", str(readme)])
-    assert "no result file was read" in readme.read_text()
+    main(["list", "--update", str(page)])
+    assert "no result file was read" in page.read_text()
 
 
 @pytest.mark.parametrize("arguments", [[], ["lst"], ["list", "--html"]])

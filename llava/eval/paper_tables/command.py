@@ -35,9 +35,9 @@ from llava.eval.paper_tables.spec import Table, TableError, list_tables, load_ta
 from llava.eval.results import Record, exclusive, write_atomically
 from llava.eval.tasks.base import get_benchmark
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
+from llava.shipped import LLAVA_TINY
 from llava.utils import UserInputError
 
-DEMO_MODEL = Path("playground/llava-tiny")
 DEMO_TOKENS = 576
 DEMO_BATCH = 16
 DEMO_NEW_TOKENS = 8  # what llava-tiny was trained to say is shorter
@@ -135,7 +135,7 @@ def read_order(args: argparse.Namespace) -> Order:
     output = args.output or Path("outputs") / place / table.name
     model, data = args.model_path or table.model, args.data_root
     if args.demo:
-        model = args.model_path or str(DEMO_MODEL)
+        model = args.model_path or LLAVA_TINY
         data = output / f"playground-{args.demo_samples}"
     launch = Launch(
         model_path=str(model),

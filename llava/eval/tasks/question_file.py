@@ -17,6 +17,7 @@ from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_b
 from llava.eval.tasks.files import check_fields, index_by, read_bytes, read_json, read_jsonl
 from llava.images import open_image
 from llava.pixels import VIEWER
+from llava.shipped import LLAVA_TINY, shipped_path
 
 ImageLoader = Callable[[str], Image.Image]
 
@@ -36,7 +37,7 @@ class QuestionFile(Benchmark):
     protocols = {"llava": "the question as it is, answered in a word"}  # noqa: RUF012
     max_new_tokens = 8
     headline = "accuracy"
-    default_root = Path("playground/llava-tiny/benchmark")
+    default_root = shipped_path(f"{LLAVA_TINY}/benchmark")
     pixels = VIEWER
 
     def __init__(

@@ -1,0 +1,85 @@
+"""The console script `llava`: every command of the package under one name.
+
+Only the module of the command that runs is imported: `llava --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import NamedTuple
+
+from llava import __version__
+
+
+class Command(NamedTuple):
+    """One line of help, and the module whose `main(argv, prog=...)` runs it.
+
+    `within`: the module has several commands and takes the command's name as its first word.
+    """
+
+    summary: str
+    module: str
+    within: bool = True
+
+
+_EVAL = "llava.eval.__main__"
+COMMANDS = {
+    "chat": Command("chat about an image in the terminal", "llava.serve.cli", within=False),
+    "quickstart": Command("compare pruning methods on llava-tiny, about five minutes", _EVAL),
+    "run": Command("run a benchmark under one or more pruning settings", _EVAL),
+    "compare": Command("compare two settings question by question", _EVAL),
+    "table": Command("print the tables of a quickstart's result file", _EVAL),
+    "paper-table": Command("run every cell of a paper's table, next to what was published", _EVAL),
+    "prepare": Command("get the data of a benchmark, or check them", _EVAL),
+    "methods": Command("list the pruning methods", "llava.pruning.__main__"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; 2 with one line on stderr for an unknown one."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"llava {__version__}")
+        return 0
+    command = COMMANDS.get(name)
+    if command is None:
+        print(f"llava: error: {refusal(name)}", file=sys.stderr)
+        return 2
+    run = import_module(command.module).main
+    return run([name, *rest], prog="llava") if command.within else run(rest, prog=f"llava {name}")
+
+
+def usage() -> str:
+    """What `llava --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: llava COMMAND ...",
+            "",
+            "LLaVA with visual token pruning.",
+            "",
+            *lines,
+            "",
+            "llava COMMAND --help explains one; llava --version prints the version.",
+        ]
+    )
+
+
+def refusal(name: str) -> str:
+    """Why `name` is not run: no command, or an unknown one and the nearest that exist."""
+    if not name:
+        return f"give a command: {', '.join(COMMANDS)}; llava --help explains them"
+    near = get_close_matches(name, COMMANDS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "llava --help lists them"
+    return f"unknown command {name!r}; {hint}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
