@@ -186,6 +186,47 @@ def layouts_for(
     return image_layouts(geometry, tiles, sizes, stacked)
 
 
+def blank_patches(
+    aspect: str | None,
+    grid: tuple[int, int],
+    tiles: Sequence[int],
+    sizes: Sequence[Size] | None,
+) -> torch.Tensor | None:
+    """BoolTensor [T, N] over all tiles, True where nothing but the padding of a square is seen.
+
+    Only ``image_aspect_ratio="pad"`` (LLaVA-1.5) pads to squares that are read whole.
+
+    Args:
+        aspect: ``image_aspect_ratio``.
+        grid: (rows, columns) of patches in a tile.
+        tiles, sizes: see ``image_layouts``.
+
+    Returns:
+        None where it cannot be told: sizes are unknown, or tokens form no square.
+    """
+    rows, cols = grid
+    blank = torch.zeros(sum(tiles), rows, cols, dtype=torch.bool)
+    if aspect == "pad":
+        if sizes is None or rows != cols:
+            return None
+        first = 0
+        for count, (width, height) in zip(tiles, sizes, strict=True):
+            side = max(width, height)
+            blank[first] |= _outside(rows, side, height)[:, None]
+            blank[first] |= _outside(cols, side, width)
+            first += count
+    return blank.flatten(1)
+
+
+def _outside(cells: int, side: int, length: int) -> torch.Tensor:
+    """BoolTensor [cells]: equal parts of ``side`` without any of the ``length`` in its centre.
+
+    An odd rest is halved, as MMTok's released code does, though the image is a whole pixel off.
+    """
+    start, end = torch.arange(cells) * 2 * side, torch.arange(1, cells + 1) * 2 * side
+    return (end <= (side - length) * cells) | (start >= (side + length) * cells)
+
+
 def padding_mask(layouts: Sequence[ImageLayout]) -> torch.Tensor | None:
     """BoolTensor [T, N] over all tiles, False for padding; None without any padding."""
     if all(size == layout.patches for layout in layouts for size in layout.tile_sizes):

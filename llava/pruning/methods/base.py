@@ -134,6 +134,11 @@ class PruningMethod:
         """Whether the class token's attention counts with these options."""
         return any(need in CLASS_ATTENTION for need in self.needs)
 
+    @property
+    def keyword_rule(self) -> str:
+        """Which words of a question become `question_embeddings`: see `llava.model.instruction`."""
+        return "content"
+
     def set_needs(self, *needs: str, wants: tuple[str, ...] = ()) -> None:
         """What this instance needs with its options; called from `__post_init__`."""
         object.__setattr__(self, "needs", needs)
