@@ -1,0 +1,31 @@
+"""What the language model reads equals recorded runs of the methods' released repositories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from official import Official, cases
+
+from llava.pruning import PruningConfig
+
+WRAP = {"wrap_neighbours": True}
+
+
+def check(case: Official, run: dict[str, Any], config: PruningConfig, record_error) -> None:
+    got = case.embeds(config, {})
+    want = case.outputs[f"{run['key']}__inputs_embeds"]
+    assert got.shape == want.shape
+    error = float((got - want).abs().max())
+    record_error(f"{case.about['method']} model: inputs_embeds", error)
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("name", cases("hiprune", "e2e_v15*"))
+def test_hiprune(name: str, record_error) -> None:
+    case = Official(name)
+    for run in case.about["runs"]:
+        # The released code divides its budget among all images of a call.
+        budget = run["k"] // len(run["crops"])
+        config = PruningConfig.of("hiprune", keep_tokens=budget, alpha=run["alpha"], **WRAP)
+        check(case, run, config, record_error)
