@@ -30,9 +30,9 @@ class HiPrune(PruningMethod):
     The middle layer is the 9th of 24, the same share of another tower's depth. At k = 64 there is
     one anchor; below k = 26 there is none.
 
-    Only patches that touch the anchor are buffers. In the released code, and with
-    wrap_neighbours=true, a buffer beyond the end of a row is a patch of the next row, and beyond
-    the image the first or last patch.
+    As in the released code, a buffer beyond the end of a row is a patch of the next row, and beyond
+    the image the first or last patch; with wrap_neighbours=false only patches that touch the anchor
+    are buffers.
 
     Where the released code differs: it divides one budget among all tiles and images of a call. An
     alpha with more anchors and buffers than k keeps the first k of them here, anchors first.
@@ -51,7 +51,7 @@ class HiPrune(PruningMethod):
     fidelity: ClassVar[str] = "golden"
 
     alpha: float = 0.1
-    wrap_neighbours: bool = False
+    wrap_neighbours: bool = True
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, 0, 5)
