@@ -21,6 +21,14 @@ def check(case: Official, run: dict[str, Any], config: PruningConfig, record_err
     assert error < 1e-4
 
 
+@pytest.mark.parametrize("name", cases("prumerge", "e2e_v15*") + cases("prumerge-plus", "e2e_v15*"))
+def test_prumerge(name: str, record_error) -> None:
+    case = Official(name)
+    for run in case.about["runs"]:
+        config = PruningConfig.of(case.about["method"], keep_tokens=575, adaptive=True)
+        check(case, run, config, record_error)
+
+
 @pytest.mark.parametrize("name", cases("hiprune", "e2e_v15*"))
 def test_hiprune(name: str, record_error) -> None:
     case = Official(name)
