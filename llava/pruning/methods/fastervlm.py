@@ -34,7 +34,7 @@ class FasterVLM(PruningMethod):
     signal: ClassVar[str] = "class attention"
     paper: ClassVar[str] = "arXiv 2412.01818 v1"
     needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
-    fidelity: ClassVar[str] = "vectors"
+    fidelity: ClassVar[str] = "golden"
 
     def importance(self, visual: VisualTokens) -> Tensor:
         return torch.stack(visual.extra("cls_attention"))

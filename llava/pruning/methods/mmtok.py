@@ -56,7 +56,7 @@ class MMTok(PruningMethod):
     paper: ClassVar[str] = "ICLR 2026, arXiv 2508.18264"
     needs: ClassVar[tuple[str, ...]] = ("features", "question_embeddings")
     query_aware: ClassVar[bool] = True
-    fidelity: ClassVar[str] = "vectors"
+    fidelity: ClassVar[str] = "golden"
 
     tau_t: float = 0.02
     tau_v: float = 0.2
