@@ -38,8 +38,8 @@ class VisPruner(PruningMethod):
     precision; here neither, and no option brings the error back. The order of all similarities
     decides who meets whom in the next round, so one near-tie changes all that follows: equal to
     recorded runs in float64, while the released code itself, in float32 or half precision against
-    float64, may have only some 50 of 64 tokens in common. On LLaVA-1.6 it keeps k of each of five tiles,
-    `mm_next_protocol="fixed2880"` here.
+    float64, may have only some 50 of 64 tokens in common. On LLaVA-1.6 it keeps k of each of five
+    tiles, `mm_next_protocol="fixed2880"` here.
 
     Option: important_ratio r. Margins are not recorded: a choice is the end of many rounds.
     """
