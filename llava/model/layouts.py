@@ -1,13 +1,15 @@
 """From the size of an image to the layout of its tiles: canvas, padding, order, newlines."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from llava.mm_utils import (
+    SPATIAL_PROTOCOLS,
     Size,
     canvas_choices,
+    canvas_rule,
     fit_size,
     next_protocol,
     select_best_resolution,
@@ -27,9 +29,11 @@ class TileGeometry(NamedTuple):
         grid: (rows, columns) of patches in a tile.
         side: of a tile, in pixels.
         aspect: ``image_aspect_ratio``.
-        merge: ``mm_patch_merge_type``; the protocol ``fixed2880`` neither unpads nor has newlines.
+        merge: ``mm_patch_merge_type``; the protocols ``fixed2880``, ``spatial`` and
+            ``spatial-filled`` neither unpad nor have newlines.
         canvases: (width, height) of the canvases that crops are cut from; none without anyres.
         crops_centre: whether the tower's own preprocessing cuts the longer side of an image off.
+        choose: which of the canvases an image of a size gets.
     """
 
     grid: tuple[int, int]
@@ -38,6 +42,7 @@ class TileGeometry(NamedTuple):
     merge: str
     canvases: tuple[Size, ...]
     crops_centre: bool = True
+    choose: Callable[[Size, Sequence[Size]], Size] = select_best_resolution
 
     @classmethod
     def of(
@@ -53,11 +58,12 @@ class TileGeometry(NamedTuple):
             raise UserInputError(
                 f"mm_patch_merge_type is {merge!r}; use one of {', '.join(MERGE_TYPES)}"
             )
-        if next_protocol(config) == "fixed2880":
+        if next_protocol(config) in ("fixed2880", *SPATIAL_PROTOCOLS):
             merge = merge.removesuffix("_unpad")
         aspect = getattr(config, "image_aspect_ratio", None)
         canvases = canvas_choices(config, side) if aspect == "anyres" else ()
-        return cls(grid, side, aspect, merge, tuple(canvases), crops_centre)
+        choose = canvas_rule(config)
+        return cls(grid, side, aspect, merge, tuple(canvases), crops_centre, choose)
 
     def layout(self, tiles: int, size: Size | None, stacked: bool) -> ImageLayout:
         """The layout of one image.
@@ -84,7 +90,7 @@ class TileGeometry(NamedTuple):
                 "needs image_aspect_ratio 'anyres', and image_sizes=[(width, height), ...] with "
                 "one entry for each image"
             )
-        canvas = select_best_resolution(size, self.canvases)
+        canvas = self.choose(size, self.canvases)
         crops = canvas[1] // self.side, canvas[0] // self.side
         if tiles != 1 + crops[0] * crops[1]:
             raise UserInputError(

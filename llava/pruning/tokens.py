@@ -112,6 +112,7 @@ class VisualTokens:
         blank: BoolTensor [T, N], before the stage: patches of the padding that makes LLaVA-1.5's
             square, with nothing of the image in them. They are valid, the model reads them; a
             method may leave them out. None where the size of an image is unknown.
+        tile_budgets: count budgets of tiled images tile by tile, see `llava.pruning.tile_budgets`.
     """
 
     features: Tensor
@@ -132,6 +133,7 @@ class VisualTokens:
     original_positions: bool = False
     trace: PruningTrace | None = None
     blank: Tensor | None = None
+    tile_budgets: bool = False
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]

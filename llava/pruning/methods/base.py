@@ -74,6 +74,8 @@ class PruningMethod:
             or a seed have a part in it.
         fixed_count: whether the number of kept tokens is `num_kept`, whatever the content.
         budgeted: whether a budget must be given.
+        shares_budget: where LLaVA-1.6 is read and counted as released (`tile_budgets`), whether the
+            budget is divided among the tiles an image has, rather than among five.
         stage: `pre_llm` or `decoder`.
         fidelity: `golden` (equals stored outputs of the official code), `vectors` (equals an
             independent reference of the published formulas), `reconstructed` (something had to be
@@ -91,6 +93,7 @@ class PruningMethod:
     equivariant: ClassVar[bool] = True
     fixed_count: ClassVar[bool] = True
     budgeted: ClassVar[bool] = True
+    shares_budget: ClassVar[bool] = False
     stage: ClassVar[str] = "pre_llm"
     fidelity: ClassVar[str] = "own"
     control: ClassVar[bool] = False

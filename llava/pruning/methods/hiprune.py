@@ -34,7 +34,8 @@ class HiPrune(PruningMethod):
     the image the first or last patch; with wrap_neighbours=false only patches that touch the anchor
     are buffers.
 
-    Where the released code differs: it divides one budget among all tiles and images of a call. An
+    Where the released code differs: it divides one budget among all tiles and images of a call; on
+    LLaVA-1.6 `mm_next_protocol="spatial"` divides it among the tiles of an image. An
     alpha with more anchors and buffers than k keeps the first k of them here, anchors first.
 
     Options: alpha, wrap_neighbours. Margins are not recorded. Tiles are pruned one by one, a joined
@@ -48,6 +49,7 @@ class HiPrune(PruningMethod):
     paper: ClassVar[str] = "arXiv 2508.00553"
     needs: ClassVar[tuple[str, ...]] = ("received_attention", "object_attention")
     equivariant: ClassVar[bool] = False
+    shares_budget: ClassVar[bool] = True
     fidelity: ClassVar[str] = "golden"
 
     alpha: float = 0.1

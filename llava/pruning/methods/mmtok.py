@@ -38,7 +38,8 @@ class MMTok(PruningMethod):
     (`llava/model/instruction.py`; recorded runs show a part of the released list, see there). The
     square of LLaVA-1.5 has padding: with `padding="cover"` it has to be covered like the rest and
     is kept only where all other patches are. On LLaVA-1.6, padding that the model does not read is
-    neither covered nor kept.
+    neither covered nor kept; the released code reads it there and keeps k of every tile:
+    `mm_next_protocol="spatial"` with 5 k here.
 
     Where the released code differs: it normalises in the model's half precision, and takes a stock
     question where none is given (here an error, or `text="none"`). Where fewer patches than k show
