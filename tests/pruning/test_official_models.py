@@ -95,7 +95,7 @@ def test_fastervlm_in_tiles(name: str, record_error) -> None:
 def test_hiprune_in_tiles(name: str, record_error) -> None:
     case = Official(name)
     for run in case.about["runs"]:
-        config = PruningConfig.of("hiprune", keep_tokens=run["k"], alpha=run["alpha"])
+        config = PruningConfig.of("hiprune", keep_tokens=run["k"], alpha=run["alpha"], **WRAP)
         check(case, run, config, record_error, settings=SPATIAL)
 
 

@@ -33,14 +33,13 @@ def cover(similarity: Tensor, k: int, last: Tensor | None = None) -> Picks:
         raise PruningError(f"cannot pick {k} of {count} tokens")
     best = similarity.new_zeros(similarity.shape[0], 1)
     taken = torch.zeros(count, dtype=torch.bool, device=similarity.device)
-    later = taken if last is None else last
-    others = count - int(later.sum())
+    others = count if last is None else count - int(last.sum())
     picks = torch.empty(k, dtype=torch.long, device=similarity.device)
     margins = similarity.new_empty(k)
     added = torch.empty_like(similarity)  # fresh memory of this size costs more than the sums
     for step in range(k):
         torch.sub(similarity, best, out=added)
-        closed = taken | later if step < others else taken
+        closed = taken if last is None or step >= others else taken | last
         gain = added.clamp_min_(0).sum(dim=0).masked_fill_(closed, -torch.inf)
         pick = first_argmax(gain)
         taken = taken.scatter(0, pick[None], True)
