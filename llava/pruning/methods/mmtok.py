@@ -48,8 +48,8 @@ class MMTok(PruningMethod):
     is not known, and the label says so.
 
     Options: tau_t, tau_v, alpha; text `question` | `none`, which covers the image alone; keywords
-    `release` | `content` (a longer list of stop words of our own); padding `cover` | `keep` (like
-    any other patch), which the released code does on LLaVA-1.5 when told to.
+    `content` (a longer list of stop words of our own) | `release`; padding `keep` (like any other
+    patch) | `cover`.
     """
 
     name: ClassVar[str] = "mmtok"
@@ -63,8 +63,8 @@ class MMTok(PruningMethod):
     tau_v: float = 0.2
     alpha: float = 0.5
     text: str = "question"
-    keywords: str = "release"
-    padding: str = "cover"
+    keywords: str = "content"
+    padding: str = "keep"
 
     def __post_init__(self) -> None:
         check_choice("text", self.text, TEXTS)
