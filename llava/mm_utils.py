@@ -6,7 +6,7 @@ The geometry of the multi-tile ("anyres") scheme lives here as pure functions of
 import ast
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from llava.value_rules import list_of, shown, whole
 
 Size = tuple[int, int]
 
-NEXT_PROTOCOLS = ("native", "fixed2880", "zoo-release")
+# Those that read the canvas whole: its padding stays, and rows have no newlines.
+SPATIAL_PROTOCOLS = ("spatial", "spatial-filled")
+NEXT_PROTOCOLS = ("native", "fixed2880", "zoo-release", *SPATIAL_PROTOCOLS)
 # (columns, rows) of tiles of the canvases in all released LLaVA-1.6 checkpoints, in their order.
 RELEASED_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
@@ -50,6 +52,26 @@ def select_best_resolution(original_size: Size, possible_resolutions: Sequence[S
         scale = min(canvas_w / width, canvas_h / height)
         effective = min(int(width * scale) * int(height * scale), width * height)
         rank = (effective, effective - canvas_w * canvas_h)
+        if best is None or rank > best_rank:
+            best, best_rank = (canvas_w, canvas_h), rank
+    if best is None:
+        raise UserInputError("no canvas to choose from: image_grid_pinpoints is empty")
+    return best
+
+
+def select_filled_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
+    """Choose the canvas that an image fills best, however much it is enlarged for that.
+
+    FasterVLM's released code does so. Arguments and result as in ``select_best_resolution``; of
+    equal shares the smallest canvas wins, then the first.
+    """
+    width, height = original_size
+    best: Size | None = None
+    best_rank = (-1.0, 0)
+    for canvas_w, canvas_h in possible_resolutions:
+        scale = min(canvas_w / width, canvas_h / height)
+        share = int(width * scale) * int(height * scale) / (canvas_w * canvas_h)
+        rank = (share, -canvas_w * canvas_h)
         if best is None or rank > best_rank:
             best, best_rank = (canvas_w, canvas_h), rank
     if best is None:
@@ -124,7 +146,10 @@ def next_protocol(model_cfg: Any) -> str:
 
     ``native``: as the checkpoint was trained. ``fixed2880``: every image on a canvas of 2 x 2
     tiles, no unpadding and no newlines, as several papers count. ``zoo-release``: native, pruned
-    as ZOO-Prune's released code does, see ``llava.pruning.released``.
+    as ZOO-Prune's released code does, see ``llava.pruning.released``. ``spatial``: the canvas of
+    ``native``, no unpadding and no newlines, and budgets counted tile by tile, as FasterVLM,
+    HiPrune, SCOPE, MMTok and VisionZip were released; see ``llava.pruning.tile_budgets``.
+    ``spatial-filled``: the same on the canvas that the image fills best, as FasterVLM was.
 
     Raises:
         UserInputError: another word, or a model whose images are no tiles.
@@ -141,6 +166,12 @@ def next_protocol(model_cfg: Any) -> str:
             f"'anyres'), but this model has image_aspect_ratio {aspect!r}; use 'native'"
         )
     return protocol
+
+
+def canvas_rule(model_cfg: Any) -> Callable[[Size, Sequence[Size]], Size]:
+    """How a model chooses among canvases: ``select_best_resolution``, or as its protocol says."""
+    filled = next_protocol(model_cfg) == "spatial-filled"
+    return select_filled_resolution if filled else select_best_resolution
 
 
 def canvas_choices(model_cfg: Any, tile_side: int) -> list[Size]:
@@ -202,7 +233,10 @@ def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) 
 
 
 def process_anyres_image(
-    image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[Size]
+    image: Image.Image,
+    processor: Any,
+    grid_pinpoints: str | Sequence[Size],
+    choose: Callable[[Size, Sequence[Size]], Size] = select_best_resolution,
 ) -> torch.Tensor:
     """An image as LLaVA-1.6 sees it: the whole image first, then the tiles of its best canvas.
 
@@ -210,12 +244,13 @@ def process_anyres_image(
         image: an RGB image.
         processor: the tower's processor.
         grid_pinpoints: canvases as (width, height), or a string holding that Python list.
+        choose: which of them an image of a size gets.
 
     Returns:
         float32 [1 + tiles, 3, H, W]; tiles row by row. The whole image is resized to a square
         without regard to its aspect.
     """
-    canvas = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
+    canvas = choose(image.size, parse_pinpoints(grid_pinpoints))
     tile = tile_side(processor)
     side = processor.size.get("shortest_edge") or tile
     views = [image.resize((side, side))]
@@ -263,7 +298,8 @@ def process_images(
     images = [image.convert("RGB") for image in images]
     if aspect == "anyres":
         canvases = canvas_choices(model_cfg, tile_side(image_processor))
-        tiles = [process_anyres_image(image, image_processor, canvases) for image in images]
+        choose = canvas_rule(model_cfg)
+        tiles = [process_anyres_image(image, image_processor, canvases, choose) for image in images]
         same = all(t.shape == tiles[0].shape for t in tiles)
         return torch.stack(tiles) if same else tiles
     for image in images:

@@ -25,6 +25,7 @@ from llava.mm_utils import (
     process_images,
     resize_and_pad_image,
     select_best_resolution,
+    select_filled_resolution,
     tokenizer_image_token,
     unpad_image,
 )
@@ -159,6 +160,18 @@ def test_images_of_any_mode_and_size_are_taken(processor: CLIPImageProcessorPil)
         assert pixels.shape == (3, 3, 336, 336)
 
 
+def test_the_canvas_that_is_filled_best() -> None:
+    """41 x 29 fills 672 x 336 and 672 x 672 alike, to a whole pixel: the smaller one wins."""
+    grids = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+    for size, canvas in (
+        *(((1009, 673), (672, 336)), ((672, 672), (672, 672)), ((41, 29), (672, 336))),
+        *(((1180, 310), (1008, 336)), ((29, 41), (336, 672)), ((10, 900), (336, 1008))),
+    ):
+        assert select_filled_resolution(size, grids) == canvas
+    with pytest.raises(UserInputError, match="image_grid_pinpoints is empty"):
+        select_filled_resolution((10, 10), [])
+
+
 def _anyres(**settings: object) -> SimpleNamespace:
     return SimpleNamespace(image_aspect_ratio="anyres", **settings)
 
@@ -172,6 +185,10 @@ def test_anyres_tiles(processor: CLIPImageProcessorPil) -> None:
     assert process_images([wide], processor, as_text).shape == (1, 3, 3, 336, 336)
     fixed = _anyres(mm_next_protocol="fixed2880")
     assert process_images([wide, square], processor, fixed).shape == (2, 5, 3, 336, 336)
+    photo, native = Image.new("RGB", (1009, 673)), _anyres(mm_next_protocol="spatial")
+    assert process_images([photo], processor, native).shape == (1, 5, 3, 336, 336)
+    filled = _anyres(mm_next_protocol="spatial-filled")
+    assert process_images([photo], processor, filled).shape == (1, 3, 3, 336, 336)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from typing import Any
 from llava.utils import UserInputError
 
 _HALF_SCORES = (
-    "scores, directions and step in float16: `zoo` always scores in float32, where the released "
-    "code loses most of the step to rounding"
+    "scores, directions and step in float16, where the released code loses most of the step to "
+    "rounding: `zoo` scores in float32 here, and as released with the option precision=model"
 )
 _GLOBAL_GENERATOR = (
     "a new direction bank per image from the global random generator: `zoo` draws one bank from "

@@ -23,21 +23,32 @@ INSTRUCTION_EXTRAS = ("clip_image", "clip_text", "question_embeddings")
 
 # What LLaVA's evaluation prompts say of the form of the answer, not of the image.
 SHORT_ANSWER = "Answer the question using a single word or phrase."
+OPTION_LETTER = "Answer with the option's letter from the given choices directly."
 ANSWER_FORMATS = (
     SHORT_ANSWER,
-    "Answer with the option's letter from the given choices directly.",
+    OPTION_LETTER,
     "When the provided information is insufficient, respond with 'Unanswerable'.",
 )
 
-# Words that name nothing in an image.
-_STOP_WORDS = """
+# Our own list: words that name nothing in an image.
+_CONTENT_STOP_WORDS = """
 a about all also am an and any are as at be been being both but by can could did do does doing each
 for from had has have having he her here hers him his how i if in into is it its me my no nor not of
 on or our ours please she should so some such than that the their theirs them then there these they
 this those to too us very was we were what when where which while who whom whose why will with would
 you your yours
 """
-STOP_WORDS = frozenset(_STOP_WORDS.split())
+CONTENT_STOP_WORDS = frozenset(_CONTENT_STOP_WORDS.split())
+
+# The released list has 47 words. Recorded questions show what is in it (a answer are at how is it
+# or question the what when which who with you) and what is not (can in me no of on s than there
+# this yes); the other words are inferred.
+_RELEASE_STOP_WORDS = """
+a an and answer are at be been being but by could did do does for had has have he how i is it may
+might must or question she should the they to was we were what when where which who why will with
+would you
+"""
+RELEASE_STOP_WORDS = frozenset(_RELEASE_STOP_WORDS.split())
 
 _questions: ContextVar[Sequence[str] | None] = ContextVar("questions", default=None)
 
@@ -112,19 +123,21 @@ def read_questions(model: Any, visual: VisualTokens, questions: Sequence[str]) -
         words = [without_answer_format(question, (SHORT_ANSWER,)) for question in questions]
         extras["clip_text"] = [text.encode(question) for question in words]
     if "question_embeddings" in needs:
-        extras["question_embeddings"] = [_word_embeddings(model, text) for text in questions]
+        rule = model.pruning.pruner.keyword_rule
+        words = [keywords(question, rule) for question in questions]
+        extras["question_embeddings"] = [_word_embeddings(model, text) for text in words]
     return extras
 
 
-def _word_embeddings(model: Any, question: str) -> torch.Tensor:
-    """[m, D]: the language model's embeddings of a question's keywords."""
+def _word_embeddings(model: Any, words: str) -> torch.Tensor:
+    """[m, D]: the language model's embeddings of the m tokens of a text."""
     if model.text_tokenizer is None:
         raise UserInputError(
             "the active pruning method reads the question's words and the model knows no "
             "tokenizer; load it with load_pretrained_model from a folder with one, or set "
             "model.text_tokenizer"
         )
-    ids = model.text_tokenizer(keywords(question), add_special_tokens=False)["input_ids"]
+    ids = model.text_tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
     embed = model.get_input_embeddings()
     return embed(torch.tensor(ids, dtype=torch.long, device=embed.weight.device)).detach()
 
@@ -136,12 +149,25 @@ def without_answer_format(question: str, formats: Sequence[str] = ANSWER_FORMATS
     return question.strip()
 
 
-def keywords(question: str) -> str:
-    """The words of a question that may name something in an image, in their order.
+def keywords(question: str, rule: str = "content") -> str:
+    """The words of a question that a picture is searched for, in their order.
 
-    Answer formats and stop words go; where nothing is left, the whole question stays.
+    Args:
+        question: the user's words.
+        rule: ``release``, as in MMTok's code: two sentences about the form of the answer and stop
+            words go, words end at apostrophes and hyphens; where nothing is left, the question
+            without those sentences, perhaps "". ``content``: more sentences and far more stop
+            words go, ``cat's`` and ``left-hand`` are words; where nothing is left, all of the
+            question.
     """
-    words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", without_answer_format(question))
-    kept = " ".join(word for word in words if word.lower() not in STOP_WORDS)
+    if rule == "release":
+        asked = without_answer_format(question, (SHORT_ANSWER, OPTION_LETTER))
+        pattern, stop_words, otherwise = r"\b\w+\b", RELEASE_STOP_WORDS, asked
+    else:
+        asked = without_answer_format(question)
+        pattern, stop_words = r"[^\W_]+(?:['’-][^\W_]+)*", CONTENT_STOP_WORDS
+        otherwise = question.strip()
+    words = re.findall(pattern, asked)
+    kept = " ".join(word for word in words if word.lower() not in stop_words)
     logger.debug("keywords of %r: %r", question, kept)
-    return kept or question.strip()
+    return kept or otherwise

@@ -1,13 +1,15 @@
 """From the size of an image to the layout of its tiles: canvas, padding, order, newlines."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from llava.mm_utils import (
+    SPATIAL_PROTOCOLS,
     Size,
     canvas_choices,
+    canvas_rule,
     fit_size,
     next_protocol,
     select_best_resolution,
@@ -27,9 +29,11 @@ class TileGeometry(NamedTuple):
         grid: (rows, columns) of patches in a tile.
         side: of a tile, in pixels.
         aspect: ``image_aspect_ratio``.
-        merge: ``mm_patch_merge_type``; the protocol ``fixed2880`` neither unpads nor has newlines.
+        merge: ``mm_patch_merge_type``; the protocols ``fixed2880``, ``spatial`` and
+            ``spatial-filled`` neither unpad nor have newlines.
         canvases: (width, height) of the canvases that crops are cut from; none without anyres.
         crops_centre: whether the tower's own preprocessing cuts the longer side of an image off.
+        choose: which of the canvases an image of a size gets.
     """
 
     grid: tuple[int, int]
@@ -38,6 +42,7 @@ class TileGeometry(NamedTuple):
     merge: str
     canvases: tuple[Size, ...]
     crops_centre: bool = True
+    choose: Callable[[Size, Sequence[Size]], Size] = select_best_resolution
 
     @classmethod
     def of(
@@ -53,11 +58,12 @@ class TileGeometry(NamedTuple):
             raise UserInputError(
                 f"mm_patch_merge_type is {merge!r}; use one of {', '.join(MERGE_TYPES)}"
             )
-        if next_protocol(config) == "fixed2880":
+        if next_protocol(config) in ("fixed2880", *SPATIAL_PROTOCOLS):
             merge = merge.removesuffix("_unpad")
         aspect = getattr(config, "image_aspect_ratio", None)
         canvases = canvas_choices(config, side) if aspect == "anyres" else ()
-        return cls(grid, side, aspect, merge, tuple(canvases), crops_centre)
+        choose = canvas_rule(config)
+        return cls(grid, side, aspect, merge, tuple(canvases), crops_centre, choose)
 
     def layout(self, tiles: int, size: Size | None, stacked: bool) -> ImageLayout:
         """The layout of one image.
@@ -84,7 +90,7 @@ class TileGeometry(NamedTuple):
                 "needs image_aspect_ratio 'anyres', and image_sizes=[(width, height), ...] with "
                 "one entry for each image"
             )
-        canvas = select_best_resolution(size, self.canvases)
+        canvas = self.choose(size, self.canvases)
         crops = canvas[1] // self.side, canvas[0] // self.side
         if tiles != 1 + crops[0] * crops[1]:
             raise UserInputError(
@@ -184,6 +190,47 @@ def layouts_for(
     geometry = TileGeometry.of(model.config, grid, tower.config.image_size, tower.crops_centre)
     stacked = not isinstance(images, torch.Tensor) or images.ndim == 5
     return image_layouts(geometry, tiles, sizes, stacked)
+
+
+def blank_patches(
+    aspect: str | None,
+    grid: tuple[int, int],
+    tiles: Sequence[int],
+    sizes: Sequence[Size] | None,
+) -> torch.Tensor | None:
+    """BoolTensor [T, N] over all tiles, True where nothing but the padding of a square is seen.
+
+    Only ``image_aspect_ratio="pad"`` (LLaVA-1.5) pads to squares that are read whole.
+
+    Args:
+        aspect: ``image_aspect_ratio``.
+        grid: (rows, columns) of patches in a tile.
+        tiles, sizes: see ``image_layouts``.
+
+    Returns:
+        None where it cannot be told: sizes are unknown, or tokens form no square.
+    """
+    rows, cols = grid
+    blank = torch.zeros(sum(tiles), rows, cols, dtype=torch.bool)
+    if aspect == "pad":
+        if sizes is None or rows != cols:
+            return None
+        first = 0
+        for count, (width, height) in zip(tiles, sizes, strict=True):
+            side = max(width, height)
+            blank[first] |= _outside(rows, side, height)[:, None]
+            blank[first] |= _outside(cols, side, width)
+            first += count
+    return blank.flatten(1)
+
+
+def _outside(cells: int, side: int, length: int) -> torch.Tensor:
+    """BoolTensor [cells]: equal parts of ``side`` without any of the ``length`` in its centre.
+
+    An odd rest is halved, as MMTok's released code does, though the image is a whole pixel off.
+    """
+    start, end = torch.arange(cells) * 2 * side, torch.arange(1, cells + 1) * 2 * side
+    return (end <= (side - length) * cells) | (start >= (side + length) * cells)
 
 
 def padding_mask(layouts: Sequence[ImageLayout]) -> torch.Tensor | None:

@@ -17,10 +17,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mm_utils import next_protocol, unpad_image
+from llava.mm_utils import SPATIAL_PROTOCOLS, next_protocol, unpad_image
 from llava.model.finite import check_projected
 from llava.model.inputs import check_ids, check_images, check_prompt, check_sizes
-from llava.model.layouts import layouts_for, padding_mask, tile_grid
+from llava.model.layouts import blank_patches, layouts_for, padding_mask, tile_grid
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
@@ -220,7 +220,7 @@ class LlavaMetaForCausalLM(Prunable):
                 frozen, so a trainer may run it once.
             image_sizes: (width, height) of all original images. Tiles are arranged by them
                 (``spatial``, ``spatial_unpad``); images of one tile need them only for pictures of
-                what was kept.
+                what was kept and for methods that leave the square's padding out.
             needs: what to collect beyond features and embeddings, by the names that methods put
                 into their ``needs``; by default what the active method asks for.
 
@@ -242,6 +242,9 @@ class LlavaMetaForCausalLM(Prunable):
         grid = tile_grid(tower, projected.shape[1])
         layouts = layouts_for(self, grid, images, tiles_of_images, sizes)
         valid = padding_mask(layouts)
+        aspect = getattr(self.config, "image_aspect_ratio", None)
+        blank = blank_patches(aspect, grid, tiles_of_images, sizes)
+        protocol = next_protocol(self.config)
         return VisualTokens(
             features=features,
             projected=projected,
@@ -249,11 +252,13 @@ class LlavaMetaForCausalLM(Prunable):
             image_index=image_index.to(projected.device),
             grid=grid,
             valid=None if valid is None else valid.to(projected.device),
+            blank=None if blank is None else blank.to(projected.device),
             extras=extras,
             layouts=layouts,
             class_token=tower.has_class_token,
             newline=self._newline(layouts),
-            released=next_protocol(self.config) == "zoo-release",
+            released=protocol == "zoo-release",
+            tile_budgets=protocol in SPATIAL_PROTOCOLS,
         )
 
     def with_questions(self, visual: VisualTokens, questions: Sequence[str]) -> VisualTokens:

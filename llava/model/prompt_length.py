@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import Size, next_protocol
+from llava.mm_utils import SPATIAL_PROTOCOLS, Size, next_protocol
 from llava.model.inputs import check_sizes
 from llava.model.layouts import layouts_for, padding_mask, tile_grid
 from llava.model.tiles import Images, flatten_tiles
@@ -143,6 +143,7 @@ def _shapes(model: Any, images: Images, image_sizes: Sequence[Size] | None) -> V
     tokens = tower.num_tokens if tiles.ndim == 4 else tiles.shape[1]
     grid = tile_grid(tower, tokens)
     layouts = layouts_for(model, grid, images, counts, check_sizes(image_sizes, len(counts)))
+    protocol = next_protocol(model.config)
     return VisualTokens(
         features=torch.zeros(len(tiles), tokens, 0),
         projected=torch.zeros(len(tiles), tokens, 0),
@@ -151,5 +152,6 @@ def _shapes(model: Any, images: Images, image_sizes: Sequence[Size] | None) -> V
         grid=grid,
         valid=padding_mask(layouts),
         layouts=layouts,
-        released=next_protocol(model.config) == "zoo-release",
+        released=protocol == "zoo-release",
+        tile_budgets=protocol in SPATIAL_PROTOCOLS,
     )

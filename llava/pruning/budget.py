@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llava.pruning.config import PruningConfig
 from llava.pruning.released import applies_to, extra_places, nominal_budget
+from llava.pruning.tile_budgets import has_crops, tile_budget
 from llava.pruning.tokens import VisualTokens
 
 
@@ -15,6 +16,8 @@ def image_budgets(visual: VisualTokens, config: PruningConfig) -> list[int | Non
     for image, total in enumerate(totals):
         if visual.released and config.pruner.budgeted and applies_to(visual, image):
             kept, extra = nominal_budget(visual, config), len(extra_places(visual, image))
+        elif visual.tile_budgets and config.pruner.budgeted and has_crops(visual, image):
+            kept, extra = tile_budget(visual, config, image), 0
         else:
             kept, extra = config.num_kept(total, sum(sizes[t] for t in visual.tiles_of(image))), 0
         budgets.append(None if kept >= total else kept + extra)

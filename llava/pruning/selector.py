@@ -143,6 +143,7 @@ class Selector:
             image_index=torch.tensor(images, device=visual.image_index.device),
             grid=(1, lookup.shape[1]),
             valid=valid,
+            blank=None if visual.blank is None else _flat_blank(visual.blank, self.size)[lookup],
             extras=extras,
             layouts=None,
             prompts=(),
@@ -175,6 +176,12 @@ def _with_newlines(tokens: Tensor, newline: Tensor | None, size: int) -> Tensor:
         return flat
     line = flat.new_zeros(flat.shape[1]) if newline is None else newline.to(flat)
     return torch.cat([flat, line.expand(extra, -1)])
+
+
+def _flat_blank(blank: Tensor, size: int) -> Tensor:
+    """[size] by flat id; a newline is no padding."""
+    flat = blank.flatten()
+    return torch.cat([flat, flat.new_zeros(size - len(flat))])
 
 
 def _joint_digest(digests: list[object]) -> int:

@@ -109,6 +109,10 @@ class VisualTokens:
         sequences: what the language model reads of each image, after the stage.
         original_positions: kept tokens and text keep the positions of the unpruned sequence.
         trace: what the stage did; None before it and when it had nothing to do.
+        blank: BoolTensor [T, N], before the stage: patches of the padding that makes LLaVA-1.5's
+            square, with nothing of the image in them. They are valid, the model reads them; a
+            method may leave them out. None where the size of an image is unknown.
+        tile_budgets: count budgets of tiled images tile by tile, see `llava.pruning.tile_budgets`.
     """
 
     features: Tensor
@@ -128,6 +132,8 @@ class VisualTokens:
     sequences: tuple[TokenSequence, ...] | None = None
     original_positions: bool = False
     trace: PruningTrace | None = None
+    blank: Tensor | None = None
+    tile_budgets: bool = False
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]
@@ -143,6 +149,8 @@ class VisualTokens:
             raise PruningError(f"grid {self.grid} does not hold {count} tokens a tile")
         if self.valid is not None and self.valid.shape != (tiles, count):
             raise PruningError(f"valid must be [{tiles}, {count}], got {[*self.valid.shape]}")
+        if not pruned and self.blank is not None and self.blank.shape != (tiles, count):
+            raise PruningError(f"blank must be [{tiles}, {count}], got {[*self.blank.shape]}")
 
     @property
     def num_images(self) -> int:
@@ -212,6 +220,7 @@ class VisualTokens:
             projected=self.projected[on],
             image_index=self.image_index[rows.to(self.image_index.device)],
             valid=None if self.valid is None else self.valid[on],
+            blank=None if self.blank is None else self.blank[on.to(self.blank.device)],
             extras=self.tile_extras(tiles),
             layouts=None,
             prompts=(),
@@ -242,6 +251,7 @@ class VisualTokens:
             projected=self.projected[rows],
             image_index=torch.tensor(owners, device=self.image_index.device),
             valid=of_tiles(self.valid),
+            blank=of_tiles(self.blank),
             extras=extras,
             layouts=of_images(self.layouts),
             prompts=(),

@@ -196,9 +196,9 @@ def test_a_run_answers_one_task_under_every_arm() -> None:
 
 def test_protocols_of_tiled_images_go_to_runs_of_their_own() -> None:
     jobs = [job for job in plan(load_table("llava_next_7b")) if job.task == "pope"]
-    assert [job.next_protocol for job in jobs] == ["native", "fixed2880", "zoo-release"]
+    assert [job.next_protocol for job in jobs] == ["native", "fixed2880", "zoo-release", "spatial"]
     assert all(job.settings[0] == Setting("none") for job in jobs)
-    assert len({job.folder for job in plan(load_table("llava_next_7b"))}) == 27
+    assert len({job.folder for job in plan(load_table("llava_next_7b"))}) == 36
 
 
 def test_rows_without_method_or_model_are_named() -> None:
@@ -455,7 +455,7 @@ def test_dry_run_prints_the_runs_and_touches_nothing(
     words = ["paper-table", "llava_next_7b", "--dry-run", "--output", str(out)]
     assert main([*words, "--tasks", "pope", "--data-root", "DATA"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("python -m llava.eval run --model-path") == 3
+    assert printed.count("python -m llava.eval run --model-path") == 4
     assert "--mm-next-protocol zoo-release" in printed and "--data-root DATA" in printed
     assert not out.exists()
 

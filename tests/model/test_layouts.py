@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.mm_utils import (
+    SPATIAL_PROTOCOLS,
     divide_to_patches,
     expand2square,
     get_anyres_image_grid_shape,
@@ -92,6 +93,18 @@ def test_fixed2880(merge, size) -> None:
     assert len(layout.sequence) == 2880 and not layout.newline
     order = layout.sequence.tolist()
     assert sorted(order) == list(range(2880)) and (order == sorted(order)) == (merge == "flat")
+
+
+@pytest.mark.parametrize("size", [(640, 480), (50, 1000), (1009, 673)])
+@pytest.mark.parametrize("protocol", SPATIAL_PROTOCOLS)
+def test_spatial_reads_the_whole_canvas(protocol: str, size: tuple[int, int]) -> None:
+    geometry = _geometry(mm_next_protocol=protocol)
+    across, down = (side // SIDE for side in geometry.choose(size, PINPOINTS))
+    layout = geometry.layout(1 + across * down, size, stacked=True)
+    assert not layout.newline and layout.tile_sizes == (576,) * layout.tiles
+    assert padding_mask([layout]) is None
+    plain = _geometry("spatial").layout(_tiles(size), size, stacked=True)
+    assert (layout == plain) == (protocol == "spatial" or size != (1009, 673))
 
 
 @pytest.mark.parametrize(

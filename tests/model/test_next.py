@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import MistralConfig, MistralForCausalLM
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mm_utils import process_images
+from llava.mm_utils import NEXT_PROTOCOLS, SPATIAL_PROTOCOLS, process_images
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, prune, prune_visual_tokens
@@ -190,13 +190,16 @@ def test_global_random_state_is_left_alone(small_next: Make) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("protocol", ["native", "fixed2880", "zoo-release"])
+@pytest.mark.parametrize("protocol", NEXT_PROTOCOLS)
 def test_protocol_changes_the_unpruned_model_too(protocol, small_next: Make) -> None:
     model = small_next(mm_next_protocol=protocol)
     visual = model.encode_visual_tokens(**prepared(model, SIZES))
     counts = [len(visual.embeddings(image)) for image in range(4)]
     if protocol == "fixed2880":
         assert counts == [20, 20, 20, 20]
+    elif protocol in SPATIAL_PROTOCOLS:
+        assert counts == [4 * len(visual.tiles_of(image)) for image in range(4)]
+        assert visual.valid is None and visual.newline is None
     else:
         assert counts[0] == 4 + 4 * (4 + 1) and len(set(counts)) > 1
 

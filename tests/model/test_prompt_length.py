@@ -49,7 +49,7 @@ def read_by(model, ids: torch.Tensor, **images) -> tuple[int, int]:
 CASES = [
     (pruning, protocol)
     for pruning in SETTINGS
-    for protocol in ("native", "fixed2880", "zoo-release")
+    for protocol in ("native", "fixed2880", "zoo-release", "spatial")
     if protocol != "zoo-release" or "newline" not in (pruning or {})
 ]
 

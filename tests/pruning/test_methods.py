@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pruning_checks as checks
 import pytest
 import torch
@@ -21,6 +23,7 @@ from llava.pruning import (
 )
 from llava.pruning.importance.projectors import untrained
 
+GOLDENS = Path(__file__).parents[1] / "goldens"
 METHODS = list_methods()
 PRUNING = [name for name in METHODS if get_method(name).budgeted]
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -46,7 +49,9 @@ def test_permutation_equivariance(name: str) -> None:
 @each_method
 def test_flags(name: str) -> None:
     cls = get_method(name)
-    assert cls.fidelity in ("golden", "vectors", "sheet-only", "reconstructed")
+    assert cls.fidelity in ("golden", "vectors", "reconstructed", "own")
+    recorded = GOLDENS if name == "none" else GOLDENS / "pruners" / name
+    assert cls.fidelity != "golden" or any(recorded.iterdir())
     assert cls.stage in ("pre_llm", "decoder")
     assert cls.__doc__
     assert cls.__dataclass_params__.frozen

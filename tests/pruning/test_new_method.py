@@ -45,7 +45,7 @@ def test_it_is_listed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert name in list_methods()
     assert get_method(name) is LastTokens
     main(["list", "--markdown"])
-    line = "| last-tokens | place | - | no | no | sheet-only | n/a | n/a | this test |"
+    line = "| last-tokens | place | - | no | no | own | n/a | n/a | this test |"
     assert line in capsys.readouterr().out.splitlines()
 
 

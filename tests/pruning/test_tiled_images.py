@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pruning_checks import make_projector
+from pruning_inputs import supply
 
 from llava.pruning import PruningConfig, PruningError, VisualTokens, prune_visual_tokens
 from llava.pruning.layout import NEWLINE, ImageLayout
@@ -322,3 +323,37 @@ def test_gradients_reach_kept_tokens_and_newlines() -> None:
     prune_visual_tokens(visual, config).embeddings(0).sum().backward()
     assert visual.newline.grad.abs().sum() > 0
     assert (visual.projected.grad.abs().sum(dim=-1) > 0).sum() < 40
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "counts"),
+    [
+        # A fifth for every tile, however many there are; at most all of it.
+        ("divprune", {"keep_tokens": 40}, [8] * 5 + [8] * 4),
+        ("divprune", {"keep_tokens": 44}, [8] * 5 + [8] * 4),
+        ("divprune", {"keep_ratio": 0.5}, [18] * 9),
+        ("mmtok", {"keep_tokens": 40}, [8] * 9),
+        ("visionzip", {"keep_tokens": 40}, [8] * 9),
+        ("fastervlm", {"keep_tokens": 40}, [8] * 9),
+        # One number for all tiles there are.
+        ("hiprune", {"keep_tokens": 42}, [8] * 5 + [10] * 4),
+        ("scope", {"keep_tokens": 42}, [8] * 5 + [10] * 4),
+    ],
+)
+def test_budgets_of_every_tile(name: str, budget: dict, counts: list[int]) -> None:
+    whole = [replace(layout, window=None, newline=False) for layout in (WIDE, STRIP)]
+    visual = supply(replace(tiled(*whole), valid=None, newline=None, tile_budgets=True), name)
+    config = PruningConfig.of(name, **budget)
+    out = prune_visual_tokens(visual, config)
+    assert out.valid.sum(dim=1).tolist() == counts
+    alone = prune_visual_tokens(visual.take_images([1]), config)
+    assert torch.equal(alone.embeddings(0), out.embeddings(1))
+    few = PruningConfig.of(name, keep_tokens=3)
+    with pytest.raises(PruningError, match=r"'spatial' keeps.*leave none; keep at least [45]"):
+        prune_visual_tokens(visual, few)
+    plenty = PruningConfig.of(name, keep_tokens=5 * N)
+    assert prune_visual_tokens(visual, plenty) is visual
+    # An image of one tile, and a method without a budget, are as always.
+    single = supply(replace(tiled(ALONE), tile_budgets=True), name)
+    assert prune_visual_tokens(single, PruningConfig.of(name, keep_tokens=9)).valid.sum() == 9
+    assert prune_visual_tokens(visual, PruningConfig()) is visual

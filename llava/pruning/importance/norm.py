@@ -28,7 +28,8 @@ def min_max(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     lowest = scores.masked_fill(~valid, torch.inf).amin(dim=-1, keepdim=True)
     highest = scores.masked_fill(~valid, -torch.inf).amax(dim=-1, keepdim=True)
     count = valid.sum(dim=-1, keepdim=True)
-    mean = scores.masked_fill(~valid, 0).sum(dim=-1, keepdim=True) / count
+    wide = torch.promote_types(scores.dtype, torch.float32)  # the sum may be beyond float16
+    mean = scores.masked_fill(~valid, 0).to(wide).sum(dim=-1, keepdim=True) / count
     spread = highest - lowest
     weights = (scores - lowest) / (spread + 1e-8)
     weights = torch.where(spread <= FLAT * mean.abs(), torch.ones_like(scores), weights)

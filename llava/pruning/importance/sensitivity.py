@@ -22,6 +22,7 @@ from llava.pruning.importance.projectors import (
 from llava.pruning.precision import outside_autocast
 
 ESTIMATORS = ("zeroth_order", "exact")
+PRECISIONS = ("float32", "model")
 CHUNK_BYTES = 256 * 2**20
 # Up to this input width an unknown projector is differentiated along every axis.
 BASIS_WIDTH = 256
@@ -40,6 +41,7 @@ def sensitivity(
     directions: int | Tensor = 64,
     step: float = 0.01,
     seed: int = 0,
+    precision: str = "float32",
 ) -> Tensor:
     """Sensitivity of every token, [..., N] float32 (float64 if `features` are float64).
 
@@ -52,8 +54,11 @@ def sensitivity(
         directions: how many directions to draw, or the directions themselves, [m, Dv].
         step: h. Directions have unit norm, so h is the length of the nudge.
         seed: of the drawn directions.
+        precision: "float32", or "model": all of it in the features' own type and as many passes
+            through the projector as ZOO-Prune's released code makes; the result is of that type.
 
-    Everything is computed in float32 at least: in half precision the nudge is rounded away.
+    Everything else is computed in float32 at least: in half precision most of the nudge is rounded
+    away, and noise that grows with the token is added.
     "exact" has a closed form for linear and Linear-activation-Linear projectors. Others are
     differentiated in forward mode (by central differences where a layer does not support it), along
     all Dv axes if Dv <= 256, beyond that along `directions`, an unbiased estimate of the square.
@@ -67,11 +72,19 @@ def sensitivity(
         raise PruningError(f"projector must be a module, got {projector!r}")
     if not step > 0:
         raise PruningError(f"step must be positive, got {step}")
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    if precision not in PRECISIONS:
+        raise PruningError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "model" and estimator != "zeroth_order":
+        raise PruningError("precision='model' is a way to nudge tokens: use 'zeroth_order'")
+    own = precision == "model" or features.dtype == torch.float64
+    dtype = features.dtype if own else torch.float32
     # Forward-mode derivatives and version counters do not exist in inference mode.
     with torch.inference_mode(False), torch.no_grad():
         bank = _bank(directions, seed, features).to(features.device, dtype)
-        score = _scorer(projector, estimator, bank, step, dtype)
+        if precision == "model":
+            score = _as_released(projector, bank, step, dtype)
+        else:
+            score = _scorer(projector, estimator, bank, step, dtype)
         # clone(): a fresh, aligned block of memory whatever the batch around the row looks like.
         tiles = features.detach().reshape(-1, *features.shape[-2:])
         rows = [score(tile.to(dtype).clone()) for tile in tiles]
@@ -147,6 +160,21 @@ def _shared_bank(parts: TwoLayer, bank: Tensor, step: float) -> Function:
             return (parts.act(at + nudge) - parts.act(at - nudge)) @ weight2.T / (2 * step)
 
         return _norms(move, hidden, nudges, max(weight2.shape)).mean(dim=1)
+
+    return score
+
+
+def _as_released(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
+    """Eq. 4 in `dtype`, rounded wherever ZOO-Prune's released code rounds."""
+    function = _in_dtype(evaluating(projector), dtype)
+    bank = bank / (bank.norm(dim=1, keepdim=True) + 1e-12)
+
+    def move(at: Tensor, direction: Tensor) -> Tensor:
+        nudge = step * direction
+        return function(at + nudge) - function(at - nudge)
+
+    def score(x: Tensor) -> Tensor:
+        return (_norms(move, x, bank, _widest(projector, x)) / (2 * step)).mean(dim=1)
 
     return score
 

@@ -74,10 +74,12 @@ class PruningMethod:
             or a seed have a part in it.
         fixed_count: whether the number of kept tokens is `num_kept`, whatever the content.
         budgeted: whether a budget must be given.
+        shares_budget: where LLaVA-1.6 is read and counted as released (`tile_budgets`), whether the
+            budget is divided among the tiles an image has, rather than among five.
         stage: `pre_llm` or `decoder`.
         fidelity: `golden` (equals stored outputs of the official code), `vectors` (equals an
-            independent reference of the published formulas), `sheet-only` (built from a
-            description), `reconstructed`.
+            independent reference of the published formulas), `reconstructed` (something had to be
+            filled in that nobody published), `own` (a baseline that nobody published).
         control: a control experiment for tables, not a method anyone proposes.
     """
 
@@ -91,8 +93,9 @@ class PruningMethod:
     equivariant: ClassVar[bool] = True
     fixed_count: ClassVar[bool] = True
     budgeted: ClassVar[bool] = True
+    shares_budget: ClassVar[bool] = False
     stage: ClassVar[str] = "pre_llm"
-    fidelity: ClassVar[str] = "sheet-only"
+    fidelity: ClassVar[str] = "own"
     control: ClassVar[bool] = False
 
     def importance(self, visual: VisualTokens) -> Tensor | None:
@@ -133,6 +136,11 @@ class PruningMethod:
     def reads_class_attention(self) -> bool:
         """Whether the class token's attention counts with these options."""
         return any(need in CLASS_ATTENTION for need in self.needs)
+
+    @property
+    def keyword_rule(self) -> str:
+        """Which words of a question become `question_embeddings`: see `llava.model.instruction`."""
+        return "content"
 
     def set_needs(self, *needs: str, wants: tuple[str, ...] = ()) -> None:
         """What this instance needs with its options; called from `__post_init__`."""

@@ -26,15 +26,16 @@ class FasterVLM(PruningMethod):
         s_j = mean over heads of A[class, j], in the block that makes the features
         keep the k highest s, in raster order
 
-    The published budgets are 144, 58 and 29 of 576. On LLaVA-1.6 the released code keeps k of each
-    of five tiles without padding being cut or newlines: `mm_next_protocol="fixed2880"` here.
+    The published budgets are 144, 58 and 29 of 576. On LLaVA-1.6 the released code keeps k of every
+    tile, without unpadding and newlines, on the canvas that the image fills best:
+    `mm_next_protocol="spatial-filled"` with 5 k here, or `"spatial"` on LLaVA's choice of canvas.
     """
 
     name: ClassVar[str] = "fastervlm"
     signal: ClassVar[str] = "class attention"
     paper: ClassVar[str] = "arXiv 2412.01818 v1"
     needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
-    fidelity: ClassVar[str] = "vectors"
+    fidelity: ClassVar[str] = "golden"
 
     def importance(self, visual: VisualTokens) -> Tensor:
         return torch.stack(visual.extra("cls_attention"))

@@ -24,15 +24,19 @@ class HiPrune(PruningMethod):
     arXiv 2508.00553. s is attention received: mean over heads and all queries, the class included.
 
         anchors     the round(alpha k / 5) patches with the highest s of the middle layer
-        buffers     the patches above, below, left and right of each anchor
+        buffers     the patches a - 1, a + 1, a - columns, a + columns of each anchor a
         registers   the highest s of the layer that makes the features, until k are kept
 
     The middle layer is the 9th of 24, the same share of another tower's depth. At k = 64 there is
     one anchor; below k = 26 there is none.
 
-    Where the released code differs: left and right of the ends of a row it takes the neighbouring
-    row's patch, and beyond the image the first or last patch. wrap_neighbours=true does so too. An
-    alpha with more anchors and buffers than k keeps the first k of them, anchors first.
+    Only patches that touch the anchor are buffers. In the released code, and with
+    wrap_neighbours=true, a buffer beyond the end of a row is a patch of the next row, and beyond
+    the image the first or last patch.
+
+    Where the released code differs: it divides one budget among all tiles and images of a call; on
+    LLaVA-1.6 `mm_next_protocol="spatial"` divides it among the tiles of an image. An
+    alpha with more anchors and buffers than k keeps the first k of them here, anchors first.
 
     Options: alpha, wrap_neighbours. Margins are not recorded. Tiles are pruned one by one, a joined
     choice has no neighbours. The "++" variant is not built: it adds the cosines of patches to the
@@ -45,7 +49,8 @@ class HiPrune(PruningMethod):
     paper: ClassVar[str] = "arXiv 2508.00553"
     needs: ClassVar[tuple[str, ...]] = ("received_attention", "object_attention")
     equivariant: ClassVar[bool] = False
-    fidelity: ClassVar[str] = "sheet-only"
+    shares_budget: ClassVar[bool] = True
+    fidelity: ClassVar[str] = "golden"
 
     alpha: float = 0.1
     wrap_neighbours: bool = False

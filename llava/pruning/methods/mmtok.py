@@ -18,6 +18,8 @@ from llava.pruning.selection.picks import Picks, joined
 from llava.pruning.tokens import VisualTokens
 
 TEXTS = ("question", "none")
+KEYWORDS = ("release", "content")
+PADDINGS = ("cover", "keep")
 
 
 @register
@@ -33,12 +35,21 @@ class MMTok(PruningMethod):
         then    argmax_j sum_u max(0, C_uj - max_{s picked} C_us), until k are picked
 
     Words are the language model's embeddings of the question without answer format and stop words
-    (`llava/model/instruction.py`; that list is ours, the released one may differ). Where the
-    released code differs: it normalises in half precision, takes a stock question where none is
-    given (here an error, or `text=none`), and can leave out the padding of square images, which
-    this does only where the pipeline marks it (LLaVA-1.6).
+    (`llava/model/instruction.py`; recorded runs show a part of the released list, see there). The
+    square of LLaVA-1.5 has padding: with `padding="cover"` it has to be covered like the rest and
+    is kept only where all other patches are. On LLaVA-1.6, padding that the model does not read is
+    neither covered nor kept; the released code reads it there and keeps k of every tile:
+    `mm_next_protocol="spatial"` with 5 k here.
 
-    Options: tau_t, tau_v, alpha; text `question` | `none`, which covers the image alone.
+    Where the released code differs: it normalises in the model's half precision, and takes a stock
+    question where none is given (here an error, or `text="none"`). Where fewer patches than k show
+    the image, it repeats the first patch; here padding fills up. It tells LLaVA-1.5 by the name of
+    the checkpoint, here `image_aspect_ratio` does; where an image's size is not given, its padding
+    is not known, and the label says so.
+
+    Options: tau_t, tau_v, alpha; text `question` | `none`, which covers the image alone; keywords
+    `content` (a longer list of stop words of our own) | `release`; padding `keep` (like any other
+    patch) | `cover`.
     """
 
     name: ClassVar[str] = "mmtok"
@@ -46,21 +57,33 @@ class MMTok(PruningMethod):
     paper: ClassVar[str] = "ICLR 2026, arXiv 2508.18264"
     needs: ClassVar[tuple[str, ...]] = ("features", "question_embeddings")
     query_aware: ClassVar[bool] = True
-    fidelity: ClassVar[str] = "vectors"
+    fidelity: ClassVar[str] = "golden"
 
     tau_t: float = 0.02
     tau_v: float = 0.2
     alpha: float = 0.5
     text: str = "question"
+    keywords: str = "content"
+    padding: str = "keep"
 
     def __post_init__(self) -> None:
         check_choice("text", self.text, TEXTS)
+        check_choice("keywords", self.keywords, KEYWORDS)
+        check_choice("padding", self.padding, PADDINGS)
         for name in ("tau_t", "tau_v", "alpha"):
             value = getattr(self, name)
             real = isinstance(value, int | float) and not isinstance(value, bool)
             if not real or not 0 < value < math.inf:
                 raise PruningError(f"{name} must be a positive number, got {value!r}")
         self.set_needs("features", *(("question_embeddings",) if self.text == "question" else ()))
+
+    @property
+    def keyword_rule(self) -> str:
+        return self.keywords
+
+    def label(self, visual: VisualTokens) -> str:
+        unknown = visual.layouts is not None and visual.blank is None and self.padding == "cover"
+        return f"{self.name}(padding=unknown)" if unknown else self.name
 
     def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
         words = visual.extra("question_embeddings") if self.text == "question" else None
@@ -72,7 +95,10 @@ class MMTok(PruningMethod):
             if words is not None:
                 question = words[int(visual.image_index[row])].to(own.device)
                 parts.insert(0, _shares(question, visual.projected[row, tokens], self.tau_t))
-            picks = cover(torch.cat(parts), count)
+            last = None
+            if self.padding == "cover" and visual.blank is not None:
+                last = visual.blank[row, tokens].to(own.device)
+            picks = cover(torch.cat(parts), count, last)
             rows.append(Picks(tokens[picks.indices], picks.margins))
         return joined(rows)
 

@@ -55,7 +55,7 @@ class PruMerge(PruningMethod):
         *("next_single_head_attention", "next_cls_attention", "next_keys"),
     )
     merges: ClassVar[bool] = True
-    fidelity: ClassVar[str] = "sheet-only"
+    fidelity: ClassVar[str] = "golden"
 
     neighbours: int = 32
     adaptive: bool = False
@@ -123,16 +123,27 @@ class PruMerge(PruningMethod):
 
     def _weights(self, attention: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
         """[k, n]: how much of every token goes into each kept one, and into the rest."""
+        free = torch.ones_like(attention, dtype=torch.bool)
+        free[kept] = False
+        others = free.nonzero().flatten()
+        pool, place = torch.arange(len(attention), device=kept.device), kept
+        repeats = len(kept) - len(kept.unique())
+        if repeats:
+            # PruMerge+'s released split keeps tokens twice. Each is then a neighbour of its double,
+            # and as many of the first others are lost.
+            others = others[repeats:]
+            pool = torch.cat([others, kept])
+            place = torch.arange(len(others), len(pool), device=kept.device)
+        row = torch.arange(len(kept), device=kept.device)
         unit = normalize(keys, dim=-1)
-        similarity = unit[kept] @ unit.T
-        similarity[torch.arange(len(kept), device=kept.device), kept] = -torch.inf
-        near = min(self.neighbours, len(attention) - 1)
-        order = similarity.argsort(dim=1, descending=True, stable=True)[:, :near]
-        weights = torch.zeros_like(similarity).scatter(1, order, attention[order])
-        rest = attention.clone()
-        rest[kept] = 0
-        itself = attention[kept] if self.merge_norm else torch.ones_like(attention[kept])
-        weights[torch.arange(len(kept), device=kept.device), kept] = itself
+        similarity = unit[kept] @ unit[pool].T
+        similarity[row, place] = -torch.inf
+        near = min(self.neighbours, len(pool) - 1)
+        order = pool[similarity.argsort(dim=1, descending=True, stable=True)[:, :near]]
+        weights = attention.new_zeros(len(kept), len(attention))
+        weights = weights.scatter_add(1, order, attention[order])
+        weights[row, kept] += attention[kept] if self.merge_norm else 1
+        rest = torch.zeros_like(attention).scatter(0, others, attention[others])
         weights = torch.cat([weights, rest[None]])
         return weights / weights.sum(dim=1, keepdim=True) if self.merge_norm else weights
 

@@ -31,7 +31,8 @@ class Scope(PruningMethod):
 
     Where the released code differs: it works in the model's precision, where half precision makes
     ties of near-equal gains (`precision="model"` does so too), and divides a budget among all
-    images of one call. alpha is 1 there; a note reports 0.5 as best.
+    tiles and images of one call: on LLaVA-1.6 `mm_next_protocol="spatial"` divides it among the
+    tiles of an image. Its scripts use alpha 1; a note reports 0.5 as best.
 
     Options: alpha; combine `multiply` | `sum`; precision `float32` | `model`.
     """
@@ -40,7 +41,8 @@ class Scope(PruningMethod):
     signal: ClassVar[str] = "coverage gain x class attention"
     paper: ClassVar[str] = "NeurIPS 2025, arXiv 2510.24214"
     needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
-    fidelity: ClassVar[str] = "vectors"
+    shares_budget: ClassVar[bool] = True
+    fidelity: ClassVar[str] = "golden"
 
     alpha: float = 1.0
     combine: str = "multiply"

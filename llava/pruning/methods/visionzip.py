@@ -46,8 +46,9 @@ class VisionZip(PruningMethod):
 
     LLaVA-1.6: k of every tile; base view first, then the crops' patches in the order of the canvas,
     their class tokens, their contextual tokens, and no newlines, all as in the released code. That
-    code also keeps padding in play, as `mm_next_protocol="fixed2880"` does here; by default padding
-    is out of reach. Where the released code differs: it compares keys in half precision.
+    code also keeps padding in play, on the checkpoint's own canvas: `mm_next_protocol="spatial"`
+    with 5 k here; by default padding is out of reach. Where the released code differs: it compares
+    keys in half precision.
     """
 
     name: ClassVar[str] = "visionzip"

@@ -10,7 +10,7 @@ from llava.pruning.selection.max_min import first_argmax
 from llava.pruning.selection.picks import Picks
 
 
-def cover(similarity: Tensor, k: int) -> Picks:
+def cover(similarity: Tensor, k: int, last: Tensor | None = None) -> Picks:
     """Pick k columns so that every row has a high value in some picked column.
 
     Step t takes the untaken j with the highest gain sum_u max(0, C_uj - best_u), where best_u is
@@ -21,6 +21,7 @@ def cover(similarity: Tensor, k: int) -> Picks:
     Args:
         similarity: C [u, n], not negative, of u things to be covered by n candidates.
         k: how many, at most n.
+        last: BoolTensor [n], columns that are picked only once all others are; None for none.
 
     Returns Picks: positions LongTensor [k] in pick order and the margins [k] of the gain. Raises
     PruningError for NaN or inf and for k above n.
@@ -32,12 +33,14 @@ def cover(similarity: Tensor, k: int) -> Picks:
         raise PruningError(f"cannot pick {k} of {count} tokens")
     best = similarity.new_zeros(similarity.shape[0], 1)
     taken = torch.zeros(count, dtype=torch.bool, device=similarity.device)
+    others = count if last is None else count - int(last.sum())
     picks = torch.empty(k, dtype=torch.long, device=similarity.device)
     margins = similarity.new_empty(k)
     added = torch.empty_like(similarity)  # fresh memory of this size costs more than the sums
     for step in range(k):
         torch.sub(similarity, best, out=added)
-        gain = added.clamp_min_(0).sum(dim=0).masked_fill_(taken, -torch.inf)
+        closed = taken if last is None or step >= others else taken | last
+        gain = added.clamp_min_(0).sum(dim=0).masked_fill_(closed, -torch.inf)
         pick = first_argmax(gain)
         taken = taken.scatter(0, pick[None], True)
         passed_over = gain.masked_fill(taken, -torch.inf).amax()

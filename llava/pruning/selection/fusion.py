@@ -21,6 +21,7 @@ def fuse(
     valid: Tensor | None = None,
     factor: Tensor | None = None,
     fusion: str = "multiply",
+    precision: str = "float32",
 ) -> Picks:
     """Pick k tokens a row by min-max normalised importance and max-min diversity.
 
@@ -32,15 +33,20 @@ def fuse(
         factor: [B, N], multiplies the normalised importance (with "diversity" stands in its place).
         fusion: "multiply" (ZOO-Prune eq. 7), "sum" of the two, "sensitivity" (importance alone,
             top-k), "diversity" (importance unused; the same as DivPrune).
+        precision: "float32", or "model" to compare tokens in z's own type.
     """
     if fusion == "diversity":
-        return max_min_with_margins(z, k, weights=factor, valid=valid, first="isolated")
+        return max_min_with_margins(
+            z, k, weights=factor, valid=valid, first="isolated", precision=precision
+        )
     weights = min_max(importance, valid)
     if factor is not None:
         weights = weights * factor
     if fusion == "sensitivity":
         return top_k(weights, k, valid=valid)
-    return max_min_with_margins(z, k, weights=weights, valid=valid, combine=fusion)
+    return max_min_with_margins(
+        z, k, weights=weights, valid=valid, combine=fusion, precision=precision
+    )
 
 
 def check_fusion(fusion: str) -> None:
