@@ -49,7 +49,7 @@ class MMTok(PruningMethod):
 
     Options: tau_t, tau_v, alpha; text `question` | `none`, which covers the image alone; keywords
     `content` (a longer list of stop words of our own) | `release`; padding `keep` (like any other
-    patch) | `cover`.
+    patch) | `cover`. The recorded runs of the released code are those of `release` and `cover`.
     """
 
     name: ClassVar[str] = "mmtok"
