@@ -73,8 +73,8 @@ _LLAVA_DEFAULTS = (
 # answers (see generation_settings).
 _OF_A_RUN = {
     *("attn_implementation", "_attn_implementation", "return_dict", "use_return_dict"),
-    *("output_attentions", "output_hidden_states", "torchscript"),
-    *(set(GenerationConfig().to_dict()) - {"transformers_version", "use_cache", *TOKENS}),
+    *("output_attentions", "output_hidden_states", "torchscript", "transformers_version"),
+    *(set(GenerationConfig().to_dict()) - {"use_cache", *TOKENS}),
 }
 # What caches read of every model's config, though only some models have such layers.
 _OF_SOME = {"sliding_window", "use_sliding_window", "attention_chunk_size", "layer_types"}
@@ -138,6 +138,9 @@ def clean_values(cls: type[PretrainedConfig], raw: Mapping[str, Any], place: str
         if values.get(name, ...) is None:
             del values[name]
     values = read_values(values, {**_MODEL_RULES, **_LLAVA_RULES}, place, _OR_REMOVE)
+    names = values.get("architectures", [])  # of a part; read_config checks those of the whole
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        del values["architectures"]
     for name in ("image_size", "patch_size"):
         if values.get(name, ...) is None:
             del values[name]

@@ -64,7 +64,19 @@ RULES: dict[str, Rule] = {
 _UNSET = set(RULES) - {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"}
 
 
-def read_generation_config(folder: Path, config: Any, raw_config: Mapping[str, Any]) -> Any:
+class PublishedGenerationConfig(GenerationConfig):
+    """Settings of a checkpoint, which are saved again as they were read.
+
+    Vicuna's has a temperature without do_sample, which transformers would not save.
+    """
+
+    def validate(self, strict: bool = False, **kwargs: Any) -> None:
+        super().validate(strict=False, **kwargs)
+
+
+def read_generation_config(
+    folder: Path, config: Any, raw_config: Mapping[str, Any]
+) -> GenerationConfig:
     """How a checkpoint answers: from generation_config.json, else from what config.json says.
 
     Args:
@@ -88,10 +100,7 @@ def read_generation_config(folder: Path, config: Any, raw_config: Mapping[str, A
     for name in _TOKENS:
         values[name] = known_tokens(name, values.get(name), config.vocab_size, place)
     try:
-        own = GenerationConfig(**values)
-        # What was published is saved again as it is: transformers looks at what was changed since.
-        own._original_object_hash = hash(own)
-        return own
+        return PublishedGenerationConfig(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserInputError(
             f"the settings {place} cannot be used ({one_line(error)}); correct them, or remove "
