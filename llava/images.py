@@ -117,11 +117,13 @@ def _existing_file(location: str | Path) -> Path:
 def _decode(source: Path | BytesIO, name: str, pixels: str) -> Image.Image:
     """Decode a picture whose size is known to be within the limit; errors call it `name`."""
     try:
-        with warnings_as("error", Image.DecompressionBombWarning):
-            image = Image.open(source, formats=_readable())
-        with image:
-            _check_size(image.size, name)
-            reading = read_pixels(image, pixels, name)
+        # Not by its path: Pillow would map the file, and read some turned TIFFs wrongly.
+        with source.open("rb") if isinstance(source, Path) else source as file:
+            with warnings_as("error", Image.DecompressionBombWarning):
+                image = Image.open(file, formats=_readable())
+            with image:
+                _check_size(image.size, name)
+                reading = read_pixels(image, pixels, name)
     except UserInputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -115,6 +115,24 @@ def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
     assert np.array_equal(read(content, "original"), original(content))
 
 
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB", "RGBA", "CMYK"])
+def test_a_turned_tiff_is_read_from_a_file_as_from_memory(
+    mode: str, orientation: int, tmp_path: Path
+) -> None:
+    """Pillow reads some turned TIFFs wrongly where it maps the file into memory."""
+    image = Image.fromarray(GREY.astype(np.uint16) * 257) if mode == "I;16" else RGB.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = file_of(image, "TIFF", exif=exif)
+    (tmp_path / "x.tiff").write_bytes(content)
+    upright = UPRIGHT[orientation](read(file_of(image, "TIFF")))
+    for pixels in ("viewer", "original"):
+        found = np.asarray(open_image(tmp_path / "x.tiff", pixels))
+        assert np.array_equal(found, read(content, pixels))
+        assert pixels == "original" or np.array_equal(found, upright)
+
+
 def test_a_picture_of_two_pictures() -> None:
     """MPO, as phones write it, with an orientation."""
     exif = Image.Exif()
