@@ -107,9 +107,13 @@ def _folder_or_name(path: str | Path) -> Path | str:
     if not isinstance(path, str | Path):
         raise UserInputError(f"the path of a checkpoint must be a text, got {path!r}; {advice}")
     folder, name = user_path(path), str(path).rstrip("/")
-    if path != "" and folder.is_dir():
+    try:
+        is_folder, is_file = path != "" and folder.is_dir(), folder.is_file()
+    except OSError as error:  # a name that is too long, a folder that is closed to us
+        raise UserInputError(f"cannot read {str(path)!r}: {error.strerror}; {advice}") from error
+    if is_folder:
         return folder
-    if folder.is_file():
+    if is_file:
         raise UserInputError(f"{str(path)!r} is a file, not a checkpoint folder; {advice}")
     shipped = shipped_checkpoint(name)
     if shipped is not None:

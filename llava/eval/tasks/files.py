@@ -188,6 +188,14 @@ def check_ids(given: Iterable[Any], known: Iterable[Any], given_in: Path, known_
         )
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False also for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def hash_files(paths: Iterable[Path], images: Iterable[tuple[str, int]] = ()) -> str:
     """SHA-256 (hex) over the contents of `paths`, in their order, and over (name, size) pairs.
 
