@@ -20,6 +20,7 @@ from llava.model.builder import load_tokenizer, model_class
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.model.config_check import check_config
 from llava.model.hugging_face import native_form
+from llava.model.instruction import needed_of_question
 from llava.model.language_model.llava_llama import LlavaCausalLM
 from llava.train.arguments import (
     DataArguments,
@@ -83,6 +84,12 @@ def configure(model: LlavaCausalLM, data: DataArguments, training: TrainingArgum
             "is not built yet in training; start from another model"
         )
     check_config(model)
+    if needed_of_question(model.pruning, model.get_vision_tower()):
+        raise UserInputError(
+            f"this model prunes with {model.pruning.method!r} (mm_token_pruning in its "
+            "config.json), which reads the question, and that is not built yet in training; remove "
+            "mm_token_pruning, or save another method there"
+        )
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
