@@ -133,7 +133,7 @@ def _snapshot(name: str, revision: str | None, **options: Any) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise UserInputError(
-            f"{name!r} is no local folder and the hub does not return it ({error}); check the "
+            f"{name!r} is not a local folder, and the hub does not return it ({error}); check the "
             "spelling and the network, or download the model and give its folder"
         ) from error
 

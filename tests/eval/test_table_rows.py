@@ -249,7 +249,7 @@ def test_a_share_is_not_held_against_a_number_of_tokens(table: Table) -> None:
     assert [row.cells["pope"].borrowed for row in found.rows] == [False, False, True, False]
 
 
-BUDGETS_OF_ONE: list[dict[str, Any]] = [{"keep_tokens": 1}, {"keep_ratio": 1.0}]
+BUDGETS_OF_ONE: list[dict[str, Any]] = [{"keep_tokens": 1}, {"keep_ratio": 1}]
 
 
 def test_pictures_show_the_smallest_of_each_kind(table: Table) -> None:
