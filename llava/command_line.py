@@ -13,14 +13,15 @@ import torch
 
 from llava.conversation import SeparatorStyle, conv_mode_for, conv_templates
 from llava.utils import UserInputError, user_path
+from llava.value_rules import one_line
 
-# What the user can mend; anything else that is raised is a bug of ours and keeps its traceback.
-MENDABLE = (UserInputError, OSError, torch.OutOfMemoryError)
+# What the user can correct; anything else that is raised is a bug of ours and keeps its traceback.
+CORRECTABLE = (UserInputError, OSError, torch.OutOfMemoryError)
 
 
 def explain(error: Exception) -> str:
-    """One line for an error of `MENDABLE`: what is wrong and what to do."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """One line for an error of `CORRECTABLE`: what is wrong and what to do."""
+    text = one_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the device has too little memory; use a smaller batch, --load-8bit or --load-4bit, "
@@ -45,10 +46,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, debug: bool = False) -> Iterator[None]:
-    """Turn what the user can mend into one line on stderr and exit code 2; `debug` lets it rise."""
+    """Turn what the user can correct into one line on stderr, exit code 2; `debug` lets it rise."""
     try:
         yield
-    except MENDABLE as error:
+    except CORRECTABLE as error:
         if debug:
             raise
         parser.error(explain(error))

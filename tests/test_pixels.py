@@ -115,6 +115,24 @@ def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
     assert np.array_equal(read(content, "original"), original(content))
 
 
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB", "RGBA", "CMYK"])
+def test_a_turned_tiff_is_read_from_a_file_as_from_memory(
+    mode: str, orientation: int, tmp_path: Path
+) -> None:
+    """Pillow reads some turned TIFFs wrongly where it maps the file into memory."""
+    image = Image.fromarray(GREY.astype(np.uint16) * 257) if mode == "I;16" else RGB.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = file_of(image, "TIFF", exif=exif)
+    (tmp_path / "x.tiff").write_bytes(content)
+    upright = UPRIGHT[orientation](read(file_of(image, "TIFF")))
+    for pixels in ("viewer", "original"):
+        found = np.asarray(open_image(tmp_path / "x.tiff", pixels))
+        assert np.array_equal(found, read(content, pixels))
+        assert pixels == "original" or np.array_equal(found, upright)
+
+
 def test_a_picture_of_two_pictures() -> None:
     """MPO, as phones write it, with an orientation."""
     exif = Image.Exif()
@@ -422,14 +440,14 @@ BASE64: dict[str, tuple[Any, str]] = {
     "81 megapixels": (base64.b64encode(bomb(9_000, 9_000)).decode(), "too large"),
     "3600 megapixels": (base64.b64encode(bomb(60_000, 60_000)).decode(), "too large"),
     "no image": (base64.b64encode(b"no image").decode(), "not an image that can be read"),
-    "no base64": ("?%&/", "no base64 text"),
-    "bad padding": ("abc", "no base64 text"),
+    "no base64": ("?%&/", "not base64 text"),
+    "bad padding": ("abc", "not base64 text"),
     "empty": ("", "is empty"),
     "blank": (" \n", "is empty"),
-    "null": (None, "no base64 text"),
-    "number": (7, "no base64 text"),
-    "other letters": ("bilä", "no base64 text"),
-    "a data URL of text": ("data:text/plain,hello", "no base64 text"),
+    "null": (None, "not base64 text"),
+    "number": (7, "not base64 text"),
+    "other letters": ("bilä", "not base64 text"),
+    "a data URL of text": ("data:text/plain,hello", "not base64 text"),
 }
 
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from llava.command_line import MENDABLE, OneLineParser, explain
+from llava.command_line import CORRECTABLE, OneLineParser, explain
 from llava.eval import compare, prepare, quickstart, selection_speed, table_command
 from llava.eval import run as run_command
 from llava.eval.paper_tables import command as paper_table
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.eval") 
     args.command_line = shlex.join([*prog.split(), *words])
     try:
         return args.run(args)
-    except MENDABLE as error:
+    except CORRECTABLE as error:
         name = prog.removeprefix("python -m ")
         print(f"{name}: error: {explain(error)}", file=sys.stderr)
         return 2

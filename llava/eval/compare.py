@@ -239,5 +239,5 @@ def _lines(path: Path) -> list[Record]:
     except ValueError as error:
         raise ResultError(
             f"{path} is cut short or damaged ({error}); run the command that wrote it again, it "
-            "writes the file anew from its log"
+            "writes the file again from its log"
         ) from error

@@ -21,6 +21,7 @@ from transformers.generation import BaseStreamer
 
 from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
+from llava.value_rules import one_line
 
 
 class Stopwatch:
@@ -116,9 +117,8 @@ def decode(
         except UserInputError:
             raise
         except ValueError as error:  # as of a penalty below 0, set after the model was loaded
-            reason = " ".join(str(error).split())
             raise UserInputError(
-                f"the model's generation_config cannot be used: {reason}"
+                f"the model's generation_config cannot be used: {one_line(error)}"
             ) from error
         return [until_end(row, ends, tokenizer.all_special_ids) for row in output.tolist()]
 

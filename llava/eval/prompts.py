@@ -58,7 +58,7 @@ def question_prompt(text: str, template: str, config: Any, images: int = 1) -> s
 
 
 def prompt_ids(prompts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] and mask [B, L] of prompts, padded on the right (the splice pads anew)."""
+    """Token ids [B, L] and mask [B, L] of prompts, padded on the right (the splice pads again)."""
     rows = [tokenizer_image_token(prompt, tokenizer) for prompt in prompts]
     longest = max(len(row) for row in rows)
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])

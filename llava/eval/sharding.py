@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from llava.command_line import MENDABLE, explain
+from llava.command_line import CORRECTABLE, explain
 from llava.eval.results import ResultError
 from llava.utils import UserInputError
 
@@ -54,7 +54,7 @@ class Processes:
     def agree(self, action: Callable[[], Value]) -> Value:
         """What `action` returns in process 0, in all of them.
 
-        Where it raises what the user can mend, process 0 raises that and the others end silently.
+        Where it raises what the user can correct, process 0 raises it and the others end silently.
         """
         if self.world == 1:
             return action()
@@ -63,7 +63,7 @@ class Processes:
         if self.first:
             try:
                 reply[0] = action()
-            except MENDABLE as error:
+            except CORRECTABLE as error:
                 failure = error
                 reply[1] = explain(error)
         self._talk(lambda: dist.broadcast_object_list(reply, src=0))

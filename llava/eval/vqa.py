@@ -31,7 +31,7 @@ from llava.eval.results import Record, RunFolder, dump_lines, write_atomically
 from llava.eval.run import add_model_flags, describe, find_models, model_of
 from llava.eval.sharding import processes
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
-from llava.eval.tasks.files import image_names, numbered_jsonl, read_bytes
+from llava.eval.tasks.files import image_names, is_file, numbered_jsonl, read_bytes
 from llava.images import open_image
 from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoint import local_checkpoint, read_config
@@ -74,7 +74,7 @@ class QuestionList(Benchmark):
         digest = hashlib.sha256(read_bytes(self.file))
         for name in sorted({name for item in self.items() for name in item.images}):
             path = self.image_folder / name
-            digest.update(f"{name} {path.stat().st_size if path.is_file() else -1}\n".encode())
+            digest.update(f"{name} {path.stat().st_size if is_file(path) else -1}\n".encode())
         return digest.hexdigest()
 
     def item_score(self, item: Item, answer: str) -> None:

@@ -107,9 +107,13 @@ def _folder_or_name(path: str | Path) -> Path | str:
     if not isinstance(path, str | Path):
         raise UserInputError(f"the path of a checkpoint must be a text, got {path!r}; {advice}")
     folder, name = user_path(path), str(path).rstrip("/")
-    if path != "" and folder.is_dir():
+    try:
+        is_folder, is_file = path != "" and folder.is_dir(), folder.is_file()
+    except OSError as error:  # a name that is too long, a folder that is closed to us
+        raise UserInputError(f"cannot read {str(path)!r}: {error.strerror}; {advice}") from error
+    if is_folder:
         return folder
-    if folder.is_file():
+    if is_file:
         raise UserInputError(f"{str(path)!r} is a file, not a checkpoint folder; {advice}")
     shipped = shipped_checkpoint(name)
     if shipped is not None:
@@ -129,7 +133,7 @@ def _snapshot(name: str, revision: str | None, **options: Any) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise UserInputError(
-            f"{name!r} is no local folder and the hub does not return it ({error}); check the "
+            f"{name!r} is not a local folder, and the hub does not return it ({error}); check the "
             "spelling and the network, or download the model and give its folder"
         ) from error
 

@@ -15,6 +15,7 @@ from llava.model.config_check import ASPECTS
 from llava.pixels import PIXELS, PIXELS_HELP, VIEWER
 from llava.train.unbuilt import UnbuiltArguments, check_built
 from llava.utils import UserInputError
+from llava.value_rules import one_line
 
 
 @dataclass
@@ -137,8 +138,7 @@ def parse_arguments(
     except UserInputError:
         raise
     except Exception as error:  # what transformers refuses shares no base class
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserInputError(f"these arguments cannot be used: {reason}") from error
+        raise UserInputError(f"these arguments cannot be used: {one_line(error)}") from error
     _check_names(model, data, training)
     _check_numbers(training)
     _check_frozen(model, training)

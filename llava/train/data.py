@@ -29,8 +29,8 @@ class SupervisedDataset(Dataset):
     features.
 
     Raises:
-        UserInputError: data that cannot be used; ``parallel_turns`` is no share; ``pixels`` is no
-            reading.
+        UserInputError: data that cannot be used; ``parallel_turns`` is not a share; an unknown
+            ``pixels``.
     """
 
     def __init__(

@@ -133,6 +133,7 @@ def _images(given: Any, name: str) -> tuple[str, ...]:
                 f"{name}: 'image' is {what}; give a file name, a list of file names, or leave it "
                 "out where there is no image"
             )
+        _check_characters(image, f"{name}: 'image'")
     return tuple(names)
 
 

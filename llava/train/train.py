@@ -14,12 +14,13 @@ import torch
 import transformers
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llava.command_line import MENDABLE, explain
+from llava.command_line import CORRECTABLE, explain
 from llava.conversation import conv_templates
 from llava.model.builder import load_tokenizer, model_class
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.model.config_check import check_config
 from llava.model.hugging_face import native_form
+from llava.model.instruction import needed_of_question
 from llava.model.language_model.llava_llama import LlavaCausalLM
 from llava.train.arguments import (
     DataArguments,
@@ -30,6 +31,7 @@ from llava.train.arguments import (
 from llava.train.data import Collator, SupervisedDataset
 from llava.train.trainer import LlavaTrainer
 from llava.utils import UserInputError, user_path
+from llava.value_rules import one_line
 
 # Settings of a LLaVA that is made from a language model, where no argument says otherwise.
 _NEW_PROJECTOR = "mlp2x_gelu"
@@ -83,6 +85,12 @@ def configure(model: LlavaCausalLM, data: DataArguments, training: TrainingArgum
             "is not built yet in training; start from another model"
         )
     check_config(model)
+    if needed_of_question(model.pruning, model.get_vision_tower()):
+        raise UserInputError(
+            f"this model prunes with {model.pruning.method!r} (mm_token_pruning in its "
+            "config.json), which reads the question, and that is not built yet in training; remove "
+            "mm_token_pruning, or save another method there"
+        )
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -166,8 +174,7 @@ def _check_generation(model: LlavaCausalLM) -> None:
             model.generation_config.save_pretrained(folder)
         except ValueError as error:
             raise UserInputError(
-                f"the model's generation_config.json cannot be saved again: "
-                f"{' '.join(str(error).split())}"
+                f"the model's generation_config.json cannot be saved again: {one_line(error)}"
             ) from error
 
 
@@ -175,7 +182,7 @@ def main() -> None:
     """Run ``train``; what the user can put right is one line and exit code 2."""
     try:
         train()
-    except MENDABLE as error:
+    except CORRECTABLE as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
 

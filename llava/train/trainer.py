@@ -31,7 +31,7 @@ class LlavaTrainer(transformers.Trainer):
     Args:
         model: a LLaVA.
         tokenizer_folder: where its tokenizer was read. The files are copied beside every model that
-            is saved: writing the tokenizer anew would lose settings of it.
+            is saved: writing the tokenizer again would lose some of its settings.
         **kwargs: as transformers' Trainer.
     """
 

@@ -205,11 +205,12 @@ def test_chunks(script: Callable[..., int], questions: Path, tmp_path: Path) -> 
     assert merged == [(line["question_id"], line["text"]) for line in whole]
 
 
+@pytest.mark.parametrize("name", ["missing.png", "missing.png\0", "missing.png" * 500])
 def test_an_unreadable_image_is_reported(
-    script: Callable[..., int], questions: Path, tmp_path: Path
+    name: str, script: Callable[..., int], questions: Path, tmp_path: Path
 ) -> None:
     rows = lines(questions)
-    rows[1]["image"] = "missing.png"
+    rows[1]["image"] = name
     write_lines(questions, rows)
     assert script("model_vqa_loader", questions) == 1
     answered = lines(tmp_path / "answers.jsonl")

@@ -191,6 +191,8 @@ def test_unreadable_images_are_counted(
     shutil.copytree(benchmark_folder, data)
     (data / "images" / "1.png").write_bytes(b"no image")
     (data / "images" / "2.png").unlink()
+    questions = (data / "questions.jsonl").read_text()
+    (data / "questions.jsonl").write_text(questions.replace("2.png", "2" * 5000))
     assert run(tmp_path / "output", "--arm", "none", "--arm", "grid@64", data=data) == 1
     said = capsys.readouterr()
     assert "4 of 9 items were skipped" in said.out
@@ -201,7 +203,7 @@ def test_unreadable_images_are_counted(
     assert arms["none"]["metrics"]["accuracy"]["value"] == 100.0
     lines = [json.loads(line) for line in (tmp_path / "output" / "answers.jsonl").open()]
     reasons = {line["images"][0]: line["error"] for line in lines if "error" in line}
-    assert "not an image" in reasons["1.png"] and "no such file" in reasons["2.png"]
+    assert "not an image" in reasons["1.png"] and "no such file" in reasons["2" * 5000]
     assert run(tmp_path / "output", "--arm", "none", "--arm", "grid@64", data=data) == 1
 
 

@@ -201,6 +201,31 @@ def test_budgets_and_options_that_cannot_be(row: str, reason: str, tmp_path: Pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("options = { nope = 1 }", "unknown option of 'zoo': 'nope'"),
+        ("options = { directions = [1] }", "directions must be a whole number"),
+        ("options = { step = nan }", "step must be a positive number"),
+        ("method = 'cen-prune'\noptions.host = 'fastv'", "fastv"),
+        (
+            "method = 'cen-prune'\noptions = { host = 'zoo', host_options = { nope = 1 } }",
+            "unknown option of 'zoo': 'nope'",
+        ),
+    ],
+)
+def test_rows_that_no_method_can_run_are_refused_before_anything_runs(
+    row: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_table(tmp_path / "tiny.toml", ["keep_tokens = 1", f"keep_tokens = 2\n{row}"])
+    for flags in (["--dry-run"], ["--demo", "--output", str(tmp_path / "out")]):
+        assert main(["paper-table", str(path), *flags]) == 2
+        said = capsys.readouterr()
+        assert "the row 'row 1' of tiny cannot run: " in said.err and reason in said.err
+        assert said.err.count("\n") == 1 and not said.out
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_token_and_all_of_them_differ_in_every_file() -> None:
     one, whole = parse_arm("zoo@1"), parse_arm("zoo@1.0")
     texts = [dump_json(settings(arm)) for arm in (one, whole, replace(whole, ratio=1))]
@@ -249,7 +274,7 @@ def test_a_share_is_not_held_against_a_number_of_tokens(table: Table) -> None:
     assert [row.cells["pope"].borrowed for row in found.rows] == [False, False, True, False]
 
 
-BUDGETS_OF_ONE: list[dict[str, Any]] = [{"keep_tokens": 1}, {"keep_ratio": 1.0}]
+BUDGETS_OF_ONE: list[dict[str, Any]] = [{"keep_tokens": 1}, {"keep_ratio": 1}]
 
 
 def test_pictures_show_the_smallest_of_each_kind(table: Table) -> None:

@@ -106,6 +106,7 @@ def test_a_base_model_too(saved, home, hub, small_model) -> None:
         *(
             "",
             "/no/such/folder",
+            "model" * 100,
             "~/no-such-folder",
             "~nobody-here/model",
             "./missing",

@@ -148,6 +148,23 @@ def test_parts_that_do_not_fit_are_one_line(
     assert fault in run_train([SHOWN], *words.split(), base=base, tower=False).refused()
 
 
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"mm_use_im_start_end": True}, "puts marks around images"),
+        ({"mm_token_pruning": {"method": "mmtok", "keep_tokens": 9}}, "prunes with 'mmtok'"),
+    ],
+)
+def test_models_that_training_cannot_feed_are_refused(
+    settings: dict[str, Any], fault: str, base: Path, tmp_path: Path, run_train: Callable
+) -> None:
+    shutil.copytree(base, tmp_path / "other")
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | settings))
+    line = run_train([SHOWN], base=tmp_path / "other", tower=False).refused()
+    assert fault in line and "not built yet in training" in line
+
+
 def test_a_tower_of_another_width_is_refused(
     work: Path, base: Path, tmp_path: Path, run_train: Callable
 ) -> None:

@@ -75,6 +75,10 @@ def test_forms_of_samples(sample: dict[str, Any], wanted: tuple) -> None:
         ({"image": "", "conversations": [SHOWN, GPT]}, "'image' is empty"),
         ({"image": {"path": "a"}, "conversations": [SHOWN, GPT]}, "'image' is an object"),
         ({"image": ["a", None], "conversations": [SHOWN, GPT]}, "'image' is null"),
+        (
+            {"image": "\ud800.png", "conversations": [SHOWN, GPT]},
+            "'image' holds .* half a character",
+        ),
     ],
 )
 def test_faults_name_the_sample(sample: dict[str, Any], fault: str) -> None:

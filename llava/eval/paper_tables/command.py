@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llava.eval import provenance
+from llava.eval.arm_words import parse_arm
 from llava.eval.arms import UNPRUNED
 from llava.eval.demo.playground import DEFAULT_SAMPLES, write_playground
 from llava.eval.paper_tables.collect import Filled, fill, read_run
@@ -26,6 +27,7 @@ from llava.eval.paper_tables.plan import (
     plan,
     published_budget,
     scaled_budgets,
+    setting_of,
     unavailable,
 )
 from llava.eval.paper_tables.plots import plot
@@ -154,7 +156,21 @@ def read_order(args: argparse.Namespace) -> Order:
         extra=("--max-new-tokens", str(DEMO_NEW_TOKENS)) if args.demo else (),
     )
     budgets = scaled_budgets(table, DEMO_TOKENS) if args.demo else published_budget
-    return Order(table, launch, budgets, args.demo)
+    order = Order(table, launch, budgets, args.demo)
+    check_rows(order)
+    return order
+
+
+def check_rows(order: Order) -> None:
+    """Refuse rows that no method can run, before anything runs. Raises TableError."""
+    for row in order.table.rows:
+        if unavailable(order.table, row) is None:
+            try:
+                parse_arm(setting_of(row, order.budgets).word).pruning(order.launch.seed)
+            except UserInputError as error:
+                raise TableError(
+                    f"the row {row.label!r} of {order.table.name} cannot run: {error}"
+                ) from error
 
 
 def only(table: Table, tasks: Sequence[str] | None, methods: Sequence[str] | None) -> Table:

@@ -65,8 +65,8 @@ def numbered_jsonl(
     A place, such as "line 3 of questions.jsonl", is what errors about the object should name.
 
     Raises:
-        TaskError: the file is missing, or a line is damaged, is no object, lacks one of `keys`, or
-            is refused by `check_fields`.
+        TaskError: the file is missing, or a line is damaged or not an object, lacks one of
+            `keys`, or is refused by `check_fields`.
     """
     # Not splitlines(): JSON may hold U+2028 and its like unescaped, which that takes for line ends.
     for number, line in enumerate(read_bytes(path, task).split(b"\n"), start=1):
@@ -165,7 +165,7 @@ def shown(value: Any) -> str:
 def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
     """`{row[key]: row}` in the order of `rows` of `path`.
 
-    Raises TaskError where two rows share a key, and for keys that are no text or number.
+    Raises TaskError where two rows share a key, and for keys that are not text or a number.
     """
     found: dict[Any, Any] = {}
     for row in rows:
@@ -186,6 +186,14 @@ def check_ids(given: Iterable[Any], known: Iterable[Any], given_in: Path, known_
             f"{given_in} holds {len(unknown)} question ids that are not in {known_in}, the first "
             f"is {unknown[0]!r}; do both files belong to one split?"
         )
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False also for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def hash_files(paths: Iterable[Path], images: Iterable[tuple[str, int]] = ()) -> str:

@@ -124,7 +124,7 @@ class MMBench(Benchmark):
             what = f"the image of row {name} of {self.path}"
             return decode_base64(self._images[name], what, self.pixels)
         except UserInputError as error:
-            mend = f"; `python -m llava.eval prepare {self.name}` gets the file anew"
+            mend = f"; `python -m llava.eval prepare {self.name}` gets the file again"
             raise UserInputError(f"{error}{mend}") from error
 
     def data_hash(self) -> str:

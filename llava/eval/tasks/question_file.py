@@ -14,7 +14,14 @@ from llava.eval.prompts import bare_question
 from llava.eval.scorers.exact_match import is_correct
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
-from llava.eval.tasks.files import check_fields, index_by, read_bytes, read_json, read_jsonl
+from llava.eval.tasks.files import (
+    check_fields,
+    index_by,
+    is_file,
+    read_bytes,
+    read_json,
+    read_jsonl,
+)
 from llava.images import open_image
 from llava.pixels import VIEWER
 from llava.shipped import LLAVA_TINY, shipped_path
@@ -92,7 +99,7 @@ class QuestionFile(Benchmark):
         if self.image_folder is not None:
             for name in sorted({image for item in self.items() for image in item.images}):
                 file = self.image_folder / name
-                content = file.read_bytes() if file.is_file() else b"missing"
+                content = file.read_bytes() if is_file(file) else b"missing"
                 digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 

@@ -47,7 +47,7 @@ def read_table(path: Path, task: str | None = None, columns: Sequence[str] = ())
         TaskError: it is missing, is no UTF-8 text, lacks one of `columns`, or a row (named by its
             number, from 1) has another number of cells than the first line.
     """
-    mend = f"; `python -m llava.eval prepare {task}` gets it anew" if task else ""
+    mend = f"; `python -m llava.eval prepare {task}` gets it again" if task else ""
     content = read_bytes(path, task)
     try:
         lines = _parse(content.decode("utf-8-sig"))
