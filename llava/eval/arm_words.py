@@ -9,17 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llava.eval.arms import UNPRUNED, Arm
-from llava.pruning import PruningError, parse_options
+from llava.model.checkpoint import local_checkpoint, read_config
+from llava.pruning import PruningConfig, PruningError, parse_options
 from llava.pruning.config import CHOICES
 from llava.pruning.flags import pruning_from
 from llava.utils import UserInputError
 
 
 def arms_from(args: argparse.Namespace) -> tuple[Arm, ...]:
-    """The settings of `--arm`, `--preset` and `--pruner`; the unpruned model if there are none.
+    """The settings of `--arm`, `--preset` and `--pruner`; empty if there are none.
 
     Raises UserInputError (PruningError among them) for one that does not exist or stands twice.
     """
@@ -38,7 +40,6 @@ def arms_from(args: argparse.Namespace) -> tuple[Arm, ...]:
         arms.append(_flag_arm(args, args.pruner, own, name))
     else:
         pruning_from(args)  # refuses a budget or options without a method
-    arms = arms or [parse_arm(UNPRUNED)]
     names = [arm.name for arm in arms]
     for name in names:
         if names.count(name) > 1:
@@ -46,6 +47,23 @@ def arms_from(args: argparse.Namespace) -> tuple[Arm, ...]:
     for arm in arms:
         arm.pruning(args.seed)  # refuses what does not exist
     return tuple(arms)
+
+
+def arm_of(setting: PruningConfig | None) -> Arm:
+    """A setting, such as the one a checkpoint was saved with, as `--arm` would spell it."""
+    if setting is None or setting.method == UNPRUNED:
+        return parse_arm(UNPRUNED)
+    settings = setting.to_dict()
+    options = settings.pop("options", {})
+    method, tokens = settings.pop("method"), settings.pop("keep_tokens", None)
+    ratio = settings.pop("keep_ratio", None)
+    return parse_arm(arm_word(method, tokens if ratio is None else ratio, {**options, **settings}))
+
+
+def saved_pruning(path: str | Path) -> PruningConfig | None:
+    """The setting that a checkpoint, in a folder or on the hub, was saved with."""
+    saved = read_config(local_checkpoint(path)).get("mm_token_pruning")
+    return None if saved is None else PruningConfig.from_dict(saved)
 
 
 def parse_arm(word: str) -> Arm:

@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.command_line import check_conv_mode, device_name
 from llava.conversation import conv_mode_for
-from llava.eval.arm_words import arms_from, preset_of
+from llava.eval.arm_words import arm_of, arms_from, preset_of, saved_pruning
 from llava.eval.arms import Arm
 from llava.eval.execution import Job, Model, execute
 from llava.eval.identity import identity, machine_settings
@@ -94,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
         )
     arms = arms_from(args)
     find_models(args, download=not args.dry_run)
+    if not arms:  # a hub model that a dry run does not download says nothing yet
+        here = Path(args.model_path).is_dir()
+        arms = (arm_of(saved_pruning(args.model_path) if here else None),)
     cls = get_benchmark(args.task)
     benchmark = cls(args.data_root or cls.default_root, args.protocol)
     benchmark.pixels = args.pixels or benchmark.pixels

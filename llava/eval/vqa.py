@@ -14,14 +14,14 @@ import shlex
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.eval.arm_words import arm_of, saved_pruning
 from llava.eval.arms import UNPRUNED, Arm
 from llava.eval.execution import Job, execute
 from llava.eval.identity import identity
@@ -34,9 +34,7 @@ from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
 from llava.eval.tasks.files import image_names, is_file, numbered_jsonl, read_bytes
 from llava.images import open_image
 from llava.mm_utils import get_model_name_from_path
-from llava.model.checkpoint import local_checkpoint, read_config
 from llava.pixels import VIEWER
-from llava.pruning import PruningConfig
 from llava.pruning.flags import add_pruning_flags, pruning_from
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -162,7 +160,7 @@ def answer_file(program: Program, args: argparse.Namespace) -> int:
     benchmark.pixels = args.pixels or benchmark.pixels
     length = getattr(args, "max_new_tokens", benchmark.max_new_tokens)
     sampling = Sampling(args.temperature, args.top_p, args.num_beams, length)
-    arm = arm_of(args)
+    arm = asked_arm(args)
     items = chunk_of(benchmark.items(), args.num_chunks, args.chunk_idx)
     with processes() as group:
         if not items:
@@ -210,7 +208,7 @@ def answer_line(item: Item, record: Record, model: str) -> Record:
     }
 
 
-def arm_of(args: argparse.Namespace) -> Arm:
+def asked_arm(args: argparse.Namespace) -> Arm:
     """The pruning of the flags, else what the checkpoint was saved with, else none."""
     if args.visual_token_num is not None:
         if args.keep_tokens is not None or args.keep_ratio is not None:
@@ -219,17 +217,6 @@ def arm_of(args: argparse.Namespace) -> Arm:
         print(
             f"note: --visual_token_num {args.keep_tokens} is read as --keep-tokens", file=sys.stderr
         )
-    setting = pruning_from(args) or saved_pruning(args.model_path)
-    if setting is None or setting.method == UNPRUNED:
-        return Arm(UNPRUNED, "the unpruned model")
-    settings: dict[str, Any] = setting.to_dict()
-    options = {**settings.pop("options", {})}
-    method, tokens = settings.pop("method"), settings.pop("keep_tokens", None)
-    ratio = settings.pop("keep_ratio", None)
-    return Arm(method, method, method, tokens, ratio=ratio, options=options | settings)
-
-
-def saved_pruning(path: str) -> PruningConfig | None:
-    """The setting that a checkpoint, in a folder or on the hub, was saved with."""
-    saved = read_config(local_checkpoint(path)).get("mm_token_pruning")
-    return None if saved is None else PruningConfig.from_dict(saved)
+    arm = arm_of(pruning_from(args) or saved_pruning(args.model_path))
+    # The only arm of its file: its budget is in the settings, not in the name.
+    return arm if arm.method == UNPRUNED else replace(arm, name=arm.method, label=arm.method)

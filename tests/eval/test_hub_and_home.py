@@ -78,6 +78,22 @@ def test_saved_pruning_is_used_by_every_name(spellings, tmp_path, checkpoint) ->
     assert {line["model_id"] for line in answers["hub"]} == {"llava-v1.5-random"}
 
 
+@pytest.mark.parametrize("kind", ["folder", "hub"])
+def test_a_run_without_arms_measures_the_model_as_it_was_saved(
+    kind: str, spellings, tmp_path, checkpoint, capsys
+) -> None:
+    words = ["--task=llava-tiny", "--data-root=~/data", "--device=cpu", "--workers=0", "--limit=4"]
+    model = ["--model-path", spellings[kind]]
+    assert main(["run", *model, *words, f"--output={tmp_path / 'own'}"]) == 0
+    assert json.loads((tmp_path / "own" / "run.json").read_text())["arms"].keys() == {"grid@16"}
+    assert main(["run", *model, *words, "--arm=grid@16", f"--output={tmp_path / 'named'}"]) == 0
+    own, named = ((tmp_path / f / "answers.jsonl").read_bytes() for f in ("own", "named"))
+    assert own == named
+    capsys.readouterr()
+    assert main(["run", "--model-path", str(checkpoint), *words, "--dry-run"]) == 0
+    assert "none" in capsys.readouterr().out
+
+
 def test_a_run_has_the_same_key_by_every_name(spellings, tmp_path, capsys) -> None:
     keys, answers = set(), []
     for kind, path in spellings.items():
