@@ -81,6 +81,25 @@ def test_nothing_is_read_that_no_method_asked_for(model, pixels, monkeypatch) ->
     assert set(visual.extras) == {"cls_attention"}
 
 
+@pytest.mark.parametrize("compiled", ["module", "forward"])
+def test_a_compiled_tower_is_read_call_by_call(model, pixels, compiled: str) -> None:
+    """What the first call needed must not be compiled into the calls after it."""
+    images = pixels(2, side=28)
+    calls = [(), ("cls_attention",), ("encoder_keys", "cls_feature"), ()]
+    want = [model.encode_visual_tokens(images, needs=needs) for needs in calls]
+    tower = model.get_vision_tower()
+    if compiled == "module":
+        tower.compile(backend="eager")
+    else:
+        tower.forward = torch.compile(tower.forward, backend="eager")
+    for needs, wanted in zip(calls, want, strict=True):
+        got = model.encode_visual_tokens(images, needs=needs)
+        assert torch.equal(got.features, wanted.features)
+        assert set(got.extras) == set(needs)
+        for name in needs:
+            assert all(map(torch.equal, got.extras[name], wanted.extras[name]))
+
+
 def test_reading_changes_no_feature(model, pixels) -> None:
     images = pixels(2, side=28)
     plain = model.encode_visual_tokens(images)
