@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,11 @@ from llava.pruning import (
 )
 from llava.pruning.active import Prunable
 from llava.pruning.importance.directions import direction_bank
+from llava.pruning.importance.distinctiveness import distinctiveness
+from llava.pruning.importance.projectors import low_rank
+from llava.pruning.importance.relevance import text_relevance
+from llava.pruning.selection.dpp import dpp
+from llava.pruning.selection.max_min import cosine
 from llava.utils import once
 
 METHODS = [name for name in list_methods() if get_method(name).budgeted]
@@ -117,6 +123,12 @@ def test_functions_of_the_core_are_outside_autocast() -> None:
             sensitivity(projector, features, estimator="exact"),
             max_min(projected[None], 16, first="isolated"),
             importance_of(config, visual),
+            # What methods of others compose themselves of.
+            dpp(projected[None], 16).margins,
+            distinctiveness(projected[None]),
+            text_relevance(features, features[:3]),
+            cosine(projected),
+            low_rank(copy.deepcopy(projector), 4)[0].weight,
         ]
 
     want = everything()
