@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from llava.pixels import VIEWER, check_pixels, read_pixels, warnings_as
 from llava.utils import UserInputError
+from llava.value_rules import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def decode_base64(text: str | bytes, name: str, pixels: str = VIEWER) -> Image.I
         content = base64.b64decode(letters, validate=True)
     except (TypeError, ValueError) as error:
         raise UserInputError(
-            f"{name} is no base64 text ({error}); encode the bytes of an image file"
+            f"{name} is not base64 text ({error}); encode the bytes of an image file"
         ) from error
     if not content:
         raise UserInputError(f"{name} is missing: its text is empty; encode an image file")
@@ -110,7 +111,7 @@ def _existing_file(location: str | Path) -> Path:
     if not found:
         raise UserInputError(f"cannot read image {_short(location)}: no such file; check the path")
     if not is_file:  # reading a pipe or a device might never end
-        raise UserInputError(f"cannot read image {location}: this is no file; give one picture")
+        raise UserInputError(f"cannot read image {location}: this is not a file; give one picture")
     return path
 
 
@@ -136,7 +137,7 @@ def _decode(source: Path | BytesIO, name: str, pixels: str) -> Image.Image:
         ) from error
     except Exception as error:  # decoders raise errors without a common base
         raise UserInputError(
-            f"{name} is damaged or cut short ({_one_line(error)}); download or save it again"
+            f"{name} is damaged or cut short ({one_line(error)}); download or save it again"
         ) from error
     if reading.note is not None and reading.note not in _noted:
         _noted.add(reading.note)
@@ -219,10 +220,6 @@ def _body(response: http.client.HTTPResponse, url: str) -> bytes:
                 "its path"
             )
     return bytes(body)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _short(name: str | Path) -> str:

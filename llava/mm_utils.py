@@ -362,7 +362,7 @@ def tokenizer_image_token(
 
     Raises:
         ValueError: another value of ``return_tensors``.
-        UserInputError: the prompt holds what is no text, such as bytes that could not be decoded.
+        UserInputError: the prompt is not all text, for example bytes that could not be decoded.
     """
     ids = tokenize_pieces(prompt.split(DEFAULT_IMAGE_TOKEN), tokenizer, image_token_index)
     if return_tensors is None:
@@ -381,7 +381,7 @@ def tokenize_pieces(
         pieces: one text more than there are images; an ``<image>`` in a piece is text.
 
     Raises:
-        UserInputError: a piece holds what is no text.
+        UserInputError: a piece is not all text.
     """
     try:
         DEFAULT_IMAGE_TOKEN.join(pieces).encode()

@@ -422,14 +422,14 @@ BASE64: dict[str, tuple[Any, str]] = {
     "81 megapixels": (base64.b64encode(bomb(9_000, 9_000)).decode(), "too large"),
     "3600 megapixels": (base64.b64encode(bomb(60_000, 60_000)).decode(), "too large"),
     "no image": (base64.b64encode(b"no image").decode(), "not an image that can be read"),
-    "no base64": ("?%&/", "no base64 text"),
-    "bad padding": ("abc", "no base64 text"),
+    "no base64": ("?%&/", "not base64 text"),
+    "bad padding": ("abc", "not base64 text"),
     "empty": ("", "is empty"),
     "blank": (" \n", "is empty"),
-    "null": (None, "no base64 text"),
-    "number": (7, "no base64 text"),
-    "other letters": ("bilä", "no base64 text"),
-    "a data URL of text": ("data:text/plain,hello", "no base64 text"),
+    "null": (None, "not base64 text"),
+    "number": (7, "not base64 text"),
+    "other letters": ("bilä", "not base64 text"),
+    "a data URL of text": ("data:text/plain,hello", "not base64 text"),
 }
 
 

@@ -57,7 +57,7 @@ def check_projected(
             kind = "pixels" if tiles.ndim == 4 else "features"
             raise UserInputError(
                 f"the {kind} of image {image} hold NaN or inf values; check the {kind}, or make "
-                "them anew with process_images(pictures, image_processor, model.config)"
+                "them again with process_images(pictures, image_processor, model.config)"
             )
     inner = model.get_model()
     for part, where in (("vision_tower", "the vision tower"), ("mm_projector", "the projector")):

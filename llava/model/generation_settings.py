@@ -175,7 +175,7 @@ def check_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model: its generation config says what the arguments do not.
-        arguments: of `generate`; those that are no settings are kept as they are.
+        arguments: of `generate`; those that are not settings are kept as they are.
 
     Raises:
         UserInputError: a value, or two that exclude each other.
