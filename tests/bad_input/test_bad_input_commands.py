@@ -68,7 +68,7 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (run_llava, ("--conv-mode", "plain"), r"'plain' holds captions, no chat; use another"),
     (run_llava, ("--query", ""), r"query '' asks nothing; write the question, such as"),
     (run_llava, ("--query", " <image>\n"), r"query ' <image>\\n' asks nothing; write the quest"),
-    (run_llava, ("--query", "What is \udcff?"), r"no character; write it in UTF-8"),
+    (run_llava, ("--query", "What is \udcff?"), r"not a character; write it in UTF-8"),
     (run_llava, ("--image-file", "scene.png,no.png"), r"no\.png: no such file"),
     (run_llava, ("--keep-ratio", "0.5"), r"--keep-ratio: give a method too"),
     (eval_command, (), r"required: COMMAND"),
