@@ -263,6 +263,10 @@ def test_precisions(given: Any, keyword: str, folder: Path, tmp_path: Path) -> N
     loaded.save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
     assert saved["dtype"] == str(wanted)[6:]
+    # A config that says another than the weights have counts, as in transformers.
+    edit(tmp_path / "half", dtype="float16")
+    model = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "half", **{keyword: given})
+    assert model.dtype == (torch.float16 if given in ("auto", None) else PRECISIONS[given])
     # A config that does not say its precision leaves it to the weights.
     edit(tmp_path / "half", dtype="absent")
     model = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "half", **{keyword: given})

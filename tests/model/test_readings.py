@@ -100,6 +100,27 @@ def test_a_compiled_tower_is_read_call_by_call(model, pixels, compiled: str) -> 
             assert all(map(torch.equal, got.extras[name], wanted.extras[name]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_are_read_outside_autocast(model, dtype: torch.dtype) -> None:
+    """The same hidden states give the same readings, whatever the tower around them runs in."""
+    layers = model.get_vision_tower().vision_tower.encoder.layers
+    width = layers[0].layer_norm1.weight.shape[0]
+    hidden = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+
+    def read() -> dict[str, list[torch.Tensor]]:
+        reader = readings.TowerReader(readings.READINGS)
+        for index in range(len(layers)):
+            reader.read_block(index, 2, layers, hidden, 1)
+        return reader.extras(2)
+
+    with torch.no_grad():
+        want = read()
+        with torch.autocast("cpu", dtype=dtype):
+            got = read()
+    for name, values in want.items():
+        assert all(map(torch.equal, got[name], values)), name
+
+
 def test_reading_changes_no_feature(model, pixels) -> None:
     images = pixels(2, side=28)
     plain = model.encode_visual_tokens(images)
