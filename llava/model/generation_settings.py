@@ -228,7 +228,7 @@ def _contrastive(call: _Settings) -> bool:
 
 
 def effective(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
-    """What `generate` goes by: the argument, else its generation_config, else the model's."""
+    """What `generate` uses: the argument, else its generation_config, else the model's."""
     if arguments.get(name) is not None:
         return arguments[name]
     own = getattr(arguments.get("generation_config"), name, None)

@@ -107,6 +107,13 @@ def test_strict_rows_are_bit_equal_to_single_ones(
     assert ended[0, :3].tolist() == alone[0][:3] and (ended[0, 3:] == 63).all()
     together = model.generate(ids, images=images, **{**settings, "strict": False}, **ending)
     assert ended.tolist() == together.tolist()
+    # What the settings of a call leave out is the model's own, here as well.
+    model.generation_config.pad_token_id = 62
+    del ending["pad_token_id"]
+    ending = {"generation_config": GenerationConfig(**ending)}
+    ended = model.generate(ids, images=images, **settings, **ending)
+    together = model.generate(ids, images=images, **{**settings, "strict": False}, **ending)
+    assert ended.tolist() == together.tolist() and (ended[0, 3:] == 62).all()
 
 
 def test_strict_refuses_what_belongs_to_a_batch(small_model: Make) -> None:
@@ -125,6 +132,10 @@ def test_strict_refuses_what_belongs_to_a_batch(small_model: Make) -> None:
     settings = GenerationConfig(return_dict_in_generate=True, max_new_tokens=1)
     with pytest.raises(UserInputError, match="return_dict_in_generate belongs to a batch"):
         small_model().generate(ids, strict=True, generation_config=settings)
+    model = small_model()
+    model.generation_config.return_dict_in_generate = True
+    with pytest.raises(UserInputError, match="return_dict_in_generate belongs to a batch"):
+        model.generate(ids, strict=True, generation_config=GenerationConfig(max_new_tokens=1))
 
 
 @pytest.mark.parametrize("strict", [False, True])
