@@ -62,7 +62,7 @@ def device_name(name: str) -> str:
         torch.zeros(1, device="cpu" if name in ("auto", "cuda") else name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise argparse.ArgumentTypeError(
-            f"{name!r} is no device of this machine; use auto, cpu, cuda, cuda:N or mps"
+            f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps"
         ) from error
     return name
 

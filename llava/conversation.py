@@ -369,7 +369,7 @@ def conv_mode_for(model_name: str, config: Any = None) -> str:
     if chosen is not None:
         if not isinstance(chosen, str) or chosen not in conv_templates:
             raise UserInputError(
-                f"mm_conv_mode {chosen!r} in config.json is no known template; "
+                f"mm_conv_mode {chosen!r} in config.json is not a known template; "
                 f"use one of {', '.join(conv_templates)}"
             )
         return chosen

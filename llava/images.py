@@ -111,7 +111,7 @@ def _existing_file(location: str | Path) -> Path:
     if not found:
         raise UserInputError(f"cannot read image {_short(location)}: no such file; check the path")
     if not is_file:  # reading a pipe or a device might never end
-        raise UserInputError(f"cannot read image {location}: this is no file; give one picture")
+        raise UserInputError(f"cannot read image {location}: this is not a file; give one picture")
     return path
 
 

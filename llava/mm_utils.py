@@ -387,8 +387,8 @@ def tokenize_pieces(
         DEFAULT_IMAGE_TOKEN.join(pieces).encode()
     except UnicodeEncodeError as error:
         raise UserInputError(
-            f"the prompt holds {error.object[error.start]!r} at place {error.start}, which is no "
-            "character; write it in UTF-8"
+            f"the prompt holds {error.object[error.start]!r} at place {error.start}, which is not "
+            "a character; write it in UTF-8"
         ) from error
     bos = tokenizer.bos_token_id
     chunks = [tokenizer(piece).input_ids for piece in pieces]

@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llava.model.generation_settings import unusable_settings
 from llava.utils import UserInputError
 
 # Answers are greedy long before this; logits divided by much less are no numbers any more.
 LOWEST_TEMPERATURE = 1e-6
 
-_Settings = Mapping[str, Any]
-_ASSISTED = "assisted decoding is not supported"
-_GONE = "transformers no longer decodes in this way"
-_IDS = "it reads the ids of a prompt, and a prompt with images is made of embeddings"
-# What a generation_config may ask for and `generate` cannot do with one answer to a prompt of
-# embeddings: the setting, whether its value asks for that beside the settings of the call, and why.
-_UNUSABLE: tuple[tuple[str, Callable[[Any, _Settings], bool], str], ...] = (
-    ("num_return_sequences", lambda value, _: value > 1, "every question gets one answer"),
-    ("prompt_lookup_num_tokens", lambda value, _: True, _ASSISTED),
-    ("assistant_early_exit", lambda value, _: True, _ASSISTED),
-    ("use_mtp", lambda value, _: value, _ASSISTED),
-    ("is_assistant", lambda value, _: value, _ASSISTED),
-    ("constraints", lambda value, _: True, _GONE),
-    ("force_words_ids", lambda value, _: True, _GONE),
-    ("dola_layers", lambda value, call: call["num_beams"] == 1, _GONE),
-    ("penalty_alpha", lambda value, call: value > 0 and _contrastive(call), _GONE),
-    ("num_beam_groups", lambda value, call: value > 1 and call["num_beams"] > 1, _GONE),
-    ("low_memory", lambda value, call: value and call["num_beams"] > 1, _GONE),
-    ("guidance_scale", lambda value, _: value != 1, _IDS),
-    ("token_healing", lambda value, _: value, _IDS),
-    ("prefill_chunk_size", lambda value, _: True, _IDS),
-    (
-        "cache_implementation",
-        lambda value, call: (
-            value == "quantized" or (value.startswith("offloaded") and call["device"] != "cuda")
-        ),
-        "this cache needs CUDA, or packages that are not among the requirements",
-    ),
-)
 # Settings by which the rows of a batch would depend on each other: they end by more than an end
 # token, and `min_length` counts the longest prompt.
 _OF_A_BATCH = ("stop_strings", "max_time", "min_length")
@@ -108,24 +79,20 @@ class Sampling:
         exist for prompts with images. Raises UserInputError naming the setting.
         """
         config = model.generation_config
-        call = {"top_k": config.top_k, "device": model.device.type, **self.arguments()}
-        for name, unusable, reason in _UNUSABLE:
-            value = getattr(config, name, None)
-            if value is not None and unusable(value, call):
-                raise UserInputError(
-                    f"the model's generation_config sets {name} to {value!r}, which cannot be used "
-                    f"here: {reason}; remove it from generation_config.json"
-                )
+        settings = {**vars(config), **self.arguments()}
+        refused = dict(unusable_settings(settings, model.device.type))
+        if (config.num_return_sequences or 1) > 1:
+            refused["num_return_sequences"] = "every question gets one answer"
+        for name, reason in refused.items():
+            raise UserInputError(
+                f"the model's generation_config sets {name} to {settings[name]!r}, which cannot be "
+                f"used here: {reason}; remove it from generation_config.json"
+            )
 
 
 def rows_depend(config: Any) -> bool:
     """Whether rows continued together would depend on each other, under a generation_config."""
     return any(getattr(config, name, None) for name in _OF_A_BATCH)
-
-
-def _contrastive(call: _Settings) -> bool:
-    """Whether a `penalty_alpha` makes a call of `generate` a contrastive search."""
-    return not call["do_sample"] and call["num_beams"] == 1 and (call["top_k"] or 50) > 1
 
 
 def _check(name: str, value: Any, what: str, kind: type, low: float, high: float) -> None:

@@ -74,7 +74,7 @@ def local_checkpoint(path: str | Path, revision: str | None = None) -> Path:
         revision: branch, tag or commit of a hub name.
 
     Raises:
-        UserInputError: no text, or neither a folder nor a model that the hub returns.
+        UserInputError: not a text, or neither a folder nor a model that the hub returns.
     """
     place = _folder_or_name(path)
     return place if isinstance(place, Path) else _snapshot(place, revision)
@@ -84,7 +84,7 @@ def checkpoint_here(path: str | Path) -> Path | None:
     """The folder of a checkpoint, or None for a hub name that was not downloaded yet.
 
     Raises:
-        UserInputError: no text, or neither a folder nor a hub name.
+        UserInputError: not a text, or neither a folder nor a hub name.
     """
     place = _folder_or_name(path)
     if isinstance(place, Path):
@@ -165,8 +165,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object of a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        UserInputError: it cannot be read, or holds no JSON object.
+        FileNotFoundError: the file does not exist.
+        UserInputError: it cannot be read, or is not a JSON object.
     """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -177,7 +177,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
             f"{str(file)!r} cannot be read ({error}); download or save it again"
         ) from error
     if not isinstance(data, dict):
-        raise UserInputError(f"{str(file)!r} holds no JSON object; download or save it again")
+        raise UserInputError(f"{str(file)!r} is not a JSON object; download or save it again")
     return data
 
 
@@ -253,7 +253,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
             weights = torch.load(file, map_location="cpu", weights_only=True)
     if not (isinstance(weights, dict) and all(torch.is_tensor(v) for v in weights.values())):
         raise UserInputError(
-            f"{str(file)!r} is no plain weight file (it holds more than named tensors); "
+            f"{str(file)!r} is not a plain weight file (it holds more than named tensors); "
             "save it again as a dictionary of tensors"
         )
     check_weights(weights, repr(str(file)))
@@ -290,7 +290,7 @@ def _readable(file: Path) -> Iterator[None]:
         ) from error
     except Exception as error:  # unpickling errors share no base class
         raise UserInputError(
-            f"the weight file {str(file)!r} is no plain weight file ({type(error).__name__}); "
+            f"the weight file {str(file)!r} is not a plain weight file ({type(error).__name__}); "
             "use a safetensors file or a .bin file that holds tensors only"
         ) from error
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from llava.mm_utils import NEXT_PROTOCOLS
 from llava.utils import UserInputError
 from llava.value_rules import (
     FLAG,
@@ -58,7 +59,7 @@ _LLAVA_RULES = {
     "mm_vision_tower": TEXT._replace(wanted="the name or folder of a vision tower"),
     "mm_hidden_size": _SIZE,
     "mm_patch_merge_type": TEXT._replace(wanted="one of flat, spatial, spatial_unpad"),
-    "mm_next_protocol": TEXT._replace(wanted="one of native, fixed2880, zoo-release"),
+    "mm_next_protocol": TEXT._replace(wanted=f"one of {', '.join(NEXT_PROTOCOLS)}"),
     "mm_use_im_start_end": FLAG,
     "mm_use_im_patch_token": FLAG,
     "unfreeze_mm_vision_tower": FLAG,
@@ -99,7 +100,7 @@ def build_config(
         **kwargs: attributes that override those of the file, and others.
 
     Returns:
-        The config, and the keyword arguments that are no attributes of it.
+        The config, and the keyword arguments that are not attributes of it.
 
     Raises:
         UserInputError: a value that cannot be used; names its key, and what it can be.

@@ -1,10 +1,11 @@
 """Settings of `generate`, from generation_config.json and from arguments, by the same rules."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from llava.model.checkpoint import read_json_object
 from llava.model.config_values import TOKENS, known_tokens
@@ -31,7 +32,6 @@ _OF_A_CALL = ("return_dict_in_generate", "output_attentions", "output_hidden_sta
 _OF_A_CALL += ("output_scores", "output_logits", "compile_config", "cache_implementation")
 _SHARE = number(0, 1)
 _IDS = list_of(whole(0), empty=True)
-_NOTHING = one_of(())._replace(wanted="null: prompts with images cannot be read in parts")
 RULES: dict[str, Rule] = {
     "max_length": whole(1),
     "max_new_tokens": whole(1),
@@ -58,10 +58,81 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _IDS),
     "exponential_decay_length_penalty": list_of(number(-1000, 1000), length=2),
     "guidance_scale": number(0),
-    **dict.fromkeys(("prompt_lookup_num_tokens", "prefill_chunk_size"), _NOTHING),
 }
 # Settings for which None means "not given"; filters of draws are switched off by it.
 _UNSET = set(RULES) - {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"}
+
+_Settings = Mapping[str, Any]
+_ASSISTED = "assisted decoding is not supported"
+_GONE = "transformers no longer decodes in this way"
+_IDS = "it reads the ids of a prompt, and a prompt with images is made of embeddings"
+# What cannot be done with prompts of embeddings, and would in part leave the model changed: the
+# setting, whether its value asks for that beside the other settings, and why.
+_UNUSABLE: tuple[tuple[str, Callable[[Any, _Settings], bool], str], ...] = (
+    ("assistant_model", lambda value, _: True, _ASSISTED),
+    ("prompt_lookup_num_tokens", lambda value, _: True, _ASSISTED),
+    ("assistant_early_exit", lambda value, _: True, _ASSISTED),
+    ("use_mtp", lambda value, _: value, _ASSISTED),
+    ("is_assistant", lambda value, _: value, _ASSISTED),
+    ("constraints", lambda value, _: True, _GONE),
+    ("force_words_ids", lambda value, _: True, _GONE),
+    ("dola_layers", lambda value, call: call["num_beams"] in (None, 1), _GONE),
+    ("penalty_alpha", lambda value, call: value > 0 and _contrastive(call), _GONE),
+    (
+        "num_beam_groups",
+        lambda value, call: value > 1 and call["num_beams"] not in (None, 1),
+        _GONE,
+    ),
+    ("low_memory", lambda value, call: value and call["num_beams"] not in (None, 1), _GONE),
+    ("guidance_scale", lambda value, _: value != 1, _IDS),
+    ("token_healing", lambda value, _: value, _IDS),
+    ("prefill_chunk_size", lambda value, _: True, _IDS),
+    ("custom_generate", lambda value, _: isinstance(value, str), "code from the hub is not run"),
+    (
+        "cache_implementation",
+        lambda value, call: str(value).startswith("offloaded") and call["device"] != "cuda",
+        "this cache needs CUDA",
+    ),
+    (
+        "cache_implementation",
+        lambda value, _: (
+            value == "quantized" and not (is_optimum_quanto_available() or is_hqq_available())
+        ),
+        "this cache needs a package that is not installed, optimum-quanto or hqq",
+    ),
+)
+
+
+def _that(wanted: str, fits: Callable[[Any], bool]) -> Rule:
+    """An object that `fits`, taken as it is."""
+
+    def read(value: Any) -> Any:
+        if not fits(value):
+            raise TypeError
+        return value
+
+    return Rule(wanted, read)
+
+
+def _are_functions(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(callable, value))
+
+
+def _is_streamer(value: Any) -> bool:
+    return all(callable(getattr(value, name, None)) for name in ("put", "end"))
+
+
+# Arguments of `generate` that no file can hold.
+_OBJECTS = {
+    "generation_config": _that("a GenerationConfig", lambda v: isinstance(v, GenerationConfig)),
+    "past_key_values": _that("a cache such as DynamicCache()", lambda v: isinstance(v, Cache)),
+    "prefix_allowed_tokens_fn": _that("a function", callable),
+    "streamer": _that("a streamer such as transformers' TextStreamer", _is_streamer),
+    **dict.fromkeys(
+        ("stopping_criteria", "logits_processor"),
+        _that("a list of objects that can be called", _are_functions),
+    ),
+}
 
 
 class PublishedGenerationConfig(GenerationConfig):
@@ -113,20 +184,13 @@ def check_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model: its generation config says what the arguments do not.
-        arguments: of `generate`; those that are no settings are kept as they are.
+        arguments: of `generate`; those that are not settings are kept as they are.
 
     Raises:
         UserInputError: a value, or two that exclude each other.
     """
-    config = arguments.get("generation_config")
-    if config is not None and not isinstance(config, GenerationConfig):
-        raise unfit("generation_config", config, "of generate", "give a GenerationConfig")
-    for name in ("stopping_criteria", "logits_processor"):
-        several = arguments.get(name)
-        if several is not None and not _are_functions(several):
-            raise unfit(name, several, "of generate", "give a list of objects that can be called")
     given = {k: v for k, v in arguments.items() if v is not None or k not in _UNSET}
-    read = read_values(given, RULES, "of generate")
+    read = read_values(given, {**RULES, **_OBJECTS}, "of generate")
     vocabulary = model.get_input_embeddings().num_embeddings
     for name in _TOKENS:
         if read.get(name) is not None:
@@ -140,15 +204,40 @@ def check_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     elif answers > beams:
         remedy = f"without do_sample there is one for each beam, so give num_beams={answers}"
         raise unfit("num_return_sequences", answers, "of generate", remedy)
+    asked = {name: effective(model, read, name) for name, *_ in _UNUSABLE} | chosen
+    for name, reason in unusable_settings(asked, model.device.type):
+        raise unfit(name, asked[name], "of generate", f"leave it out: {reason}")
     return read
 
 
-def _are_functions(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(callable, value))
+def unusable_settings(settings: _Settings, device: str) -> Iterator[tuple[str, str]]:
+    """The settings that cannot be carried out for prompts with images, and why.
+
+    Args:
+        settings: of a call by name, `num_beams`, `do_sample` and `top_k` among them.
+        device: kind of device that the model is on.
+    """
+    call = {**settings, "device": device}
+    for name, asks_for_it, reason in _UNUSABLE:
+        value = settings.get(name)
+        if value is None:
+            continue
+        try:
+            found = asks_for_it(value, call)
+        except TypeError:  # a value of another kind
+            found = True
+        if found:
+            yield name, reason
+
+
+def _contrastive(call: _Settings) -> bool:
+    """Whether a `penalty_alpha` makes a call of `generate` a contrastive search."""
+    alone = not call["do_sample"] and call["num_beams"] in (None, 1)
+    return alone and (call["top_k"] or 50) > 1
 
 
 def effective(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
-    """What `generate` goes by: the argument, else its generation_config, else the model's."""
+    """What `generate` uses: the argument, else its generation_config, else the model's."""
     if arguments.get(name) is not None:
         return arguments[name]
     own = getattr(arguments.get("generation_config"), name, None)

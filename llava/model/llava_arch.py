@@ -190,14 +190,8 @@ class LlavaMetaForCausalLM(Prunable):
 
     @default_pruning.setter
     def default_pruning(self, value: PruningConfig | Mapping[str, Any] | None) -> None:
-        if isinstance(value, Mapping):
-            value = PruningConfig.from_dict(dict(value))
-        if not isinstance(value, PruningConfig | None):
-            raise UserInputError(
-                "pruning must be a PruningConfig, its dict form such as {'method': 'zoo', "
-                f"'keep_tokens': 64}}, or None; got {value!r}"
-            )
-        self.config.mm_token_pruning = None if value is None else value.to_dict()
+        config = PruningConfig.read(value)
+        self.config.mm_token_pruning = None if config is None else config.to_dict()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, H, W] to embeddings [B, N, hidden_size]."""

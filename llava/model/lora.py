@@ -199,7 +199,7 @@ def merge_adapter(model: nn.Module, adapter: LoraAdapter, where: str) -> None:
     for name, (a, b) in adapter.factors.items():
         if name not in linear:
             raise UserInputError(
-                f"the adapter in {where!r} changes {name!r}, which is no linear layer of the "
+                f"the adapter in {where!r} changes {name!r}, which is not a linear layer of the "
                 "model; give the model_base and the config.json it was trained with"
             )
         weight = parameters[name]

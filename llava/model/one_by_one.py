@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from llava.model.generation_settings import effective
 from llava.model.inputs import check_sizes
 from llava.model.instruction import check_questions
 from llava.model.splice import count_marks, share_images, unpadded
@@ -43,7 +44,7 @@ def generate_rows(
             questions that do not match the rows.
     """
     for name in OF_A_BATCH:
-        value = _setting(model, kwargs, name)
+        value = effective(model, kwargs, name)
         if value is not None and value is not False:
             raise UserInputError(
                 f"{name} belongs to a batch as a whole, and strict=True runs its rows one by one; "
@@ -72,13 +73,7 @@ def generate_rows(
 def _padding(model: Any, kwargs: dict[str, Any]) -> int:
     """What ``generate`` fills up rows with that have ended."""
     for name in ("pad_token_id", "eos_token_id"):
-        value = _setting(model, kwargs, name)
+        value = kwargs[name] if name in kwargs else effective(model, kwargs, name)
         if value is not None:
             return value[0] if isinstance(value, list) else int(value)
     return 0
-
-
-def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """What ``generate`` goes by: the argument, else the generation config."""
-    config = kwargs.get("generation_config") or model.generation_config
-    return kwargs.get(name, getattr(config, name, None))

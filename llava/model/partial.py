@@ -90,7 +90,7 @@ def read_partial(folder: Path, model_base: str | None) -> PartialCheckpoint | No
     if not (is_lora or is_projector):
         if model_base is not None:
             raise UserInputError(
-                f"{str(folder)!r} is no LoRA and no projector-only folder (it holds neither "
+                f"{str(folder)!r} is neither a LoRA nor a projector-only folder (it holds neither "
                 f"{lora.CONFIG_FILE} nor {_PROJECTOR}.bin alone), so it needs no model_base; "
                 "leave model_base out"
             )
@@ -138,7 +138,9 @@ def _projector(folder: Path) -> dict[str, torch.Tensor]:
         part = next((p for p in (f"{_PROJECTOR}.", "embed_tokens.") if p in key), None)
         name = None if part is None else f"model.{part}{key.split(part, 1)[1]}"
         if name is None or name in weights:
-            fault = "which is no weight of a projector" if name is None else "a weight it has twice"
+            fault = (
+                "which is not a weight of a projector" if name is None else "a weight it has twice"
+            )
             raise UserInputError(
                 f"{_PROJECTOR}.bin in {str(folder)!r} holds {key!r}, {fault}; save the projector "
                 "again"

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 
-# The blocks around the caller, outermost first: each with the model it is about.
-_blocks: ContextVar[tuple[tuple[Prunable, PruningConfig | None], ...]] = ContextVar(
-    "pruning_blocks", default=()
-)
+
+class _Block(NamedTuple):
+    """One `with prune(...)`: the model it is about and its setting."""
+
+    model: Prunable
+    config: PruningConfig | None
+
+
+# The blocks around the caller, outermost first.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("pruning_blocks", default=())
 
 
 class Prunable:
@@ -34,9 +40,9 @@ class Prunable:
     @property
     def pruning(self) -> PruningConfig | None:
         """The setting that counts for the caller; assigning changes the default of all callers."""
-        for model, config in reversed(_blocks.get()):
-            if model is self:
-                return config
+        for block in reversed(_blocks.get()):
+            if block.model is self:
+                return block.config
         return self.default_pruning
 
     @pruning.setter
@@ -46,18 +52,20 @@ class Prunable:
 
 @contextmanager
 def prune(
-    model: Any, config: PruningConfig | str | None = None, **settings: Any
+    model: Any, config: PruningConfig | Mapping[str, Any] | str | None = None, **settings: Any
 ) -> Iterator[PruningConfig | None]:
     """`with prune(model, "zoo", keep_tokens=64): model.generate(...)`.
 
     The setting is the caller's own: other threads and tasks that use the model do not see it, and
     the model's default stays as it is. Like `torch.no_grad`, it does not reach into a thread that
     is started inside (`contextvars.copy_context().run` takes it along). Blocks nest; the innermost
-    counts. `prune(model)` switches pruning off inside the block.
+    counts. `prune(model)` switches pruning off inside the block. A generator that yields inside a
+    block leaves the block on for its caller until it goes on.
 
     Args:
         model: the model, a `Prunable`.
-        config: a PruningConfig, or a method name with budget and options in `settings`.
+        config: a PruningConfig, its dict form, or a method name with budget and options in
+            `settings`.
 
     Raises PruningError if the model cannot be pruned or the settings are wrong.
     """
@@ -72,8 +80,12 @@ def prune(
     elif settings:
         words = ", ".join(sorted(settings))
         raise PruningError(f"{words}: settings go with a method name, prune(model, 'zoo', ...)")
-    token = _blocks.set((*_blocks.get(), (target, config)))
+    else:
+        config = PruningConfig.read(config)
+    own = _Block(target, config)
+    _blocks.set((*_blocks.get(), own))
     try:
         yield config
     finally:
-        _blocks.reset(token)
+        # Generators may end in another order than they began, or in another thread.
+        _blocks.set(tuple(block for block in _blocks.get() if block is not own))

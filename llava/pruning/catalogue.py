@@ -102,7 +102,7 @@ def figures(results: Path) -> dict[str, str]:
         raise PruningError(f"cannot read {results}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise PruningError(
-            f"{results} is no result file; make one with python -m llava.eval quickstart "
+            f"{results} is not a result file; make one with python -m llava.eval quickstart "
             "--save-result FILE"
         ) from error
     return found

@@ -31,7 +31,7 @@ CHOICES = {
         ("drop", "keep", "select"),
         "newline tokens of LLaVA-1.6: leave out, keep with their rows, or choose like patches",
     ),
-    "positions": Choice(("compact", "original"), "number kept tokens anew, or as unpruned"),
+    "positions": Choice(("compact", "original"), "number kept tokens 0, 1, ..., or as unpruned"),
 }
 # Words of other tools. The first two say what is removed, we say what is kept.
 ALIASES = ("pruning_ratio", "reduction_ratio", "visual_token_num")
@@ -149,6 +149,21 @@ class PruningConfig:
         options: Any = {} if data.get("options") is None else data["options"]
         choices = {name: data[name] for name in CHOICES if name in data}
         return cls(data.get("method", "none"), **_budget(data), options=options, **choices)
+
+    @classmethod
+    def read(cls, value: Any) -> PruningConfig | None:
+        """A setting as users write it: a PruningConfig, its dict form, or None for no pruning.
+
+        Raises PruningError for anything else.
+        """
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        raise PruningError(
+            "pruning must be a PruningConfig, its dict form such as {'method': 'zoo', "
+            f"'keep_tokens': 64}}, or None; got {value!r}"
+        )
 
     @classmethod
     def of(cls, method: str, **settings: Any) -> PruningConfig:

@@ -32,9 +32,9 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> V
     """Reduce every image of `visual` to `config.num_kept(its tokens)`.
 
     Scores and selection run without gradients and outside autocast; kept tokens keep their
-    gradients. The **same object** comes
-    back when there is nothing to remove (no config, `none`, or a budget of at least every image's
-    tokens), so an unpruned run is the unpruned model bit for bit.
+    gradients. The **same object** comes back when there is nothing to remove (no config, `none`, or
+    a budget of at least every image's tokens), so an unpruned run is the unpruned model bit for
+    bit.
 
     Where a prompt leaves less room than that (`visual.prompts`), its images keep what there is, and
     one warning says how many.

@@ -111,7 +111,7 @@ def respond(session: Session, line: str, overlay: Path | None) -> None:
 def read_line(role: str) -> str:
     """One line of stdin; empty at its end. Ctrl-C only drops the line typed so far.
 
-    Raises UserInputError for bytes that are no text.
+    Raises UserInputError for bytes that are not text.
     """
     while True:
         try:
@@ -122,7 +122,7 @@ def read_line(role: str) -> str:
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit leaves)")
         except UnicodeDecodeError as error:
-            raise UserInputError(f"the input is no {error.encoding} text; convert it") from error
+            raise UserInputError(f"the input is not {error.encoding} text; convert it") from error
 
 
 def spoken(role: str) -> str:

@@ -42,7 +42,7 @@ def run_command(session: Session, line: str) -> str:
 
     Raises:
         Leave: the user asked to.
-        UserInputError: an unknown command, an argument missing or too many, or one of no use.
+        UserInputError: an unknown command, an argument missing or too many, or a useless one.
     """
     name, _, argument = line.partition(" ")
     argument = argument.strip()

@@ -156,7 +156,7 @@ class Session:
             why = describe_overflow(length, exceeded[0])
             raise UserInputError(
                 f"this question does not fit: {why}; the chat is as it was before. You can "
-                f"{self._ways_out(length, first)}"
+                f"{self._ways_out(length, exceeded, first)}"
             )
         turn = self._answer(ids, question, length)
         if turn.answer or not turn.stopped:  # a turn stopped before its first word never was
@@ -214,13 +214,16 @@ class Session:
         length = prompt_length(self.model, ids[0], self.pixels, [self.image.size])
         return length, exceeded_limits(self.model.config, length)
 
-    def _ways_out(self, length: PromptLength, first: bool) -> str:
-        """What the user can do about a question that does not fit."""
+    def _ways_out(self, length: PromptLength, exceeded: list[Limit], first: bool) -> str:
+        """What the user can do about a question that does not fit; each alone is enough."""
         ways = ["ask a shorter question"]
         config, room = self.model.pruning, visual_room(self.model.config, length.text)
-        if length.positions > length.total:
+        compact = length._replace(positions=length.total)
+        if not any(limit.exceeded_by(compact) for limit in exceeded):
             ways.append("count positions without the removed tokens (/set positions=compact)")
-        if room is not None and 0 < room < length.visual:
+        # Fewer tokens leave the positions of removed ones as they are.
+        fixed = length.positions > length.total and any(limit.answer for limit in exceeded)
+        if room is not None and 0 < room < length.visual and not fixed:
             pruned = config is not None and config.pruner.budgeted
             command = f"/keep {room}" if pruned else f"/method NAME keep_tokens={room}"
             ways.append(f"keep at most {room} visual tokens ({command})")

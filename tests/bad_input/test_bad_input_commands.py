@@ -50,8 +50,8 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (cli, ("--temperature", "warm"), r"--temperature: invalid float value: 'warm'"),
     (cli, ("--temperature", "1e-40"), r"1e-40 is too close to 0 .*; give 0, which is greedy, or"),
     (cli, ("--max-new-tokens", "0"), r"max_new_tokens must be a whole number of at least 1"),
-    (cli, ("--device", "toaster"), r"'toaster' is no device of this machine; use auto"),
-    (cli, ("--device", "cuda:99"), r"'cuda:99' is no device of this machine"),
+    (cli, ("--device", "toaster"), r"unknown device 'toaster'; use auto"),
+    (cli, ("--device", "cuda:99"), r"unknown device 'cuda:99'"),
     (cli, ("--prunner", "zoo"), r"unrecognized arguments: --prunner zoo"),
     (cli, ("--model-path", "/nowhere"), r"'/nowhere' is not a checkpoint folder; give a folder"),
     (run_llava, ("--query", "<image> or <image>?"), r"marks 2 images but .* is 1; mark each"),
@@ -68,7 +68,7 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (run_llava, ("--conv-mode", "plain"), r"'plain' holds captions, no chat; use another"),
     (run_llava, ("--query", ""), r"query '' asks nothing; write the question, such as"),
     (run_llava, ("--query", " <image>\n"), r"query ' <image>\\n' asks nothing; write the quest"),
-    (run_llava, ("--query", "What is \udcff?"), r"no character; write it in UTF-8"),
+    (run_llava, ("--query", "What is \udcff?"), r"not a character; write it in UTF-8"),
     (run_llava, ("--image-file", "scene.png,no.png"), r"no\.png: no such file"),
     (run_llava, ("--keep-ratio", "0.5"), r"--keep-ratio: give a method too"),
     (eval_command, (), r"required: COMMAND"),
@@ -149,7 +149,7 @@ def half(world: World) -> str:
 
 PICTURES: dict[str, tuple[Callable[[World], str], str]] = {
     "missing": (lambda w: str(w.folder / "nowhere.png"), r"nowhere\.png: no such file; check"),
-    "folder": (lambda w: str(w.folder), r"this is no file; give one picture"),
+    "folder": (lambda w: str(w.folder), r"this is not a file; give one picture"),
     "text": (lambda w: w.file("a.png", "not a picture"), r"a\.png is not an image .* give one of"),
     "empty": (lambda w: w.file("empty.png", b""), r"empty\.png is not an image"),
     "truncated": (half, r"half\.png is damaged or cut short .* again"),

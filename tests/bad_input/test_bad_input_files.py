@@ -60,7 +60,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights cut": (cut("model.safetensors"), r"model\.safetensors.* is damaged"),
     "weight missing": (without_a_weight, r"missing weights, for example 'model\.norm\.weight'"),
     "shard missing": (without_a_shard, r"model-00001-of-00002\.safetensors.*missing"),
-    "code in weights": (pickled, r"pytorch_model\.bin.* no plain weight file"),
+    "code in weights": (pickled, r"pytorch_model\.bin.* not a plain weight file"),
     "other model": (config(**QWEN), r"Qwen2ForCausalLM"),
     "other sizes": (config(hidden_size=64, head_dim=32), r"mismatched weights"),
     "no tower": (lambda f: shutil.rmtree(f / "tower"), r"tower"),
@@ -72,7 +72,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "padding": (config(tokenizer_padding_side="both"), r"padding_side .* is 'both'; use one of"),
     "aspect number": (config(image_aspect_ratio=3), r"aspect_ratio .* is 3; use one of pad, any"),
     "aspect word": (config(image_aspect_ratio="padd"), r"aspect_ratio .* is 'padd'; use one of"),
-    "template": (config(mm_conv_mode="v2"), r"mm_conv_mode 'v2' .* no known template; use one of"),
+    "template": (
+        config(mm_conv_mode="v2"),
+        r"mm_conv_mode 'v2' .* not a known template; use one of",
+    ),
     "template number": (config(mm_conv_mode=[1]), r"mm_conv_mode \[1\] .* use one of"),
     "pruning word": (config(mm_token_pruning="zoo"), r"mm_token_pruning .*: .* got 'zoo'; correct"),
     "pruning key": (

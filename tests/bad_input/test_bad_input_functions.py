@@ -158,7 +158,7 @@ FUNCTIONS: dict[str, tuple[Callable[[World], object], str]] = {
         lambda w: load_pretrained_model(str(w.picture)),
         r"scene\.png' is a file, not a checkpoint folder; give a folder",
     ),
-    "load: base": (lambda w: load(w, model_base=7), r"no LoRA .* leave model_base out"),
+    "load: base": (lambda w: load(w, model_base=7), r"neither a LoRA .* leave model_base out"),
     "load: device": (lambda w: load(w, device="toaster"), r"unknown device 'toaster'; use 'auto'"),
     "load: no device": (lambda w: load(w, device=None), r"unknown device None; use 'auto', 'cuda'"),
     "load: device that is not here": (

@@ -127,7 +127,7 @@ def test_a_checkpoint_keeps_the_pruning_it_was_saved_with(
         ({"conv_template": "vicuna"}, "vicuna"),
         ({"pruner": "zooo", "keep_tokens": 64}, "zoo"),
         ({"dtype": "foo"}, "unknown dtype 'foo'"),
-        ({"device": "gpu"}, "'gpu' is no device"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"attn_implementation": "foo"}, "foo"),
         ({"mm_next_protocol": "foo"}, "foo"),
         ({"customized_config": "other.json"}, "customized_config"),

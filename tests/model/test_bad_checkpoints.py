@@ -173,7 +173,7 @@ COMPLETE: dict[str, tuple[Damage, str]] = {
     ),
     "no config": (_remove("config.json"), "holds no config.json"),
     "bad config": (_write("config.json", "{"), "config.json' cannot be read"),
-    "list for config": (_write("config.json", "[]"), "config.json' holds no JSON object"),
+    "list for config": (_write("config.json", "[]"), "config.json' is not a JSON object"),
     "qwen": (_qwen, "holds Qwen2VLForConditionalGeneration (type 'qwen2_vl')"),
     "mpt": (
         _config(architectures=["LlavaMptForCausalLM"], model_type="llava_mpt"),
@@ -233,11 +233,11 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "truncated": (_truncate("adapter_model.safetensors"), "adapter_model.safetensors' is damaged"),
     "code": (
         _in_turn(_remove("adapter_model.safetensors"), _code_in("adapter_model.bin")),
-        "adapter_model.bin' is no plain weight file",
+        "adapter_model.bin' is not a plain weight file",
     ),
     "code beside it": (
         _code_in("non_lora_trainables.bin"),
-        "non_lora_trainables.bin' is no plain weight file",
+        "non_lora_trainables.bin' is not a plain weight file",
     ),
     "nested bin": (
         lambda folder: torch.save({"a": {"b": 1}}, folder / "non_lora_trainables.bin"),
@@ -263,7 +263,7 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
         _adapter_weights(
             lambda w: w.update({k.replace(".0.", ".9."): torch.ones(4, 4) for k in (A, B)})
         ),
-        "changes 'model.layers.9.self_attn.q_proj.weight', which is no linear layer",
+        "changes 'model.layers.9.self_attn.q_proj.weight', which is not a linear layer",
     ),
     "unknown weight": (
         _adapter_weights(lambda w: w.update({"base_model.model.model.odd": torch.ones(1)})),
@@ -304,7 +304,7 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
         _adapter_weights(
             lambda w: [w.update({k.replace("q_proj", "qkv"): w.pop(k)}) for k in (A, B)]
         ),
-        "changes 'model.layers.0.self_attn.qkv.weight', which is no linear layer",
+        "changes 'model.layers.0.self_attn.qkv.weight', which is not a linear layer",
     ),
     "inf in a factor": (
         _adapter_weights(lambda w: w[A].fill_(float("inf"))),
@@ -381,14 +381,14 @@ def _whole_projector(bias: int = 32) -> dict[str, torch.Tensor]:
 PROJECTORS: dict[str, tuple[Damage, str]] = {
     "no base": (lambda folder: None, "holds only a projector; give the language model"),
     "garbage": (_write("mm_projector.bin", b"x"), "mm_projector.bin' is"),
-    "code": (_code_in("mm_projector.bin"), "mm_projector.bin' is no plain weight file"),
+    "code": (_code_in("mm_projector.bin"), "mm_projector.bin' is not a plain weight file"),
     "half": (
         lambda folder: torch.save({"mm_projector.0.bias": torch.ones(32)}, _file(folder)),
         "3 missing weights, for example 'model.mm_projector.0.weight'",
     ),
     "something else": (
         lambda folder: torch.save({"lm_head.weight": torch.ones(3)}, _file(folder)),
-        "holds 'lm_head.weight', which is no weight of a projector",
+        "holds 'lm_head.weight', which is not a weight of a projector",
     ),
     "other width": (
         lambda folder: torch.save(

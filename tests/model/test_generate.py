@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
+from transformers.generation import BaseStreamer
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
@@ -106,6 +107,13 @@ def test_strict_rows_are_bit_equal_to_single_ones(
     assert ended[0, :3].tolist() == alone[0][:3] and (ended[0, 3:] == 63).all()
     together = model.generate(ids, images=images, **{**settings, "strict": False}, **ending)
     assert ended.tolist() == together.tolist()
+    # What the settings of a call leave out is the model's own, here as well.
+    model.generation_config.pad_token_id = 62
+    del ending["pad_token_id"]
+    ending = {"generation_config": GenerationConfig(**ending)}
+    ended = model.generate(ids, images=images, **settings, **ending)
+    together = model.generate(ids, images=images, **{**settings, "strict": False}, **ending)
+    assert ended.tolist() == together.tolist() and (ended[0, 3:] == 62).all()
 
 
 def test_strict_refuses_what_belongs_to_a_batch(small_model: Make) -> None:
@@ -113,7 +121,7 @@ def test_strict_refuses_what_belongs_to_a_batch(small_model: Make) -> None:
     for name, value in (
         ("position_ids", torch.zeros_like(ids)),
         ("return_dict_in_generate", True),
-        ("streamer", object()),
+        ("streamer", BaseStreamer()),
         ("past_key_values", DynamicCache()),
         ("prefix_allowed_tokens_fn", lambda row, _: [row]),
     ):
@@ -124,6 +132,10 @@ def test_strict_refuses_what_belongs_to_a_batch(small_model: Make) -> None:
     settings = GenerationConfig(return_dict_in_generate=True, max_new_tokens=1)
     with pytest.raises(UserInputError, match="return_dict_in_generate belongs to a batch"):
         small_model().generate(ids, strict=True, generation_config=settings)
+    model = small_model()
+    model.generation_config.return_dict_in_generate = True
+    with pytest.raises(UserInputError, match="return_dict_in_generate belongs to a batch"):
+        model.generate(ids, strict=True, generation_config=GenerationConfig(max_new_tokens=1))
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -266,6 +278,19 @@ UNUSABLE: dict[str, tuple[dict, str]] = {
     "settings as a dictionary": ({"generation_config": {"max_new_tokens": 1}}, "GenerationConfig"),
     "a misspelt argument": ({"max_new_token": 3}, "max_new_token"),
     "a prompt in parts": ({"prefill_chunk_size": 2}, "prefill_chunk_size of generate is 2"),
+    "a guess from fewer layers": ({"assistant_early_exit": 1}, "assisted decoding"),
+    "a guess from the prompt": ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
+    "another model's guess": ({"assistant_model": torch.nn.Identity()}, "assisted decoding"),
+    "guidance": ({"guidance_scale": 1.5}, "guidance_scale of generate is 1.5; leave it out"),
+    "healing": ({"token_healing": True}, "token_healing of generate is True"),
+    "code from the hub": ({"custom_generate": "some/code"}, "code from the hub is not run"),
+    "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "no longer decodes in this way"),
+    "groups": ({"num_beams": 2, "num_beam_groups": "two"}, "num_beam_groups of generate"),
+    "a cache elsewhere": ({"cache_implementation": "offloaded"}, "this cache needs CUDA"),
+    "an unknown cache": ({"cache_implementation": "far"}, "Invalid `cache_implementation`"),
+    "no streamer": ({"streamer": 3}, "streamer of generate is 3; give a streamer"),
+    "no cache": ({"past_key_values": ()}, "past_key_values of generate is .*; give a cache"),
+    "no function": ({"prefix_allowed_tokens_fn": 3}, "prefix_allowed_tokens_fn .* give a function"),
 }
 
 
@@ -280,6 +305,19 @@ def test_unusable_settings_are_one_line(case: str, strict: bool, small_model: Ma
     assert "\n" not in str(caught.value)
 
 
+def test_a_refused_call_leaves_the_model_as_it_is(small_model: Make) -> None:
+    """transformers forgets to give back the layers it leaves out for a guess."""
+    model, ids = small_model(), torch.tensor([[1, 5]])
+    wanted = model.generate(ids, **GREEDY).tolist()
+    for settings in (
+        {"assistant_early_exit": 1},
+        {"generation_config": GenerationConfig(assistant_early_exit=1, max_new_tokens=2)},
+    ):
+        with pytest.raises(UserInputError):
+            model.generate(ids, **settings)
+        assert model.generate(ids, **GREEDY).tolist() == wanted
+
+
 def test_settings_that_play_no_part_are_taken(small_model: Make) -> None:
     model, ids = small_model(), torch.tensor([[1, 5]])
     wanted = model.generate(ids, do_sample=False, max_new_tokens=3).tolist()
@@ -289,6 +327,8 @@ def test_settings_that_play_no_part_are_taken(small_model: Make) -> None:
         {"max_new_tokens": np.int64(3), "stopping_criteria": [], "logits_processor": None},
         {"max_new_tokens": torch.tensor(3), "temperature": np.float32(0.5)},
         {"eos_token_id": [2, 10**6], "max_time": 1000},
+        {"guidance_scale": 1, "penalty_alpha": 0, "num_beam_groups": 1, "low_memory": True},
+        {"token_healing": False, "is_assistant": False, "cache_implementation": "static"},
     ):
         got = model.generate(ids, do_sample=False, **{"max_new_tokens": 3, **settings})
         assert got.tolist() == wanted

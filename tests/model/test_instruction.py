@@ -116,6 +116,17 @@ def test_embeddings_are_clips_own(with_text, clip_folder, pixels, monkeypatch, r
     torch.testing.assert_close(got, r, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_questions_are_read_outside_autocast(with_text, pixels, dtype: torch.dtype) -> None:
+    with prune(with_text, "cdpruner", keep_tokens=40), torch.no_grad():
+        visual = with_text.encode_visual_tokens(pixels(1))
+        want = with_text.with_questions(visual, ["red cat?"])
+        with torch.autocast("cpu", dtype=dtype):
+            got = with_text.with_questions(visual, ["red cat?"])
+    for name in ("clip_image", "clip_text"):
+        assert torch.equal(got.extras[name][0], want.extras[name][0]), name
+
+
 @pytest.mark.parametrize("method", ["cdpruner", "mmtok"])
 def test_every_row_has_its_own_question(method, with_text, pixels, monkeypatch) -> None:
     with_text.text_tokenizer = Letters()

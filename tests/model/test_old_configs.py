@@ -216,7 +216,7 @@ def test_files_that_are_no_json_object(file: str, folder: Path) -> None:
     whole = (folder / file).read_text()
     for content in (*CONTENTS, whole[: len(whole) // 2], f"{whole}}}"):
         (folder / file).write_text(content)
-        with pytest.raises(UserInputError, match=f"{Path(file).name}' (cannot|holds no)") as caught:
+        with pytest.raises(UserInputError, match=f"{Path(file).name}' (cannot|is not)") as caught:
             answer(folder)
         assert "\n" not in str(caught.value)
 
@@ -263,6 +263,10 @@ def test_precisions(given: Any, keyword: str, folder: Path, tmp_path: Path) -> N
     loaded.save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
     assert saved["dtype"] == str(wanted)[6:]
+    # A config that says another than the weights have counts, as in transformers.
+    edit(tmp_path / "half", dtype="float16")
+    model = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "half", **{keyword: given})
+    assert model.dtype == (torch.float16 if given in ("auto", None) else PRECISIONS[given])
     # A config that does not say its precision leaves it to the weights.
     edit(tmp_path / "half", dtype="absent")
     model = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "half", **{keyword: given})

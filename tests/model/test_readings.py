@@ -81,6 +81,46 @@ def test_nothing_is_read_that_no_method_asked_for(model, pixels, monkeypatch) ->
     assert set(visual.extras) == {"cls_attention"}
 
 
+@pytest.mark.parametrize("compiled", ["module", "forward"])
+def test_a_compiled_tower_is_read_call_by_call(model, pixels, compiled: str) -> None:
+    """What the first call needed must not be compiled into the calls after it."""
+    images = pixels(2, side=28)
+    calls = [(), ("cls_attention",), ("encoder_keys", "cls_feature"), ()]
+    want = [model.encode_visual_tokens(images, needs=needs) for needs in calls]
+    tower = model.get_vision_tower()
+    if compiled == "module":
+        tower.compile(backend="eager")
+    else:
+        tower.forward = torch.compile(tower.forward, backend="eager")
+    for needs, wanted in zip(calls, want, strict=True):
+        got = model.encode_visual_tokens(images, needs=needs)
+        assert torch.equal(got.features, wanted.features)
+        assert set(got.extras) == set(needs)
+        for name in needs:
+            assert all(map(torch.equal, got.extras[name], wanted.extras[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_are_read_outside_autocast(model, dtype: torch.dtype) -> None:
+    """The same hidden states give the same readings, whatever the tower around them runs in."""
+    layers = model.get_vision_tower().vision_tower.encoder.layers
+    width = layers[0].layer_norm1.weight.shape[0]
+    hidden = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+
+    def read() -> dict[str, list[torch.Tensor]]:
+        reader = readings.TowerReader(readings.READINGS)
+        for index in range(len(layers)):
+            reader.read_block(index, 2, layers, hidden, 1)
+        return reader.extras(2)
+
+    with torch.no_grad():
+        want = read()
+        with torch.autocast("cpu", dtype=dtype):
+            got = read()
+    for name, values in want.items():
+        assert all(map(torch.equal, got[name], values)), name
+
+
 def test_reading_changes_no_feature(model, pixels) -> None:
     images = pixels(2, side=28)
     plain = model.encode_visual_tokens(images)

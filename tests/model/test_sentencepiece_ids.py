@@ -254,6 +254,15 @@ def test_a_text_starts_with_a_space_unless_told_otherwise(prefix, legacy, load, 
         assert tokenizer(text).input_ids == [1, *wanted]
 
 
+def test_a_written_space_piece_is_a_space(tmp_path_factory: Any) -> None:
+    """Without `legacy`, as in LLaVA's tokenizer: a model that drops extra spaces drops it too."""
+    file = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    _train(file, byte_fallback=True, normalization_rule_name="identity")
+    folder = folder_of(file.read_bytes(), tmp_path_factory, legacy=False)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("red▁▁▁circle").input_ids == tokenizer("red   circle").input_ids
+
+
 def test_symbols_of_the_model_stay_with_the_model(load, models) -> None:
     """transformers cuts the text at them; sentencepiece and LLaVA do not."""
     tokenizer = load("symbols", legacy=True)

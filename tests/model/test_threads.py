@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.observe import steps_run_by
+from llava.model.observe import step_runner, steps_run_by
 from llava.pruning import PruningConfig, prune
 from llava.serve.turn import PipelineClock
 
@@ -188,6 +188,33 @@ def test_clocks_time_their_own_call(world: World) -> None:
     seen = {name: clock.tokens["prune"].embeddings(0).shape[0] for name, clock in clocks.items()}
     assert seen == {"slow": 16, "fast": 64}
     assert vars(world.model).keys() == before.keys()
+
+
+def test_strict_rows_have_one_setting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread changes the default after the first row: the second goes on as it began."""
+    model, own, seen = world.model, world.model.prune_visual_tokens, []
+
+    def watched(visual: Any) -> Any:
+        seen.append(model.pruning)
+        model.pruning = PruningConfig("grid", keep_tokens=4)
+        return own(visual)
+
+    monkeypatch.setattr(model, "prune_visual_tokens", watched)
+    ids = torch.cat([world.prompt(QUESTIONS[0])] * 2)
+    try:
+        model.pruning = begun = PruningConfig("grid", keep_tokens=16)
+        model.generate(ids, images=torch.cat(world.pixels[:2]), strict=True, max_new_tokens=1)
+    finally:
+        model.pruning = None
+    assert seen == [begun, begun]
+
+
+def test_a_clock_stops_with_its_block() -> None:
+    before = step_runner()
+    with pytest.raises(KeyError), steps_run_by(PipelineClock(torch.device("cpu")).run):
+        assert step_runner() is not before
+        raise KeyError
+    assert step_runner() is before
 
 
 def test_no_hook_is_registered_while_encoding(

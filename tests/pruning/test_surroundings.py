@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from llava.pruning import (
     PruningConfig,
+    PruningError,
     VisualTokens,
     get_method,
     importance_of,
@@ -26,6 +28,11 @@ from llava.pruning import (
 )
 from llava.pruning.active import Prunable
 from llava.pruning.importance.directions import direction_bank
+from llava.pruning.importance.distinctiveness import distinctiveness
+from llava.pruning.importance.projectors import low_rank
+from llava.pruning.importance.relevance import text_relevance
+from llava.pruning.selection.dpp import dpp
+from llava.pruning.selection.max_min import cosine
 from llava.utils import once
 
 METHODS = [name for name in list_methods() if get_method(name).budgeted]
@@ -116,6 +123,12 @@ def test_functions_of_the_core_are_outside_autocast() -> None:
             sensitivity(projector, features, estimator="exact"),
             max_min(projected[None], 16, first="isolated"),
             importance_of(config, visual),
+            # What methods of others compose themselves of.
+            dpp(projected[None], 16).margins,
+            distinctiveness(projected[None]),
+            text_relevance(features, features[:3]),
+            cosine(projected),
+            low_rank(copy.deepcopy(projector), 4)[0].weight,
         ]
 
     want = everything()
@@ -207,6 +220,47 @@ def test_blocks_of_two_models_and_the_default() -> None:
         assert in_thread(lambda: one.pruning) == PruningConfig("grid", keep_tokens=9)
     assert one.pruning == PruningConfig("grid", keep_tokens=9)
     assert other.pruning is None
+
+
+def streaming(model: Model, keep: int) -> Iterator[int | None]:
+    """A generator with a block of its own, as of a server that streams its answer."""
+    with prune(model, "zoo", keep_tokens=keep):
+        for _ in range(2):
+            setting = model.pruning
+            yield None if setting is None else setting.keep_tokens
+
+
+def test_generators_that_take_turns_leave_nothing_behind() -> None:
+    model = Model()
+    one, other = streaming(model, 8), streaming(model, 16)
+    assert [next(one), next(other)] == [8, 16]
+    one.close()  # the first to begin is the first to end
+    assert model.pruning is not None and model.pruning.keep_tokens == 16
+    other.close()
+    assert model.pruning is None
+
+
+def test_a_generator_may_go_on_in_other_threads() -> None:
+    """Web servers run every step of a generator in a context of its own."""
+    model = Model()
+    stream = streaming(model, 8)
+    steps = [in_thread(lambda: next(stream, "end")) for _ in range(3)]
+    assert steps[0] == 8 and steps[-1] == "end"
+    assert model.pruning is None
+    begun_here = streaming(model, 8)
+    next(begun_here)
+    in_thread(begun_here.close)
+
+
+def test_settings_as_users_write_them() -> None:
+    model = Model()
+    with prune(model, {"method": "zoo", "keep_tokens": 8}) as own:
+        assert own == model.pruning == PruningConfig("zoo", keep_tokens=8)
+    for wrong in (5, PruningConfig, ["zoo"]):
+        with pytest.raises(PruningError, match="must be a PruningConfig, its dict form"):
+            prune(model, wrong).__enter__()
+    with pytest.raises(PruningError, match="unknown pruning setting"):
+        prune(model, {"methods": "zoo"}).__enter__()
 
 
 def test_a_wrapper_that_passes_attributes_on_prunes_its_model() -> None:

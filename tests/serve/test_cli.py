@@ -96,7 +96,7 @@ def test_input_that_is_no_text(
     with pytest.raises(SystemExit) as stop:
         main(["--model-path", str(checkpoint), "--image-file", str(picture)])
     assert stop.value.code == 2
-    assert "error: the input is no utf-8 text; convert it\n" in capsys.readouterr().err
+    assert "error: the input is not utf-8 text; convert it\n" in capsys.readouterr().err
 
 
 def test_without_pruning_all_tokens_are_used(

@@ -280,7 +280,7 @@ MISTAKES = [
     ("/method zoo keep_tokens=8 keep_ratio=0.1", "not both"),
     ("/method zoo 64", "key=value"),
     ("/overlay ~nobody-of-this-name/x.png", "give another path"),
-    ("What is \udcff?", "no character; write it in UTF-8"),
+    ("What is \udcff?", "not a character; write it in UTF-8"),
     ("/set newlines=keep", "did you mean 'newline'"),
     ("/set newline=kept", "did you mean 'keep'"),
     ("/set newline", "key=value"),

@@ -169,6 +169,23 @@ def test_pruned_images_do_not_give_way_in_silence(session: Callable[..., Session
     assert "256 visual tokens" in error and "(/keep " in error
 
 
+@pytest.mark.parametrize("name", LIMITS)
+def test_ways_out_are_enough(session: Callable[..., Session], name: str) -> None:
+    """A limit of the prompt does not count removed positions, one of positions ignores budgets."""
+    chat = session()
+    limit = text_of(chat, QUESTION) + 100
+    chat = session(**{name: limit})
+    run_command(chat, "/method grid keep_tokens=256")
+    run_command(chat, "/set positions=original")
+    with pytest.raises(UserInputError, match="does not fit") as caught:
+        chat.ask(QUESTION)
+    offered = [way for way in ("/set positions=compact", "/keep 100") if way in str(caught.value)]
+    assert offered == (["/keep 100"] if name == LIMITS[0] else [])
+    for way in offered:
+        run_command(chat, way)
+        assert chat.ask(QUESTION).cost.after == 100
+
+
 def test_the_comparison_needs_room_too(
     session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:

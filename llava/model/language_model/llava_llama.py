@@ -358,7 +358,7 @@ def native_config(
         **kwargs: attributes that override those of the file, and other arguments.
 
     Returns:
-        The config, and the keyword arguments that are no attributes of it.
+        The config, and the keyword arguments that are not attributes of it.
 
     Raises:
         UserInputError: another architecture, settings of a later LLaVA, values that no model has.

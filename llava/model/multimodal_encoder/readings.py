@@ -144,6 +144,7 @@ class TowerReader:
         finally:
             active_reader.reset(token)
 
+    @torch.compiler.disable
     @outside_autocast()
     def read_block(
         self, index: int, used: int, layers: nn.ModuleList, hidden: Tensor, first: int

@@ -150,6 +150,9 @@ class VisionTower(nn.Module):
             return [self._features(image.unsqueeze(0)) for image in images]
         return self._features(images)
 
+    # Run as it is by a compiled tower, whose blocks are compiled: a compiler would not notice that
+    # another call has another reader.
+    @torch.compiler.disable(recursive=False)
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         side = self.config.image_size
         if pixels.shape[-2:] != (side, side):

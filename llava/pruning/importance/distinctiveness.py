@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.max_min import selectable
 
 
@@ -50,6 +51,7 @@ def sigmoid_of_z_score(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     return out
 
 
+@outside_autocast()
 def distinctiveness(z: Tensor, valid: Tensor | None = None) -> Tensor:
     """g_i = -mean_{j != i} cos(z_i, z_j) over the valid tokens of every row, before any centring.
 

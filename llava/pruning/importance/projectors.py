@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
+from llava.pruning.precision import outside_autocast
 
 # Activations that act on every number by itself: their Jacobian is diagonal.
 ELEMENTWISE = (
@@ -132,7 +133,7 @@ def low_rank(projector: nn.Module, rank: int) -> nn.Module:
     """
 
     def build() -> nn.Module:
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_autocast(), torch.inference_mode(False), torch.no_grad():
             return _truncated(projector, rank)
 
     return _low_rank_copies.get(projector, rank, build)
@@ -161,7 +162,7 @@ def untrained(projector: nn.Module, rank: int, seed: int) -> nn.Module:
         return _linear((outer @ inner).to(layer.weight.device))
 
     def build() -> nn.Module:
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_autocast(), torch.inference_mode(False), torch.no_grad():
             return nn.Sequential(
                 product(parts.first), copy.deepcopy(parts.act), product(parts.second)
             )

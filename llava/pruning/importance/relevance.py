@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.precision import outside_autocast
 
 
+@outside_autocast()
 def text_relevance(image: Tensor, text: Tensor) -> Tensor:
     """Mean over the segments of a text of cos(token, segment) (CDPruner, arXiv 2506.10967).
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.max_min import check_counts, cosine, first_argmax, selectable
 from llava.pruning.selection.picks import Picks, joined
 
@@ -14,6 +15,7 @@ from llava.pruning.selection.picks import Picks, joined
 SPENT = 64
 
 
+@outside_autocast()
 def dpp(
     z: Tensor,
     k: int | Tensor,
@@ -64,6 +66,7 @@ def dpp(
     return joined(rows)
 
 
+@outside_autocast()
 def greedy_map(similarity: Tensor, quality: Tensor, k: int, *, rank_guard: bool = True) -> Picks:
     """One row of `dpp`: positions [k] and margins [k] for similarity [n, n] and quality [n].
 

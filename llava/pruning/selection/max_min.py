@@ -142,6 +142,7 @@ def distances_of(similarities: list[Tensor]) -> Tensor:
     return distances
 
 
+@outside_autocast()
 def cosine(z: Tensor) -> Tensor:
     """[n, n] cosine similarities of one row's valid tokens z [n, D].
 
