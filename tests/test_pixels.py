@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, features
 
@@ -283,7 +284,9 @@ def test_transparency_is_over_white(name: str) -> None:
 
 
 def test_premultiplied_grey() -> None:
-    """Pillow opens it and converts it to nothing but LA: LLaVA's own reading fails."""
+    """Pillow 13 opens it and converts it to nothing but LA: LLaVA's own reading fails."""
+    if int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip(f"Pillow {PIL.__version__} cannot open such a TIFF at all")
     content = with_tag(file_of(Image.new("LA", (2, 1), (100, 128)), "TIFF"), 338, 2, 1)
     assert np.abs(read(content).astype(int) - (100 + 127)).max() <= 1
     with pytest.raises(UserInputError, match=r"image x: .* fails on La .* use --pixels viewer"):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from llava.command_line import OneLineParser
+from llava.command_line import OneLineParser, one_line_errors
 from llava.model.builder import load_tokenizer
 from llava.train.patch_labels import CLASSES, IGNORE, SIGN, patch_labels
 from llava.world import scene
@@ -206,7 +206,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    align(args.model, args.data, args.scenes, args.seed)
+    with one_line_errors(parser):
+        align(args.model, args.data, args.scenes, args.seed)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava.command_line import OneLineParser
+from llava.command_line import OneLineParser, one_line_errors
 from llava.model.builder import load_tokenizer
 from llava.train.tokenizer import make_tokenizer
 
@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    init_language_model(args.folder, args.size, args.seed)
+    with one_line_errors(parser):
+        init_language_model(args.folder, args.size, args.seed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from llava.command_line import OneLineParser
+from llava.command_line import OneLineParser, one_line_errors
 from llava.model import LlavaLlamaForCausalLM
 
 TOWER_NAME = "vision_tower"
@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with its two files")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    package(args.checkpoint, args.tokenizer, args.output)
+    with one_line_errors(parser):
+        package(args.checkpoint, args.tokenizer, args.output)
 
 
 if __name__ == "__main__":

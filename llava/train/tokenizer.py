@@ -11,11 +11,20 @@ import numpy as np
 import sentencepiece
 
 from llava.conversation import conv_templates
+from llava.utils import UserInputError
 from llava.world import FAMILIES, ask, scene
 from llava.world.font import ALPHABET
 from llava.world.questions import text as text_family
 
 VOCABULARY = 640
+# Older ones end the whole process where a required character is not in the corpus.
+OLDEST_SENTENCEPIECE = (0, 2, 3)
+
+
+def can_make_tokenizer() -> bool:
+    """Whether the installed sentencepiece can learn this tokenizer; any can use it."""
+    version = tuple(map(int, sentencepiece.__version__.split(".")[:3]))
+    return version >= OLDEST_SENTENCEPIECE
 
 
 def _corpus(lines: int = 4000) -> list[str]:
@@ -32,7 +41,17 @@ def _corpus(lines: int = 4000) -> list[str]:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Write ``tokenizer.model`` and ``tokenizer_config.json`` (LLaVA-1.5's files) to ``folder``."""
+    """Write ``tokenizer.model`` and ``tokenizer_config.json`` (LLaVA-1.5's files) to ``folder``.
+
+    Raises:
+        UserInputError: sentencepiece is too old.
+    """
+    if not can_make_tokenizer():
+        needed = ".".join(map(str, OLDEST_SENTENCEPIECE))
+        raise UserInputError(
+            f"making llava-tiny's tokenizer needs sentencepiece {needed} or newer, and "
+            f"{sentencepiece.__version__} is installed: pip install --upgrade sentencepiece"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.command_line import OneLineParser
+from llava.command_line import OneLineParser, one_line_errors
 from llava.train.patch_labels import CLASSES, IGNORE, patch_labels
 from llava.world import scene
 from llava.world.scene import PATCH
@@ -277,7 +277,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    train(parser.parse_args())
+    args = parser.parse_args()
+    with one_line_errors(parser):
+        train(args)
 
 
 if __name__ == "__main__":

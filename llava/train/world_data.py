@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llava.command_line import OneLineParser
+from llava.command_line import OneLineParser, one_line_errors
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.train.descriptions import TRAINING_FAMILIES, describe
 from llava.world import Scene, ask, render, scene
@@ -125,12 +125,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=16, help="lists and questions a conversation")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name, lists in (("pretrain.json", True), ("finetune.json", False)):
-        path = args.output / name
-        if not path.exists():
-            write_conversations(path, args.split, args.scenes, args.variants, args.turns, lists)
-    write_features(args.output, args.tower, args.split, args.scenes, args.workers)
+    with one_line_errors(parser):
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name, lists in (("pretrain.json", True), ("finetune.json", False)):
+            path = args.output / name
+            if not path.exists():
+                write_conversations(path, args.split, args.scenes, args.variants, args.turns, lists)
+        write_features(args.output, args.tower, args.split, args.scenes, args.workers)
 
 
 if __name__ == "__main__":

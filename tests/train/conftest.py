@@ -7,16 +7,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import sentencepiece
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.train import train
 from llava.train.init_tiny import init_language_model
+from llava.train.tokenizer import can_make_tokenizer
 from llava.train.world_data import write_conversations, write_features
 from llava.world import render
 
 SCENES = 4
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _tokenizer_can_be_made() -> None:
+    if not can_make_tokenizer():
+        pytest.skip(
+            f"these tests make llava-tiny's tokenizer, which sentencepiece "
+            f"{sentencepiece.__version__} cannot; install 0.2.3 or newer"
+        )
 
 
 @pytest.fixture(scope="session")
