@@ -149,7 +149,7 @@ def without_answer_format(question: str, formats: Sequence[str] = ANSWER_FORMATS
     return question.strip()
 
 
-def keywords(question: str, rule: str = "content") -> str:
+def keywords(question: str, rule: str = "release") -> str:
     """The words of a question that a picture is searched for, in their order.
 
     Args:

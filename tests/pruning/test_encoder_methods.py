@@ -213,6 +213,16 @@ def test_hiprune_is_anchors_buffers_registers(count: int, anchors: int, wrap: bo
         assert (48 in kept) == wrap
 
 
+def test_hiprune_wraps_as_released_by_default() -> None:
+    visual = read_visual(1)
+    default, wrapped, touching = (
+        prune_visual_tokens(visual, PruningConfig.of("hiprune", keep_tokens=9, alpha=1, **options))
+        for options in ({}, {"wrap_neighbours": True}, {"wrap_neighbours": False})
+    )
+    assert torch.equal(default.kept, wrapped.kept)
+    assert not torch.equal(default.kept, touching.kept)
+
+
 def test_hiprune_never_keeps_more_than_asked() -> None:
     visual = read_visual(1)
     config = PruningConfig.of("hiprune", keep_tokens=7, alpha=5)

@@ -15,13 +15,12 @@ from llava.model.instruction import keywords
 from llava.model.layouts import blank_patches
 from llava.pruning import PruningConfig, prune_visual_tokens
 
-RELEASE = {"keywords": "release", "padding": "cover"}
 KEYWORDS = json.loads((GOLDENS / "pruners" / "mmtok" / "keywords" / "case.json").read_text())
 
 
 @pytest.mark.parametrize("pair", KEYWORDS["pairs"], ids=lambda pair: pair["question"][:30])
 def test_keywords(pair) -> None:
-    assert keywords(pair["question"], "release") == pair["keywords"]
+    assert keywords(pair["question"]) == pair["keywords"]
 
 
 @pytest.mark.parametrize("case", KEYWORDS["padding"], ids=lambda case: str(case["size_wh"]))
@@ -47,7 +46,7 @@ def test_picks(name: str, dtype: torch.dtype) -> None:
             width, height = map(int, size.split("x"))
             assert torch.equal(blank, blank_patches("pad", (24, 24), [1], [(width, height)]))
         options = {name: run[name] for name in ("tau_t", "tau_v", "alpha")}
-        config = PruningConfig.of("mmtok", keep_tokens=run["k"], padding="cover", **options)
+        config = PruningConfig.of("mmtok", keep_tokens=run["k"], **options)
         key = f"k{run['k']}_tv{run['tau_t']}_vv{run['tau_v']}_a{run['alpha']}_pad{size}__sorted"
         want = case.outputs[key + ("_f64" if dtype == torch.float64 else "")].tolist()
         got = prune_visual_tokens(replace(visual, blank=blank), config).kept[0].tolist()
@@ -60,9 +59,9 @@ def test_picks(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", cases("mmtok", "e2e_v15*"))
 def test_whole_model(name: str, record_error) -> None:
     case = Official(name)
-    assert keywords(case.about["question"], "release") == case.about["keywords"]
+    assert keywords(case.about["question"]) == case.about["keywords"]
     for run in case.about["runs"]:
-        options = RELEASE if run["remove_padding"] else RELEASE | {"padding": "keep"}
+        options = {} if run["remove_padding"] else {"padding": "keep"}
         config = PruningConfig.of("mmtok", keep_tokens=run["k"], **options)
         got = case.embeds(config, {}, word_ids=case.inputs["word_ids"])
         error = float((got - case.outputs[f"{run['key']}__inputs_embeds"]).abs().max())
@@ -77,7 +76,7 @@ def test_padding_fills_up_where_the_image_is_small(allocation: str) -> None:
     blank = torch.ones(len(visual.projected), checks.N, dtype=torch.bool)
     blank[0, 5:9] = blank[1, 7:20] = False
     visual.blank = blank
-    config = PruningConfig.of("mmtok", keep_tokens=6, padding="cover", allocation=allocation)
+    config = PruningConfig.of("mmtok", keep_tokens=6, allocation=allocation)
     few, many = prune_visual_tokens(visual, config).kept.tolist()[:2]
     assert {5, 6, 7, 8} < set(few) and len(few) == 6
     assert set(many) < set(range(7, 20))

@@ -140,7 +140,7 @@ class PruningMethod:
     @property
     def keyword_rule(self) -> str:
         """Which words of a question become `question_embeddings`: see `llava.model.instruction`."""
-        return "content"
+        return "release"
 
     def set_needs(self, *needs: str, wants: tuple[str, ...] = ()) -> None:
         """What this instance needs with its options; called from `__post_init__`."""

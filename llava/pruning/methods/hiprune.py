@@ -30,9 +30,9 @@ class HiPrune(PruningMethod):
     The middle layer is the 9th of 24, the same share of another tower's depth. At k = 64 there is
     one anchor; below k = 26 there is none.
 
-    Only patches that touch the anchor are buffers. In the released code, and with
-    wrap_neighbours=true, a buffer beyond the end of a row is a patch of the next row, and beyond
-    the image the first or last patch.
+    As in the released code, a buffer beyond the end of a row is a patch of the next row, and beyond
+    the image the first or last patch; with wrap_neighbours=false only patches that touch the anchor
+    are buffers.
 
     Where the released code differs: it divides one budget among all tiles and images of a call; on
     LLaVA-1.6 `mm_next_protocol="spatial"` divides it among the tiles of an image. An
@@ -53,7 +53,7 @@ class HiPrune(PruningMethod):
     fidelity: ClassVar[str] = "golden"
 
     alpha: float = 0.1
-    wrap_neighbours: bool = False
+    wrap_neighbours: bool = True
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, 0, 5)

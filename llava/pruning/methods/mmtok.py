@@ -48,8 +48,8 @@ class MMTok(PruningMethod):
     is not known, and the label says so.
 
     Options: tau_t, tau_v, alpha; text `question` | `none`, which covers the image alone; keywords
-    `content` (a longer list of stop words of our own) | `release`; padding `keep` (like any other
-    patch) | `cover`. The recorded runs of the released code are those of `release` and `cover`.
+    `release` (the released code's) | `content` (a longer list of stop words of our own); padding
+    `cover` (the released code's) | `keep` (like any other patch).
     """
 
     name: ClassVar[str] = "mmtok"
@@ -63,8 +63,8 @@ class MMTok(PruningMethod):
     tau_v: float = 0.2
     alpha: float = 0.5
     text: str = "question"
-    keywords: str = "content"
-    padding: str = "keep"
+    keywords: str = "release"
+    padding: str = "cover"
 
     def __post_init__(self) -> None:
         check_choice("text", self.text, TEXTS)
