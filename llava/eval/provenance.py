@@ -29,6 +29,7 @@ ANSWER_SOURCES = (
     "eval/records.py",
     "eval/runner.py",
     "eval/subject.py",
+    "eval/rules/*.py",
     "eval/scorers/*.py",
     "eval/tasks/*.py",
 )

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from llava.eval.__main__ import main
-from llava.eval.preparation.layout import Layout
+from llava.eval.data.layout import Layout
 from llava.eval.preparation.plans import PLANS
 from llava.eval.tasks.base import TaskError, get_benchmark, list_benchmarks
 

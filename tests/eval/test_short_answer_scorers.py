@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from llava.eval import eval_mme, eval_pope, eval_textvqa
-from llava.eval.scorers import evalai, gqa, mme, pope, textvqa
+from llava.eval.rules import vqa as evalai
+from llava.eval.scorers import gqa, mme, pope, textvqa
 from llava.eval.scorers.uncertainty import clustered_se, ratio_influences
 from llava.eval.scorers.vqa_accuracy import agreement, textvqa_accuracy, vqav2_accuracy
 from llava.eval.stats import mean_estimate

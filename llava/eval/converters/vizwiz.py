@@ -8,7 +8,7 @@ from typing import Any
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import Row, read_intact_answers, write_json
-from llava.eval.scorers.evalai import normalise
+from llava.eval.rules.vqa import normalise
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import read_jsonl
 

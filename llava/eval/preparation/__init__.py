@@ -1,1 +1,1 @@
-"""Getting the data of benchmarks into LLaVA's layout, see `python -m llava.eval prepare`."""
+"""Where the data of benchmarks come from."""

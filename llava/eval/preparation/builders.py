@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.preparation.layout import Layout
-from llava.eval.preparation.rows import Dataset, Row
+from llava.eval.data.hub import Dataset, Row
+from llava.eval.data.layout import Layout
 from llava.eval.scorers.mme import YES_OR_NO
 from llava.eval.scorers.textvqa import OCR_LINE
 from llava.eval.tasks.base import TaskError

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llava.eval.data.hub import Dataset
 from llava.eval.preparation import builders
 from llava.eval.preparation.builders import Build
-from llava.eval.preparation.rows import Dataset
 
 ARCHIVE = "LLaVA's evaluation archive eval.zip"
 

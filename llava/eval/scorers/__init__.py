@@ -1,1 +1,1 @@
-"""Scorers: one module per rule that turns a generated text into right or wrong."""
+"""Official scores as functions of answers."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from llava.eval.scorers.evalai import normalise, normalise_words, strip_punctuation
+from llava.eval.rules.vqa import normalise, normalise_words, strip_punctuation
 
 
 def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:

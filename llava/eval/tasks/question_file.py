@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from llava.eval.prompts import bare_question
-from llava.eval.scorers.exact_match import is_correct
+from llava.eval.rules.exact_match import is_correct
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
 from llava.eval.tasks.files import (

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from llava.eval.converters.answers import write_json
 from llava.eval.converters.vqav2 import submission
-from llava.eval.scorers.evalai import normalise
+from llava.eval.rules.vqa import normalise
 from llava.eval.scorers.vqa_accuracy import vqav2_accuracy
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from llava.eval.preparation.layout import Layout
+from llava.eval.data.layout import Layout
 from llava.eval.tasks.base import TaskError
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")

@@ -10,11 +10,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from llava.eval.preparation.check import check, plan_of
-from llava.eval.preparation.layout import Layout
-from llava.eval.preparation.originals import open_store, take_files, take_images
+from llava.eval.data.archives import open_store, take_files, take_images
+from llava.eval.data.check import check, plan_of
+from llava.eval.data.hub import Reader
+from llava.eval.data.layout import Layout
 from llava.eval.preparation.plans import PLANS, Plan
-from llava.eval.preparation.rows import Reader
 from llava.eval.tasks.base import TaskError
 
 DATA_ROOT = Path("playground/data/eval")
