@@ -8,9 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
-from llava.eval.converters.mme import read_lines
-from llava.eval.scorers.mme import COGNITION, PERCEPTION, category_score, decide, total
 from llava.eval.tasks.base import Metric, TaskError
+from llava.eval.tasks.mme import (
+    COGNITION,
+    PERCEPTION,
+    category_score,
+    decide,
+    read_lines,
+    total,
+)
 
 TYPES = {"Perception": PERCEPTION, "Cognition": COGNITION}
 

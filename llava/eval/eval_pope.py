@@ -8,10 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
-from llava.eval.converters.answers import Row, read_answers
-from llava.eval.scorers.pope import Answer, Confusion, count, decide
 from llava.eval.tasks.base import TaskError
-from llava.eval.tasks.files import check_ids, index_by, numbered_jsonl, read_jsonl, shown
+from llava.eval.tasks.files import (
+    Row,
+    as_json,
+    check_ids,
+    index_by,
+    numbered_jsonl,
+    read_answers,
+    read_jsonl,
+)
+from llava.eval.tasks.pope import Answer, Confusion, count, decide
 
 PREFIX, SUFFIX = "coco_pope_", ".json"
 
@@ -96,7 +103,7 @@ def _confusion(answers: Sequence[Row], path: Path, result_file: Path) -> Confusi
     labels: list[Answer] = []
     for where, row in numbered_jsonl(path, keys=("label",)):
         if row["label"] not in ("yes", "no"):
-            raise TaskError(f"label in {where} is {shown(row['label'])}; yes or no")
+            raise TaskError(f"label in {where} is {as_json(row['label'])}; yes or no")
         labels.append(row["label"])
     if len(labels) != len(answers) or not labels:
         raise TaskError(

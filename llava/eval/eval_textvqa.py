@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
-from llava.eval.scorers.textvqa import answers_by_question, answers_for
-from llava.eval.scorers.vqa_accuracy import textvqa_accuracy
+from llava.eval.rules.vqa import textvqa_accuracy
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import read_json, read_jsonl
+from llava.eval.tasks.textvqa import answers_by_question, answers_for
 
 
 def main(argv: Sequence[str] | None = None) -> int:

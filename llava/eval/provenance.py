@@ -30,7 +30,6 @@ ANSWER_SOURCES = (
     "eval/runner.py",
     "eval/subject.py",
     "eval/rules/*.py",
-    "eval/scorers/*.py",
     "eval/tasks/*.py",
 )
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".model")

@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.eval.preparation.plans import PLANS, Plan
-from llava.eval.tasks.base import Benchmark, Item, TaskError, get_benchmark
+from llava.eval.tasks.base import (
+    Benchmark,
+    Item,
+    Sources,
+    TaskError,
+    get_benchmark,
+    list_benchmarks,
+)
 
 
 @dataclass(frozen=True)
@@ -22,30 +28,33 @@ class Report:
     problem: str | None
 
 
-def plan_of(task: str, protocol: str | None) -> tuple[type[Benchmark], Plan]:
-    """The benchmark's class by name, and its plan. Raises TaskError for unknown names."""
-    cls = get_benchmark(task)
-    protocol = protocol or next(iter(cls.protocols))
-    if protocol not in cls.protocols:
-        raise TaskError(f"{task} has no protocol {protocol!r}; one of {', '.join(cls.protocols)}")
-    if protocol not in PLANS.get(task, {}):
+def list_prepared() -> list[str]:
+    """Return the names of the benchmarks whose data can be prepared, sorted."""
+    names = list_benchmarks()
+    return [name for name in names if get_benchmark(name).sources is not Benchmark.sources]
+
+
+def open_prepared(task: str, protocol: str | None, root: Path) -> tuple[Benchmark, Sources]:
+    """Return a benchmark and where its data come from. Raises TaskError for unknown names."""
+    benchmark = get_benchmark(task)(root, protocol)
+    sources = benchmark.sources()
+    if sources is None:
         raise TaskError(f"{task} needs no preparation, or brings its own; see its documentation")
-    return cls, PLANS[task][protocol]
+    return benchmark, sources
 
 
 def check(task: str, protocol: str | None, root: Path) -> Report:
     """Read the benchmark as a run would, count its questions, look for its images."""
-    cls, plan = plan_of(task, protocol)
+    benchmark, sources = open_prepared(task, protocol, root)
     try:
-        items = cls(root, protocol).items()
+        items = benchmark.items()
     except TaskError as error:
         return Report(0, 0, (), str(error).partition("; `python -m llava.eval prepare")[0])
     names = tuple(dict.fromkeys(name for item in items for name in item.images))
-    if plan.images is None:  # in a file that has been read
-        return Report(len(items), len(names), (), _miscount(items, plan))
-    folder = root / plan.images
+    folder, problem = sources.images, _miscount(items, sources)
+    if folder is None:  # images are in a file that has been read
+        return Report(len(items), len(names), (), problem)
     missing = tuple(name for name in names if not (folder / name).is_file())
-    problem = _miscount(items, plan)
     if problem is None and missing:
         problem = (
             f"{len(missing):,} of {len(names):,} images are missing in {folder} ({missing[0]})"
@@ -53,10 +62,10 @@ def check(task: str, protocol: str | None, root: Path) -> Report:
     return Report(len(items), len(names), missing, problem)
 
 
-def _miscount(items: list[Item], plan: Plan) -> str | None:
-    if plan.count is not None and len(items) != plan.count:
-        return f"there are {len(items):,} questions, published are {plan.count:,}"
-    shown = sum(bool(item.images) for item in items)
-    if plan.with_image is not None and shown != plan.with_image:
-        return f"{shown:,} questions have an image, of the published ones {plan.with_image:,}"
+def _miscount(items: list[Item], sources: Sources) -> str | None:
+    if sources.count is not None and len(items) != sources.count:
+        return f"there are {len(items):,} questions, published are {sources.count:,}"
+    pictured = sum(bool(item.images) for item in items)
+    if sources.with_image is not None and pictured != sources.with_image:
+        return f"{pictured:,} questions have an image, of the published ones {sources.with_image:,}"
     return None

@@ -1,1 +1,1 @@
-"""Scorers: one module per rule that turns a generated text into right or wrong."""
+"""Scoring rules that several benchmarks share; what one alone needs is in its file of `tasks`."""

@@ -1,8 +1,12 @@
-"""EvalAI's normalisation of short answers, the common ground of VQAv2, TextVQA and VizWiz.
+"""Scoring of short answers that VQAv2, TextVQA and VizWiz share: normalisation and VQA accuracy.
 
-Predictions and human answers are brought to one spelling before they are compared: lower case, no
-articles, digits for number words, little punctuation. The published code has two accidents that
-every published figure contains, so they are kept here:
+VQA accuracy is how well an answer agrees with ten people's. An answer that n of the other nine
+people gave is right to min(1, n / 3), averaged over leaving out each of the ten in turn. TextVQA
+and VQAv2 apply it to differently normalised texts.
+
+EvalAI's normalisation brings predictions and human answers to one spelling before they are
+compared: lower case, no articles, digits for number words, little punctuation. The published code
+has two accidents that every published figure contains, so they are kept here:
 
 * Its rule for periods looks for "<=" and a digit where a look-behind was meant, and so never holds
   back: a period goes unless a digit follows it, whatever is in front.
@@ -14,7 +18,9 @@ Source: the evaluation code of VQA (Antol et al., 2015), in the form that EvalAI
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 
 PERIODS_REMOVED = 32  # the value of re.UNICODE, see above
 
@@ -22,129 +28,62 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _ARTICLES = frozenset({"a", "an", "the"})
-_DIGITS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
-# Correct forms, each with the spellings that stand for it ("somebodyd" is the published table's).
-# Its entries in upper case are left out: every word is in lower case when it is looked up.
-_APOSTROPHES = {
-    "ain't": "aint",
-    "aren't": "arent",
-    "can't": "cant",
-    "could've": "couldve",
-    "couldn't": "couldnt",
-    "couldn't've": "couldn'tve couldnt've",
-    "didn't": "didnt",
-    "doesn't": "doesnt",
-    "don't": "dont",
-    "hadn't": "hadnt",
-    "hadn't've": "hadnt've hadn'tve",
-    "hasn't": "hasnt",
-    "haven't": "havent",
-    "he'd": "hed",
-    "he'd've": "hed've he'dve",
-    "he's": "hes",
-    "how'd": "howd",
-    "how'll": "howll",
-    "how's": "hows",
-    "isn't": "isnt",
-    "it'd": "itd",
-    "it'd've": "itd've it'dve",
-    "it'll": "itll",
-    "ma'am": "maam",
-    "mightn't": "mightnt",
-    "mightn't've": "mightnt've mightn'tve",
-    "might've": "mightve",
-    "mustn't": "mustnt",
-    "must've": "mustve",
-    "needn't": "neednt",
-    "not've": "notve",
-    "o'clock": "oclock",
-    "oughtn't": "oughtnt",
-    "'ow's'at": "ow's'at 'ows'at 'ow'sat",
-    "shan't": "shant",
-    "she'd've": "shed've she'dve",
-    "should've": "shouldve",
-    "shouldn't": "shouldnt",
-    "shouldn't've": "shouldnt've shouldn'tve",
-    "somebodyd": "somebody'd",
-    "somebody'd've": "somebodyd've somebody'dve",
-    "somebody'll": "somebodyll",
-    "somebody's": "somebodys",
-    "someone'd": "someoned",
-    "someone'd've": "someoned've someone'dve",
-    "someone'll": "someonell",
-    "someone's": "someones",
-    "something'd": "somethingd",
-    "something'd've": "somethingd've something'dve",
-    "something'll": "somethingll",
-    "that's": "thats",
-    "there'd": "thered",
-    "there'd've": "thered've there'dve",
-    "there're": "therere",
-    "there's": "theres",
-    "they'd": "theyd",
-    "they'd've": "theyd've they'dve",
-    "they'll": "theyll",
-    "they're": "theyre",
-    "they've": "theyve",
-    "'twas": "twas",
-    "wasn't": "wasnt",
-    "we'd've": "wed've we'dve",
-    "we've": "weve",
-    "weren't": "werent",
-    "what'll": "whatll",
-    "what're": "whatre",
-    "what's": "whats",
-    "what've": "whatve",
-    "when's": "whens",
-    "where'd": "whered",
-    "where's": "wheres",
-    "where've": "whereve",
-    "who'd": "whod",
-    "who'd've": "whod've who'dve",
-    "who'll": "wholl",
-    "who's": "whos",
-    "who've": "whove",
-    "why'll": "whyll",
-    "why're": "whyre",
-    "why's": "whys",
-    "won't": "wont",
-    "would've": "wouldve",
-    "wouldn't": "wouldnt",
-    "wouldn't've": "wouldnt've wouldn'tve",
-    "y'all": "yall",
-    "y'all'll": "yall'll y'allll",
-    "y'all'd've": "yall'd've y'alld've y'all'dve",
-    "you'd": "youd",
-    "you'd've": "youd've you'dve",
-    "you'll": "youll",
-    "you're": "youre",
-    "you've": "youve",
-}
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+_DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS.split())}
+# The contractions of the published table. Its entries in upper case are left out: every word is in
+# lower case when it is looked up.
+_CORRECT = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
+they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+# {spelling: correct form}: one apostrophe is missing; "somebodyd" is the published table's.
 _CONTRACTIONS = {
-    spelling: correct for correct, found in _APOSTROPHES.items() for spelling in found.split()
-}
+    word[:place] + word[place + 1 :]: word
+    for word in _CORRECT.split()
+    for place, mark in enumerate(word)
+    if mark == "'"
+} | {"somebody'd": "somebodyd"}
+
+
+def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Return the accuracy in [0, 1] of `prediction`; it and all `answers` are normalised first."""
+    return agreement(normalise(prediction), [normalise(answer) for answer in answers])
+
+
+def vqav2_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Return the accuracy in [0, 1] of `prediction` in VQA's own evaluation.
+
+    Nothing is normalised where all people agree to the letter, and possessives stay as they are:
+    unlike for TextVQA. LLaVA hands in EvalAI-normalised predictions.
+    """
+    prediction = _one_line(prediction)
+    answers = [_one_line(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        prediction = normalise_words(strip_punctuation(prediction))
+        answers = [normalise_words(strip_punctuation(answer)) for answer in answers]
+    return agreement(prediction, answers)
+
+
+def agreement(prediction: str, answers: Sequence[str]) -> float:
+    """Return the mean over the answers of min(1, n / 3), n of the others equal to `prediction`."""
+    matches = answers.count(prediction)
+    shares = [min(1.0, (matches - (answer == prediction)) / 3) for answer in answers]
+    return math.fsum(shares) / len(shares)
 
 
 def normalise(answer: str) -> str:
-    """`answer` as it is compared; empty where nothing of it counts."""
+    """Return `answer` as EvalAI compares it; empty where nothing of it counts."""
     return normalise_words(strip_punctuation(_one_line(_separate_possessives(answer))))
 
 
 def strip_punctuation(text: str) -> str:
-    """`text` with each mark of punctuation dropped, or replaced by a space where it joins words.
+    """Drop each mark of punctuation, or replace it by a space where it joins words.
 
     A mark goes without trace if it touches a space anywhere in `text`, and so do all marks of a
     text that holds a number with a comma in it. Apostrophes, colons, & and % stay.
@@ -158,7 +97,7 @@ def strip_punctuation(text: str) -> str:
 
 
 def normalise_words(text: str) -> str:
-    """Lower-case `text` without articles, number words as digits, contractions spelt right."""
+    """Return lower-case `text` without articles, with digits and contractions spelt right."""
     numbers = (_DIGITS.get(word, word) for word in text.lower().split())
     words = (word for word in numbers if word not in _ARTICLES)
     return " ".join(_CONTRACTIONS.get(word, word) for word in words)

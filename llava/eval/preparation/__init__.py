@@ -1,1 +1,0 @@
-"""Where the data of benchmarks come from."""

@@ -1,1 +1,0 @@
-"""Official scores as functions of answers."""
