@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
-from llava.eval.results import write_atomically
 from llava.eval.tasks.files import check_ids, read_answers
 from llava.eval.tasks.scienceqa import LETTERS, evaluate, image_accuracy, read_split
+from llava.storage import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -157,11 +157,11 @@ class Benchmark(ABC):
         return None
 
 
-_REGISTRY: Registry[Benchmark] = Registry("task", "llava.eval.tasks", error=TaskError)
-register_benchmark = _REGISTRY.register
-get_benchmark = _REGISTRY.get
+_BENCHMARKS: Registry[Benchmark] = Registry("task", "llava.eval.tasks", error=TaskError)
+register_benchmark = _BENCHMARKS.register
+get_benchmark = _BENCHMARKS.get
 
 
 def list_benchmarks() -> list[str]:
     """Return the names of all benchmarks, sorted."""
-    return sorted(_REGISTRY.entries())
+    return sorted(_BENCHMARKS.entries())
