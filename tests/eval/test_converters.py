@@ -246,7 +246,7 @@ ODD_ANNOTATIONS: dict[str, tuple[str, dict[str, str], str]] = {
     "no questions": (
         "seed",
         {"annotation.json": '{"questions": [], "question_type": {"x": 1}}'},
-        "must hold `questions`",
+        "must contain `questions`",
     ),
     "people who answer in numbers": (
         "textvqa",

@@ -147,7 +147,7 @@ def test_mmbench_with_none_for_the_right_option_is_wrong_whatever_is_said(tmp_pa
     [
         ({"A": "", "B": ""}, "no question or no options"),
         ({"answer": "AB"}, "must be a letter of ABCD"),
-        ({"index": "x"}, "whole number"),
+        ({"index": "x"}, "must be whole numbers"),
         ({"index": "4"}, "index 4 twice"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Whether the data of a benchmark are complete."""
+"""Check whether the data of a benchmark are complete."""
 
 from __future__ import annotations
 

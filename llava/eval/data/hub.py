@@ -89,7 +89,7 @@ def _check_columns(rows: Any, dataset: Dataset, where: str) -> None:
 
 
 def _library() -> Any:
-    """Import the library, without its own logging: errors are said once, in one line."""
+    """Import the library and silence its logging: errors are reported once, on one line."""
     try:
         import datasets
     except ImportError as error:

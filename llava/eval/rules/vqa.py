@@ -8,8 +8,8 @@ EvalAI's normalisation brings predictions and human answers to one spelling befo
 compared: lower case, no articles, digits for number words, little punctuation. The published code
 has two accidents that every published figure contains, so they are kept here:
 
-* Its rule for periods looks for "<=" and a digit where a look-behind was meant, and so never holds
-  back: a period goes unless a digit follows it, whatever is in front.
+* Its rule for periods looks for "<=" and a digit where a look-behind was meant, and so never
+  applies: a period goes unless a digit follows it, whatever is in front.
 * It hands a flag to `re.sub` where the number of replacements belongs: no more than the first 32
   such periods of a text go.
 
@@ -86,7 +86,7 @@ def strip_punctuation(text: str) -> str:
     """Drop each mark of punctuation, or replace it by a space where it joins words.
 
     A mark goes without trace if it touches a space anywhere in `text`, and so do all marks of a
-    text that holds a number with a comma in it. Apostrophes, colons, & and % stay.
+    text that has a number with a comma in it. Apostrophes, colons, & and % stay.
     """
     drop_all = _COMMA_IN_NUMBER.search(text) is not None
     stripped = text

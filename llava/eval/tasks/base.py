@@ -47,13 +47,13 @@ class Sources:
 
     Attributes:
         count: published number of prompts; None where no publication says it.
-        files: files that `prepare --from` may hold as they are published.
-        images: the folder of images; None where a file holds them.
+        files: files that `prepare --from` may find as they are published.
+        images: the folder of images; None where they are in a file.
         originals: what to download for `--from`.
         build: makes `files` and `images` from rows of public datasets, called with a function from
             `Dataset` to rows and the `Layout` to write; None where the datasets lack something.
         with_image: how many of the prompts have an image, where not all do.
-        tree: a folder of which `--from` may hold everything.
+        tree: a folder that `--from` may find as a whole.
         images_only: `build` gives images and nothing else.
     """
 

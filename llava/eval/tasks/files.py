@@ -232,7 +232,7 @@ def read_intact_answers(path: Path) -> tuple[dict[Any, str], int]:
     """Return ({question id: text}, damaged lines) of an answer file; damaged lines are left out.
 
     LLaVA's converters for servers count lines that are not JSON and go on; so does this. Raises
-    TaskError for an id that stands twice and for a line without question_id or text.
+    TaskError for a repeated id and for a line without question_id or text.
     """
     rows, damaged = [], 0
     content = read_bytes(path)

@@ -60,9 +60,9 @@ _NEAR = 5  # words: a lone letter counts near the start or the end of an answer 
 def match_option(text: str, options: Mapping[str, str]) -> str | None:
     """Return the letter of `options` ({letter: option text}) that `text` names; None if unclear.
 
-    First as a letter: the only option letter that stands alone in the answer, among its first or
+    First as a letter: the only option letter that is a word of the answer, among its first or
     last five words ("A" directly before another word is the article, not a letter). Then as text:
-    the only option whose text the answer holds, if the answer is at most twice as long as all
+    the only option whose text is in the answer, if the answer is at most twice as long as all
     options together.
     """
     words = _MARKS.sub(" ", _ARTICLE.sub(" ", text)).split()
@@ -298,7 +298,7 @@ class MMBench(Benchmark):
         table = read_questions(self.path, self.name, COLUMNS)
         names = table.typed("index")
         if not names or not all(isinstance(name, int) for name in names):
-            raise TaskError(f"the column `index` of {self.path} must hold a whole number a row")
+            raise TaskError(f"the column `index` of {self.path} must be whole numbers")
         return table
 
     @cached_property

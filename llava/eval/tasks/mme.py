@@ -127,7 +127,7 @@ def mme_lines(rows: Iterable[Row], truth: Mapping[Key, str]) -> dict[str, list[s
 def answer_files(release: Path, task: str | None = None) -> list[Path]:
     """Return MME's text files "question, tab, answer", sorted; TaskError if there are none.
 
-    A category is a folder of them, or holds them under `questions_answers_YN` beside `images`.
+    A category is a folder of them, or has them under `questions_answers_YN`, next to `images`.
     """
     files = [*release.glob("*/*.txt"), *release.glob("*/questions_answers_YN/*.txt")]
     if not files:

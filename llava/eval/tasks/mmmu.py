@@ -67,8 +67,8 @@ def parse_choice(text: str, options: Mapping[str, str], question_id: str) -> str
     """Return the letter of `options` ({letter: option text}) that `text` gives.
 
     Looked for in this order, the first kind that is found decides: "(A)", "A ", "A.", and in
-    answers of more than five words the text of an option. Of several options the one that stands
-    last is taken; without any, one drawn from `question_id`.
+    answers of more than five words the text of an option. Of several options the last one is
+    taken; without any, one drawn from `question_id`.
     """
     for mark in _STRIPPED:
         text = text.strip(mark)
@@ -155,7 +155,7 @@ def _draw(letters: Sequence[str], question_id: str) -> str:
 
 @register_benchmark
 class MMMU(FolderBenchmark):
-    """The prompt of lmms-eval: "<image 1>" stays in the text, the images stand before it.
+    """The prompt of lmms-eval: "<image 1>" stays in the text, the images come before it.
 
     `mmmu/validation.jsonl` has lines {id, question, options, answer, question_type}; image n of a
     question is `mmmu/images/<id>_<n>.png`. Every question has images of its own, so standard errors

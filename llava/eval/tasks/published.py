@@ -64,8 +64,8 @@ class FolderBenchmark(Benchmark):
 class PublishedQuestions(FolderBenchmark):
     """Prompts published as JSON lines, one image each, with the annotations that belong to them.
 
-    Class attributes, beside those of `Benchmark`:
-        unique_ids: whether a question id may stand once only in the question file.
+    Class attributes, besides those of `Benchmark`:
+        unique_ids: whether a question id may occur only once in the question file.
     """
 
     unique_ids: ClassVar[bool] = True

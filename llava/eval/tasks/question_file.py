@@ -1,4 +1,4 @@
-"""`llava-tiny`: `questions.jsonl` beside `answers.jsonl`, images in a folder or drawn on demand."""
+"""`llava-tiny`: `questions.jsonl` next to `answers.jsonl`, images from a folder or drawn."""
 
 from __future__ import annotations
 

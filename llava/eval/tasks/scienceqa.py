@@ -44,7 +44,7 @@ class Verdict:
 def parse_letter(text: str, letters: Sequence[str] = LETTERS) -> str:
     """Return the letter that `text` gives, or "FAILED".
 
-    It is the whole text, or stands in front of ". ", or is the only X of "The answer is X" that is
+    It is the whole text, or comes before ". ", or is the only X of "The answer is X" that is
     followed by one more character. Nothing else is read: "B.", "(B)" and "b" fail.
     """
     if text in letters:

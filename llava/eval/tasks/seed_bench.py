@@ -94,7 +94,9 @@ def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], di
     questions = content.get("questions") if isinstance(content, dict) else None
     types = content.get("question_type") if isinstance(content, dict) else None
     if not isinstance(questions, list) or not questions or not isinstance(types, dict):
-        raise TaskError(f"{path} must hold `questions` and `question_type`; is it SEED-Bench.json?")
+        raise TaskError(
+            f"{path} must contain `questions` and `question_type`; is it SEED-Bench.json?"
+        )
     if not all(isinstance(kind, int) and is_id(kind) for kind in types.values()):
         raise TaskError(f"`question_type` of {path} must give every type a number")
     names = {kind: name for name, kind in types.items()}

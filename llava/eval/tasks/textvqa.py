@@ -106,7 +106,7 @@ def answers_for(known: Mapping[Key, list[str]], image_id: Any, prompt: str) -> l
 class TextVQA(PublishedQuestions):
     """VQA accuracy of EvalAI-normalised answers, the error clustered by image.
 
-    The question id is the image's, so it stands once for every question about the image.
+    The question id is the image's, so it occurs once for every question about the image.
     """
 
     name = "textvqa"
