@@ -1,8 +1,8 @@
-"""LLaVA's command of this name; see llava/eval/converters/mme.py."""
+"""LLaVA's command of this name; see llava/eval/llava_scripts/convert.py."""
 
 import sys
 
-from llava.eval.converters.mme import main
+from llava.eval.llava_scripts.convert import answer_to_mme
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_to_mme())

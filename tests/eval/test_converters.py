@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import eval_pope, eval_science_qa, eval_textvqa
-from llava.eval.converters import mmvet, seed_bench
+from llava.eval.llava_scripts import convert, score
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPLIT, CKPT = "llava_vqav2_mscoco_test-dev2015", "llava-v1.5-7b"
@@ -258,7 +257,7 @@ ODD_ANNOTATIONS: dict[str, tuple[str, dict[str, str], str]] = {
         {"annotation.json": '{"data": [{"image_id": 1, "question": "a", "answers": 5}]}'},
         "TextVQA annotation 1 lacks",
     ),
-    "no labels": ("pope", {}, "holds no label file"),
+    "no labels": ("pope", {}, "no label file coco_pope_SPLIT.json in"),
     "no answers": ("mmvet", {"answers.jsonl": ""}, "holds no answer"),
 }
 
@@ -276,19 +275,19 @@ def test_odd_files_end_in_one_line(
     out = tmp_path / "out"
     given = {
         "science_qa": (
-            eval_science_qa.main,
+            score.eval_science_qa,
             {"--base-dir": tmp_path, "--output-file": out, "--output-result": out},
         ),
         "seed": (
-            seed_bench.main,
+            convert.seed_for_submission,
             {"--annotation-file": annotation, "--result-upload-file": out},
         ),
-        "textvqa": (eval_textvqa.main, {"--annotation-file": annotation}),
+        "textvqa": (score.eval_textvqa, {"--annotation-file": annotation}),
         "pope": (
-            eval_pope.main,
+            score.eval_pope,
             {"--annotation-dir": tmp_path / "labels", "--question-file": answers},
         ),
-        "mmvet": (mmvet.main, {"--src": answers, "--dst": out}),
+        "mmvet": (convert.mmvet_for_eval, {"--src": answers, "--dst": out}),
     }
     main, flags = given[program]
     flags |= {} if program == "mmvet" else {"--result-file": answers}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import eval_science_qa
-from llava.eval.converters import mmbench, mmvet, seed_bench
+from llava.eval.converters import mmbench
+from llava.eval.llava_scripts.convert import mmvet_for_eval, seed_for_submission
+from llava.eval.llava_scripts.score import eval_science_qa
 from llava.eval.scorers.mmbench import circular, match_option
 from llava.eval.scorers.science_qa import FAILED, judge, parse_letter
 from llava.eval.tasks.tsv import read_table
@@ -36,7 +37,7 @@ def test_science_qa_golden(
     goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = goldens / "scorers" / "science_qa"
-    assert eval_science_qa.main(science_qa(folder, tmp_path)) == 0
+    assert eval_science_qa(science_qa(folder, tmp_path)) == 0
     assert capsys.readouterr().out == json.loads((folder / "case.json").read_text())["stdout"]
     for name in ("output", "result"):
         assert (tmp_path / f"{name}.json").read_text() == (
@@ -75,7 +76,7 @@ def test_science_qa_without_images_has_no_image_accuracy(
 ) -> None:
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"question_id": "100", "prompt": "q", "text": "A"}\n')
-    eval_science_qa.main(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
+    eval_science_qa(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
     assert capsys.readouterr().out.endswith("Correct: 1, Accuracy: 1.43%, IMG-Accuracy: n/a\n")
 
 
@@ -99,7 +100,7 @@ def test_science_qa_refuses_unusable_answers(
     answers = tmp_path / "answers.jsonl"
     answers.write_text("\n".join(lines))
     with pytest.raises(SystemExit) as stop:
-        eval_science_qa.main(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
+        eval_science_qa(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
@@ -112,7 +113,7 @@ def test_seed_golden(convert: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         *("--result-file", str(convert / "seed_results.jsonl")),
         *("--result-upload-file", str(tmp_path / "upload.jsonl")),
     ]
-    assert seed_bench.main(arguments) == 0
+    assert seed_for_submission(arguments) == 0
     case = json.loads((convert / "case.json").read_text())
     assert capsys.readouterr().out == case["conversions"]["seed"]["stdout"]
     assert (tmp_path / "upload.jsonl").read_text() == (convert / "seed_expected.jsonl").read_text()
@@ -129,7 +130,7 @@ def test_seed_with_missing_answers_scores_them_wrong_and_writes_nothing(
         *("--result-upload-file", str(tmp_path / "upload.jsonl")),
     ]
     with pytest.raises(SystemExit) as stop:
-        seed_bench.main(arguments)
+        seed_for_submission(arguments)
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert "Total accuracy: 2.00%" in printed.out
@@ -139,7 +140,7 @@ def test_seed_with_missing_answers_scores_them_wrong_and_writes_nothing(
 
 def test_mmvet_golden(convert: Path, tmp_path: Path) -> None:
     arguments = ["--src", str(convert / "mmvet_src.jsonl"), "--dst", str(tmp_path / "out.json")]
-    assert mmvet.main(arguments) == 0
+    assert mmvet_for_eval(arguments) == 0
     assert (tmp_path / "out.json").read_text() == (convert / "mmvet_expected.json").read_text()
 
 

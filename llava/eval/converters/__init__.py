@@ -1,1 +1,1 @@
-"""LLaVA's own command lines for scoring and submitting answer files: same names, flags, files."""
+"""Files that servers and graders take, made from answers."""

@@ -6,32 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.command_line import OneLineParser, one_line_errors
-from llava.eval.converters.answers import read_answers
 from llava.eval.tasks.base import TaskError
-from llava.eval.tasks.files import check_ids
-from llava.eval.tasks.tsv import Cell, Table, read_table
+from llava.eval.tasks.tsv import Cell, Table
 
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 PLACE = 6  # of the column of predictions
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """LLaVA's `scripts/convert_mmbench_for_submission.py`."""
-    parser = OneLineParser(prog="convert_mmbench_for_submission.py", description=__doc__)
-    parser.add_argument("--annotation-file", type=Path, required=True, help="MMBench's TSV file")
-    parser.add_argument("--result-dir", type=Path, required=True)
-    parser.add_argument("--upload-dir", type=Path, required=True)
-    parser.add_argument("--experiment", required=True, help="RESULT_DIR/EXPERIMENT.jsonl is read")
-    args = parser.parse_args(argv)
-    with one_line_errors(parser):
-        table = read_table(args.annotation_file, columns=("index",))
-        results = args.result_dir / f"{args.experiment}.jsonl"
-        answers = {name: row["text"] for name, row in read_answers(results).items()}
-        check_ids(answers, table.typed("index"), results, args.annotation_file)
-        columns, rows = sheet(table, answers)
-        write_xlsx(args.upload_dir / f"{args.experiment}.xlsx", columns, rows)
-    return 0
 
 
 def sheet(table: Table, answers: Mapping[Any, str]) -> tuple[list[str], list[list[Cell]]]:

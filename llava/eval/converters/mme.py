@@ -6,30 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import Row
 from llava.eval.results import write_atomically
 from llava.eval.scorers.mme import Key, question_key
 from llava.eval.tasks.base import TaskError
-from llava.eval.tasks.files import read_bytes, read_jsonl
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """LLaVA's `convert_answer_to_mme.py`.
-
-    Reads DIR/answers/EXPERIMENT.jsonl and DIR/MME_Benchmark_release_version, writes
-    DIR/eval_tool/answers/EXPERIMENT/CATEGORY.txt; `python -m llava.eval.eval_mme` scores them.
-    """
-    parser = OneLineParser(prog="convert_answer_to_mme.py", description=__doc__)
-    parser.add_argument("--experiment", required=True, help="name of the answer file")
-    parser.add_argument("--dir", type=Path, default=Path(), help="folder of MME (default: this)")
-    args = parser.parse_args(argv)
-    with one_line_errors(parser):
-        answers = args.dir / "answers" / f"{args.experiment}.jsonl"
-        rows = read_jsonl(answers, texts=("question_id", "prompt", "text"))
-        lines = mme_lines(rows, read_truth(args.dir / "MME_Benchmark_release_version", "mme"))
-        write_categories(args.dir / "eval_tool" / "answers" / args.experiment, lines)
-    return 0
+from llava.eval.tasks.files import read_bytes
 
 
 def mme_lines(rows: Iterable[Row], truth: Mapping[Key, str]) -> dict[str, list[str]]:

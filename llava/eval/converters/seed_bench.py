@@ -7,44 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.command_line import OneLineParser, one_line_errors
-from llava.eval.converters.answers import question_key, read_answers
-from llava.eval.results import write_atomically
-from llava.eval.scorers.seed_bench import Tally, by_type, is_correct, total
+from llava.eval.converters.answers import question_key
+from llava.eval.scorers.seed_bench import Tally, by_type, total
 from llava.eval.tasks.base import TaskError
-from llava.eval.tasks.files import check_ids, check_listed, is_id, read_json
+from llava.eval.tasks.files import check_listed, is_id, read_json
 
 TEXTS = ("data_type", "answer")
 DATA_TYPES = ("image", "video")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """LLaVA's `scripts/convert_seed_for_submission.py`."""
-    parser = OneLineParser(prog="convert_seed_for_submission.py", description=__doc__)
-    parser.add_argument("--annotation-file", type=Path, required=True, help="SEED-Bench.json")
-    parser.add_argument("--result-file", type=Path, required=True)
-    parser.add_argument("--result-upload-file", type=Path, required=True)
-    args = parser.parse_args(argv)
-    with one_line_errors(parser):
-        questions, types = read_annotations(args.annotation_file)
-        answers = {name: row["text"] for name, row in read_answers(args.result_file).items()}
-        known = [question_key(row["question_id"]) for row in questions]
-        check_ids(answers, known, args.result_file, args.annotation_file)
-        right = [
-            name in answers and is_correct(answers[name], question["answer"])
-            for name, question in zip(known, questions, strict=True)
-        ]
-        for line in report(questions, types, right):
-            print(line)
-        missing = [name for name in known if name not in answers]
-        if missing:
-            raise TaskError(
-                f"{args.result_file} has no answer to {len(missing)} of {len(known)} questions "
-                f"(first: {missing[0]!r}), so no upload file is written; answer all of them"
-            )
-        texts = [answers[name] for name in known]
-        write_atomically(args.result_upload_file, upload(questions, texts))
-    return 0
 
 
 def read_annotations(

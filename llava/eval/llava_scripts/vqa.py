@@ -1,43 +1,63 @@
-"""LLaVA's answering scripts: its flags and file formats, over the same loop as every other run.
+"""LLaVA's `model_vqa*`: answer a question file, over the same loop as every other run.
 
-`model_vqa_loader`, `model_vqa`, `model_vqa_science` and `model_vqa_mmbench` differ in the question
-file they read; each has its benchmark class and hands it to `main`. An interrupted command goes on
-where it stopped when it is given again: what was answered lies beside the answers file, in a hidden
-folder, under a key of every setting, so that answers never mix.
+The four programs differ in the question file they read. An interrupted command continues where it
+stopped when it is given again: what was answered lies beside the answers file, in a hidden folder,
+under a key of every setting, so that answers never mix.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import shlex
 import sys
 from abc import abstractmethod
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
 
-from llava.command_line import OneLineParser, one_line_errors
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.arm_words import arm_of, saved_pruning
 from llava.eval.arms import UNPRUNED, Arm
 from llava.eval.execution import Job, execute
 from llava.eval.identity import identity
+from llava.eval.llava_scripts import AddFlags, Program, flag, path_flag
 from llava.eval.plan import Plan, chunk_of
 from llava.eval.prompts import bare_question, has_inner_marks
 from llava.eval.results import Record, RunFolder, dump_lines, write_atomically
 from llava.eval.run import add_model_flags, describe, find_models, model_of
 from llava.eval.sharding import processes
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
-from llava.eval.tasks.files import image_names, is_file, numbered_jsonl, read_bytes
-from llava.images import open_image
+from llava.eval.tasks.files import (
+    OPTION_LETTER,
+    OPTION_LETTER_CN,
+    check_fields,
+    check_listed,
+    image_names,
+    is_file,
+    numbered_jsonl,
+    read_bytes,
+    read_json,
+)
+from llava.eval.tasks.mmbench import (
+    LETTERS,
+    Row,
+    images_of,
+    options_of,
+    question_of,
+    read_questions,
+)
+from llava.eval.tasks.tsv import Cell, Table
+from llava.images import decode_base64, open_image
 from llava.mm_utils import get_model_name_from_path
 from llava.pixels import VIEWER
 from llava.pruning.flags import add_pruning_flags, pruning_from
 from llava.sampling import Sampling
 from llava.utils import UserInputError
+
+SUFFIXES = {"en": OPTION_LETTER, "cn": OPTION_LETTER_CN}
 
 
 class QuestionList(Benchmark):
@@ -108,47 +128,91 @@ class JsonLines(QuestionList):
         return items
 
 
-@dataclass(frozen=True)
-class Program:
-    """One of LLaVA's scripts: its name and description, what its flags add, what it reads."""
+class ScienceQAFile(QuestionList):
+    """A JSON array of `id, [image], conversations`; the first turn is the question.
 
-    name: str
-    description: str
-    benchmark: Callable[[argparse.Namespace], QuestionList]
-    add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    With an image, the prompt that answer lines repeat begins with its mark: the scorer tells
+    questions about images by it.
+    """
 
+    def __init__(self, file: Path, image_folder: Path, suffix: str) -> None:
+        super().__init__(file, image_folder)
+        self.suffix = suffix
 
-def build_parser(program: Program) -> argparse.ArgumentParser:
-    """LLaVA's flags (some with underscores, as there), pruning flags and ours."""
-    parser = OneLineParser(prog=f"llava.eval.{program.name}", description=program.description)
-    add_model_flags(parser)
-    add = parser.add_argument
-    add("--image-folder", type=Path, default=Path(), help="where images are found by name")
-    add("--question-file", type=Path, required=True)
-    add("--answers-file", type=Path, required=True)
-    add("--num-chunks", type=int, default=1, help="split the questions into so many parts")
-    add("--chunk-idx", type=int, default=0, help="and answer those of this one, from 0")
-    add("--temperature", type=float, default=0.2, help="0 is greedy")
-    add("--top_p", type=float, help="sample from the likeliest tokens of this total probability")
-    add("--num_beams", type=int, default=1)
-    add("--batch-size", type=int, default=1, help="questions per batch")
-    add_pruning_flags(parser)
-    add("--visual_token_num", type=int, help="other name of --keep-tokens, as in CDPruner's code")
-    program.add_flags(parser)
-    return parser
-
-
-def main(program: Program, argv: Sequence[str] | None = None) -> int:
-    """Answer the file; 1 if some images could not be read, 2 with one line for unusable input."""
-    parser = build_parser(program)
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(words)
-    args.command_line = shlex.join(["python", "-m", f"llava.eval.{program.name}", *words])
-    with one_line_errors(parser):
-        return answer_file(program, args)
+    def items(self) -> list[Item]:
+        rows = check_listed(
+            read_json(self.file), "question", self.file, keys=("conversations",), ids=("id",)
+        )
+        items = []
+        for index, row in enumerate(rows):
+            where = f"question {index + 1} of {self.file}"
+            turns = row["conversations"]
+            if not isinstance(turns, list) or not turns:
+                raise TaskError(f"{where} has no first turn; write it into `conversations`")
+            check_fields(turns[0], f"the first turn of {where}", texts=("value",))
+            question = bare_question(turns[0]["value"]).strip()
+            images = image_names(row.get("image"), where)
+            if len(images) > 1:
+                raise TaskError(f"image in {where} is a list; ScienceQA asks about one picture")
+            text = question + self.suffix
+            prompt = f"{DEFAULT_IMAGE_TOKEN}\n{text}" if images else text
+            data = {"prompt": prompt, "extra": {}}
+            items.append(Item(index, row["id"], images, text, question, data))
+        return items
 
 
-def answer_file(program: Program, args: argparse.Namespace) -> int:
+class MMBenchTable(QuestionList):
+    """A TSV table of `index, [hint], question, A, B, ..., image` with base64 images.
+
+    `all_rounds` asks every question once for each of its options, which move up by one each time.
+    """
+
+    def __init__(self, file: Path, suffix: str, all_rounds: bool) -> None:
+        super().__init__(file, file.parent)
+        self.suffix, self.all_rounds = suffix, all_rounds
+
+    def items(self) -> list[Item]:
+        items: list[Item] = []
+        for name, row in zip(self._table.typed("index"), self._table.rows, strict=True):
+            options = options_of(row)
+            for turn in range(len(options) if self.all_rounds else 1):
+                items.append(self._item(len(items), name, row, turn))
+        return items
+
+    def load_image(self, name: str) -> Image.Image:
+        """The image of row `name`. Raises UserInputError if its cell holds none."""
+        what = f"the image of row {name} in {self.file}"
+        return decode_base64(self._images[name], what, self.pixels)
+
+    def _item(self, place: int, name: Cell, row: Row, turn: int) -> Item:
+        """A row with its options moved up by `turn`."""
+        if row["question"] is None:
+            raise TaskError(f"row {row['index']} of {self.file} has no question")
+        options = options_of(row)
+        letters = LETTERS[: len(options)]
+        options = options[turn:] + options[:turn]
+        lines = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
+        question = question_of(row)
+        prompt = "\n".join([question, *lines])
+        extra = {
+            "before": {"round_id": turn},
+            "after": {"options": options, "option_char": [*letters[turn:], *letters[:turn]]},
+        }
+        data = {"prompt": prompt, "extra": extra}
+        key = name if isinstance(name, int) else str(row["index"])
+        images = (str(row["index"]),)
+        return Item(place, key, images, prompt + self.suffix, question, data)
+
+    @cached_property
+    def _table(self) -> Table:
+        return read_questions(self.file, columns=("question", "A", "image"))
+
+    @cached_property
+    def _images(self) -> dict[str, str]:
+        return images_of(self._table)
+
+
+def answer_file(benchmark: QuestionList, args: Namespace) -> int:
     """Answer the questions of a chunk of the file and write LLaVA's answer lines, in its order.
 
     Images that cannot be read give an empty `text` and the reason in `metadata`.
@@ -156,7 +220,6 @@ def answer_file(program: Program, args: argparse.Namespace) -> int:
     if args.batch_size < 1 or args.seed < 0 or args.workers < 0:
         raise UserInputError("--batch-size must be at least 1, --seed and --workers at least 0")
     find_models(args)
-    benchmark = program.benchmark(args)
     benchmark.pixels = args.pixels or benchmark.pixels
     length = getattr(args, "max_new_tokens", benchmark.max_new_tokens)
     sampling = Sampling(args.temperature, args.top_p, args.num_beams, length)
@@ -208,7 +271,7 @@ def answer_line(item: Item, record: Record, model: str) -> Record:
     }
 
 
-def asked_arm(args: argparse.Namespace) -> Arm:
+def asked_arm(args: Namespace) -> Arm:
     """The pruning of the flags, else what the checkpoint was saved with, else none."""
     if args.visual_token_num is not None:
         if args.keep_tokens is not None or args.keep_ratio is not None:
@@ -220,3 +283,72 @@ def asked_arm(args: argparse.Namespace) -> Arm:
     arm = arm_of(pruning_from(args) or saved_pruning(args.model_path))
     # The only arm of its file: its budget is in the settings, not in the name.
     return arm if arm.method == UNPRUNED else replace(arm, name=arm.method, label=arm.method)
+
+
+def answering(
+    name: str, *flags: AddFlags
+) -> Callable[[Callable[[Namespace], QuestionList]], Program]:
+    """Make a function that opens a question file a `Program` that answers it.
+
+    Flags are LLaVA's (some with underscores, as there), pruning flags, ours, and `flags`.
+    """
+
+    def program(questions: Callable[[Namespace], QuestionList]) -> Program:
+        return Program(
+            f"llava.eval.{name}",
+            questions.__doc__ or "",
+            (*COMMON_FLAGS, *flags),
+            lambda args: answer_file(questions(args), args),
+        )
+
+    return program
+
+
+COMMON_FLAGS = (
+    add_model_flags,
+    path_flag("--image-folder", "where images are found by name", required=False, default=Path()),
+    path_flag("--question-file"),
+    path_flag("--answers-file"),
+    flag("--num-chunks", type=int, default=1, help="split the questions into so many parts"),
+    flag("--chunk-idx", type=int, default=0, help="and answer those of this one, from 0"),
+    flag("--temperature", type=float, default=0.2, help="0 is greedy"),
+    flag("--top_p", type=float, help="sample from the likeliest tokens of this total probability"),
+    flag("--num_beams", type=int, default=1),
+    flag("--batch-size", type=int, default=1, help="questions per batch"),
+    add_pruning_flags,
+    flag("--visual_token_num", type=int, help="other name of --keep-tokens, as in CDPruner's code"),
+)
+LETTER_FLAG = flag(
+    "--single-pred-prompt", action="store_true", help="ask for the option's letter alone"
+)
+
+
+@answering("model_vqa")
+def model_vqa(args: Namespace) -> QuestionList:
+    """Answer a question file about images, at length."""
+    return JsonLines(args.question_file, args.image_folder)
+
+
+@answering("model_vqa_loader", flag("--max_new_tokens", type=int, default=128))
+def model_vqa_loader(args: Namespace) -> QuestionList:
+    """Answer a question file about images."""
+    return JsonLines(args.question_file, args.image_folder)
+
+
+@answering("model_vqa_science", LETTER_FLAG)
+def model_vqa_science(args: Namespace) -> QuestionList:
+    """Answer LLaVA's ScienceQA file."""
+    suffix = OPTION_LETTER if args.single_pred_prompt else ""
+    return ScienceQAFile(args.question_file, args.image_folder, suffix)
+
+
+@answering(
+    "model_vqa_mmbench",
+    flag("--all-rounds", action="store_true", help="ask with the options in every rotation"),
+    LETTER_FLAG,
+    flag("--lang", choices=tuple(SUFFIXES), default="en", help="of that request"),
+)
+def model_vqa_mmbench(args: Namespace) -> QuestionList:
+    """Answer one of MMBench's tables."""
+    suffix = SUFFIXES[args.lang] if args.single_pred_prompt else ""
+    return MMBenchTable(args.question_file, suffix, args.all_rounds)
