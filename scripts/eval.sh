@@ -1,25 +1,33 @@
 # Sourced by scripts/v1_5/eval/*.sh and scripts/v1_6/eval/*.sh: one benchmark, one model, one pruner.
 #
-#   evaluate TASK [PROTOCOL]     python -m llava.eval run for MODEL, seen from the repository's root
+#   . scripts/eval.sh MODEL TASK[:PROTOCOL] "$@"     runs python -m llava.eval run
 #
-# Read from the environment, or as the first arguments of a script: PRUNER KEEP_TOKENS. Also read:
-# PRUNER_OPTIONS (key=value words), MODEL, DATA_ROOT, OUTPUT, BATCH_SIZE, LIMIT, PYTHON, CONV_MODE:
-# vicuna_v1 as in LLaVA's scripts unless it is set; empty means the model's own template.
-# GPUs are those of CUDA_VISIBLE_DEVICES, as in LLaVA; several share the run under torchrun.
-# DRY_RUN=1 or --dry-run prints the command instead. Anything else goes to the command as it is.
+# PRUNER and KEEP_TOKENS may also be set in the environment, as may PRUNER_OPTIONS (key=value words),
+# MODEL, DATA_ROOT, OUTPUT, BATCH_SIZE, LIMIT, PYTHON, CONV_MODE (vicuna_v1, as in LLaVA's scripts,
+# unless it is set; empty means the model's own template) and, where a benchmark is asked in several
+# ways, PROTOCOL. Several GPUs in CUDA_VISIBLE_DEVICES share the run under torchrun. DRY_RUN=1 or
+# --dry-run prints the command instead. Other options go to the command as they are.
 set -euo pipefail
-SCRIPT=$(realpath "$0")
+script=$(realpath "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$SCRIPT"
-    exit "${1:-0}"
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
+    printf '\n  [CUDA_VISIBLE_DEVICES=0,1] bash %s [PRUNER KEEP_TOKENS] [--dry-run] [--OPTION ...]\n\n' \
+        "${script#"$PWD"/}"
+    sed -n '/^# PRUNER/,/^[^#]/s/^# \{0,1\}//p' scripts/eval.sh
 }
+
+MODEL=${MODEL:-$1}
+task=${2%%:*}
+protocol=${2#"$task"}
+protocol=${protocol:+${PROTOCOL:-${protocol#:}}}
+shift 2
 
 words=() extra=()
 while [ $# -gt 0 ]; do
     case $1 in
-    -h | --help) usage ;;
+    -h | --help) usage && exit ;;
     --dry-run) DRY_RUN=1 ;;
     --*) # a flag of the run command, with its value
         extra+=("$1")
@@ -35,32 +43,31 @@ if [ ${#words[@]} -gt 2 ]; then
 fi
 PRUNER=${words[0]:-${PRUNER:-none}}
 KEEP_TOKENS=${words[1]:-${KEEP_TOKENS:-}}
-if [ "$PRUNER" != none ] && ! [[ $KEEP_TOKENS =~ ^[1-9][0-9]*$ ]]; then
+if [ "$PRUNER" = none ]; then
+    KEEP_TOKENS=
+elif ! [[ $KEEP_TOKENS =~ ^[1-9][0-9]*$ ]]; then
     echo "error: $PRUNER needs KEEP_TOKENS, a number of visual tokens, got '$KEEP_TOKENS'" >&2
     exit 2
 fi
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-IFS=, read -r -a GPUS <<<"${CUDA_VISIBLE_DEVICES:-0}"
 
-evaluate() {
-    local task=$1 protocol=${2:-} command setting=$PRUNER option
-    if [ "$PRUNER" = none ]; then KEEP_TOKENS=; else setting=$PRUNER-$KEEP_TOKENS; fi
-    OUTPUT=${OUTPUT:-outputs/eval/$(basename "$MODEL")/$task${protocol:+-$protocol}/$setting}
-    command=("$PYTHON" -m)
-    [ ${#GPUS[@]} -gt 1 ] &&
-        command+=(torch.distributed.run --standalone --nproc-per-node "${#GPUS[@]}" -m)
-    command+=(llava.eval run --model-path "$MODEL" --task "$task" --pruner "$PRUNER")
-    command+=(--data-root "${DATA_ROOT:-playground/data/eval}" --output "$OUTPUT")
-    [ -n "$protocol" ] && command+=(--protocol "$protocol")
-    [ -n "${CONV_MODE=vicuna_v1}" ] && command+=(--conv-mode "$CONV_MODE")
-    [ -n "$KEEP_TOKENS" ] && command+=(--keep-tokens "$KEEP_TOKENS")
-    [ -n "${BATCH_SIZE:-}" ] && command+=(--batch-size "$BATCH_SIZE")
-    [ -n "${LIMIT:-}" ] && command+=(--limit "$LIMIT")
-    for option in ${PRUNER_OPTIONS:-}; do command+=(--pruner-option "$option"); done
-    command+=("${extra[@]}")
-    if [ -n "${DRY_RUN:-}" ]; then
-        printf '%q ' "${command[@]}" && echo
-    else
-        "${command[@]}"
-    fi
-}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+IFS=, read -r -a gpus <<<"${CUDA_VISIBLE_DEVICES:-0}"
+folder=outputs/eval/$(basename "$MODEL")/$task${protocol:+-$protocol}
+command=("$PYTHON" -m)
+[ ${#gpus[@]} -gt 1 ] &&
+    command+=(torch.distributed.run --standalone --nproc-per-node "${#gpus[@]}" -m)
+command+=(llava.eval run --model-path "$MODEL" --task "$task" --pruner "$PRUNER")
+command+=(--data-root "${DATA_ROOT:-playground/data/eval}")
+command+=(--output "${OUTPUT:-$folder/$PRUNER${KEEP_TOKENS:+-$KEEP_TOKENS}}")
+[ -n "$protocol" ] && command+=(--protocol "$protocol")
+[ -n "${CONV_MODE=vicuna_v1}" ] && command+=(--conv-mode "$CONV_MODE")
+[ -n "$KEEP_TOKENS" ] && command+=(--keep-tokens "$KEEP_TOKENS")
+[ -n "${BATCH_SIZE:-}" ] && command+=(--batch-size "$BATCH_SIZE")
+[ -n "${LIMIT:-}" ] && command+=(--limit "$LIMIT")
+for option in ${PRUNER_OPTIONS:-}; do command+=(--pruner-option "$option"); done
+command+=("${extra[@]}")
+if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${command[@]}" && echo
+else
+    exec "${command[@]}"
+fi
