@@ -2,7 +2,7 @@
 
 import sys
 
-from llava.eval.llava_scripts.convert import answer_to_mme
+from llava.eval.llava_scripts.convert import convert_mme as main
 
 if __name__ == "__main__":
-    sys.exit(answer_to_mme())
+    sys.exit(main())

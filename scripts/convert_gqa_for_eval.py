@@ -2,7 +2,7 @@
 
 import sys
 
-from llava.eval.llava_scripts.convert import gqa_for_eval
+from llava.eval.llava_scripts.convert import convert_gqa as main
 
 if __name__ == "__main__":
-    sys.exit(gqa_for_eval())
+    sys.exit(main())

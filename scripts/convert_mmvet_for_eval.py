@@ -2,7 +2,7 @@
 
 import sys
 
-from llava.eval.llava_scripts.convert import mmvet_for_eval
+from llava.eval.llava_scripts.convert import convert_mmvet as main
 
 if __name__ == "__main__":
-    sys.exit(mmvet_for_eval())
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from llava.eval.llava_scripts.convert import seed_for_submission
+from llava.eval.llava_scripts.convert import convert_seed_bench as main
 
 if __name__ == "__main__":
-    sys.exit(seed_for_submission())
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from llava.eval.llava_scripts.convert import vizwiz_for_submission
+from llava.eval.llava_scripts.convert import convert_vizwiz as main
 
 if __name__ == "__main__":
-    sys.exit(vizwiz_for_submission())
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from llava.eval.llava_scripts.convert import vqav2_for_submission
+from llava.eval.llava_scripts.convert import convert_vqav2 as main
 
 if __name__ == "__main__":
-    sys.exit(vqav2_for_submission())
+    sys.exit(main())

@@ -315,6 +315,7 @@ def write_mmmu(root: Path, count: int) -> None:
     write_lines(root / "mmmu/validation.jsonl", lines)
 
 
+# {benchmark: what writes about `count` questions of it into a data root}
 WRITERS: dict[str, Callable[[Path, int], None]] = {
     "gqa": write_gqa,
     "vqav2": write_vqav2,
@@ -330,7 +331,6 @@ WRITERS: dict[str, Callable[[Path, int], None]] = {
     "mmvet": write_mmvet,
     "llava-bench": write_llava_bench,
 }
-"""What writes about `count` questions of a benchmark into a data root, by the benchmark's name."""
 
 
 def write_json(path: Path, content: Any) -> None:

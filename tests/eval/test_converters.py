@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.llava_scripts import convert, score
+from llava.eval.llava_scripts import score
+from llava.eval.llava_scripts.convert import convert_mmvet, convert_seed_bench
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPLIT, CKPT = "llava_vqav2_mscoco_test-dev2015", "llava-v1.5-7b"
@@ -279,7 +280,7 @@ def test_odd_files_end_in_one_line(
             {"--base-dir": tmp_path, "--output-file": out, "--output-result": out},
         ),
         "seed": (
-            convert.seed_for_submission,
+            convert_seed_bench,
             {"--annotation-file": annotation, "--result-upload-file": out},
         ),
         "textvqa": (score.eval_textvqa, {"--annotation-file": annotation}),
@@ -287,7 +288,7 @@ def test_odd_files_end_in_one_line(
             score.eval_pope,
             {"--annotation-dir": tmp_path / "labels", "--question-file": answers},
         ),
-        "mmvet": (convert.mmvet_for_eval, {"--src": answers, "--dst": out}),
+        "mmvet": (convert_mmvet, {"--src": answers, "--dst": out}),
     }
     main, flags = given[program]
     flags |= {} if program == "mmvet" else {"--result-file": answers}

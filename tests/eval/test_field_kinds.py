@@ -357,17 +357,17 @@ PROGRAMS: dict[str, tuple[Callable[[list[str]], int], str, Words]] = {
         },
     ),
     "gqa": (
-        convert.gqa_for_eval,
+        convert.convert_gqa,
         "gqa/llava_gqa_testdev_balanced.jsonl",
         lambda root, answers, out: {"--src": answers, "--dst": out},
     ),
     "mmvet": (
-        convert.mmvet_for_eval,
+        convert.convert_mmvet,
         "mm-vet/llava-mm-vet.jsonl",
         lambda root, answers, out: {"--src": answers, "--dst": out},
     ),
     "vizwiz": (
-        convert.vizwiz_for_submission,
+        convert.convert_vizwiz,
         "vizwiz/llava_test.jsonl",
         lambda root, answers, out: {
             "--annotation-file": root / "vizwiz/llava_test.jsonl",
@@ -376,7 +376,7 @@ PROGRAMS: dict[str, tuple[Callable[[list[str]], int], str, Words]] = {
         },
     ),
     "seed": (
-        convert.seed_for_submission,
+        convert.convert_seed_bench,
         "seed_bench/llava-seed-bench.jsonl",
         lambda root, answers, out: {
             "--annotation-file": root / "seed_bench/SEED-Bench.json",
@@ -385,12 +385,12 @@ PROGRAMS: dict[str, tuple[Callable[[list[str]], int], str, Words]] = {
         },
     ),
     "mme": (
-        convert.answer_to_mme,
+        convert.convert_mme,
         "MME/llava_mme.jsonl",
         lambda root, answers, out: {"--experiment": "a", "--dir": root / "MME"},
     ),
     "vqav2": (
-        convert.vqav2_for_submission,
+        convert.convert_vqav2,
         "vqav2/llava_vqav2_mscoco_test2015.jsonl",
         lambda root, answers, out: {"--dir": root / "vqav2", "--ckpt": "a", "--split": "s"},
     ),
@@ -463,5 +463,5 @@ def test_mmbench_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for value in (None, True, [1], 1.5):
         write(tmp_path / "e.jsonl", {"question_id": value, "text": "A"})
         with pytest.raises(SystemExit) as stop:
-            convert.mmbench_for_submission([str(word) for word in words])
+            convert.convert_mmbench([str(word) for word in words])
         assert stop.value.code == 2 and "question_id in line 1" in capsys.readouterr().err

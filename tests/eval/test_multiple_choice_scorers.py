@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava.eval.converters import mmbench
-from llava.eval.llava_scripts.convert import mmvet_for_eval, seed_for_submission
+from llava.eval.llava_scripts.convert import convert_mmvet, convert_seed_bench
 from llava.eval.llava_scripts.score import eval_science_qa
 from llava.eval.scorers.mmbench import circular, match_option
 from llava.eval.scorers.science_qa import FAILED, judge, parse_letter
@@ -113,7 +113,7 @@ def test_seed_golden(convert: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         *("--result-file", str(convert / "seed_results.jsonl")),
         *("--result-upload-file", str(tmp_path / "upload.jsonl")),
     ]
-    assert seed_for_submission(arguments) == 0
+    assert convert_seed_bench(arguments) == 0
     case = json.loads((convert / "case.json").read_text())
     assert capsys.readouterr().out == case["conversions"]["seed"]["stdout"]
     assert (tmp_path / "upload.jsonl").read_text() == (convert / "seed_expected.jsonl").read_text()
@@ -130,7 +130,7 @@ def test_seed_with_missing_answers_scores_them_wrong_and_writes_nothing(
         *("--result-upload-file", str(tmp_path / "upload.jsonl")),
     ]
     with pytest.raises(SystemExit) as stop:
-        seed_for_submission(arguments)
+        convert_seed_bench(arguments)
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert "Total accuracy: 2.00%" in printed.out
@@ -140,7 +140,7 @@ def test_seed_with_missing_answers_scores_them_wrong_and_writes_nothing(
 
 def test_mmvet_golden(convert: Path, tmp_path: Path) -> None:
     arguments = ["--src", str(convert / "mmvet_src.jsonl"), "--dst", str(tmp_path / "out.json")]
-    assert mmvet_for_eval(arguments) == 0
+    assert convert_mmvet(arguments) == 0
     assert (tmp_path / "out.json").read_text() == (convert / "mmvet_expected.json").read_text()
 
 

@@ -31,7 +31,7 @@ def texts_of(answers: Path) -> dict[Any, str]:
     flag("--experiment", required=True, help="name of the answer file"),
     path_flag("--dir", "folder of MME (default: this)", required=False, default=Path()),
 )
-def answer_to_mme(args: Namespace) -> None:
+def convert_mme(args: Namespace) -> None:
     """Write the text files that MME's calculation reads.
 
     Reads DIR/answers/EXPERIMENT.jsonl and DIR/MME_Benchmark_release_version, writes
@@ -49,7 +49,7 @@ def answer_to_mme(args: Namespace) -> None:
     path_flag("--src", "answers, one JSON object a line"),
     path_flag("--dst", "predictions to write"),
 )
-def gqa_for_eval(args: Namespace) -> None:
+def convert_gqa(args: Namespace) -> None:
     """Write the predictions that GQA's evaluation script takes."""
     write_json(args.dst, gqa.predictions(read_answers(args.src).values()))
 
@@ -61,8 +61,8 @@ def gqa_for_eval(args: Namespace) -> None:
     path_flag("--upload-dir"),
     flag("--experiment", required=True, help="RESULT_DIR/EXPERIMENT.jsonl is read"),
 )
-def mmbench_for_submission(args: Namespace) -> None:
-    """Write the spreadsheet that MMBench's server takes."""
+def convert_mmbench(args: Namespace) -> None:
+    """Write the spreadsheet that MMBench's server takes, from answers and the annotation table."""
     table = read_table(args.annotation_file, columns=("index",))
     results = args.result_dir / f"{args.experiment}.jsonl"
     answers = texts_of(results)
@@ -76,7 +76,7 @@ def mmbench_for_submission(args: Namespace) -> None:
     path_flag("--src", "answers, one JSON object a line"),
     path_flag("--dst", "JSON file to write"),
 )
-def mmvet_for_eval(args: Namespace) -> None:
+def convert_mmvet(args: Namespace) -> None:
     """Write the JSON file that MM-Vet's GPT-4 grader takes."""
     rows = read_answers(args.src).values()
     answers = ((row["question_id"], row["text"]) for row in rows)
@@ -89,7 +89,7 @@ def mmvet_for_eval(args: Namespace) -> None:
     path_flag("--result-file"),
     path_flag("--result-upload-file"),
 )
-def seed_for_submission(args: Namespace) -> None:
+def convert_seed_bench(args: Namespace) -> None:
     """Print SEED-Bench's accuracies by question type; write the file its leaderboard takes."""
     questions, types = seed_bench.read_annotations(args.annotation_file)
     answers = texts_of(args.result_file)
@@ -116,7 +116,7 @@ def seed_for_submission(args: Namespace) -> None:
     path_flag("--result-file", "answers, JSON lines"),
     path_flag("--result-upload-file", "file to write"),
 )
-def vizwiz_for_submission(args: Namespace) -> None:
+def convert_vizwiz(args: Namespace) -> None:
     """Write what VizWiz's server takes."""
     results, damaged = read_intact_answers(args.result_file)
     split = read_jsonl(args.annotation_file, ids=("question_id",), texts=("image",))
@@ -130,7 +130,7 @@ def vizwiz_for_submission(args: Namespace) -> None:
     flag("--ckpt", required=True, help="name of the model's folder of answers"),
     flag("--split", required=True, help="such as llava_vqav2_mscoco_test-dev2015"),
 )
-def vqav2_for_submission(args: Namespace) -> None:
+def convert_vqav2(args: Namespace) -> None:
     """Write what VQAv2's server takes: every question of the whole test split.
 
     Reads DIR/answers/SPLIT/CKPT/merge.jsonl, writes DIR/answers_upload/SPLIT/CKPT.json.
