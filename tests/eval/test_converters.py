@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import eval_pope, eval_science_qa, eval_textvqa
+from llava.eval.llava_scripts import score
 from llava.eval.llava_scripts.convert import convert_mmvet, convert_seed_bench
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -258,7 +258,7 @@ ODD_ANNOTATIONS: dict[str, tuple[str, dict[str, str], str]] = {
         {"annotation.json": '{"data": [{"image_id": 1, "question": "a", "answers": 5}]}'},
         "TextVQA annotation 1 lacks",
     ),
-    "no labels": ("pope", {}, "holds no label file"),
+    "no labels": ("pope", {}, "no label file coco_pope_SPLIT.json in"),
     "no answers": ("mmvet", {"answers.jsonl": ""}, "has no answers"),
 }
 
@@ -276,16 +276,16 @@ def test_odd_files_end_in_one_line(
     out = tmp_path / "out"
     given = {
         "science_qa": (
-            eval_science_qa.main,
+            score.eval_science_qa,
             {"--base-dir": tmp_path, "--output-file": out, "--output-result": out},
         ),
         "seed": (
             convert_seed_bench,
             {"--annotation-file": annotation, "--result-upload-file": out},
         ),
-        "textvqa": (eval_textvqa.main, {"--annotation-file": annotation}),
+        "textvqa": (score.eval_textvqa, {"--annotation-file": annotation}),
         "pope": (
-            eval_pope.main,
+            score.eval_pope,
             {"--annotation-dir": tmp_path / "labels", "--question-file": answers},
         ),
         "mmvet": (convert_mmvet, {"--src": answers, "--dst": out}),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llava.eval.demo.playground import write_playground
+from llava.eval.demo import write_playground
 from llava.eval.tasks.base import TaskError, get_benchmark
 
 FIRST = 0  # the first key of an object, or element of a list

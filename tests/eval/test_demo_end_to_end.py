@@ -10,8 +10,8 @@ from test_scripts import ROOT, run
 
 from llava.eval.__main__ import main
 from llava.eval.demo import write_playground
-from llava.eval.demo.playground import WRITERS
 from llava.eval.tasks.base import get_benchmark, list_benchmarks
+from llava.world.benchmark_files import WRITERS
 
 MODEL = ROOT / "playground/llava-tiny"
 

@@ -13,16 +13,13 @@ from typing import Any
 
 import pytest
 
-from llava.eval import eval_pope, eval_science_qa, eval_textvqa
-from llava.eval.demo.playground import write_playground
-from llava.eval.llava_scripts import convert
-from llava.eval.model_vqa_mmbench import MMBench
-from llava.eval.model_vqa_science import ScienceQA
+from llava.eval.demo import write_playground
+from llava.eval.llava_scripts import convert, score
+from llava.eval.llava_scripts.vqa import JsonLines, MMBenchTable, ScienceQAFile
 from llava.eval.prompts import question_prompt
 from llava.eval.tasks.base import TaskError, get_benchmark
 from llava.eval.tasks.question_file import QuestionFile
 from llava.eval.tasks.tsv import read_table
-from llava.eval.vqa import JsonLines
 from llava.utils import UserInputError
 
 GOOD = {"question_id": 1, "image": "a.png", "text": "What is this?"}
@@ -132,7 +129,7 @@ SCIENCE = {"id": "1", "image": "a.png", "conversations": [{"from": "human", "val
 def test_science_questions(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "q.json").write_text(json.dumps([SCIENCE, SCIENCE | change]))
     with pytest.raises(TaskError, match=message):
-        ScienceQA(tmp_path / "q.json", tmp_path, "").items()
+        ScienceQAFile(tmp_path / "q.json", tmp_path, "").items()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +163,7 @@ def test_a_scene_that_cannot_be_drawn(tmp_path: Path) -> None:
 def test_mmbench_without_a_question(tmp_path: Path) -> None:
     write(tmp_path / "q.tsv", "index\tquestion\tA\timage", "1\tNone\ta\tQQ==")
     with pytest.raises(TaskError, match=r"row 1 of .* has no question"):
-        MMBench(tmp_path / "q.tsv", "", False).items()
+        MMBenchTable(tmp_path / "q.tsv", "", False).items()
 
 
 def test_a_column_of_endless_numbers(tmp_path: Path) -> None:
@@ -356,9 +353,9 @@ def pope_words(root: Path, answers: Path, out: Path) -> dict[str, Path]:
 
 Words = Callable[[Path, Path, Path], dict[str, Any]]
 PROGRAMS: dict[str, tuple[Callable[[list[str]], int], str, Words]] = {
-    "pope": (eval_pope.main, "pope/llava_pope_test.jsonl", pope_words),
+    "pope": (score.eval_pope, "pope/llava_pope_test.jsonl", pope_words),
     "textvqa": (
-        eval_textvqa.main,
+        score.eval_textvqa,
         "textvqa/llava_textvqa_val_v051_ocr.jsonl",
         lambda root, answers, out: {
             "--annotation-file": root / "textvqa/TextVQA_0.5.1_val.json",
@@ -446,7 +443,7 @@ def test_labels_of_pope_are_yes_or_no(playground: Path, tmp_path: Path) -> None:
     rows = load(tmp_path / "data/pope/llava_pope_test.jsonl")
     write(answers, *({"question_id": row["question_id"], "text": "yes"} for row in rows))
     with pytest.raises(TaskError, match=r"label in line 2 of .* is null"):
-        eval_pope.confusions(path.parent, tmp_path / "data/pope/llava_pope_test.jsonl", answers)
+        score.pope_confusions(path.parent, tmp_path / "data/pope/llava_pope_test.jsonl", answers)
 
 
 def test_science_letters_that_do_not_reach(
@@ -459,7 +456,7 @@ def test_science_letters_that_do_not_reach(
     words = ["--base-dir", tmp_path, "--result-file", tmp_path / "a.jsonl", "--options", "AB"]
     words += ["--output-file", tmp_path / "o", "--output-result", tmp_path / "r"]
     with pytest.raises(SystemExit) as stop:
-        eval_science_qa.main([str(word) for word in words])
+        score.eval_science_qa([str(word) for word in words])
     assert stop.value.code == 2
     assert re.search("problem 1 is number 3, .* only 2 letters", capsys.readouterr().err)
 

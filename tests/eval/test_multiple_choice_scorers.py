@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import eval_science_qa
 from llava.eval.llava_scripts.convert import convert_mmvet, convert_seed_bench
+from llava.eval.llava_scripts.score import eval_science_qa
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.mmbench import circular, match_option
 from llava.eval.tasks.scienceqa import FAILED, judge, parse_letter
@@ -37,7 +37,7 @@ def test_science_qa_golden(
     goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = goldens / "scorers" / "science_qa"
-    assert eval_science_qa.main(science_qa(folder, tmp_path)) == 0
+    assert eval_science_qa(science_qa(folder, tmp_path)) == 0
     assert capsys.readouterr().out == json.loads((folder / "case.json").read_text())["stdout"]
     for name in ("output", "result"):
         assert (tmp_path / f"{name}.json").read_text() == (
@@ -76,7 +76,7 @@ def test_science_qa_without_images_has_no_image_accuracy(
 ) -> None:
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"question_id": "100", "prompt": "q", "text": "A"}\n')
-    eval_science_qa.main(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
+    eval_science_qa(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
     assert capsys.readouterr().out.endswith("Correct: 1, Accuracy: 1.43%, IMG-Accuracy: n/a\n")
 
 
@@ -100,7 +100,7 @@ def test_science_qa_refuses_unusable_answers(
     answers = tmp_path / "answers.jsonl"
     answers.write_text("\n".join(lines))
     with pytest.raises(SystemExit) as stop:
-        eval_science_qa.main(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
+        eval_science_qa(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)

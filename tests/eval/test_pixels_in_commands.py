@@ -203,7 +203,7 @@ def test_pictures_in_the_table_of_mmbench(
     checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What cannot be read counts as one picture that cannot be read; the run goes on."""
-    monkeypatch.setattr("llava.eval.vqa.QuestionList.max_new_tokens", 4)
+    monkeypatch.setattr("llava.eval.llava_scripts.vqa.QuestionList.max_new_tokens", 4)
     content = (folder / "turned.png").read_bytes()
     bomb = bytearray(content)
     bomb[16:24] = (12_000).to_bytes(4) + (9_000).to_bytes(4)  # 108 megapixels, in the header

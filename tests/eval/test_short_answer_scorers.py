@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llava.eval import eval_mme, eval_pope, eval_textvqa
+from llava.eval.llava_scripts import score
 from llava.eval.rules import vqa
 from llava.eval.rules.vqa import agreement, textvqa_accuracy, vqav2_accuracy
 from llava.eval.stats import clustered_se, mean_estimate
@@ -87,12 +87,12 @@ class TestTextVqaCommand:
         folder = scorers / "textvqa"
         annotations = ["--annotation-file", str(folder / "annotations.json")]
         results = folder / "results.jsonl"
-        assert eval_textvqa.main([*annotations, "--result-file", str(results)]) == 0
+        assert score.eval_textvqa([*annotations, "--result-file", str(results)]) == 0
         recorded = load(folder / "case.json")["stdout"]
         assert capsys.readouterr().out == recorded
         shutil.copy(results, tmp_path / "results.jsonl")
         (tmp_path / "notes.txt").touch()
-        assert eval_textvqa.main([*annotations, "--result-dir", str(tmp_path)]) == 0
+        assert score.eval_textvqa([*annotations, "--result-dir", str(tmp_path)]) == 0
         assert capsys.readouterr().out == f"Skipping notes.txt\n{recorded}"
 
     @pytest.mark.parametrize(
@@ -102,18 +102,18 @@ class TestTextVqaCommand:
             ('{"question_id": "img000", "prompt": "a\\nb", "text": "b"}', "no TextVQA annotation"),
             ('{"question_id": "img000", "prompt": "a', "line 1 of .* is damaged"),
             ('{"question_id": "img000"}', "lacks prompt, text"),
-            ("", "holds no answer"),
+            ("", "has no answers"),
         ],
     )
     def test_bad_results(self, scorers: Path, tmp_path: Path, line: str, message: str) -> None:
         (tmp_path / "r.jsonl").write_text(line)
         with pytest.raises(UserInputError, match=message):
-            eval_textvqa.accuracies(scorers / "textvqa" / "annotations.json", tmp_path / "r.jsonl")
+            score.textvqa_accuracies(scorers / "textvqa" / "annotations.json", tmp_path / "r.jsonl")
 
     def test_errors_are_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         gone = str(tmp_path / "gone.json")
         with pytest.raises(SystemExit) as stop:
-            eval_textvqa.main(["--annotation-file", gone, "--result-file", gone])
+            score.eval_textvqa(["--annotation-file", gone, "--result-file", gone])
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
@@ -136,7 +136,7 @@ class TestPope:
     def test_every_recorded_figure(self, scorers: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = scorers / "pope"
         files = (folder / "annotations", folder / "questions.jsonl", folder / "answers.jsonl")
-        found = eval_pope.confusions(*files)
+        found = score.pope_confusions(*files)
         recorded = load(folder / "metrics.json")
         assert set(found) == set(recorded)
         for split, expected in recorded.items():
@@ -151,7 +151,7 @@ class TestPope:
             assert own.yes_ratio == expected["yes_ratio"]
         flags = ("--annotation-dir", "--question-file", "--result-file")
         assert (
-            eval_pope.main(
+            score.eval_pope(
                 [word for pair in zip(flags, map(str, files), strict=True) for word in pair]
             )
             == 0
@@ -167,8 +167,8 @@ class TestPope:
         with pytest.raises(ZeroDivisionError):
             _ = confusion.precision
         assert confusion.f1 == 0
-        with pytest.raises(UserInputError, match="split random is rightly answered yes"):
-            eval_pope.print_figures("random", confusion)
+        with pytest.raises(UserInputError, match="split random is correctly answered yes"):
+            score.print_pope("random", confusion)
 
     def test_splits_may_come_in_any_order(self, scorers: Path, tmp_path: Path) -> None:
         """Answers are paired with labels by their order within a split alone."""
@@ -179,8 +179,8 @@ class TestPope:
         rows.sort(key=lambda row: of[json.loads(row)["question_id"]])
         (tmp_path / "a.jsonl").write_text("\n".join(rows))
         flags = (folder / "annotations", folder / "questions.jsonl")
-        moved = eval_pope.confusions(*flags, tmp_path / "a.jsonl")
-        assert moved == eval_pope.confusions(*flags, folder / "answers.jsonl")
+        moved = score.pope_confusions(*flags, tmp_path / "a.jsonl")
+        assert moved == score.pope_confusions(*flags, folder / "answers.jsonl")
         assert rows != (folder / "answers.jsonl").read_text().splitlines()
 
     @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ class TestPope:
         rows = (folder / "answers.jsonl").read_text().splitlines()
         (tmp_path / "a.jsonl").write_text("\n".join(change(rows)))
         with pytest.raises(UserInputError, match=message):
-            eval_pope.confusions(
+            score.pope_confusions(
                 folder / "annotations", folder / "questions.jsonl", tmp_path / "a.jsonl"
             )
 
@@ -334,7 +334,7 @@ class TestMme:
                 "1.txt\tQ?\tYes\tYes, it is\n1.txt\tR?\tNo\tNo\n"
                 "2.txt\tQ?\tYes\tYes\n2.txt\tR?\tNo\tPerhaps\n"
             )
-        assert eval_mme.main(["--results_dir", str(tmp_path)]) == 0
+        assert score.eval_mme(["--results_dir", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
         assert "total score: 1250.0 " in printed
         assert "total score: 500.0 " in printed
@@ -354,7 +354,7 @@ class TestMme:
     def test_bad_results(self, tmp_path: Path, text: str, message: str) -> None:
         (tmp_path / "OCR.txt").write_text(text)
         with pytest.raises(UserInputError, match=message):
-            eval_mme.read_score(tmp_path / "OCR.txt")
+            score.mme_score(tmp_path / "OCR.txt")
 
 
 def test_errors_of_means_agree_with_the_usual_ones() -> None:

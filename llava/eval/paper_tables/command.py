@@ -16,7 +16,7 @@ from pathlib import Path
 from llava.eval import provenance
 from llava.eval.arm_words import parse_arm
 from llava.eval.arms import UNPRUNED
-from llava.eval.demo.playground import DEFAULT_SAMPLES, write_playground
+from llava.eval.demo import DEFAULT_SAMPLES, write_playground
 from llava.eval.paper_tables.collect import Filled, fill, read_run
 from llava.eval.paper_tables.launch import Launch, RunJob, run_job
 from llava.eval.paper_tables.pictures import draw_kept_tokens

@@ -1,4 +1,4 @@
-"""What a request of lmms-eval asks: words, pictures where they stand, and decoding settings.
+"""What lmms-eval hands over: requests (words, pictures, decoding settings) and model arguments.
 
 lmms-eval's "simple" interface hands over a text and its pictures; the text may hold image marks.
 Its "chat" interface hands over messages made of parts, and there a mark is put where a picture
@@ -7,6 +7,7 @@ stands: an `<image>` that somebody wrote is text.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 
 from PIL import Image
 
+from llava.command_line import device_name
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
 from llava.mm_utils import tokenize_pieces
 from llava.sampling import Sampling
 from llava.utils import UserInputError, describe_value
 
+DTYPES = ("float16", "bfloat16", "float32")
 NEW_TOKENS = 1024  # where a task sets no limit
 # How an `<image>` that is text and no mark is written until the prompt is split at its marks.
 _LITERAL = DEFAULT_IMAGE_TOKEN.replace("<", "<\0")
@@ -48,7 +51,7 @@ class Prompt:
 
     @property
     def marked(self) -> str:
-        """The words with a mark for every picture: one line of marks in front if they had none."""
+        """Return the words with a mark for every picture: one line in front if they had none."""
         if not self.images:
             return literal(self.text)
         if self.history or DEFAULT_IMAGE_TOKEN in self.text:
@@ -57,36 +60,39 @@ class Prompt:
 
     @property
     def words(self) -> str:
-        """The words alone, for methods that read the question."""
+        """Return the words alone, for methods that read the question."""
         pieces = [piece.strip() for piece in self.text.split(DEFAULT_IMAGE_TOKEN)]
         return " ".join(filter(None, pieces)).replace(_LITERAL, DEFAULT_IMAGE_TOKEN)
 
     @property
     def sampling(self) -> Sampling:
-        """The settings that lmms-eval's `llava` reads, with its defaults, also for null.
+        """Return the settings that lmms-eval's `llava` reads, with its defaults, also for null.
 
         It samples where the temperature is above 0 and reads `top_p` only there. `until` and
-        `do_sample` play no part. Raises UserInputError for values that cannot be used.
+        `do_sample` have no effect.
+
+        Raises:
+            UserInputError: a value cannot be used.
         """
         temperature = self._number("temperature", 0.0)
         sampled = not isinstance(temperature, int | float) or temperature > 0
         top_p = self._number("top_p", None) if sampled else None
         return Sampling(
             temperature=temperature if sampled else 0.0,
-            # 0 keeps the likeliest token alone, and so does the least share that is none.
+            # 0 keeps only the likeliest token, and so does the smallest share above 0.
             top_p=math.ulp(0.0) if top_p == 0 and top_p is not False else top_p,
             num_beams=self._number("num_beams", 1),
             max_new_tokens=self._number("max_new_tokens", NEW_TOKENS),
         )
 
     def ids(self, template: Conversation, tokenizer: Any) -> list[int]:
-        """Token ids of the prompt under a template, open for the answer."""
+        """Return token ids of the prompt under a template, open for the answer."""
         pieces = self.render(template).split(DEFAULT_IMAGE_TOKEN)
         pieces = [piece.replace(_LITERAL, DEFAULT_IMAGE_TOKEN) for piece in pieces]
         return tokenize_pieces(pieces, tokenizer)
 
     def render(self, template: Conversation) -> str:
-        """The prompt with its marks; an `<image>` that is text is written as in `literal`."""
+        """Return the prompt with its marks; an `<image>` that is text is as in `literal`."""
         conversation = template.copy()
         if self.system is not None:
             start = _CHATML_SYSTEM if template.system.startswith(_CHATML_SYSTEM) else ""
@@ -96,7 +102,7 @@ class Prompt:
         return conversation.get_prompt()
 
     def _number(self, name: str, default: Any) -> Any:
-        """A setting; None is the default, and a whole number may be written as 16.0."""
+        """Return a setting; None is the default, and a whole number may be written as 16.0."""
         value = self.decoding.get(name)
         if name in ("num_beams", "max_new_tokens") and isinstance(value, float):
             value = int(value) if value.is_integer() else value
@@ -104,14 +110,15 @@ class Prompt:
 
 
 def literal(text: str) -> str:
-    """`text` with every `<image>` in it changed to what is no mark; `Prompt.ids` reads it back."""
+    """Change every `<image>` in `text` so that it is not a mark; `Prompt.ids` changes it back."""
     return text.replace(DEFAULT_IMAGE_TOKEN, _LITERAL)
 
 
 def pictures_of(visuals: Any, task: str) -> tuple[Image.Image, ...]:
-    """The pictures of a document; none for None, and where None stands for one.
+    """Return the pictures of a document as RGB; None has none, and None in a list is left out.
 
-    Raises UserInputError for other media, and for what is no list of pictures.
+    Raises:
+        UserInputError: other media, or not a list of pictures.
     """
     if visuals is None:
         return ()
@@ -121,10 +128,12 @@ def pictures_of(visuals: Any, task: str) -> tuple[Image.Image, ...]:
 
 
 def read_messages(messages: Any, decoding: Mapping[str, Any], task: str) -> Prompt:
-    """The prompt of lmms-eval's chat messages.
+    """Read lmms-eval's chat messages.
 
     They may begin with a system message; then user and assistant take turns, the user last.
-    Raises UserInputError for an order or media that cannot be asked.
+
+    Raises:
+        UserInputError: messages are in another order or show other media than pictures.
     """
     try:
         turns = [(message["role"], _parts(message["content"])) for message in messages]
@@ -155,7 +164,7 @@ def read_messages(messages: Any, decoding: Mapping[str, Any], task: str) -> Prom
 
 
 def join(parts: Sequence[str | None]) -> str:
-    """Texts and pictures (None) of one message as one text with marks.
+    """Join texts and pictures (None) of one message to one text with marks.
 
     Pictures at the start are one line of marks, as in LLaVA. Elsewhere, a space is put between
     two parts unless there is white space already; texts are left as they are.
@@ -175,7 +184,7 @@ def _marks(count: int) -> str:
 
 
 def _parts(content: Any) -> list[_Part]:
-    """Kind and value of a message's parts; its content may be one text."""
+    """Return kind and value of a message's parts; its content may be one text."""
     if isinstance(content, str):
         return [("text", content)]
     return [
@@ -192,7 +201,7 @@ def _texts_only(role: str, parts: Sequence[_Part], task: str) -> list[str]:
 
 
 def _known(part: _Part, task: str) -> str | Image.Image:
-    """A part's text, or its picture."""
+    """Return a part's text, or its picture."""
     kind, value = part
     if kind == "image":
         return _picture(value, task)
@@ -214,5 +223,50 @@ def _picture(visual: Any, task: str) -> Image.Image:
 
 
 def _short(value: Any) -> str:
-    """A text as it is, cut to one line; else the type."""
+    """Return a text cut to 60 characters; of other values the type."""
     return repr(value[:60]) if isinstance(value, str) else describe_value(value)
+
+
+def batch_size_of(value: Any) -> int:
+    """Read a whole number of at least 1, perhaps written as text.
+
+    Raises:
+        UserInputError: any other value.
+    """
+    try:
+        size = int(value)
+        right = size >= 1 and size == float(value)
+    except (TypeError, ValueError, OverflowError):  # auto, None, inf
+        right = False
+    if not right:
+        raise UserInputError(
+            f"batch_size must be a whole number of at least 1, got {value!r}; llava_pruned does "
+            "not choose one by itself"
+        )
+    return size
+
+
+def dtype_of(value: Any) -> str | None:
+    """Read the name of a precision; None, also for `auto`, leaves it to the loader.
+
+    Raises:
+        UserInputError: any other value.
+    """
+    if value is None or value == "auto":
+        return None
+    name = str(value).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserInputError(f"unknown dtype {value!r}; use auto, {', '.join(DTYPES)}")
+    return name
+
+
+def device_of(value: Any) -> str:
+    """Read the name of a device that torch can use here; None is `auto`.
+
+    Raises:
+        UserInputError: torch cannot use it.
+    """
+    try:
+        return device_name("auto" if value is None else str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserInputError(str(error)) from error

@@ -1,40 +1,22 @@
-"""One folder that looks like LLaVA's `playground/data/eval`, small."""
+"""The data of `paper-table --demo`: LLaVA's `playground/data/eval`, small, of drawn scenes."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-from llava.eval.demo import choices, short_answers
-from llava.eval.demo.files import write_json
 from llava.utils import UserInputError
+from llava.world.benchmark_files import WRITERS, write_json
 
 DEFAULT_SAMPLES = 48
 STAMP = "demo.json"
 VERSION = 1  # raise it whenever a writer writes other files
 
-WRITERS: dict[str, Callable[[Path, int], None]] = {
-    "gqa": short_answers.write_gqa,
-    "vqav2": short_answers.write_vqav2,
-    "textvqa": short_answers.write_textvqa,
-    "pope": short_answers.write_pope,
-    "mme": short_answers.write_mme,
-    "scienceqa": choices.write_scienceqa,
-    "mmbench": choices.write_mmbench,
-    "mmbench-cn": choices.write_mmbench_cn,
-    "seed": choices.write_seed,
-    "mmmu": choices.write_mmmu,
-    "vizwiz": short_answers.write_vizwiz,
-    "mmvet": short_answers.write_mmvet,
-    "llava-bench": short_answers.write_llava_bench,
-}
-
 
 def write_playground(root: Path, samples: int = DEFAULT_SAMPLES) -> Path:
-    """Write about `samples` questions of every benchmark as folder `root`; returns `root`.
+    """Write about `samples` questions of every benchmark as folder `root`; return `root`.
 
     It appears as a whole or not at all. A folder that holds just this already is left as it is.
 

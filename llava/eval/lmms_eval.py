@@ -23,8 +23,14 @@ from tqdm import tqdm
 from llava.command_line import check_complete, check_conv_mode
 from llava.conversation import conv_templates
 from llava.eval.generation import end_tokens, until_end
-from llava.eval.plugins.lmms_arguments import batch_size_of, device_of, dtype_of
-from llava.eval.plugins.lmms_prompts import Prompt, pictures_of, read_messages
+from llava.eval.lmms_inputs import (
+    Prompt,
+    batch_size_of,
+    device_of,
+    dtype_of,
+    pictures_of,
+    read_messages,
+)
 from llava.eval.presets import get_preset
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model
@@ -33,7 +39,7 @@ from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
 
 OPTION_PREFIX = "pruner_"  # pruner_fusion=sum sets the option `fusion`
-# lmms-eval and its `llava` pass these; they play no part here.
+# lmms-eval and its `llava` pass these; they have no effect here.
 IGNORED = (
     *("max_batch_size", "device_map", "use_cache", "model_name"),
     *("truncation", "truncate_context", "tie_weights"),
@@ -53,7 +59,8 @@ class LlavaPruned(lmms):
         dtype: float16, bfloat16 or float32; by default, and for auto, the loader's.
         device, batch_size: given by lmms-eval.
 
-    Raises UserInputError for an argument that does not exist or cannot be used.
+    Raises:
+        UserInputError: an argument does not exist or cannot be used.
     """
 
     is_simple = True
@@ -87,20 +94,18 @@ class LlavaPruned(lmms):
         self.batch_size = batch_size_of(batch_size)
         dtype = dtype_of(dtype)
         device = device_of(device)
-        chosen = None if preset is None else get_preset(preset)
-        if chosen is not None:
+        if preset is not None:
             if pruner is not None or options:
                 raise UserInputError("preset= names method and options; leave pruner= out")
+            chosen = get_preset(preset)
             pruner, options = chosen.method, dict(chosen.options)
-            dtype, mm_next_protocol = (
-                dtype or chosen.dtype,
-                mm_next_protocol or chosen.mm_next_protocol,
-            )
-        if pruner is None and (options or keep_tokens is not None or keep_ratio is not None):
-            raise UserInputError("keep_tokens=, keep_ratio= and options need pruner=METHOD")
+            dtype = dtype or chosen.dtype
+            mm_next_protocol = mm_next_protocol or chosen.mm_next_protocol
         pruning = None
         if pruner is not None:
             pruning = PruningConfig(pruner, keep_tokens, keep_ratio, options)
+        elif options or keep_tokens is not None or keep_ratio is not None:
+            raise UserInputError("keep_tokens=, keep_ratio= and options need pruner=METHOD")
         accelerator = Accelerator()
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self._world_size > 1:
@@ -124,7 +129,7 @@ class LlavaPruned(lmms):
         self.conv_template = conv_template
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers in the order of the requests, `batch_size` at a time."""
+        """Answer `batch_size` requests at a time; return answers in the order of the requests."""
         answers: list[str] = []
         bar = tqdm(total=len(requests), disable=self.rank != 0, desc="answering")
         for start in range(0, len(requests), self.batch_size):
@@ -140,21 +145,21 @@ class LlavaPruned(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: tasks of this protocol generate."""
+        """Refuse: tasks of this protocol generate."""
         raise NotImplementedError("llava_pruned generates answers; this task asks for likelihoods")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not offered, as in lmms-eval's `llava`."""
+        """Refuse, as lmms-eval's `llava` does."""
         raise NotImplementedError("llava_pruned has no tasks of several rounds")
 
     def prompt_of(self, request: Instance) -> Prompt:
-        """What a request asks: (text, decoding, pictures of a document, its id, task, split)."""
+        """Read a request of (text, decoding, pictures of a document, its id, task, split)."""
         text, decoding, pictures, doc, task, split = request.args
         visuals = pictures(self.task_dict[task][split][doc])
         return Prompt(text, pictures_of(visuals, task), decoding)
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Answers to prompts; those that decode alike and have images, or have none, together."""
+        """Answer prompts; those that decode alike and have images, or have none, together."""
         answers = [""] * len(prompts)
         for places in _groups(prompts):
             texts = self._generate([prompts[place] for place in places])
@@ -194,16 +199,17 @@ class LlavaPrunedChat(LlavaPruned):
     is_simple = False
 
     def prompt_of(self, request: Instance) -> Prompt:
-        """What a request asks: (text, messages of a document, decoding, its id, task, split).
+        """Read a request of (text, messages of a document, decoding, its id, task, split).
 
-        Raises UserInputError for other media than pictures.
+        Raises:
+            UserInputError: a message shows other media than pictures.
         """
         _, messages, decoding, doc, task, split = request.args
         return read_messages(messages(self.task_dict[task][split][doc]), decoding, task)
 
 
 def manifests() -> ModelManifest:
-    """What the entry point `lmms_eval.models` hands out."""
+    """Describe the models to lmms-eval; the entry point `lmms_eval.models` calls it."""
     return ModelManifest(
         "llava_pruned",
         simple_class_path=f"{__name__}.{LlavaPruned.__name__}",
@@ -212,7 +218,7 @@ def manifests() -> ModelManifest:
 
 
 def _groups(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """Places of prompts that one call of `generate` can answer."""
+    """Yield places of prompts that one call of `generate` can answer."""
     groups: dict[tuple[bool, Sampling], list[int]] = {}
     for place, prompt in enumerate(prompts):
         groups.setdefault((bool(prompt.images), prompt.sampling), []).append(place)

@@ -1,0 +1,349 @@
+"""LLaVA's `model_vqa*`: answer a question file, over the same loop as every other run.
+
+The four programs differ in the question file they read. An interrupted command continues where it
+stopped when it is given again: what was answered lies beside the answers file, in a hidden folder,
+under a key of every setting, so that answers never mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from abc import abstractmethod
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.eval.arm_words import arm_of, saved_pruning
+from llava.eval.arms import UNPRUNED, Arm
+from llava.eval.execution import Job, execute
+from llava.eval.identity import identity
+from llava.eval.llava_scripts import AddFlags, Program, flag, path_flag
+from llava.eval.plan import Plan, chunk_of
+from llava.eval.prompts import bare_question, has_inner_marks
+from llava.eval.results import Record, RunFolder
+from llava.eval.run import add_model_flags, describe, find_models, model_of
+from llava.eval.sharding import processes
+from llava.eval.tasks.base import Benchmark, Item, TaskError
+from llava.eval.tasks.files import (
+    OPTION_LETTER,
+    OPTION_LETTER_CN,
+    check_fields,
+    check_listed,
+    image_names,
+    is_file,
+    numbered_jsonl,
+    read_bytes,
+    read_json,
+)
+from llava.eval.tasks.mmbench import (
+    LETTERS,
+    Row,
+    images_of,
+    options_of,
+    question_of,
+    read_questions,
+)
+from llava.eval.tasks.tsv import Cell, Table
+from llava.images import decode_base64, open_image
+from llava.mm_utils import get_model_name_from_path
+from llava.pixels import VIEWER
+from llava.pruning.flags import add_pruning_flags, pruning_from
+from llava.sampling import Sampling
+from llava.storage import dump_lines, write_atomically
+from llava.utils import UserInputError
+
+SUFFIXES = {"en": OPTION_LETTER, "cn": OPTION_LETTER_CN}
+
+
+class QuestionList(Benchmark):
+    """The questions of one file. Subclasses read it; scoring is left to LLaVA's own scripts.
+
+    Args:
+        file: the question file.
+        image_folder: where images are found by name.
+    """
+
+    name = "question-file"
+    title = "question file"
+    protocols = {"llava": "as the file words it"}  # noqa: RUF012
+    max_new_tokens = 1024
+    headline = ""
+    pixels = VIEWER
+
+    def __init__(self, file: Path, image_folder: Path) -> None:
+        super().__init__(file.parent)
+        self.file, self.image_folder = file, image_folder
+
+    @abstractmethod
+    def items(self) -> list[Item]:
+        """The questions; `data["prompt"]` is what answer lines repeat, `data["extra"]` goes into
+        them as it is."""
+
+    def load_image(self, name: str) -> Image.Image:
+        return open_image(self.image_folder / name, self.pixels)
+
+    def data_hash(self) -> str:
+        """SHA-256 over the question file, and its images by name and size."""
+        digest = hashlib.sha256(read_bytes(self.file))
+        for name in sorted({name for item in self.items() for name in item.images}):
+            path = self.image_folder / name
+            digest.update(f"{name} {path.stat().st_size if is_file(path) else -1}\n".encode())
+        return digest.hexdigest()
+
+
+class JsonLines(QuestionList):
+    """LLaVA's usual question file: `question_id, image, text` a line.
+
+    No image is a question of text alone. `image` may also be a list: several pictures, marked in
+    the text with `<image>` each, or not at all, in which case they stand in front of it.
+    """
+
+    def items(self) -> list[Item]:
+        items = []
+        for where, row in numbered_jsonl(self.file, ids=("question_id",), texts=("text",)):
+            images, text = image_names(row.get("image"), where), row["text"]
+            marks = text.count(DEFAULT_IMAGE_TOKEN)
+            if marks not in (0, len(images)):
+                raise TaskError(
+                    f"text in {where} marks {marks} images, and `image` names {len(images)}; mark "
+                    f"each image once with {DEFAULT_IMAGE_TOKEN}, or none"
+                )
+            words = bare_question(text)
+            if not has_inner_marks(text, len(images)):
+                text = words
+            data = {"prompt": text, "extra": {}}
+            question = words.partition("\n")[0]
+            items.append(Item(len(items), row["question_id"], images, text, question, data))
+        return items
+
+
+class ScienceQAFile(QuestionList):
+    """A JSON array of `id, [image], conversations`; the first turn is the question.
+
+    With an image, the prompt that answer lines repeat begins with its mark: the scorer tells
+    questions about images by it.
+    """
+
+    def __init__(self, file: Path, image_folder: Path, suffix: str) -> None:
+        super().__init__(file, image_folder)
+        self.suffix = suffix
+
+    def items(self) -> list[Item]:
+        rows = check_listed(
+            read_json(self.file), "question", self.file, keys=("conversations",), ids=("id",)
+        )
+        items = []
+        for index, row in enumerate(rows):
+            where = f"question {index + 1} of {self.file}"
+            turns = row["conversations"]
+            if not isinstance(turns, list) or not turns:
+                raise TaskError(f"{where} has no first turn; write it into `conversations`")
+            check_fields(turns[0], f"the first turn of {where}", texts=("value",))
+            question = bare_question(turns[0]["value"]).strip()
+            images = image_names(row.get("image"), where)
+            if len(images) > 1:
+                raise TaskError(f"image in {where} is a list; ScienceQA asks about one picture")
+            text = question + self.suffix
+            prompt = f"{DEFAULT_IMAGE_TOKEN}\n{text}" if images else text
+            data = {"prompt": prompt, "extra": {}}
+            items.append(Item(index, row["id"], images, text, question, data))
+        return items
+
+
+class MMBenchTable(QuestionList):
+    """A TSV table of `index, [hint], question, A, B, ..., image` with base64 images.
+
+    `all_rounds` asks every question once for each of its options, which move up by one each time.
+    """
+
+    def __init__(self, file: Path, suffix: str, all_rounds: bool) -> None:
+        super().__init__(file, file.parent)
+        self.suffix, self.all_rounds = suffix, all_rounds
+
+    def items(self) -> list[Item]:
+        items: list[Item] = []
+        for name, row in zip(self._table.typed("index"), self._table.rows, strict=True):
+            options = options_of(row)
+            for turn in range(len(options) if self.all_rounds else 1):
+                items.append(self._item(len(items), name, row, turn))
+        return items
+
+    def load_image(self, name: str) -> Image.Image:
+        """The image of row `name`. Raises UserInputError if its cell holds none."""
+        what = f"the image of row {name} in {self.file}"
+        return decode_base64(self._images[name], what, self.pixels)
+
+    def _item(self, place: int, name: Cell, row: Row, turn: int) -> Item:
+        """A row with its options moved up by `turn`."""
+        if row["question"] is None:
+            raise TaskError(f"row {row['index']} of {self.file} has no question")
+        options = options_of(row)
+        letters = LETTERS[: len(options)]
+        options = options[turn:] + options[:turn]
+        lines = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
+        question = question_of(row)
+        prompt = "\n".join([question, *lines])
+        extra = {
+            "before": {"round_id": turn},
+            "after": {"options": options, "option_char": [*letters[turn:], *letters[:turn]]},
+        }
+        data = {"prompt": prompt, "extra": extra}
+        key = name if isinstance(name, int) else str(row["index"])
+        images = (str(row["index"]),)
+        return Item(place, key, images, prompt + self.suffix, question, data)
+
+    @cached_property
+    def _table(self) -> Table:
+        return read_questions(self.file, columns=("question", "A", "image"))
+
+    @cached_property
+    def _images(self) -> dict[str, str]:
+        return images_of(self._table)
+
+
+def answer_file(benchmark: QuestionList, args: Namespace) -> int:
+    """Answer the questions of a chunk of the file and write LLaVA's answer lines, in its order.
+
+    Images that cannot be read give an empty `text` and the reason in `metadata`.
+    """
+    if args.batch_size < 1 or args.seed < 0 or args.workers < 0:
+        raise UserInputError("--batch-size must be at least 1, --seed and --workers at least 0")
+    find_models(args)
+    benchmark.pixels = args.pixels or benchmark.pixels
+    length = getattr(args, "max_new_tokens", benchmark.max_new_tokens)
+    sampling = Sampling(args.temperature, args.top_p, args.num_beams, length)
+    arm = asked_arm(args)
+    items = chunk_of(benchmark.items(), args.num_chunks, args.chunk_idx)
+    with processes() as group:
+        if not items:
+            group.agree(lambda: write_atomically(args.answers_file, ""))
+            return 0
+        plan = Plan.of(items, args.batch_size)
+        model = model_of(args)
+        config = describe(args, benchmark, plan, [arm], model, sampling)
+        whole = group.agree(lambda: identity(config, benchmark, args.model_path, args.model_base))
+        output = args.answers_file.with_name(f".{args.answers_file.name}.run")
+        job = Job(
+            model,
+            benchmark,
+            plan,
+            [arm],
+            sampling,
+            args.seed,
+            args.workers,
+            output,
+            whole,
+            args.command_line,
+        )
+        name = get_model_name_from_path(args.model_path)
+
+        def finish(folder: RunFolder, arms: Sequence[Arm], answers: list[Record]) -> None:
+            said = {line["index"]: line for line in answers}
+            lines = [answer_line(item, said[item.index], name) for item in items]
+            write_atomically(args.answers_file, dump_lines(lines))
+            print(f"written: {args.answers_file}")
+
+        return execute(job, group, finish)
+
+
+def answer_line(item: Item, record: Record, model: str) -> Record:
+    """A line of LLaVA's answers files."""
+    return {
+        "question_id": item.question_id,
+        **item.data["extra"].get("before", {}),
+        "prompt": item.data["prompt"],
+        "text": record["answer"],
+        **item.data["extra"].get("after", {}),
+        "answer_id": record["answer_id"],
+        "model_id": model,
+        "metadata": {"error": record["error"]} if "error" in record else {},
+    }
+
+
+def asked_arm(args: Namespace) -> Arm:
+    """The pruning of the flags, else what the checkpoint was saved with, else none."""
+    if args.visual_token_num is not None:
+        if args.keep_tokens is not None or args.keep_ratio is not None:
+            raise UserInputError("--visual_token_num and --keep-tokens are one setting; give one")
+        args.keep_tokens = args.visual_token_num
+        print(
+            f"note: --visual_token_num {args.keep_tokens} is read as --keep-tokens", file=sys.stderr
+        )
+    arm = arm_of(pruning_from(args) or saved_pruning(args.model_path))
+    # The only arm of its file: its budget is in the settings, not in the name.
+    return arm if arm.method == UNPRUNED else replace(arm, name=arm.method, label=arm.method)
+
+
+def answering(
+    name: str, *flags: AddFlags
+) -> Callable[[Callable[[Namespace], QuestionList]], Program]:
+    """Make a function that opens a question file a `Program` that answers it.
+
+    Flags are LLaVA's (some with underscores, as there), pruning flags, ours, and `flags`.
+    """
+
+    def program(questions: Callable[[Namespace], QuestionList]) -> Program:
+        return Program(
+            f"llava.eval.{name}",
+            questions.__doc__ or "",
+            (*COMMON_FLAGS, *flags),
+            lambda args: answer_file(questions(args), args),
+        )
+
+    return program
+
+
+COMMON_FLAGS = (
+    add_model_flags,
+    path_flag("--image-folder", "where images are found by name", required=False, default=Path()),
+    path_flag("--question-file"),
+    path_flag("--answers-file"),
+    flag("--num-chunks", type=int, default=1, help="split the questions into so many parts"),
+    flag("--chunk-idx", type=int, default=0, help="and answer those of this one, from 0"),
+    flag("--temperature", type=float, default=0.2, help="0 is greedy"),
+    flag("--top_p", type=float, help="sample from the likeliest tokens of this total probability"),
+    flag("--num_beams", type=int, default=1),
+    flag("--batch-size", type=int, default=1, help="questions per batch"),
+    add_pruning_flags,
+    flag("--visual_token_num", type=int, help="other name of --keep-tokens, as in CDPruner's code"),
+)
+LETTER_FLAG = flag(
+    "--single-pred-prompt", action="store_true", help="ask for the option's letter alone"
+)
+
+
+@answering("model_vqa")
+def model_vqa(args: Namespace) -> QuestionList:
+    """Answer a question file about images, at length."""
+    return JsonLines(args.question_file, args.image_folder)
+
+
+@answering("model_vqa_loader", flag("--max_new_tokens", type=int, default=128))
+def model_vqa_loader(args: Namespace) -> QuestionList:
+    """Answer a question file about images."""
+    return JsonLines(args.question_file, args.image_folder)
+
+
+@answering("model_vqa_science", LETTER_FLAG)
+def model_vqa_science(args: Namespace) -> QuestionList:
+    """Answer LLaVA's ScienceQA file."""
+    suffix = OPTION_LETTER if args.single_pred_prompt else ""
+    return ScienceQAFile(args.question_file, args.image_folder, suffix)
+
+
+@answering(
+    "model_vqa_mmbench",
+    flag("--all-rounds", action="store_true", help="ask with the options in every rotation"),
+    LETTER_FLAG,
+    flag("--lang", choices=tuple(SUFFIXES), default="en", help="of that request"),
+)
+def model_vqa_mmbench(args: Namespace) -> QuestionList:
+    """Answer one of MMBench's tables."""
+    suffix = SUFFIXES[args.lang] if args.single_pred_prompt else ""
+    return MMBenchTable(args.question_file, suffix, args.all_rounds)
