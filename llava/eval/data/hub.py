@@ -10,8 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.eval.data.layout import Dataset, Row
+from llava.eval.data.layout import Dataset
 from llava.eval.tasks.base import TaskError
+from llava.eval.tasks.files import Row
 
 
 @dataclass(frozen=True)

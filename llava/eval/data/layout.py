@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.tasks.base import TaskError
+from llava.eval.tasks.files import Row
 from llava.storage import dump_lines, write_atomically
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from llava.eval.tasks.files import (
 )
 from llava.eval.tasks.mmbench import (
     LETTERS,
-    Row,
+    TableRow,
     images_of,
     options_of,
     question_of,
@@ -179,7 +179,7 @@ class MMBenchTable(QuestionList):
         what = f"the image of row {name} in {self.file}"
         return decode_base64(self._images[name], what, self.pixels)
 
-    def _item(self, place: int, name: Cell, row: Row, turn: int) -> Item:
+    def _item(self, place: int, name: Cell, row: TableRow, turn: int) -> Item:
         """A row with its options moved up by `turn`."""
         if row["question"] is None:
             raise TaskError(f"row {row['index']} of {self.file} has no question")

@@ -103,7 +103,7 @@ def _match_text(text: str, options: Mapping[str, str]) -> str | None:
     return held[0] if len(held) == 1 else None
 
 
-Row = Mapping[str, str | None]
+TableRow = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,13 @@ def images_of(table: Table) -> dict[str, str]:
     return {row: cells.get(text, text) for row, text in cells.items()}
 
 
-def options_of(row: Row) -> list[str]:
+def options_of(row: TableRow) -> list[str]:
     """Return the options of a row up to the first that is absent."""
     cells = (row.get(letter) for letter in LETTERS)
     return [option for option in takewhile(_is_given, cells) if option is not None]
 
 
-def question_of(row: Row) -> str:
+def question_of(row: TableRow) -> str:
     """Return the question of a row, with its hint on a line before it."""
     hint, question = row.get("hint"), row["question"] or ""
     return f"{hint}\n{question}" if _is_given(hint) else question
@@ -318,7 +318,7 @@ class MMBench(Benchmark):
             return prompts
         return [turned for prompt in prompts for turned in rotate(prompt)]
 
-    def _prompt(self, row: Row, asked: Mapping[int, int], first: Mapping[str, str]) -> Prompt:
+    def _prompt(self, row: TableRow, asked: Mapping[int, int], first: Mapping[str, str]) -> Prompt:
         name = row["index"] or ""
         options = options_of(row)
         answer = row.get("answer")
