@@ -50,7 +50,7 @@ class QuestionFile(Benchmark):
     ) -> None:
         super().__init__(root, protocol)
         if image_folder is not None and not image_folder.is_dir():
-            raise TaskError(f"the image folder {image_folder} does not exist; check its path")
+            raise TaskError(f"there is no image folder {image_folder}; check --image-folder")
         own = root / "images"
         self.image_folder = image_folder or (own if own.is_dir() else None)
         self._draw: ImageLoader | None = None
