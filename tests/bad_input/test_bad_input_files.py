@@ -164,7 +164,7 @@ def test_models_that_write_captions_are_not_asked(
 BENCHMARKS: dict[str, tuple[dict[str, str], str]] = {
     "no questions": ({"questions.jsonl": ""}, r"has no questions"),
     "no JSON": ({"questions.jsonl": "{question"}, r"line 1 of .*questions\.jsonl is damaged"),
-    "no objects": ({"questions.jsonl": "[1]"}, r"line 1 of .*questions\.jsonl is not a JSON object"),
+    "no objects": ({"questions.jsonl": "[1]"}, r"line 1 of .*questions\.jsonl is not a JSON"),
     "no text": ({"questions.jsonl": '{"question_id": 1, "image": "a"}'}, r"line 1 .* lacks text"),
     "no answer": ({"answers.jsonl": ""}, r"has no answer to question 1"),
     "no manifest": ({}, r"cannot read .*manifest\.json"),
