@@ -29,7 +29,7 @@ ANSWER_SOURCES = (
     "eval/records.py",
     "eval/runner.py",
     "eval/subject.py",
-    "eval/scorers/*.py",
+    "eval/rules/*.py",
     "eval/tasks/*.py",
 )
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".model")

@@ -12,7 +12,18 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from llava.eval.tasks.base import Metric
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a benchmark: `value` and its standard error `se` (None: undefined), over n items.
+
+    `scale` is the largest possible value: 100 for percentages, 2000 for MME perception.
+    """
+
+    value: float
+    se: float | None
+    n: int
+    scale: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -34,16 +45,27 @@ def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable] | None =
     n = len(values)
     if n == 0:
         raise ValueError("no values to average")
-    names = range(n) if clusters is None else clusters
     mean = math.fsum(values) / n
-    residuals: dict[Hashable, float] = defaultdict(float)
-    for name, value in zip(names, values, strict=True):
-        residuals[name] += value - mean
-    count = len(residuals)
+    names = range(n) if clusters is None else clusters
+    se = clustered_se([value - mean for value in values], names)
+    return Estimate(mean, math.nan if se is None else se / n, n)
+
+
+def clustered_se(influences: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
+    """Standard error of any figure, by the delta method; None for fewer than two clusters.
+
+    A figure moves by u_i (`influences` [n]) when answer i does, and the answers about one image
+    (`clusters` [n]) may err together:
+        se = sqrt(G / (G - 1) * sum_g (sum_{i in g} u_i)^2)
+    over the G clusters. For a mean, u_i = (x_i - mean) / n gives `mean_estimate`.
+    """
+    sums: dict[Hashable, float] = defaultdict(float)
+    for cluster, influence in zip(clusters, influences, strict=True):
+        sums[cluster] += influence
+    count = len(sums)
     if count < 2:
-        return Estimate(mean, math.nan, n)
-    squares = math.fsum(residual**2 for residual in residuals.values())
-    return Estimate(mean, math.sqrt(count / (count - 1) * squares) / n, n)
+        return None
+    return math.sqrt(count / (count - 1) * math.fsum(total**2 for total in sums.values()))
 
 
 def paired_difference(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llava.constants import OPTION_LETTER, SHORT_ANSWER, UNANSWERABLE
 from llava.model.multimodal_encoder.clip_text import has_text_tower, text_tower_of
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.pruning.config import PruningConfig
@@ -22,13 +23,7 @@ logger = logging.getLogger(__name__)
 INSTRUCTION_EXTRAS = ("clip_image", "clip_text", "question_embeddings")
 
 # What LLaVA's evaluation prompts say of the form of the answer, not of the image.
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-OPTION_LETTER = "Answer with the option's letter from the given choices directly."
-ANSWER_FORMATS = (
-    SHORT_ANSWER,
-    OPTION_LETTER,
-    "When the provided information is insufficient, respond with 'Unanswerable'.",
-)
+ANSWER_FORMATS = (SHORT_ANSWER, OPTION_LETTER, UNANSWERABLE)
 
 # Our own list: words that name nothing in an image.
 _CONTENT_STOP_WORDS = """

@@ -39,19 +39,19 @@ def write(path: Path, *rows: Any) -> Path:
 
 # Each of these was asked or answered as something else, or ended in a traceback.
 QUESTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "no text": ({"text": None}, r"text in line 3 of .* is no text but null"),
-    "number as text": ({"text": 7}, r"text in line 3 of .* is no text but 7"),
-    "list as text": ({"text": ["a", "b"]}, r'text in line 3 of .* is no text but \["a", "b"\]'),
+    "no text": ({"text": None}, r"text in line 3 of .* must be text, not null"),
+    "number as text": ({"text": 7}, r"text in line 3 of .* must be text, not 7"),
+    "list as text": ({"text": ["a", "b"]}, r'text in line 3 of .* must be text, not \["a", "b"\]'),
     "half a character": ({"text": "\ud800"}, r"text in line 3 of .* surrogate"),
-    "id null": ({"question_id": None}, r"question_id in line 3 of .* whole number but null"),
-    "id true": ({"question_id": True}, r"question_id in line 3 of .* whole number but true"),
-    "id list": ({"question_id": [1]}, r"question_id in line 3 of .* whole number but \[1\]"),
-    "id broken": ({"question_id": 1.5}, r"question_id in line 3 of .* whole number but 1\.5"),
-    "image number": ({"image": 0}, r"image in line 3 of .* but 0$"),
-    "image false": ({"image": False}, r"image in line 3 of .* but false$"),
-    "image object": ({"image": {"path": "a"}}, r'image in line 3 of .* but {"path": "a"}$'),
-    "list of lists": ({"image": [["a.png"]]}, r"image in line 3 of .* list of names, but"),
-    "list with null": ({"image": ["a.png", None]}, r"image in line 3 of .* list of names, but"),
+    "id null": ({"question_id": None}, r"question_id in line 3 of .* whole number, not null"),
+    "id true": ({"question_id": True}, r"question_id in line 3 of .* whole number, not true"),
+    "id list": ({"question_id": [1]}, r"question_id in line 3 of .* whole number, not \[1\]"),
+    "id broken": ({"question_id": 1.5}, r"question_id in line 3 of .* whole number, not 1\.5"),
+    "image number": ({"image": 0}, r"image in line 3 of .* not 0$"),
+    "image false": ({"image": False}, r"image in line 3 of .* not false$"),
+    "image object": ({"image": {"path": "a"}}, r'image in line 3 of .* not {"path": "a"}$'),
+    "list of lists": ({"image": [["a.png"]]}, r"image in line 3 of .* list of names, not"),
+    "list with null": ({"image": ["a.png", None]}, r"image in line 3 of .* list of names, not"),
     "too few marks": (
         {"image": ["a.png", "b.png"], "text": "<image>\nWhich?"},
         r"text in line 3 of .* marks 1 images, and `image` names 2",
@@ -117,13 +117,13 @@ SCIENCE = {"id": "1", "image": "a.png", "conversations": [{"from": "human", "val
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": None}, "id in question 2 of .* but null"),
+        ({"id": None}, "id in question 2 of .* not null"),
         ({"image": ["a", "b"]}, "image in question 2 of .* is a list"),
-        ({"image": 5}, "image in question 2 of .* but 5"),
+        ({"image": 5}, "image in question 2 of .* not 5"),
         ({"conversations": []}, "question 2 of .* has no first turn"),
         ({"conversations": {}}, "question 2 of .* has no first turn"),
-        ({"conversations": ["Which?"]}, "first turn of question 2 of .* is no JSON object"),
-        ({"conversations": [{"value": None}]}, "value in the first turn of question 2 .* but null"),
+        ({"conversations": ["Which?"]}, "first turn of question 2 of .* is not a JSON object"),
+        ({"conversations": [{"value": None}]}, "value in the first turn of question 2 .* not null"),
     ],
 )
 def test_science_questions(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -135,12 +135,12 @@ def test_science_questions(tmp_path: Path, change: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("questions.jsonl", {"text": None}, "text in line 1 of .* but null"),
-        ("questions.jsonl", {"image": ["a"]}, r'image in line 1 of .* but \["a"\]'),
-        ("questions.jsonl", {"question_id": None}, "question_id in line 1 of .* but null"),
-        ("questions.jsonl", {"category": {}}, "category in .* but {}"),
-        ("answers.jsonl", {"answer": None}, "answer in line 1 of .* but null"),
-        ("answers.jsonl", {"answer": [1]}, r"answer in line 1 of .* but \[1\]"),
+        ("questions.jsonl", {"text": None}, "text in line 1 of .* not null"),
+        ("questions.jsonl", {"image": ["a"]}, r'image in line 1 of .* not \["a"\]'),
+        ("questions.jsonl", {"question_id": None}, "question_id in line 1 of .* not null"),
+        ("questions.jsonl", {"category": {}}, "category in .* not {}"),
+        ("answers.jsonl", {"answer": None}, "answer in line 1 of .* not null"),
+        ("answers.jsonl", {"answer": [1]}, r"answer in line 1 of .* not \[1\]"),
     ],
 )
 def test_llava_tiny(tmp_path: Path, file: str, change: dict[str, Any], message: str) -> None:
@@ -177,27 +177,33 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES: list[tuple[str, str, tuple[Any, ...], Any, str]] = [
-    ("mmmu", "mmmu/validation.jsonl", (0, "answer"), None, "answer of question .* but None"),
-    ("mmmu", "mmmu/validation.jsonl", (0, "answer"), [None], "answer of question .* but None"),
-    ("mmmu", "mmmu/validation.jsonl", (0, "options"), ["a", None], "an option of .* but None"),
+    ("mmmu", "mmmu/validation.jsonl", (0, "answer"), None, "answer of question .* not None"),
+    ("mmmu", "mmmu/validation.jsonl", (0, "answer"), [None], "answer of question .* not None"),
+    ("mmmu", "mmmu/validation.jsonl", (0, "options"), ["a", None], "an option of .* not None"),
     ("mmmu", "mmmu/validation.jsonl", (0, "question_type"), None, "question_type of .* is null"),
-    ("mmmu", "mmmu/validation.jsonl", (0, "question"), None, "question in line 1 .* but null"),
-    ("mmmu", "mmmu/validation.jsonl", (0, "id"), True, "id in line 1 .* but true"),
-    ("pope", "pope/llava_pope_test.jsonl", (2, "text"), None, "text in line 3 .* but null"),
-    ("pope", "pope/llava_pope_test.jsonl", (2, "image"), ["a"], "image in line 3 .* but"),
+    ("mmmu", "mmmu/validation.jsonl", (0, "question"), None, "question in line 1 .* not null"),
+    ("mmmu", "mmmu/validation.jsonl", (0, "id"), True, "id in line 1 .* not true"),
+    ("pope", "pope/llava_pope_test.jsonl", (2, "text"), None, "text in line 3 .* not null"),
+    ("pope", "pope/llava_pope_test.jsonl", (2, "image"), ["a"], "image in line 3 .* not"),
     ("pope", "pope/llava_pope_test.jsonl", (2, "question_id"), True, "question_id in line 3"),
-    ("vizwiz", "vizwiz/llava_test.jsonl", (0, "image"), None, "image in line 1 .* but null"),
+    ("vizwiz", "vizwiz/llava_test.jsonl", (0, "image"), None, "image in line 1 .* not null"),
     (
         "llava-bench",
         "llava-bench-in-the-wild/questions.jsonl",
         (0, "category"),
         [1],
-        r"category of question .* but \[1\]",
+        r"category of question .* not \[1\]",
     ),
     ("scienceqa", "scienceqa/problems.json", ("1", "answer"), 1.0, "problem 1 .* is damaged"),
     ("scienceqa", "scienceqa/problems.json", ("1", "answer"), True, "problem 1 .* is damaged"),
-    ("scienceqa", "scienceqa/llava_test_CQM-A.json", (0, "image"), ["a", "b"], "but a list"),
-    ("scienceqa", "scienceqa/llava_test_CQM-A.json", (0, "image"), False, "but false"),
+    (
+        "scienceqa",
+        "scienceqa/llava_test_CQM-A.json",
+        (0, "image"),
+        ["a", "b"],
+        "image in .* is a list",
+    ),
+    ("scienceqa", "scienceqa/llava_test_CQM-A.json", (0, "image"), False, "not false"),
     (
         "textvqa",
         "textvqa/TextVQA_0.5.1_val.json",
@@ -217,14 +223,14 @@ CASES: list[tuple[str, str, tuple[Any, ...], Any, str]] = [
         "seed_bench/SEED-Bench.json",
         ("questions", 0, "answer"),
         3,
-        "answer in question 1 .* is no text but 3",
+        "answer in question 1 .* must be text, not 3",
     ),
     (
         "gqa",
         "gqa/data/testdev_balanced_questions.json",
         ("200000000", "isBalanced"),
         "false",
-        "isBalanced of question 200000000 .* not true or false",
+        "isBalanced of question 200000000 .* must be true or false",
     ),
 ]
 

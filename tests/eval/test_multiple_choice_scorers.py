@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.converters import mmbench
 from llava.eval.llava_scripts.convert import convert_mmvet, convert_seed_bench
 from llava.eval.llava_scripts.score import eval_science_qa
-from llava.eval.scorers.mmbench import circular, match_option
-from llava.eval.scorers.science_qa import FAILED, judge, parse_letter
-from llava.eval.tasks.tsv import read_table
+from llava.eval.tasks.base import TaskError
+from llava.eval.tasks.mmbench import circular, match_option
+from llava.eval.tasks.scienceqa import FAILED, judge, parse_letter
+from llava.eval.tasks.tsv import read_table, write_xlsx
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,7 +85,7 @@ def test_science_qa_without_images_has_no_image_accuracy(
     [
         (['{"question_id": "100", "prompt": "", "text": "A"}'] * 2, "100 twice"),
         (['{"question_id": "no", "prompt": "", "text": "A"}'], "not in .*problems.json"),
-        (['{"question_id": "100", "prompt": "", "text": null}'], "is no text"),
+        (['{"question_id": "100", "prompt": "", "text": null}'], "must be text"),
         (['{"question_id": "100", "text": "A"}'], "lacks prompt"),
         (['{"question_id": "100", "prom'], "line 1 of .* is damaged"),
     ],
@@ -167,7 +167,7 @@ def test_mmbench_golden(convert: Path, tmp_path: Path) -> None:
 
 def test_mmbench_keeps_text_that_looks_like_a_formula(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed (llava[eval])")
-    mmbench.write_xlsx(tmp_path / "a.xlsx", ["x"], [["=1+1"], ["a\x00b"], [3]])
+    write_xlsx(tmp_path / "a.xlsx", ["x"], [["=1+1"], ["a\x00b"], [3]])
     sheet = openpyxl.load_workbook(tmp_path / "a.xlsx").active
     assert [cell.data_type for cell in sheet["A"]] == ["s", "s", "s", "n"]
     assert [cell.value for cell in sheet["A"]] == ["x", "=1+1", "ab", 3]
@@ -177,8 +177,8 @@ def test_mmbench_without_openpyxl_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(mmbench.TaskError, match=r"pip install 'llava\[eval\]'"):
-        mmbench.write_xlsx(tmp_path / "a.xlsx", ["x"], [])
+    with pytest.raises(TaskError, match=r"pip install 'llava\[eval\]'"):
+        write_xlsx(tmp_path / "a.xlsx", ["x"], [])
 
 
 OPTIONS = {"A": "a red car", "B": "a blue car", "C": "no car"}
@@ -237,5 +237,5 @@ def test_tables_read_cells_as_published(tmp_path: Path) -> None:
 def test_damaged_tables(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "a.tsv"
     path.write_text(text)
-    with pytest.raises(mmbench.TaskError, match=message):
+    with pytest.raises(TaskError, match=message):
         read_table(path, columns=("index",))

@@ -208,7 +208,7 @@ def test_sources_that_make_answers_are_hashed() -> None:
         "pruning/methods/zoo.py",
         "eval/runner.py",
         "eval/prompts.py",
-        "eval/scorers/exact_match.py",
+        "eval/rules/exact_match.py",
     } <= files
     assert "eval/tables.py" not in files
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from llava.eval.llava_scripts import score
-from llava.eval.scorers import evalai, gqa, mme, pope, textvqa
-from llava.eval.scorers.uncertainty import clustered_se, ratio_influences
-from llava.eval.scorers.vqa_accuracy import agreement, textvqa_accuracy, vqav2_accuracy
-from llava.eval.stats import mean_estimate
+from llava.eval.rules import vqa
+from llava.eval.rules.vqa import agreement, textvqa_accuracy, vqav2_accuracy
+from llava.eval.stats import clustered_se, mean_estimate
+from llava.eval.tasks import gqa, mme, pope, textvqa
+from llava.eval.tasks.base import Item
+from llava.eval.tasks.pope import ratio_influences
 from llava.utils import UserInputError
 
 
@@ -32,17 +34,17 @@ class TestEvalAI:
     def test_every_recorded_text(self, scorers: Path) -> None:
         entries = load(scorers / "textvqa" / "answer_processor.json")
         assert len(entries) == 220
-        wrong = [row for row in entries if evalai.normalise(row["input"]) != row["output"]]
+        wrong = [row for row in entries if vqa.normalise(row["input"]) != row["output"]]
         assert wrong == []
 
     def test_the_two_accidents(self) -> None:
-        assert evalai.normalise("3.") == "3"  # a look-behind that worked would keep this period
-        assert evalai.normalise("x." * 40) == "x" * 33 + ".x" * 7 + "."
+        assert vqa.normalise("3.") == "3"  # a look-behind that worked would keep this period
+        assert vqa.normalise("x." * 40) == "x" * 33 + ".x" * 7 + "."
 
     def test_marks_go_or_become_spaces(self) -> None:
-        assert evalai.strip_punctuation("left-right") == "left right"
-        assert evalai.strip_punctuation("left-right - up") == "leftright  up"
-        assert evalai.strip_punctuation("left-right 1,000") == "leftright 1000"
+        assert vqa.strip_punctuation("left-right") == "left right"
+        assert vqa.strip_punctuation("left-right - up") == "leftright  up"
+        assert vqa.strip_punctuation("left-right 1,000") == "leftright 1000"
 
 
 class TestVqaAccuracy:
@@ -54,7 +56,7 @@ class TestVqaAccuracy:
         for row in recorded["entries"]:
             scores.append(textvqa_accuracy(row["pred_answer"], row["gt_answers"]))
             assert scores[-1] == pytest.approx(row["score"], rel=1e-12)
-            answers = [evalai.normalise(answer) for answer in row["gt_answers"]]
+            answers = [vqa.normalise(answer) for answer in row["gt_answers"]]
             for answer, value in row["unique_answer_scores"].items():
                 assert agreement(answer, answers) == pytest.approx(value, rel=1e-12)
         assert len(scores) == 60
@@ -120,7 +122,7 @@ class TestTextVqaCommand:
     def test_ten_answers_are_needed(self) -> None:
         row = {"image_id": "a", "question": "Q?", "answers": ["x"] * 10}
         assert textvqa.answers_by_question([row]) == {("a", "q?"): ["x"] * 10}
-        with pytest.raises(UserInputError, match="annotation 1 holds 9 answers"):
+        with pytest.raises(UserInputError, match="annotation 1 has 9 answers"):
             textvqa.answers_by_question([row | {"answers": ["x"] * 9}])
         with pytest.raises(UserInputError, match="annotation 1 lacks"):
             textvqa.answers_by_question([{"image_id": "a"}])
@@ -251,34 +253,28 @@ class TestPope:
 
 
 class TestGqa:
-    QUESTIONS = {  # noqa: RUF012
-        "1": {
-            "isBalanced": True,
-            "answer": "yes",
-            "imageId": "a",
-            "types": {"structural": "verify"},
-        },
-        "2": {
-            "isBalanced": True,
-            "answer": "cat",
-            "imageId": "a",
-            "types": {"structural": "query"},
-        },
-        "3": {"isBalanced": False, "answer": "x", "imageId": "b", "types": {"structural": "query"}},
-    }
+    def items(self) -> list[Item]:
+        answers, kinds = ("yes", "cat", "x"), ("verify", "query", "query")
+        data = [
+            {"isBalanced": index < 2, "answer": answers[index], "types": {"structural": kind}}
+            for index, kind in enumerate(kinds)
+        ]
+        return [Item(i, f"{i}", ("a", "a", "b")[i], "?", "?", row) for i, row in enumerate(data)]
 
     def test_only_balanced_questions_count_and_only_exact_matches(self) -> None:
-        found = gqa.judge(self.QUESTIONS, {"1": "yes", "2": "a cat"})
-        assert [(row.question_id, row.open, row.correct) for row in found] == [
-            ("1", False, 1.0),
-            ("2", True, 0.0),
-        ]
+        benchmark = gqa.GQA(Path())
+        found = benchmark.score(self.items(), ["yes", "a cat", "x"])
+        assert {name: (metric.value, metric.n) for name, metric in found.items()} == {
+            "accuracy": (50, 2),
+            "binary": (100, 1),
+            "open": (0, 1),
+        }
+        assert [benchmark.item_score(item, "x") for item in self.items()] == [0, 0, None]
 
     def test_a_missing_prediction_stops_everything(self) -> None:
-        with pytest.raises(
-            UserInputError, match="for 1 of 2 balanced GQA questions, the first is 2"
-        ):
-            gqa.judge(self.QUESTIONS, {"1": "yes", "3": "x"})
+        """One figure over the rest would not be GQA's."""
+        with pytest.raises(ValueError, match="shorter"):
+            gqa.GQA(Path()).score(self.items(), ["yes", "cat"])
 
     @pytest.mark.parametrize(
         ("text", "expected"), [("Yes.", "yes"), ("A dog..", "a dog"), ("...", ""), (" No", " no")]

@@ -308,7 +308,9 @@ class TestMme:
         task = open_task("mme")
         path = tmp_path / "MME/MME_Benchmark_release_version/code_reasoning/000026.txt"
         path.write_text("Good? Please answer yes or no. Yes\n")
-        with pytest.raises(TaskError, match=r"line 1 of .* is no question, tab and Yes or No"):
+        with pytest.raises(
+            TaskError, match=r"line 1 of .* must be a question, a tab and Yes or No"
+        ):
             task.items()
         path.write_bytes(b"\xff")
         with pytest.raises(TaskError, match="is damaged, it is not UTF-8"):
@@ -342,13 +344,13 @@ class TestBadInput:
             open_task(name).items()
         if path.suffix == ".jsonl":
             path.write_text("\n")
-            with pytest.raises(TaskError, match=rf"{path.name} holds no question"):
+            with pytest.raises(TaskError, match=rf"{path.name} has no questions"):
                 open_task(name).items()
             path.write_text('{"question_id": [1], "image": "a", "text": "b"}')
-            with pytest.raises(TaskError, match=r"question_id in line 1 of .* but \[1\]"):
+            with pytest.raises(TaskError, match=r"question_id in line 1 of .* not \[1\]"):
                 open_task(name).items()
             path.write_text('{"question_id": 1, "image": 7, "text": "b"}')
-            with pytest.raises(TaskError, match=r"image in line 1 of .* is no text but 7"):
+            with pytest.raises(TaskError, match=r"image in line 1 of .* must be text, not 7"):
                 open_task(name).items()
 
     @pytest.mark.parametrize("name", ["gqa", "vqav2", "textvqa", "pope"])
@@ -364,7 +366,7 @@ class TestBadInput:
     def test_repeated_ids(self, open_task: Open, name: str) -> None:
         path = open_task(name).question_file()
         path.write_text(path.read_text() + path.read_text().splitlines()[0])
-        with pytest.raises(TaskError, match=r"holds question_id .* twice"):
+        with pytest.raises(TaskError, match=r"has question_id .* twice"):
             open_task(name).items()
 
     @pytest.mark.parametrize("protocol", ["val", "test-dev"])
@@ -376,14 +378,14 @@ class TestBadInput:
             path.write_text(json.dumps(content))
         else:
             path.write_text(path.read_text() * 2)
-        with pytest.raises(TaskError, match=r"holds question_id .* twice"):
+        with pytest.raises(TaskError, match=r"has question_id .* twice"):
             open_task("vqav2", protocol).items()
 
     @pytest.mark.parametrize(
         ("name", "protocol", "message"),
         [
-            ("gqa", None, "holds 1 question ids that are not in .*first is '99'"),
-            ("vqav2", "test-dev", "holds 1 question ids that are not in .*first is 99"),
+            ("gqa", None, "has 1 question ids that are not in .*first is '99'"),
+            ("vqav2", "test-dev", "has 1 question ids that are not in .*first is 99"),
             ("textvqa", None, "no TextVQA annotation of image '99'"),
         ],
     )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llava.eval.converters import gqa, mmbench, mme, mmvet, seed_bench, vizwiz, vqav2
-from llava.eval.converters.answers import (
+from llava.eval.llava_scripts import flag, path_flag, program
+from llava.eval.tasks import gqa, mmbench, mme, open_ended, seed_bench, vizwiz, vqav2
+from llava.eval.tasks.base import TaskError
+from llava.eval.tasks.files import (
+    check_ids,
     question_key,
     read_answers,
     read_intact_answers,
-    write_json,
+    read_jsonl,
 )
-from llava.eval.llava_scripts import flag, path_flag, program
-from llava.eval.results import write_atomically
-from llava.eval.scorers.seed_bench import is_correct
-from llava.eval.tasks.base import TaskError
-from llava.eval.tasks.files import check_ids, read_jsonl
-from llava.eval.tasks.tsv import read_table
+from llava.eval.tasks.tsv import read_table, write_xlsx
+from llava.storage import write_atomically
 
 
 def texts_of(answers: Path) -> dict[Any, str]:
@@ -51,7 +51,7 @@ def convert_mme(args: Namespace) -> None:
 )
 def convert_gqa(args: Namespace) -> None:
     """Write the predictions that GQA's evaluation script takes."""
-    write_json(args.dst, gqa.predictions(read_answers(args.src).values()))
+    write_atomically(args.dst, json.dumps(gqa.predictions(read_answers(args.src).values())))
 
 
 @program(
@@ -68,7 +68,7 @@ def convert_mmbench(args: Namespace) -> None:
     answers = texts_of(results)
     check_ids(answers, table.typed("index"), results, args.annotation_file)
     columns, rows = mmbench.sheet(table, answers)
-    mmbench.write_xlsx(args.upload_dir / f"{args.experiment}.xlsx", columns, rows)
+    write_xlsx(args.upload_dir / f"{args.experiment}.xlsx", columns, rows)
 
 
 @program(
@@ -80,7 +80,7 @@ def convert_mmvet(args: Namespace) -> None:
     """Write the JSON file that MM-Vet's GPT-4 grader takes."""
     rows = read_answers(args.src).values()
     answers = ((row["question_id"], row["text"]) for row in rows)
-    write_atomically(args.dst, mmvet.submission(answers))
+    write_atomically(args.dst, open_ended.mmvet_submission(answers))
 
 
 @program(
@@ -96,7 +96,7 @@ def convert_seed_bench(args: Namespace) -> None:
     known = [question_key(row["question_id"]) for row in questions]
     check_ids(answers, known, args.result_file, args.annotation_file)
     right = [
-        name in answers and is_correct(answers[name], question["answer"])
+        name in answers and seed_bench.is_correct(answers[name], question["answer"])
         for name, question in zip(known, questions, strict=True)
     ]
     print(*seed_bench.report(questions, types, right), sep="\n")
@@ -121,7 +121,7 @@ def convert_vizwiz(args: Namespace) -> None:
     results, damaged = read_intact_answers(args.result_file)
     split = read_jsonl(args.annotation_file, ids=("question_id",), texts=("image",))
     print(f"total results: {len(results)}, total split: {len(split)}, error_line: {damaged}")
-    write_json(args.result_upload_file, vizwiz.submission(split, results))
+    write_atomically(args.result_upload_file, json.dumps(vizwiz.submission(split, results)))
 
 
 @program(
@@ -143,4 +143,4 @@ def convert_vqav2(args: Namespace) -> None:
     )
     print(f"total results: {len(results)}, total split: {len(split)}, error_line: {damaged}")
     target = args.dir / "answers_upload" / args.split / f"{args.ckpt}.json"
-    write_json(target, vqav2.submission(split, results))
+    write_atomically(target, json.dumps(vqav2.submission(split, results)))

@@ -8,23 +8,20 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.converters.answers import Row, read_answers
-from llava.eval.converters.mme import read_lines
 from llava.eval.llava_scripts import flag, path_flag, program
-from llava.eval.results import write_atomically
-from llava.eval.scorers import mme, pope, science_qa
-from llava.eval.scorers.textvqa import answers_by_question, answers_for
-from llava.eval.scorers.vqa_accuracy import textvqa_accuracy
+from llava.eval.rules.vqa import textvqa_accuracy
+from llava.eval.tasks import mme, pope, scienceqa, textvqa
 from llava.eval.tasks.base import Metric, TaskError
 from llava.eval.tasks.files import (
+    Row,
+    as_json,
     check_ids,
     index_by,
     numbered_jsonl,
-    read_json,
+    read_answers,
     read_jsonl,
-    shown,
 )
-from llava.eval.tasks.scienceqa import read_split
+from llava.storage import write_atomically
 
 MME_TYPES = {"Perception": mme.PERCEPTION, "Cognition": mme.COGNITION}
 LABELS_PREFIX, LABELS_SUFFIX = "coco_pope_", ".json"
@@ -44,7 +41,7 @@ def eval_mme(args: Namespace) -> None:
 
 def mme_score(path: Path) -> Metric:
     """Score one category from lines "file, question, truth, answer", two after two an image."""
-    lines = enumerate(read_lines(path), start=1)
+    lines = enumerate(mme.read_lines(path), start=1)
     right = [_is_right(line, f"line {number} of {path}") for number, line in lines]
     if len(right) % 2:
         raise TaskError(f"{path} holds {len(right)} lines; MME asks two questions about an image")
@@ -119,7 +116,7 @@ def _confusion(answers: Sequence[Row], path: Path, result_file: Path) -> pope.Co
     labels: list[pope.Answer] = []
     for where, row in numbered_jsonl(path, keys=("label",)):
         if row["label"] not in ("yes", "no"):
-            raise TaskError(f"label in {where} is {shown(row['label'])}; use yes or no")
+            raise TaskError(f"label in {where} is {as_json(row['label'])}; use yes or no")
         labels.append(row["label"])
     if len(labels) != len(answers) or not labels:
         raise TaskError(
@@ -161,18 +158,18 @@ def print_pope(category: str, confusion: pope.Confusion) -> None:
     path_flag("--output-file", "right and wrong answers"),
     path_flag("--output-result", "summary"),
     flag("--split", default="test"),
-    flag("--options", type=list, default=science_qa.LETTERS, metavar="ABCDE"),
+    flag("--options", type=list, default=scienceqa.LETTERS, metavar="ABCDE"),
 )
 def eval_science_qa(args: Namespace) -> None:
     """Score a ScienceQA answer file: print LLaVA's line and write its two result files."""
-    problems, split = read_split(args.base_dir, args.split)
+    problems, split = scienceqa.read_split(args.base_dir, args.split)
     rows = read_answers(args.result_file, texts=("prompt",)).values()
     answers = {str(row["question_id"]): row for row in rows}
     check_ids(answers, problems, args.result_file, args.base_dir / "problems.json")
-    analysis, summary = science_qa.evaluate(problems, split, answers, args.options)
+    analysis, summary = scienceqa.evaluate(problems, split, answers, args.options)
     write_atomically(args.output_file, json.dumps(analysis, indent=2))
     write_atomically(args.output_result, json.dumps(summary, indent=2))
-    images = science_qa.image_accuracy(analysis)
+    images = scienceqa.image_accuracy(analysis)
     print(
         f"Total: {summary['count']}, Correct: {summary['correct']}, "
         f"Accuracy: {summary['acc']:.2f}%, "
@@ -209,14 +206,11 @@ def print_textvqa(annotation_file: Path, result_file: Path) -> None:
 
 def textvqa_accuracies(annotation_file: Path, result_file: Path) -> list[float]:
     """Score every answer in [0, 1], in the order of the file."""
-    content = read_json(annotation_file)
-    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        raise TaskError(f"{annotation_file} must list annotations under `data`")
-    known = answers_by_question(content["data"], annotation_file)
+    known = textvqa.read_annotations(annotation_file)
     rows = read_jsonl(result_file, ids=("question_id",), texts=("prompt", "text"))
     if not rows:
         raise TaskError(f"{result_file} has no answers")
     return [
-        textvqa_accuracy(row["text"], answers_for(known, row["question_id"], row["prompt"]))
+        textvqa_accuracy(row["text"], textvqa.answers_for(known, row["question_id"], row["prompt"]))
         for row in rows
     ]

@@ -26,10 +26,10 @@ from llava.eval.identity import identity
 from llava.eval.llava_scripts import AddFlags, Program, flag, path_flag
 from llava.eval.plan import Plan, chunk_of
 from llava.eval.prompts import bare_question, has_inner_marks
-from llava.eval.results import Record, RunFolder, dump_lines, write_atomically
+from llava.eval.results import Record, RunFolder
 from llava.eval.run import add_model_flags, describe, find_models, model_of
 from llava.eval.sharding import processes
-from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
+from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.eval.tasks.files import (
     OPTION_LETTER,
     OPTION_LETTER_CN,
@@ -43,7 +43,7 @@ from llava.eval.tasks.files import (
 )
 from llava.eval.tasks.mmbench import (
     LETTERS,
-    Row,
+    TableRow,
     images_of,
     options_of,
     question_of,
@@ -55,6 +55,7 @@ from llava.mm_utils import get_model_name_from_path
 from llava.pixels import VIEWER
 from llava.pruning.flags import add_pruning_flags, pruning_from
 from llava.sampling import Sampling
+from llava.storage import dump_lines, write_atomically
 from llava.utils import UserInputError
 
 SUFFIXES = {"en": OPTION_LETTER, "cn": OPTION_LETTER_CN}
@@ -96,12 +97,6 @@ class QuestionList(Benchmark):
             path = self.image_folder / name
             digest.update(f"{name} {path.stat().st_size if is_file(path) else -1}\n".encode())
         return digest.hexdigest()
-
-    def item_score(self, item: Item, answer: str) -> None:
-        return None
-
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
-        return {}
 
 
 class JsonLines(QuestionList):
@@ -190,7 +185,7 @@ class MMBenchTable(QuestionList):
         what = f"the image of row {name} in {self.file}"
         return decode_base64(self._images[name], what, self.pixels)
 
-    def _item(self, place: int, name: Cell, row: Row, turn: int) -> Item:
+    def _item(self, place: int, name: Cell, row: TableRow, turn: int) -> Item:
         """Make the question of a row with its options moved up by `turn`."""
         if row["question"] is None:
             raise TaskError(f"row {row['index']} of {self.file} has no question")

@@ -12,5 +12,5 @@ def normalise(text: str) -> str:
 
 
 def is_correct(generated: str, expected: str) -> bool:
-    """Whether both texts are the same after `normalise`."""
+    """Tell whether both texts are the same after `normalise`."""
     return normalise(generated) == normalise(expected)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from llava.eval.preparation.layout import Layout
+from llava.eval.data.layout import Layout
 from llava.eval.tasks.base import TaskError
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
@@ -26,7 +26,7 @@ class Store:
     read: Callable[[str], bytes]
 
     def find(self, wanted: str, parts: int = 1) -> str | None:
-        """The stored file that `wanted` (a path below the data root) is; None if there is none.
+        """Return the stored file that `wanted` (a path below the data root) is, or None.
 
         Its last `parts` names are those of `wanted`. Of several it is the one that shares most
         folders with `wanted`, counted from the file upwards; the first such one.
@@ -38,7 +38,7 @@ class Store:
         return best if best is not None and shared[best] >= parts else None
 
     def below(self, folder: str) -> Iterator[tuple[str, str]]:
-        """(stored name, path below `folder`) of everything in a folder of this name."""
+        """Yield (stored name, path below `folder`) of everything in a folder of this name."""
         for name in self.names:
             _, mark, rest = f"/{name}".partition(f"/{folder}/")
             if mark:
@@ -54,7 +54,7 @@ class Store:
 
 @contextmanager
 def open_store(path: Path) -> Iterator[Store]:
-    """The files of a folder, a .zip or a .tar (also compressed). Raises TaskError for others."""
+    """Open a folder, a .zip or a .tar (also compressed). Raises TaskError for anything else."""
     try:
         if path.is_dir():
             found = (file for file in sorted(path.rglob("*")) if file.is_file())
@@ -69,7 +69,9 @@ def open_store(path: Path) -> Iterator[Store]:
                 members = {entry.name: entry for entry in tar.getmembers() if entry.isfile()}
                 yield Store(tuple(members), lambda name: _extract(tar, members[name]))
         elif path.is_file() and path.suffix in ARCHIVES:
-            raise TaskError(f"{path} is damaged or cut short, it is no archive; download it again")
+            raise TaskError(
+                f"{path} is damaged or cut short, it is not an archive; download it again"
+            )
         elif path.is_file():
             yield Store((path.name,), lambda _: path.read_bytes())
         else:
@@ -78,32 +80,35 @@ def open_store(path: Path) -> Iterator[Store]:
         raise TaskError(f"{path} is damaged or cut short ({error}); download it again") from error
 
 
-def take_files(store: Store, files: Iterable[str], tree: str | None, layout: Layout) -> int:
-    """Put what `store` holds of `files` and `tree` below the data root; returns how many."""
-    found = {name: source for name in files if (source := store.find(name)) is not None}
+def take_files(store: Store, files: Iterable[Path], tree: Path | None, layout: Layout) -> int:
+    """Put what `store` has of `files` and `tree` below the data root; return how many."""
+    found = {
+        path: source
+        for path in files
+        if (source := store.find(path.relative_to(layout.root).as_posix())) is not None
+    }
     if tree is not None:
-        found |= {
-            f"{tree}/{rest}": source for source, rest in store.below(PurePosixPath(tree).name)
-        }
+        found |= {tree / rest: source for source, rest in store.below(tree.name)}
     for target, source in found.items():
         layout.write(target, store.read(source))
     return len(found)
 
 
-def take_images(store: Store, folder: str, names: Iterable[str], layout: Layout) -> int:
-    """Put those images of `folder` (below the data root) that `store` holds; returns how many."""
+def take_images(store: Store, folder: Path, names: Iterable[str], layout: Layout) -> int:
+    """Put those images of `folder` that `store` has below the data root; return how many."""
     count = 0
     for name in names:
         # all of the name must fit: ScienceQA calls every image image.png
-        source = store.find(f"{folder}/{name}", parts=len(PurePosixPath(name).parts))
+        wanted = (folder / name).relative_to(layout.root).as_posix()
+        source = store.find(wanted, parts=len(PurePosixPath(name).parts))
         if source is not None:
-            layout.write(f"{folder}/{name}", store.read(source))
+            layout.write(folder / name, store.read(source))
             count += 1
     return count
 
 
 def _shared(one: PurePosixPath, other: PurePosixPath) -> int:
-    """How many parts the two have in common at their ends."""
+    """Count the parts that the two have in common at their ends."""
     count = 0
     for left, right in zip(reversed(one.parts), reversed(other.parts), strict=False):
         if left != right:
@@ -115,6 +120,6 @@ def _shared(one: PurePosixPath, other: PurePosixPath) -> int:
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     handle = tar.extractfile(member)
     if handle is None:
-        raise TaskError(f"{member.name} in the archive is no file; download the archive again")
+        raise TaskError(f"{member.name} in the archive is not a file; download the archive again")
     with handle:
         return handle.read()

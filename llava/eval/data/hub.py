@@ -4,49 +4,44 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from llava.eval.data.layout import Dataset
 from llava.eval.tasks.base import TaskError
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """One split of a dataset: hub id, configuration (None: the only one), the columns we read."""
-
-    name: str
-    config: str | None
-    split: str
-    columns: tuple[str, ...]
+from llava.eval.tasks.files import Row
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Opens datasets at the hub; with `folder`, their parquet files in there instead."""
+    """Opens datasets at the hub; with `folder`, their parquet files in there instead.
+
+    `name`: id of another dataset of the same schema, to read instead.
+    """
 
     task: str
     folder: Path | None = None
+    name: str | None = None
 
     def __call__(self, dataset: Dataset) -> Iterator[Row]:
-        """Rows as dicts. Images are {"bytes", "path"}, as stored and not decoded.
+        """Yield rows as dicts. Images are {"bytes", "path"}, as stored and not decoded.
 
         Raises:
             TaskError: the library is missing, the hub cannot be reached, or there is no such
                 dataset, split or column.
         """
         library = _library()
+        dataset = replace(dataset, name=self.name or dataset.name)
         where = f"{dataset.name} ({dataset.split})"
-        mend = (
+        fix = (
             f"connect to the network, or download {dataset.name} elsewhere and give its folder: "
             f"python -m llava.eval prepare {self.task} --from FOLDER"
         )
         if self.folder is not None:
-            where, mend = f"{where} in {self.folder}", "download it again"
+            where, fix = f"{where} in {self.folder}", "download it again"
         try:
             rows = self._open(library, dataset)
             _check_columns(rows, dataset, where)
@@ -58,7 +53,7 @@ class Reader:
             raise
         except Exception as error:  # of the library, of its storage, of parquet: no common base
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise TaskError(f"cannot read {where}: {reason}; {mend}") from error
+            raise TaskError(f"cannot read {where}: {reason}; {fix}") from error
 
     def _open(self, library: Any, dataset: Dataset) -> Any:
         if self.folder is None:
@@ -68,7 +63,7 @@ class Reader:
 
 
 def _files(folder: Path, dataset: Dataset) -> list[str]:
-    """The split's parquet files: below a folder of the configuration's name if there is one."""
+    """Return the split's parquet files, of a folder of the configuration's name if there is one."""
     found = sorted(folder.rglob("*.parquet"))
     of_config = [path for path in found if dataset.config in path.relative_to(folder).parts]
     files = [
@@ -78,7 +73,7 @@ def _files(folder: Path, dataset: Dataset) -> list[str]:
     ]
     if not files:
         raise TaskError(
-            f"{folder} holds no {dataset.split}-*.parquet of {dataset.name}"
+            f"{folder} has no {dataset.split}-*.parquet of {dataset.name}"
             + (f" ({dataset.config})" if dataset.config else "")
         )
     return files
@@ -86,7 +81,7 @@ def _files(folder: Path, dataset: Dataset) -> list[str]:
 
 def _check_columns(rows: Any, dataset: Dataset, where: str) -> None:
     there = rows.column_names or ()
-    missing = [name for name in dataset.columns if name not in there]
+    missing = [name for name in dataset.columns.split() if name not in there]
     if missing:
         raise TaskError(
             f"{where} lacks the columns {', '.join(missing)}; it has {', '.join(there)}. It is "
@@ -95,7 +90,7 @@ def _check_columns(rows: Any, dataset: Dataset, where: str) -> None:
 
 
 def _library() -> Any:
-    """The library, told to leave errors to us: they are said once, in one line."""
+    """Import the library and silence its logging: errors are reported once, on one line."""
     try:
         import datasets
     except ImportError as error:
@@ -108,7 +103,7 @@ def _library() -> Any:
 
 
 def _undecoded(library: Any, feature: Any) -> Any:
-    """The feature that leaves images as bytes; None for one without images."""
+    """Return the feature that leaves images as bytes; None for one without images."""
     raw = library.Image(decode=False)
     if isinstance(feature, library.Image):
         return raw

@@ -1,0 +1,1 @@
+"""Commands of `python -m llava.eval`: flags to a request."""

@@ -1,1 +1,0 @@
-"""Files that servers and graders take, made from answers."""
