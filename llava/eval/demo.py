@@ -18,10 +18,10 @@ VERSION = 1  # raise it whenever a writer writes other files
 def write_playground(root: Path, samples: int = DEFAULT_SAMPLES) -> Path:
     """Write about `samples` questions of every benchmark as folder `root`; return `root`.
 
-    It appears as a whole or not at all. A folder that holds just this already is left as it is.
+    It appears as a whole or not at all. A folder that has exactly these files is left as it is.
 
     Raises:
-        UserInputError: `root` holds anything else, which is never touched.
+        UserInputError: `root` has other files; they are never changed.
     """
     wanted = {"demo": VERSION, "samples": samples, "tasks": sorted(WRITERS)}
     if _holds(root, wanted):
@@ -42,12 +42,10 @@ def write_playground(root: Path, samples: int = DEFAULT_SAMPLES) -> Path:
 
 
 def _holds(root: Path, wanted: dict) -> bool:
-    """Whether `root` is this demo playground already; UserInputError if it is anything else."""
+    """Say whether `root` is this demo data already; raise UserInputError if it is anything else."""
     if not root.exists() or not any(root.iterdir()):
         return False
     stamp = root / STAMP
     if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
         return True
-    raise UserInputError(
-        f"{root} holds other files than this demo's; give an empty or a new folder"
-    )
+    raise UserInputError(f"{root} has other files than this demo's; use an empty or a new folder")

@@ -1,6 +1,6 @@
 """Six question families, modelled on POPE, GQA, TextVQA and counting questions.
 
-A family maps a scene to one (question, answer) pair or ``None`` where the scene holds no such
+A family maps a scene to one (question, answer) pair or `None` where the scene holds no such
 question. What the answer needs stands in the image once or is counted; nothing is ambiguous.
 """
 
@@ -28,7 +28,7 @@ def _pick(rng: np.random.RandomState, options: list):
 
 
 def unique_items(scene: Scene) -> list[Item]:
-    """The items whose shape appears once."""
+    """Return the items whose shape appears once."""
     counts = Counter(item.shape for item in scene.items)
     return [item for item in scene.items if counts[item.shape] == 1]
 
@@ -81,7 +81,7 @@ def position(rng: np.random.RandomState, scene: Scene) -> tuple[str, str] | None
 
 
 def places(scene: Scene) -> list[tuple[Item, str]]:
-    """Items whose shape appears once and that are clear of the middle, each with its quadrant."""
+    """Return items of a shape that appears once, clear of the middle, each with its quadrant."""
     half = SIDE // 2
     found = []
     for item in unique_items(scene):
@@ -106,7 +106,7 @@ FAMILIES: Families = {
 def ask(
     rng: np.random.RandomState, scene: Scene, family: str, families: Families = FAMILIES
 ) -> tuple[str, str]:
-    """One question of ``family`` about ``scene``, or of the next family that has one."""
+    """Ask one question of `family` about `scene`, or of the next family that has one."""
     names = list(families)
     start = names.index(family)
     for name in names[start:] + names[:start]:

@@ -62,7 +62,7 @@ SUFFIXES = {"en": OPTION_LETTER, "cn": OPTION_LETTER_CN}
 
 
 class QuestionList(Benchmark):
-    """The questions of one file. Subclasses read it; scoring is left to LLaVA's own scripts.
+    """Ask the questions of one file. Subclasses read it; LLaVA's own scripts score the answers.
 
     Args:
         file: the question file.
@@ -82,14 +82,16 @@ class QuestionList(Benchmark):
 
     @abstractmethod
     def items(self) -> list[Item]:
-        """The questions; `data["prompt"]` is what answer lines repeat, `data["extra"]` goes into
-        them as it is."""
+        """Read the questions.
+
+        Answer lines repeat `data["prompt"]`; what is in `data["extra"]` goes into them as it is.
+        """
 
     def load_image(self, name: str) -> Image.Image:
         return open_image(self.image_folder / name, self.pixels)
 
     def data_hash(self) -> str:
-        """SHA-256 over the question file, and its images by name and size."""
+        """Hash the question file, and its images by name and size; SHA-256 (hex)."""
         digest = hashlib.sha256(read_bytes(self.file))
         for name in sorted({name for item in self.items() for name in item.images}):
             path = self.image_folder / name
@@ -98,10 +100,10 @@ class QuestionList(Benchmark):
 
 
 class JsonLines(QuestionList):
-    """LLaVA's usual question file: `question_id, image, text` a line.
+    """Read LLaVA's usual question file: `question_id, image, text` a line.
 
-    No image is a question of text alone. `image` may also be a list: several pictures, marked in
-    the text with `<image>` each, or not at all, in which case they stand in front of it.
+    A question without an image is text alone. `image` may also be a list: several pictures, each
+    marked in the text with `<image>`; without any mark they come before the text.
     """
 
     def items(self) -> list[Item]:
@@ -124,9 +126,9 @@ class JsonLines(QuestionList):
 
 
 class ScienceQAFile(QuestionList):
-    """A JSON array of `id, [image], conversations`; the first turn is the question.
+    """Read a JSON array of `id, [image], conversations`; the first turn is the question.
 
-    With an image, the prompt that answer lines repeat begins with its mark: the scorer tells
+    With an image, the prompt that answer lines repeat begins with `<image>`: the scorer tells
     questions about images by it.
     """
 
@@ -157,7 +159,7 @@ class ScienceQAFile(QuestionList):
 
 
 class MMBenchTable(QuestionList):
-    """A TSV table of `index, [hint], question, A, B, ..., image` with base64 images.
+    """Read a TSV table of `index, [hint], question, A, B, ..., image` with base64 images.
 
     `all_rounds` asks every question once for each of its options, which move up by one each time.
     """
@@ -175,12 +177,16 @@ class MMBenchTable(QuestionList):
         return items
 
     def load_image(self, name: str) -> Image.Image:
-        """The image of row `name`. Raises UserInputError if its cell holds none."""
+        """Decode the image of row `name`.
+
+        Raises:
+            UserInputError: its cell is not an image.
+        """
         what = f"the image of row {name} in {self.file}"
         return decode_base64(self._images[name], what, self.pixels)
 
     def _item(self, place: int, name: Cell, row: TableRow, turn: int) -> Item:
-        """A row with its options moved up by `turn`."""
+        """Make the question of a row with its options moved up by `turn`."""
         if row["question"] is None:
             raise TaskError(f"row {row['index']} of {self.file} has no question")
         options = options_of(row)
@@ -210,7 +216,10 @@ class MMBenchTable(QuestionList):
 def answer_file(benchmark: QuestionList, args: Namespace) -> int:
     """Answer the questions of a chunk of the file and write LLaVA's answer lines, in its order.
 
-    Images that cannot be read give an empty `text` and the reason in `metadata`.
+    An image that cannot be read gives an empty `text` and the reason in `metadata`.
+
+    Returns:
+        The exit code: 1 if some images could not be read.
     """
     if args.batch_size < 1 or args.seed < 0 or args.workers < 0:
         raise UserInputError("--batch-size must be at least 1, --seed and --workers at least 0")
@@ -253,7 +262,7 @@ def answer_file(benchmark: QuestionList, args: Namespace) -> int:
 
 
 def answer_line(item: Item, record: Record, model: str) -> Record:
-    """A line of LLaVA's answers files."""
+    """Make a line of LLaVA's answers files."""
     return {
         "question_id": item.question_id,
         **item.data["extra"].get("before", {}),
@@ -267,7 +276,7 @@ def answer_line(item: Item, record: Record, model: str) -> Record:
 
 
 def asked_arm(args: Namespace) -> Arm:
-    """The pruning of the flags, else what the checkpoint was saved with, else none."""
+    """Read the pruning of the flags, else what the checkpoint was saved with, else none."""
     if args.visual_token_num is not None:
         if args.keep_tokens is not None or args.keep_ratio is not None:
             raise UserInputError("--visual_token_num and --keep-tokens are one setting; give one")
@@ -276,27 +285,26 @@ def asked_arm(args: Namespace) -> Arm:
             f"note: --visual_token_num {args.keep_tokens} is read as --keep-tokens", file=sys.stderr
         )
     arm = arm_of(pruning_from(args) or saved_pruning(args.model_path))
-    # The only arm of its file: its budget is in the settings, not in the name.
+    # Its file has no other arm, so the name needs no budget.
     return arm if arm.method == UNPRUNED else replace(arm, name=arm.method, label=arm.method)
 
 
 def answering(
-    name: str, *flags: AddFlags
-) -> Callable[[Callable[[Namespace], QuestionList]], Program]:
-    """Make a function that opens a question file a `Program` that answers it.
+    name: str,
+    description: str,
+    questions: Callable[[Namespace], QuestionList],
+    *flags: AddFlags,
+) -> Program:
+    """Declare a program that answers the file which `questions` opens.
 
-    Flags are LLaVA's (some with underscores, as there), pruning flags, ours, and `flags`.
+    Its flags are LLaVA's (some with underscores, as there), pruning flags, ours, and `flags`.
     """
-
-    def program(questions: Callable[[Namespace], QuestionList]) -> Program:
-        return Program(
-            f"llava.eval.{name}",
-            questions.__doc__ or "",
-            (*COMMON_FLAGS, *flags),
-            lambda args: answer_file(questions(args), args),
-        )
-
-    return program
+    return Program(
+        f"llava.eval.{name}",
+        description,
+        (*COMMON_FLAGS, *flags),
+        lambda args: answer_file(questions(args), args),
+    )
 
 
 COMMON_FLAGS = (
@@ -318,32 +326,38 @@ LETTER_FLAG = flag(
 )
 
 
-@answering("model_vqa")
-def model_vqa(args: Namespace) -> QuestionList:
-    """Answer a question file about images, at length."""
+def json_lines(args: Namespace) -> QuestionList:
+    """Open LLaVA's usual question file."""
     return JsonLines(args.question_file, args.image_folder)
 
 
-@answering("model_vqa_loader", flag("--max_new_tokens", type=int, default=128))
-def model_vqa_loader(args: Namespace) -> QuestionList:
-    """Answer a question file about images."""
-    return JsonLines(args.question_file, args.image_folder)
-
-
-@answering("model_vqa_science", LETTER_FLAG)
-def model_vqa_science(args: Namespace) -> QuestionList:
-    """Answer LLaVA's ScienceQA file."""
+def science_file(args: Namespace) -> QuestionList:
+    """Open LLaVA's ScienceQA file."""
     suffix = OPTION_LETTER if args.single_pred_prompt else ""
     return ScienceQAFile(args.question_file, args.image_folder, suffix)
 
 
-@answering(
+def mmbench_table(args: Namespace) -> QuestionList:
+    """Open one of MMBench's tables."""
+    suffix = SUFFIXES[args.lang] if args.single_pred_prompt else ""
+    return MMBenchTable(args.question_file, suffix, args.all_rounds)
+
+
+model_vqa = answering("model_vqa", "Answer a question file about images, at length.", json_lines)
+model_vqa_loader = answering(
+    "model_vqa_loader",
+    "Answer a question file about images.",
+    json_lines,
+    flag("--max_new_tokens", type=int, default=128),
+)
+model_vqa_science = answering(
+    "model_vqa_science", "Answer LLaVA's ScienceQA file.", science_file, LETTER_FLAG
+)
+model_vqa_mmbench = answering(
     "model_vqa_mmbench",
+    "Answer one of MMBench's tables.",
+    mmbench_table,
     flag("--all-rounds", action="store_true", help="ask with the options in every rotation"),
     LETTER_FLAG,
     flag("--lang", choices=tuple(SUFFIXES), default="en", help="of that request"),
 )
-def model_vqa_mmbench(args: Namespace) -> QuestionList:
-    """Answer one of MMBench's tables."""
-    suffix = SUFFIXES[args.lang] if args.single_pred_prompt else ""
-    return MMBenchTable(args.question_file, suffix, args.all_rounds)
