@@ -311,10 +311,10 @@ def test_mmbench_rounds(table: Path) -> None:
     [
         ("model_vqa", '{"question_id": 1, "text": "a', "line 1 of"),
         ("model_vqa", '{"question_id": 1}\n', "lacks text"),
-        ("model_vqa", "[]\n", "no JSON object"),
+        ("model_vqa", "[]\n", "not a JSON object"),
         ("model_vqa_science", '[{"id": 1', "is damaged, it is not JSON"),
         ("model_vqa_science", '[{"id": 1, "conversations": []}]', "no first turn"),
-        ("model_vqa_science", "{}", "no JSON array"),
+        ("model_vqa_science", "{}", "must contain a JSON array"),
         ("model_vqa_mmbench", "index\tquestion\n1\tWhat?\n", "lacks the columns A, image"),
         ("model_vqa_mmbench", "index\tquestion\tA\timage\n1\tWhat?\n", "cut short"),
         ("model_vqa_mmbench", 'index\tquestion\tA\timage\n1\t"What?\n', "is damaged"),
@@ -323,7 +323,7 @@ def test_mmbench_rounds(table: Path) -> None:
         (
             "model_vqa_mmbench",
             "index\tquestion\tA\timage\n1\tW\ta\tb\n1\tW\ta\tb\n",
-            "holds the index 1 twice",
+            "has the index 1 twice",
         ),
     ],
 )
