@@ -101,7 +101,7 @@ class JsonLines(QuestionList):
     """
 
     def items(self) -> list[Item]:
-        items = []
+        items: list[Item] = []
         for where, row in numbered_jsonl(self.file, ids=("question_id",), texts=("text",)):
             images, text = image_names(row.get("image"), where), row["text"]
             marks = text.count(DEFAULT_IMAGE_TOKEN)
