@@ -22,7 +22,9 @@ QUESTIONS_PER_IMAGE = 3
 def build(images: int) -> dict[str, str]:
     """Make the benchmark over `images` test scenes: {file name: content}."""
     families = list(FAMILIES)
-    questions, answers, hashes = [], [], {}
+    questions: list[dict] = []
+    answers: list[dict] = []
+    hashes: dict[str, str] = {}
     for index in tqdm(range(images), desc="scenes", mininterval=5):
         name = f"test/{index:06d}"
         made = scene(name)

@@ -7,6 +7,7 @@ question. What the answer needs stands in the image once or is counted; nothing 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ _NUMBERS = ("zero", "one", "two", "three", "four")
 _SIDE_PHRASE = {"above": "above", "below": "below", "left": "left of", "right": "right of"}
 
 
-def _pick(rng: np.random.RandomState, options: list):
+def _pick(rng: np.random.RandomState, options: Sequence[Any]) -> Any:
     return options[rng.randint(len(options))] if options else None
 
 
@@ -178,8 +179,8 @@ def draw_existence(count: int, salt: int) -> list[Asked]:
         image, wanted = number // QUESTIONS_PER_IMAGE, ("Yes", "No")[number % 2]
         made = splits.scene(f"test/{image:06d}")
         rng = np.random.RandomState([image, number, salt, 2027])
-        question, answer = existence(rng, made)
+        answer = ""
         while answer != wanted:
-            question, answer = existence(rng, made)
+            question, answer = ask(rng, made, "existence", {"existence": existence})
         drawn.append(Asked(number, image, "existence", question, answer.lower()))
     return drawn

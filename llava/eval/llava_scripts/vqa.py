@@ -33,23 +33,17 @@ from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.eval.tasks.files import (
     OPTION_LETTER,
     OPTION_LETTER_CN,
-    check_fields,
     check_listed,
     image_names,
     is_file,
     numbered_jsonl,
     read_bytes,
     read_json,
+    with_options,
 )
-from llava.eval.tasks.mmbench import (
-    LETTERS,
-    TableRow,
-    images_of,
-    options_of,
-    question_of,
-    read_questions,
-)
-from llava.eval.tasks.tsv import Cell, Table
+from llava.eval.tasks.mmbench import LETTERS, images_of, options_of, question_of, read_questions
+from llava.eval.tasks.scienceqa import first_turn
+from llava.eval.tasks.tsv import Table
 from llava.images import decode_base64, open_image
 from llava.mm_utils import get_model_name_from_path
 from llava.pixels import VIEWER
@@ -107,7 +101,7 @@ class JsonLines(QuestionList):
     """
 
     def items(self) -> list[Item]:
-        items = []
+        items: list[Item] = []
         for where, row in numbered_jsonl(self.file, ids=("question_id",), texts=("text",)):
             images, text = image_names(row.get("image"), where), row["text"]
             marks = text.count(DEFAULT_IMAGE_TOKEN)
@@ -142,15 +136,7 @@ class ScienceQAFile(QuestionList):
         )
         items = []
         for index, row in enumerate(rows):
-            where = f"question {index + 1} of {self.file}"
-            turns = row["conversations"]
-            if not isinstance(turns, list) or not turns:
-                raise TaskError(f"{where} has no first turn; write it into `conversations`")
-            check_fields(turns[0], f"the first turn of {where}", texts=("value",))
-            question = bare_question(turns[0]["value"]).strip()
-            images = image_names(row.get("image"), where)
-            if len(images) > 1:
-                raise TaskError(f"image in {where} is a list; ScienceQA asks about one picture")
+            question, images = first_turn(row, f"question {index + 1} of {self.file}")
             text = question + self.suffix
             prompt = f"{DEFAULT_IMAGE_TOKEN}\n{text}" if images else text
             data = {"prompt": prompt, "extra": {}}
@@ -171,9 +157,20 @@ class MMBenchTable(QuestionList):
     def items(self) -> list[Item]:
         items: list[Item] = []
         for name, row in zip(self._table.typed("index"), self._table.rows, strict=True):
-            options = options_of(row)
+            index = str(row["index"])
+            if row["question"] is None:
+                raise TaskError(f"row {index} of {self.file} has no question")
+            key = name if isinstance(name, int) else index
+            question, options = question_of(row), options_of(row)
+            letters = LETTERS[: len(options)]
             for turn in range(len(options) if self.all_rounds else 1):
-                items.append(self._item(len(items), name, row, turn))
+                turned = options[turn:] + options[:turn]
+                prompt = with_options(question, turned)
+                after = {"options": turned, "option_char": [*letters[turn:], *letters[:turn]]}
+                extra = {"before": {"round_id": turn}, "after": after}
+                data = {"prompt": prompt, "extra": extra}
+                text = prompt + self.suffix
+                items.append(Item(len(items), key, (index,), text, question, data))
         return items
 
     def load_image(self, name: str) -> Image.Image:
@@ -184,25 +181,6 @@ class MMBenchTable(QuestionList):
         """
         what = f"the image of row {name} in {self.file}"
         return decode_base64(self._images[name], what, self.pixels)
-
-    def _item(self, place: int, name: Cell, row: TableRow, turn: int) -> Item:
-        """Make the question of a row with its options moved up by `turn`."""
-        if row["question"] is None:
-            raise TaskError(f"row {row['index']} of {self.file} has no question")
-        options = options_of(row)
-        letters = LETTERS[: len(options)]
-        options = options[turn:] + options[:turn]
-        lines = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
-        question = question_of(row)
-        prompt = "\n".join([question, *lines])
-        extra = {
-            "before": {"round_id": turn},
-            "after": {"options": options, "option_char": [*letters[turn:], *letters[:turn]]},
-        }
-        data = {"prompt": prompt, "extra": extra}
-        key = name if isinstance(name, int) else str(row["index"])
-        images = (str(row["index"]),)
-        return Item(place, key, images, prompt + self.suffix, question, data)
 
     @cached_property
     def _table(self) -> Table:

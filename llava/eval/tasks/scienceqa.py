@@ -177,17 +177,7 @@ class ScienceQA(FolderBenchmark):
         return [self._item(*pair, problems) for pair in enumerate(rows)]
 
     def _item(self, index: int, row: dict[str, Any], problems: Mapping[str, Any]) -> Item:
-        where = f"question {row['id']!r} of {self.question_file}"
-        turns = row["conversations"]
-        if not isinstance(turns, list) or not turns:
-            raise TaskError(
-                f"{where} is damaged: `conversations` must start with a turn that has a `value`"
-            )
-        check_fields(turns[0], f"the first turn of {where}", texts=("value",))
-        question = turns[0]["value"].replace("<image>", "").strip()
-        images = image_names(row.get("image"), where)
-        if len(images) > 1:
-            raise TaskError(f"image in {where} is a list; ScienceQA asks about one picture")
+        question, images = first_turn(row, f"question {row['id']!r} of {self.question_file}")
         problem = problems[row["id"]]
         return Item(
             index,
@@ -197,6 +187,21 @@ class ScienceQA(FolderBenchmark):
             question,
             {"answer": problem["answer"], "choices": len(problem["choices"])},
         )
+
+
+def first_turn(row: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
+    """Read the question of a row, without image marks, and the names of its images (one or none).
+
+    Raises TaskError, naming `where`, for a row that cannot be asked.
+    """
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise TaskError(f"{where} has no first turn; write it into `conversations`")
+    check_fields(turns[0], f"the first turn of {where}", texts=("value",))
+    images = image_names(row.get("image"), where)
+    if len(images) > 1:
+        raise TaskError(f"image in {where} is a list; ScienceQA asks about one picture")
+    return turns[0]["value"].replace("<image>", "").strip(), images
 
 
 def read_split(
