@@ -1,1 +1,1 @@
-"""Commands of `python -m llava.eval`: flags to a request."""
+"""Commands of the evaluation: flags in, one call out."""
