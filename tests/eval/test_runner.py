@@ -8,8 +8,8 @@ import pytest
 
 from llava.eval import quickstart
 from llava.eval.arms import Arm, plan_arms
-from llava.eval.overlays import save_overlays
 from llava.eval.plan import other_images
+from llava.eval.report.pictures import save_overlays
 from llava.eval.results import Record
 from llava.eval.runner import Runner
 from llava.model import instruction

@@ -10,9 +10,8 @@ import pytest
 from llava.eval.__main__ import main
 from llava.eval.arms import Arm, plan_arms
 from llava.eval.metrics import accuracy_rows, timing_columns
-from llava.eval.plots import draw_accuracy
-from llava.eval.results import SCHEMA_VERSION
-from llava.eval.tables import (
+from llava.eval.report.plots import draw_accuracy
+from llava.eval.report.result import (
     drift,
     family_table,
     full_section,
@@ -22,7 +21,8 @@ from llava.eval.tables import (
     short_section,
     summary_table,
 )
-from llava.generated import markers
+from llava.eval.results import SCHEMA_VERSION
+from llava.markdown import markers
 
 
 def refuse(method: str, budget: int) -> str | None:

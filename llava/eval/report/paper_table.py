@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llava.eval.arm_words import spell_options
-from llava.eval.paper_tables.collect import Cell, Filled, FilledRow, Measured
-from llava.eval.paper_tables.spec import AVERAGE, Column, Published
+from llava.eval.report.result import markdown
 from llava.eval.results import Record, dump_json
-from llava.eval.tables import markdown
+from llava.eval.tables.fill import Cell, Filled, FilledRow, Measured
+from llava.eval.tables.spec import AVERAGE, Column, Published
 
 NONE = "n/a"
 DEMO = (
