@@ -20,7 +20,7 @@ from llava.eval.demo.playground import DEFAULT_SAMPLES, write_playground
 from llava.eval.report import paper_table as report
 from llava.eval.report.pictures import draw_kept_tokens
 from llava.eval.report.plots import plot_table
-from llava.eval.results import Record, exclusive, write_atomically
+from llava.eval.results import Record
 from llava.eval.subject import load_subject
 from llava.eval.tables.fill import Filled, FilledRow, fill, read_run
 from llava.eval.tables.launch import Launch, RunJob, run_job
@@ -41,6 +41,7 @@ from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.pruning import PruningConfig
 from llava.registry import unknown
 from llava.shipped import LLAVA_TINY
+from llava.storage import exclusive, write_atomically
 from llava.utils import UserInputError
 
 DEMO_TOKENS = 576
@@ -168,9 +169,7 @@ def read_order(args: argparse.Namespace) -> Order:
     return order
 
 
-def cut_table(
-    table: Table, tasks: Sequence[str] | None, methods: Sequence[str] | None
-) -> Table:
+def cut_table(table: Table, tasks: Sequence[str] | None, methods: Sequence[str] | None) -> Table:
     """Return only some tasks and methods of a table; the unpruned rows always stay.
 
     Raises:
@@ -215,9 +214,7 @@ def collect(order: Order, problems: Sequence[str]) -> Filled:
             found.append(str(error))
     limit = order.launch.limit
     no_gap = f"only the first {limit} questions of a task were asked" if limit else None
-    return fill(
-        order.table, results, order.budgets, demo=order.demo, no_gap=no_gap, problems=found
-    )
+    return fill(order.table, results, order.budgets, demo=order.demo, no_gap=no_gap, problems=found)
 
 
 def write_files(order: Order, filled: Filled, command: str) -> None:

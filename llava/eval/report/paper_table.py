@@ -12,10 +12,11 @@ from pathlib import Path
 
 from llava.eval.arm_words import spell_options
 from llava.eval.report.result import describe_commit
-from llava.eval.results import Record, dump_json
+from llava.eval.results import Record
 from llava.eval.tables.fill import Cell, Filled, FilledRow
 from llava.eval.tables.spec import AVERAGE, Column
 from llava.markdown import table as markdown_table
+from llava.storage import dump_json
 
 NONE = "n/a"
 DEMO = (

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava.eval.arms import UNPRUNED
-from llava.eval.results import Record, read_result, write_atomically
+from llava.eval.results import Record, read_result
 from llava.markdown import fill_sections, find_drift, table
+from llava.storage import write_atomically
 
 # Rows of the README's table: baselines, the paper's method and its relatives, one of every family.
 SHORT = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from llava.eval.arms import UNPRUNED
 from llava.eval.tables.plan import Budgets, Place, next_protocol_of, setting_of, unavailable
 from llava.eval.tables.spec import AVERAGE, Column, Published, Row, Table, TableError
+from llava.storage import StorageError, read_json, read_jsonl
 
 # What a row and the one whose published figures it borrows have in common.
 SETTING = ("keep_tokens", "keep_ratio", "next_protocol")
@@ -134,13 +134,13 @@ def read_run(folder: Path) -> RunResult:
         TableError: it is not one.
     """
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        lines = (folder / "timings.jsonl").read_text(encoding="utf-8").splitlines()
-        return RunResult(metrics["arms"], [json.loads(line) for line in lines])
-    except OSError as error:
-        raise TableError(f"{folder} has no finished run: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise TableError(f"{folder} has no finished run: {error!r}") from error
+        metrics = read_json(folder / "metrics.json")
+        timings = [line for _, line in read_jsonl(folder / "timings.jsonl")]
+        return RunResult(metrics["arms"], timings)
+    except StorageError as error:
+        raise TableError(f"{folder} has no finished run: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise TableError(f"{folder} has no finished run: metrics.json names no arms") from error
 
 
 Results = Mapping[Place, RunResult]
@@ -219,13 +219,18 @@ def fill(
     if not covered or covered != table.averaged():
         average_no_gap = average_no_gap or "the average does not cover every task of the table"
     rows = []
+    columns = {column.key: column for column in table.columns}
     for own in found:
         cells = {
-            column.key: _cell(table, own.row, column.key, own.figure(column), no_gap or column.no_gap)
+            column.key: _cell(
+                table, own.row, column.key, own.figure(column), no_gap or column.no_gap
+            )
             for column in table.columns
         }
-        retention = _mean(own.ratio(column) for column in covered) if own.complete else None
-        average = None if retention is None else Measured(100 * retention, None, len(covered))
+        average = None
+        if covered and own.complete:
+            ratios = [own.ratio(column) or 0.0 for column in covered]
+            average = Measured(100 * math.fsum(ratios) / len(ratios), None, len(ratios))
         rows.append(
             FilledRow(
                 row=own.row,
@@ -239,7 +244,7 @@ def fill(
                 ttft_ms=own.ttft_ms(),
             )
         )
-    counts = {column.key: _count(rows, column) for column in table.columns}
+    counts = {key: _count(rows, key) for key in columns}
     return Filled(
         table,
         tuple(rows),
@@ -261,9 +266,7 @@ def _runs_of(table: Table, row: Row, results: Results, budgets: Budgets, demo: b
     return _RowRuns(row, setting_of(row, budgets).word, lacking, runs)
 
 
-def _cell(
-    table: Table, row: Row, key: str, measured: Measured | None, no_gap: str | None
-) -> Cell:
+def _cell(table: Table, row: Row, key: str, measured: Measured | None, no_gap: str | None) -> Cell:
     """Return a cell with the row's own published figure, else that of the method in `against`."""
     if key in row.published or row.against is None:
         return Cell(row.published.get(key), measured, no_gap=no_gap)
@@ -274,9 +277,9 @@ def _cell(
     return Cell(None, measured, no_gap=no_gap)
 
 
-def _count(rows: Sequence[FilledRow], column: Column) -> int:
+def _count(rows: Sequence[FilledRow], key: str) -> int:
     """Return how many items the figures of a column are over, 0 without one."""
-    cells = (row.cells[column.key].measured for row in rows)
+    cells = (row.cells[key].measured for row in rows)
     return max((measured.n for measured in cells if measured), default=0)
 
 

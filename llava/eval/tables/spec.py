@@ -221,7 +221,7 @@ def _published(
             if column in figures:
                 raise TableError(f"{what}: two published figures for {column}")
             if type(value) not in (int, float):
-                raise TableError(f"{what}: {column} must be a number, got {value!r}")
+                raise TableError(f"{what}: {column} must be a number but is {value!r}")
             figures[column] = Published(float(value), sources[key])
     return figures
 
@@ -230,14 +230,16 @@ def _part(raw: dict[str, Any], key: str, kind: type[T]) -> T:
     """Return what the file nests under `key`, by default nothing."""
     value = raw.get(key, kind())
     if not isinstance(value, kind):
-        raise TableError(f"{key} must be a {'list' if kind is list else 'table of keys and values'}")
+        raise TableError(
+            f"{key} must be a {'list' if kind is list else 'table of keys and values'}"
+        )
     return value
 
 
 def _read(cls: type[T], raw: Any, what: str, **known: Any) -> T:
     """Make a dataclass of a TOML table with its fields as keys, but for those already `known`."""
     if not isinstance(raw, dict):
-        raise TableError(f"{what} must be a table of keys and values, got {raw!r}")
+        raise TableError(f"{what} must be a TOML table but is {raw!r}")
     hints = {name: kind for name, kind in get_type_hints(cls).items() if name not in known}
     for key, value in raw.items():
         if key not in hints:
