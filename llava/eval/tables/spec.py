@@ -170,9 +170,9 @@ def _table(name: str, raw: dict[str, Any]) -> Table:
             raise TableError(f"source {source.key}: {unknown('kind', source.kind, KINDS)}")
     columns = tuple(_read(Column, entry, "a column") for entry in _part(raw, "columns", list))
     keys = {*(column.key for column in columns), AVERAGE}
-    rows = tuple(_row(entry, sources, keys) for entry in _part(raw, "rows", list))
-    if not columns or not rows:
+    if not columns or not raw.get("rows"):
         raise TableError("it needs columns and rows")
+    rows = tuple(_row(entry, sources, keys) for entry in _part(raw, "rows", list))
     notes = tuple(_part(raw, "notes", list))
     nested = ("sources", "columns", "rows", "notes", AVERAGE)
     rest = {key: value for key, value in raw.items() if key not in nested}
@@ -230,9 +230,7 @@ def _part(raw: dict[str, Any], key: str, kind: type[T]) -> T:
     """Return what the file nests under `key`, by default nothing."""
     value = raw.get(key, kind())
     if not isinstance(value, kind):
-        raise TableError(
-            f"{key} must be a {'list' if kind is list else 'table of keys and values'}"
-        )
+        raise TableError(f"{key} must be a {'list' if kind is list else 'TOML table'}")
     return value
 
 
