@@ -224,7 +224,7 @@ def test_budgets_and_options_that_cannot_be(row: str, reason: str, tmp_path: Pat
         ("columns = [", "columns = [3] # ", "a column must be a TOML table but is 3"),
         ("columns = [", "columns = 3 # ", "columns must be a list"),
         ("columns = [", "average = { gap = 1 }\ncolumns = [", "unknown key 'average_gap'"),
-        ("columns = [", "sources = 3\ncolumns = [", "sources must be a TOML table"),
+        ("[sources.p]", "[[sources]]", "sources must be a TOML table"),
         ("[sources.p]", "[sources.p]\nyear = 1", "source p: unknown key 'year'"),
         (
             'kind = "paper"',
