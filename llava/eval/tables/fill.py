@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,6 +63,11 @@ class FilledRow:
     refusal: str | None = None
     tokens: float | None = None
     ttft_ms: float | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the row can have a figure in every column."""
+        return self.unavailable is None and self.refusal is None
 
     def cell(self, column: Column) -> Cell:
         return self.average if column.key == AVERAGE else self.cells[column.key]
@@ -146,48 +151,6 @@ def read_run(folder: Path) -> RunResult:
 Results = Mapping[Place, RunResult]
 
 
-@dataclass(frozen=True)
-class _RowRuns:
-    """The runs that measured one row, by column key, and the name of its arm in them."""
-
-    row: Row
-    arm: str
-    unavailable: str | None
-    runs: Mapping[str, RunResult]
-
-    @property
-    def refusal(self) -> str | None:
-        reasons = (run.arms[self.arm].get("unavailable") for run in self._own())
-        return next((str(reason) for reason in reasons if reason), None)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the row can have figures in every column."""
-        return self.unavailable is None and self.refusal is None
-
-    def figure(self, column: Column, arm: str | None = None) -> Measured | None:
-        run = self.runs.get(column.key)
-        return None if run is None else run.figure(arm or self.arm, column)
-
-    def ratio(self, column: Column) -> float | None:
-        """Return pruned / unpruned, None where one is missing or there is no dividing by it."""
-        own, base = self.figure(column), self.figure(column, UNPRUNED)
-        return own.value / base.value if own and base and base.value > 0 else None
-
-    def tokens(self) -> float | None:
-        """Return the mean number of visual tokens over the runs."""
-        return _mean(run.arms[self.arm].get("tokens_mean") for run in self._own())
-
-    def ttft_ms(self) -> float | None:
-        """Return the mean time to the first token over the runs."""
-        times = (run.time(self.arm, "ttft_ms") for run in self._own())
-        return _mean(None if time is None else time.value for time in times)
-
-    def _own(self) -> list[RunResult]:
-        """Return the different runs that have the arm."""
-        return list({id(run): run for run in self.runs.values() if self.arm in run.arms}.values())
-
-
 def fill(
     table: Table,
     results: Results,
@@ -208,62 +171,58 @@ def fill(
         problems: what did not run, one line each.
     """
     no_gap = "demo" if demo else no_gap
-    found = [_runs_of(table, row, results, budgets, demo) for row in table.rows]
-    complete = [own for own in found if own.complete]
+    measured = [_fill_row(table, row, results, budgets, demo, no_gap) for row in table.rows]
+    complete = [ratios for row, ratios in measured if row.complete]
+    averaged = table.averaged()
     covered = [
-        column
-        for column in table.averaged()
-        if complete and all(own.ratio(column) is not None for own in complete)
+        column for column in averaged if complete and all(column.key in own for own in complete)
     ]
     average_no_gap = no_gap or table.average_no_gap
-    if not covered or covered != table.averaged():
+    if not covered or covered != averaged:
         average_no_gap = average_no_gap or "the average does not cover every task of the table"
     rows = []
-    columns = {column.key: column for column in table.columns}
-    for own in found:
-        cells = {
-            column.key: _cell(
-                table, own.row, column.key, own.figure(column), no_gap or column.no_gap
-            )
-            for column in table.columns
-        }
+    for row, ratios in measured:
         average = None
-        if covered and own.complete:
-            ratios = [own.ratio(column) or 0.0 for column in covered]
-            average = Measured(100 * math.fsum(ratios) / len(ratios), None, len(ratios))
-        rows.append(
-            FilledRow(
-                row=own.row,
-                budget=budgets(own.row),
-                next_protocol=next_protocol_of(own.row, native_only=demo),
-                cells=cells,
-                average=_cell(table, own.row, AVERAGE, average, average_no_gap),
-                unavailable=own.unavailable,
-                refusal=own.refusal,
-                tokens=own.tokens(),
-                ttft_ms=own.ttft_ms(),
-            )
-        )
-    counts = {key: _count(rows, key) for key in columns}
-    return Filled(
-        table,
-        tuple(rows),
-        {key: count for key, count in counts.items() if count},
-        tuple(column.title for column in covered),
-        tuple(problems),
-        no_gap,
-        demo,
+        if covered and row.complete:
+            found = [ratios[column.key] for column in covered]
+            average = Measured(100 * math.fsum(found) / len(found), None, len(found))
+        rows.append(replace(row, average=_cell(table, row.row, AVERAGE, average, average_no_gap)))
+    titles = tuple(column.title for column in covered)
+    return Filled(table, tuple(rows), _counts(rows), titles, tuple(problems), no_gap, demo)
+
+
+def _fill_row(
+    table: Table, row: Row, results: Results, budgets: Budgets, demo: bool, no_gap: str | None
+) -> tuple[FilledRow, dict[str, float]]:
+    """Return a row but for its average, and pruned / unpruned of the columns that have both."""
+    arm, reading = setting_of(row, budgets).word, next_protocol_of(row, native_only=demo)
+    lacking = unavailable(table, row)
+    runs: dict[int, RunResult] = {}  # that have the arm, each once
+    cells: dict[str, Cell] = {}
+    ratios: dict[str, float] = {}
+    for column in table.columns:
+        run = results.get((column.task, column.protocol, reading))
+        measured = None
+        if run is not None and arm in run.arms and lacking is None:
+            runs[id(run)] = run
+            measured, base = run.figure(arm, column), run.figure(UNPRUNED, column)
+            if measured is not None and base is not None and base.value > 0:
+                ratios[column.key] = measured.value / base.value
+        cells[column.key] = _cell(table, row, column.key, measured, no_gap or column.no_gap)
+    times = [run.time(arm, "ttft_ms") for run in runs.values()]
+    arms = [run.arms[arm] for run in runs.values()]
+    filled = FilledRow(
+        row=row,
+        budget=budgets(row),
+        next_protocol=reading,
+        cells=cells,
+        average=Cell(None, None),
+        unavailable=lacking,
+        refusal=next((own["unavailable"] for own in arms if own.get("unavailable")), None),
+        tokens=_mean([own.get("tokens_mean") for own in arms]),
+        ttft_ms=_mean([None if time is None else time.value for time in times]),
     )
-
-
-def _runs_of(table: Table, row: Row, results: Results, budgets: Budgets, demo: bool) -> _RowRuns:
-    lacking, reading = unavailable(table, row), next_protocol_of(row, native_only=demo)
-    runs = {
-        column.key: results[column.task, column.protocol, reading]
-        for column in table.columns
-        if lacking is None and (column.task, column.protocol, reading) in results
-    }
-    return _RowRuns(row, setting_of(row, budgets).word, lacking, runs)
+    return filled, ratios
 
 
 def _cell(table: Table, row: Row, key: str, measured: Measured | None, no_gap: str | None) -> Cell:
@@ -277,13 +236,17 @@ def _cell(table: Table, row: Row, key: str, measured: Measured | None, no_gap: s
     return Cell(None, measured, no_gap=no_gap)
 
 
-def _count(rows: Sequence[FilledRow], key: str) -> int:
-    """Return how many items the figures of a column are over, 0 without one."""
-    cells = (row.cells[key].measured for row in rows)
-    return max((measured.n for measured in cells if measured), default=0)
+def _counts(rows: Sequence[FilledRow]) -> dict[str, int]:
+    """Return how many items the figures of each column are over."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        for key, cell in row.cells.items():
+            if cell.measured is not None:
+                counts[key] = max(cell.measured.n, counts.get(key, 0))
+    return counts
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of those that exist."""
     found = [value for value in values if value is not None]
     return math.fsum(found) / len(found) if found else None
