@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from llava.command_line import OneLineParser
-from llava.eval import provenance
-from llava.eval.results import dump_json, write_atomically
+from llava.eval.engine import provenance
+from llava.eval.engine.run_folder import dump_json, write_atomically
 from llava.model.builder import load_pretrained_model
 from llava.pruning import select
 from llava.train.patch_labels import SIGN, patch_labels

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.eval import provenance
-from llava.eval.results import dump_json, write_atomically
+from llava.eval.engine import provenance
+from llava.eval.engine.run_folder import dump_json, write_atomically
 from llava.pruning import PruningConfig, VisualTokens, prune_visual_tokens
 
 METHODS = ("random", "norm", "least-sensitive", "divprune", "zoo-exact", "zoo")

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from llava.command_line import CORRECTABLE, OneLineParser, explain
-from llava.eval import compare, prepare, quickstart, selection_speed, table_command
-from llava.eval import run as run_command
+from llava.eval import prepare, selection_speed, table_command
+from llava.eval.commands import compare, quickstart
+from llava.eval.commands import run as run_command
 from llava.eval.paper_tables import command as paper_table
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava.eval.arms import UNPRUNED, Arm
+from llava.eval.engine.request import UNPRUNED, Arm
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.pruning import PruningConfig, PruningError, parse_options
 from llava.pruning.config import CHOICES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import read_answers
-from llava.eval.results import write_atomically
+from llava.eval.engine.run_folder import write_atomically
 from llava.eval.scorers.science_qa import LETTERS, evaluate, image_accuracy
 from llava.eval.tasks.files import check_ids
 from llava.eval.tasks.scienceqa import read_split

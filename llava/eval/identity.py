@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llava.eval import provenance
+from llava.eval.engine import provenance
 from llava.eval.tasks.base import Benchmark
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.model.multimodal_encoder.builder import resolve_vision_tower

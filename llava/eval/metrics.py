@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from llava.eval.arms import UNPRUNED, Arm
-from llava.eval.results import Record
+from llava.eval.engine.request import UNPRUNED, Arm
+from llava.eval.engine.run_folder import Record
 from llava.eval.stats import Estimate, mean_estimate, paired_difference
 
 Row = dict[str, Any]

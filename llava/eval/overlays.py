@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from llava.eval.arms import UNPRUNED, Arm
-from llava.eval.runner import Runner
+from llava.eval.engine.request import UNPRUNED, Arm
+from llava.eval.engine.runner import Runner
 from llava.pruning.visualize import overlay_tokens
 
 LABEL_HEIGHT = 22  # px above each picture

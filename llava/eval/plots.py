@@ -6,9 +6,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.eval.arms import UNPRUNED
+from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.run_folder import Record
 from llava.eval.metrics import Row
-from llava.eval.results import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,9 +9,9 @@ from contextlib import closing
 
 from tqdm import tqdm
 
-from llava.eval.arms import Arm
-from llava.eval.results import Record, RunFolder
-from llava.eval.runner import Runner
+from llava.eval.engine.request import Arm
+from llava.eval.engine.run_folder import Record, RunFolder
+from llava.eval.engine.runner import Runner
 
 SHOWN_ARMS = 3  # running scores beside the bar
 

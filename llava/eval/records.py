@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava.eval.generation import Decoded
-from llava.eval.provenance import hash_json
-from llava.eval.results import Record
+from llava.eval.engine.decode import Decoded
+from llava.eval.engine.provenance import hash_json
+from llava.eval.engine.run_folder import Record
 from llava.eval.tasks.base import Item
 from llava.pruning import VisualTokens
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llava.eval import provenance
-from llava.eval.results import SCHEMA_VERSION, ResultError, dump_json, write_atomically
+from llava.eval.engine import provenance
+from llava.eval.engine.run_folder import SCHEMA_VERSION, ResultError, dump_json, write_atomically
 from llava.pruning import list_methods
 from llava.pruning.methods.hiprune import HiPrune, filled_up
 from llava.pruning.methods.scope import Scope

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.eval.arms import UNPRUNED
-from llava.eval.results import Record, read_result, write_atomically
+from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.run_folder import Record, read_result, write_atomically
 from llava.generated import fill_sections, read_markdown
 from llava.utils import UserInputError
 

@@ -22,14 +22,14 @@ from PIL import Image
 from llava.command_line import OneLineParser, one_line_errors
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.arm_words import arm_of, saved_pruning
-from llava.eval.arms import UNPRUNED, Arm
-from llava.eval.execution import Job, execute
+from llava.eval.commands.run import add_model_flags, describe, find_models, model_of
+from llava.eval.engine.batches import Plan, chunk_of
+from llava.eval.engine.processes import processes
+from llava.eval.engine.request import UNPRUNED, Arm
+from llava.eval.engine.run import Job, execute
+from llava.eval.engine.run_folder import Record, RunFolder, dump_lines, write_atomically
 from llava.eval.identity import identity
-from llava.eval.plan import Plan, chunk_of
 from llava.eval.prompts import bare_question, has_inner_marks
-from llava.eval.results import Record, RunFolder, dump_lines, write_atomically
-from llava.eval.run import add_model_flags, describe, find_models, model_of
-from llava.eval.sharding import processes
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
 from llava.eval.tasks.files import image_names, is_file, numbered_jsonl, read_bytes
 from llava.images import open_image

@@ -12,7 +12,9 @@ from pathlib import Path
 
 # One server imports torch and the package once; every run is a fork of it.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["llava.eval.__main__", "llava.eval.run", "llava.eval.runner"])
+context.set_forkserver_preload(
+    ["llava.eval.__main__", "llava.eval.commands.run", "llava.eval.engine.runner"]
+)
 
 
 def run(
@@ -39,8 +41,8 @@ def run(
 def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
     import torch
 
-    from llava.eval import results
     from llava.eval.__main__ import main
+    from llava.eval.engine import run_folder as results
 
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)

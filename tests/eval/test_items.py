@@ -15,11 +15,11 @@ from PIL import Image
 from tiny_llava import draw_picture
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.arms import Arm
-from llava.eval.generation import row_seed
-from llava.eval.plan import Plan
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.decode import row_seed
+from llava.eval.engine.request import Arm
+from llava.eval.engine.runner import Runner
 from llava.eval.prompts import question_prompt
-from llava.eval.runner import Runner
 from llava.eval.subject import Subject, load_subject
 from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.mm_utils import process_images, tokenizer_image_token

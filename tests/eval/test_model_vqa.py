@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_llava import write_lines
 
-from llava.eval import execution
+from llava.eval.engine import run as execution
 from llava.eval.model_vqa_mmbench import MMBench
 from llava.eval.prompts import question_prompt
 from llava.eval.subject import Subject, load_subject

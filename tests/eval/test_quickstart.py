@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llava.eval import provenance
-from llava.eval import quickstart as command
 from llava.eval.__main__ import main
-from llava.eval.quickstart import FILES, PICTURES, describe
+from llava.eval.commands import quickstart as command
+from llava.eval.commands.quickstart import FILES, PICTURES, describe
+from llava.eval.engine import provenance
 from llava.eval.subject import load_subject
 from llava.eval.tables import full_section, render
 from llava.eval.tasks.question_file import QuestionFile
@@ -206,7 +206,7 @@ def test_sources_that_make_answers_are_hashed() -> None:
         "conversation.py",
         "model/llava_arch.py",
         "pruning/methods/zoo.py",
-        "eval/runner.py",
+        "eval/engine/runner.py",
         "eval/prompts.py",
         "eval/scorers/exact_match.py",
     } <= files

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.results import read_result
+from llava.eval.engine.run_folder import read_result
 from llava.eval.tables import drift
 from llava.generated import markers
 from llava.pruning import get_method, list_methods

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.results import (
+from llava.eval.engine.run_folder import (
     ResultError,
     RunFolder,
     exclusive,

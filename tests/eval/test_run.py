@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import execution
 from llava.eval.__main__ import main
-from llava.eval.compare import mcnemar, paired_bootstrap
-from llava.eval.results import exclusive
-from llava.eval.run import FILES
+from llava.eval.commands.compare import mcnemar, paired_bootstrap
+from llava.eval.commands.run import FILES
+from llava.eval.engine import run as execution
+from llava.eval.engine.run_folder import exclusive
 from llava.eval.stats import mean_estimate
 from llava.model.multimodal_encoder.readings import TowerReader
 from llava.utils import UserInputError

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from llava.eval import quickstart
-from llava.eval.arms import Arm, plan_arms
+from llava.eval.commands import quickstart
+from llava.eval.engine.batches import other_images
+from llava.eval.engine.request import Arm, plan_arms
+from llava.eval.engine.run_folder import Record
+from llava.eval.engine.runner import Runner
 from llava.eval.overlays import save_overlays
-from llava.eval.plan import other_images
-from llava.eval.results import Record
-from llava.eval.runner import Runner
 from llava.model import instruction
 from llava.model.multimodal_encoder.readings import TowerReader
 from llava.pruning import list_methods, register, registry

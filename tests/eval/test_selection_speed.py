@@ -11,7 +11,7 @@ from torch import nn
 
 from llava.eval import selection_speed
 from llava.eval.__main__ import main
-from llava.eval.results import ResultError
+from llava.eval.engine.run_folder import ResultError
 from llava.pruning import (
     PruningConfig,
     VisualTokens,

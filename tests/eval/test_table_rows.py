@@ -17,9 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.eval import run as run_command
 from llava.eval.__main__ import main
 from llava.eval.arm_words import arm_word, arms_from, parse_arm
+from llava.eval.commands import run as run_command
+from llava.eval.engine.metrics import settings
+from llava.eval.engine.run_folder import dump_json
 from llava.eval.paper_tables import launch, load_table
 from llava.eval.paper_tables.collect import Filled, RunResult, fill
 from llava.eval.paper_tables.launch import Launch
@@ -27,8 +29,6 @@ from llava.eval.paper_tables.pictures import rows_to_draw
 from llava.eval.paper_tables.plan import plan, published_budget, setting_of
 from llava.eval.paper_tables.render import budget_text, to_csv
 from llava.eval.paper_tables.spec import Row, Table, TableError, list_tables
-from llava.eval.results import dump_json
-from llava.eval.summary import settings
 from llava.pruning import PruningConfig
 
 ROOT = Path(__file__).resolve().parents[2]

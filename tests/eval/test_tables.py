@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from llava.eval.__main__ import main
-from llava.eval.arms import Arm, plan_arms
+from llava.eval.engine.request import Arm, plan_arms
+from llava.eval.engine.run_folder import SCHEMA_VERSION
 from llava.eval.metrics import accuracy_rows, timing_columns
 from llava.eval.plots import draw_accuracy
-from llava.eval.results import SCHEMA_VERSION
 from llava.eval.tables import (
     drift,
     family_table,

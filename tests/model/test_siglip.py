@@ -23,8 +23,8 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.plan import Plan
-from llava.eval.runner import Runner
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.runner import Runner
 from llava.eval.tasks.base import Item
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model

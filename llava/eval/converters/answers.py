@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.results import write_atomically
+from llava.eval.engine.run_folder import write_atomically
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import check_fields, index_by, read_bytes, read_jsonl
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llava.eval.arms import UNPRUNED
+from llava.eval.engine.request import UNPRUNED
 from llava.eval.paper_tables.plan import (
     Budgets,
     Place,

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from llava.eval import provenance
 from llava.eval.arm_words import parse_arm
-from llava.eval.arms import UNPRUNED
 from llava.eval.demo.playground import DEFAULT_SAMPLES, write_playground
+from llava.eval.engine import provenance
+from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.run_folder import Record, exclusive, write_atomically
 from llava.eval.paper_tables.collect import Filled, fill, read_run
 from llava.eval.paper_tables.launch import Launch, RunJob, run_job
 from llava.eval.paper_tables.pictures import draw_kept_tokens
@@ -34,7 +35,6 @@ from llava.eval.paper_tables.plots import plot
 from llava.eval.paper_tables.render import to_csv, to_json, to_latex, to_markdown
 from llava.eval.paper_tables.report import to_html
 from llava.eval.paper_tables.spec import Table, TableError, list_tables, load_table
-from llava.eval.results import Record, exclusive, write_atomically
 from llava.eval.tasks.base import get_benchmark
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.shipped import LLAVA_TINY

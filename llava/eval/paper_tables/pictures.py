@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from llava.eval.arm_words import parse_arm
-from llava.eval.arms import UNPRUNED
+from llava.eval.engine.request import UNPRUNED
 from llava.eval.overlays import contact_sheet
 from llava.eval.paper_tables.collect import Filled, FilledRow
 from llava.eval.paper_tables.plan import DEFAULT_PROTOCOL, Setting

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llava.eval.arm_words import spell_options
+from llava.eval.engine.run_folder import Record, dump_json
 from llava.eval.paper_tables.collect import Cell, Filled, FilledRow, Measured
 from llava.eval.paper_tables.spec import AVERAGE, Column, Published
-from llava.eval.results import Record, dump_json
 from llava.eval.tables import markdown
 
 NONE = "n/a"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from llava.eval.engine.run_folder import Record
 from llava.eval.paper_tables.collect import Filled
 from llava.eval.paper_tables.render import (
     DEMO,
@@ -16,7 +17,6 @@ from llava.eval.paper_tables.render import (
     notes,
     published_grid,
 )
-from llava.eval.results import Record
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem;

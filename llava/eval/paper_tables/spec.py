@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llava.eval.arms import UNPRUNED
+from llava.eval.engine.request import UNPRUNED
 from llava.pruning import PruningConfig, PruningError
 from llava.utils import UserInputError, user_path
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.eval.results import dump_lines, write_atomically
+from llava.eval.engine.run_folder import dump_lines, write_atomically
 from llava.eval.tasks.base import TaskError
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from llava.eval.results import dump_json, write_atomically
+from llava.eval.engine.run_folder import dump_json, write_atomically
 from llava.eval.scorers.mmmu import open_is_correct, parse_choice, parse_open
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.eval.converters.mmvet import submission
-from llava.eval.results import dump_lines, write_atomically
+from llava.eval.engine.run_folder import dump_lines, write_atomically
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
 from llava.eval.tasks.files import shown
 from llava.eval.tasks.published import PublishedQuestions, Row

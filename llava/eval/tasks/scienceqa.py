@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from llava.eval.results import dump_lines, write_atomically
+from llava.eval.engine.run_folder import dump_lines, write_atomically
 from llava.eval.scorers.science_qa import judge
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark

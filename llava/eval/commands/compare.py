@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.arms import UNPRUNED
-from llava.eval.results import Record, ResultError
+from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.run_folder import Record, ResultError
 from llava.eval.scorers.exact_match import normalise
 from llava.eval.stats import mean_estimate, paired_difference
 from llava.utils import user_path

@@ -18,14 +18,14 @@ from typing import Any
 from llava.command_line import check_conv_mode, device_name
 from llava.conversation import conv_mode_for
 from llava.eval.arm_words import arm_of, arms_from, preset_of, saved_pruning
-from llava.eval.arms import Arm
-from llava.eval.execution import Job, Model, execute
+from llava.eval.engine.batches import Plan, chunk_of
+from llava.eval.engine.metrics import settings, summarise
+from llava.eval.engine.processes import processes
+from llava.eval.engine.provenance import hash_json
+from llava.eval.engine.request import Arm
+from llava.eval.engine.run import Job, Model, execute
+from llava.eval.engine.run_folder import Record, RunFolder
 from llava.eval.identity import identity, machine_settings
-from llava.eval.plan import Plan, chunk_of
-from llava.eval.provenance import hash_json
-from llava.eval.results import Record, RunFolder
-from llava.eval.sharding import processes
-from llava.eval.summary import settings, summarise
 from llava.eval.tasks.base import Benchmark, get_benchmark
 from llava.mm_utils import NEXT_PROTOCOLS, get_model_name_from_path
 from llava.model.checkpoint import checkpoint_here, local_checkpoint, read_config

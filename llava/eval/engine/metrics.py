@@ -7,10 +7,10 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from llava.eval.arms import Arm
-from llava.eval.plan import Plan
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.request import Arm
+from llava.eval.engine.run_folder import SCHEMA_VERSION, Record
 from llava.eval.records import failed_items
-from llava.eval.results import SCHEMA_VERSION, Record
 from llava.eval.tasks.base import Benchmark, Metric
 
 

@@ -17,16 +17,10 @@ from typing import Any
 
 import torch
 
-from llava.eval import provenance
-from llava.eval.arms import Arm, plan_arms
-from llava.eval.identity import checkpoint_hash
-from llava.eval.metrics import accuracy_rows, timing_columns
-from llava.eval.overlays import save_overlays
-from llava.eval.plan import Plan
-from llava.eval.plots import plot_accuracy
-from llava.eval.progress import answer_batches
-from llava.eval.records import failed_items
-from llava.eval.results import (
+from llava.eval.engine import provenance
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.request import Arm, plan_arms
+from llava.eval.engine.run_folder import (
     SCHEMA_VERSION,
     Record,
     RunFolder,
@@ -34,7 +28,13 @@ from llava.eval.results import (
     exclusive,
     write_atomically,
 )
-from llava.eval.runner import Runner
+from llava.eval.engine.runner import Runner
+from llava.eval.identity import checkpoint_hash
+from llava.eval.metrics import accuracy_rows, timing_columns
+from llava.eval.overlays import save_overlays
+from llava.eval.plots import plot_accuracy
+from llava.eval.progress import answer_batches
+from llava.eval.records import failed_items
 from llava.eval.subject import Subject, load_subject
 from llava.eval.tables import render
 from llava.eval.tasks.question_file import QuestionFile

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from llava.command_line import CORRECTABLE, explain
-from llava.eval.results import ResultError
+from llava.eval.engine.run_folder import ResultError
 from llava.utils import UserInputError
 
 Value = TypeVar("Value")

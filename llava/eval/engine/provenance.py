@@ -14,20 +14,15 @@ from typing import Any
 
 import torch
 
-PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Everything that can change an answer. Tables, plots and the command line cannot.
 ANSWER_SOURCES = (
     "*.py",
     "model/**/*.py",
     "pruning/**/*.py",
     "world/**/*.py",
-    "eval/arms.py",
-    "eval/generation.py",
-    "eval/image_loading.py",
-    "eval/plan.py",
+    "eval/engine/*.py",
     "eval/prompts.py",
-    "eval/records.py",
-    "eval/runner.py",
     "eval/subject.py",
     "eval/scorers/*.py",
     "eval/tasks/*.py",

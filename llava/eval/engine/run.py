@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval import provenance
-from llava.eval.arms import Arm, without_impossible
-from llava.eval.plan import Plan
+from llava.eval.engine import provenance
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.metrics import settings
+from llava.eval.engine.processes import Processes
+from llava.eval.engine.request import Arm, without_impossible
+from llava.eval.engine.run_folder import SCHEMA_VERSION, Record, RunFolder, exclusive
+from llava.eval.engine.runner import Runner
 from llava.eval.progress import answer_batches
 from llava.eval.records import failed_items
-from llava.eval.results import SCHEMA_VERSION, Record, RunFolder, exclusive
-from llava.eval.runner import Runner
-from llava.eval.sharding import Processes
 from llava.eval.subject import Subject, load_subject
-from llava.eval.summary import settings
 from llava.eval.tasks.base import Benchmark
 from llava.sampling import Sampling
 from llava.utils import UserInputError

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.arms import Arm
-from llava.eval.generation import Decoded, Stopwatch, decode, row_seed
-from llava.eval.image_loading import ImageSource, LoadedImages
-from llava.eval.plan import Plan, other_images
+from llava.eval.engine.batches import Plan, other_images
+from llava.eval.engine.decode import Decoded, Stopwatch, decode, row_seed
+from llava.eval.engine.images import ImageSource, LoadedImages
+from llava.eval.engine.request import Arm
 from llava.eval.prompts import prompt_ids, question_prompt
 from llava.eval.records import Outcome, Record, answer_id, failure, kept_digests
 from llava.eval.subject import Subject

@@ -1,0 +1,1 @@
+"""The commands of `python -m llava.eval`: flags in, one call."""
