@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava.generated import fill_sections, read_markdown
+from llava.markdown import fill_sections, read_markdown
 from llava.pruning.errors import PruningError
 from llava.pruning.published import KEEP_TOKENS, RETENTION, SOURCES
 from llava.pruning.registry import get_method, list_methods

@@ -13,10 +13,14 @@ import pytest
 from PIL import Image
 
 from llava.eval.__main__ import main
-from llava.eval.paper_tables import command, load_table
-from llava.eval.paper_tables.collect import Filled, RunResult, fill, read_run
-from llava.eval.paper_tables.launch import Launch
-from llava.eval.paper_tables.plan import (
+from llava.eval.commands import paper_table as command
+from llava.eval.report.html import to_html
+from llava.eval.report.paper_table import records, to_csv, to_json, to_latex, to_markdown
+from llava.eval.report.pareto import Point, pareto_front, points_of
+from llava.eval.tables import load_table
+from llava.eval.tables.fill import Filled, RunResult, fill, read_run
+from llava.eval.tables.launch import Launch
+from llava.eval.tables.plan import (
     Job,
     Setting,
     plan,
@@ -24,10 +28,7 @@ from llava.eval.paper_tables.plan import (
     scaled_budgets,
     unavailable,
 )
-from llava.eval.paper_tables.plots import Point, pareto_front, points_of
-from llava.eval.paper_tables.render import records, to_csv, to_json, to_latex, to_markdown
-from llava.eval.paper_tables.report import to_html
-from llava.eval.paper_tables.spec import KINDS, TableError, list_tables
+from llava.eval.tables.spec import KINDS, TableError, list_tables
 from llava.pruning import PruningConfig, list_methods
 
 MAIN = "table1_llava_v1_5_7b"
@@ -359,7 +360,7 @@ def test_the_report_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
 def with_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every task of the tables counts as registered, and nothing is drawn."""
     names = [c.task for name in list_tables() for c in load_table(name).columns]
-    monkeypatch.setattr("llava.eval.paper_tables.plan.list_benchmarks", lambda: names)
+    monkeypatch.setattr("llava.eval.tables.plan.list_benchmarks", lambda: names)
     monkeypatch.setattr(command, "draw_overlays", lambda *_: False)
 
 

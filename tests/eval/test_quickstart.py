@@ -20,8 +20,8 @@ from llava.eval.__main__ import main
 from llava.eval.commands import quickstart as command
 from llava.eval.commands.quickstart import FILES, PICTURES, describe
 from llava.eval.engine import provenance
+from llava.eval.report.result import full_section, render
 from llava.eval.subject import load_subject
-from llava.eval.tables import full_section, render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.pruning import list_methods
 from llava.pruning.catalogue import figures

@@ -11,7 +11,7 @@ from llava.eval.engine.batches import other_images
 from llava.eval.engine.request import Arm, plan_arms
 from llava.eval.engine.run_folder import Record
 from llava.eval.engine.runner import Runner
-from llava.eval.overlays import save_overlays
+from llava.eval.report.pictures import save_overlays
 from llava.model import instruction
 from llava.model.multimodal_encoder.readings import TowerReader
 from llava.pruning import list_methods, register, registry

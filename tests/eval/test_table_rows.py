@@ -22,13 +22,13 @@ from llava.eval.arm_words import arm_word, arms_from, parse_arm
 from llava.eval.commands import run as run_command
 from llava.eval.engine.metrics import settings
 from llava.eval.engine.run_folder import dump_json
-from llava.eval.paper_tables import launch, load_table
-from llava.eval.paper_tables.collect import Filled, RunResult, fill
-from llava.eval.paper_tables.launch import Launch
-from llava.eval.paper_tables.pictures import rows_to_draw
-from llava.eval.paper_tables.plan import plan, published_budget, setting_of
-from llava.eval.paper_tables.render import budget_text, to_csv
-from llava.eval.paper_tables.spec import Row, Table, TableError, list_tables
+from llava.eval.report.kept_tokens import rows_to_draw
+from llava.eval.report.paper_table import budget_text, to_csv
+from llava.eval.tables import launch, load_table
+from llava.eval.tables.fill import Filled, RunResult, fill
+from llava.eval.tables.launch import Launch
+from llava.eval.tables.plan import plan, published_budget, setting_of
+from llava.eval.tables.spec import Row, Table, TableError, list_tables
 from llava.pruning import PruningConfig
 
 ROOT = Path(__file__).resolve().parents[2]

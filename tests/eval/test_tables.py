@@ -11,8 +11,8 @@ from llava.eval.__main__ import main
 from llava.eval.engine.request import Arm, plan_arms
 from llava.eval.engine.run_folder import SCHEMA_VERSION
 from llava.eval.metrics import accuracy_rows, timing_columns
-from llava.eval.plots import draw_accuracy
-from llava.eval.tables import (
+from llava.eval.report.plots import draw_accuracy
+from llava.eval.report.result import (
     drift,
     family_table,
     full_section,
@@ -22,7 +22,7 @@ from llava.eval.tables import (
     short_section,
     summary_table,
 )
-from llava.generated import markers
+from llava.markdown import markers
 
 
 def refuse(method: str, budget: int) -> str | None:

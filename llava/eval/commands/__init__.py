@@ -1,1 +1,1 @@
-"""The commands of `python -m llava.eval`: flags in, one call."""
+"""Commands of the evaluation: flags in, one call out."""

@@ -31,12 +31,12 @@ from llava.eval.engine.run_folder import (
 from llava.eval.engine.runner import Runner
 from llava.eval.identity import checkpoint_hash
 from llava.eval.metrics import accuracy_rows, timing_columns
-from llava.eval.overlays import save_overlays
-from llava.eval.plots import plot_accuracy
 from llava.eval.progress import answer_batches
 from llava.eval.records import failed_items
+from llava.eval.report.pictures import save_overlays
+from llava.eval.report.plots import plot_accuracy
+from llava.eval.report.result import render
 from llava.eval.subject import Subject, load_subject
-from llava.eval.tables import render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.checkpoint import local_checkpoint
 from llava.pruning import PruningError, get_method, list_methods

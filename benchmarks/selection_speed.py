@@ -1,4 +1,4 @@
-"""`python -m llava.eval selection-speed`: selection rules side by side with how they are published.
+"""Time selection rules next to the published ones: `python benchmarks/selection_speed.py`.
 
 Both arms start from the same cosine similarities, whose matrix product is timed by itself: it costs
 the same whatever picks afterwards. Every picked index has to agree, or there is no result.
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.engine import provenance
 from llava.eval.engine.run_folder import SCHEMA_VERSION, ResultError, dump_json, write_atomically
 from llava.pruning import list_methods
@@ -28,6 +31,7 @@ from llava.pruning.selection.dpp import greedy_map
 from llava.pruning.selection.max_min import cosine, distances_of, first_score, greedy
 from llava.pruning.selection.topk import ranking, top_k
 
+PROGRAM = "python benchmarks/selection_speed.py"
 BUDGETS = {576: (64, 128, 192), 2880: (160, 320, 640)}
 WIDTH = 4096
 SECONDS = 30  # for the pairs of one case
@@ -278,18 +282,20 @@ def _timed(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
     return 1000 * (time.process_time() - start), result
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add the `selection-speed` command to the parser of `python -m llava.eval`."""
-    parser = commands.add_parser(
-        "selection-speed", help="time selection rules side by side with the published ones (CPU)"
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and save."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = OneLineParser(prog=PROGRAM, description="Time selection next to the published rules.")
     parser.add_argument("--repeats", type=int, default=9, help="timed pairs of every case")
     parser.add_argument("--save-result", type=Path, metavar="FILE", help="write a result file")
-    parser.set_defaults(run=run)
+    args = parser.parse_args(words)
+    with one_line_errors(parser):
+        run(args, shlex.join([*PROGRAM.split(), *words]))
+    return 0
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print, and save."""
+def run(args: argparse.Namespace, command: str) -> None:
+    """Measure every rule, print a line for each case, and write the result file if one is asked."""
     if args.repeats < 1:
         raise ResultError(f"--repeats must be at least 1, got {args.repeats}")
     torch.set_num_threads(1)
@@ -311,7 +317,7 @@ def run(args: argparse.Namespace) -> int:
             "clock": "process CPU time, one thread",
         },
         "run": {
-            "command": args.command_line,
+            "command": command,
             "git": git,
             "versions": provenance.package_versions(),
             "machine": provenance.machine("cpu"),
@@ -323,4 +329,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.save_result:
         write_atomically(args.save_result, dump_json(result))
-    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.run_folder import Record, read_result, write_atomically
-from llava.generated import fill_sections, read_markdown
+from llava.markdown import fill_sections, read_markdown
 from llava.utils import UserInputError
 
 # Rows of the README's table: baselines, the paper's method and its relatives, one of every family.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.eval.paper_tables.collect import Filled, FilledRow
+from llava.eval.tables.fill import Filled, FilledRow
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,13 @@ from llava.eval.demo.playground import DEFAULT_SAMPLES, write_playground
 from llava.eval.engine import provenance
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.run_folder import Record, exclusive, write_atomically
-from llava.eval.paper_tables.collect import Filled, fill, read_run
-from llava.eval.paper_tables.launch import Launch, RunJob, run_job
-from llava.eval.paper_tables.pictures import draw_kept_tokens
-from llava.eval.paper_tables.plan import (
+from llava.eval.report.html import to_html
+from llava.eval.report.kept_tokens import draw_kept_tokens
+from llava.eval.report.paper_table import to_csv, to_json, to_latex, to_markdown
+from llava.eval.report.pareto import plot
+from llava.eval.tables.fill import Filled, fill, read_run
+from llava.eval.tables.launch import Launch, RunJob, run_job
+from llava.eval.tables.plan import (
     Budgets,
     Job,
     missing_tasks,
@@ -31,10 +34,7 @@ from llava.eval.paper_tables.plan import (
     setting_of,
     unavailable,
 )
-from llava.eval.paper_tables.plots import plot
-from llava.eval.paper_tables.render import to_csv, to_json, to_latex, to_markdown
-from llava.eval.paper_tables.report import to_html
-from llava.eval.paper_tables.spec import Table, TableError, list_tables, load_table
+from llava.eval.tables.spec import Table, TableError, list_tables, load_table
 from llava.eval.tasks.base import get_benchmark
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.shipped import LLAVA_TINY

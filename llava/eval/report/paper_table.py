@@ -9,9 +9,9 @@ from typing import Any
 
 from llava.eval.arm_words import spell_options
 from llava.eval.engine.run_folder import Record, dump_json
-from llava.eval.paper_tables.collect import Cell, Filled, FilledRow, Measured
-from llava.eval.paper_tables.spec import AVERAGE, Column, Published
-from llava.eval.tables import markdown
+from llava.eval.report.result import markdown
+from llava.eval.tables.fill import Cell, Filled, FilledRow, Measured
+from llava.eval.tables.spec import AVERAGE, Column, Published
 
 NONE = "n/a"
 DEMO = (

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from llava.eval.engine.run_folder import read_result
-from llava.eval.tables import full_section, update
+from llava.eval.report.result import full_section, update
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:

@@ -8,8 +8,7 @@ from html import escape
 from pathlib import Path
 
 from llava.eval.engine.run_folder import Record
-from llava.eval.paper_tables.collect import Filled
-from llava.eval.paper_tables.render import (
+from llava.eval.report.paper_table import (
     DEMO,
     describe,
     full_grid,
@@ -17,6 +16,7 @@ from llava.eval.paper_tables.render import (
     notes,
     published_grid,
 )
+from llava.eval.tables.fill import Filled
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem;

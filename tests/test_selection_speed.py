@@ -1,16 +1,16 @@
-"""Selection beside the published rules: equal picks, and the tracked figures."""
+"""The benchmark of selection rules: equal picks, and the tracked figures."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
-from llava.eval import selection_speed
-from llava.eval.__main__ import main
 from llava.eval.engine.run_folder import ResultError
 from llava.pruning import (
     PruningConfig,
@@ -23,9 +23,22 @@ from llava.pruning.selection.coverage import cover
 from llava.pruning.selection.dpp import dpp
 from llava.pruning.selection.max_min import cosine
 
+ROOT = Path(__file__).resolve().parents[1]
+TRACKED = ROOT / "playground" / "results" / "selection-speed.json"
 # Rules of a few calls, together below a millisecond.
 SHORT = ("top-k", "anchors, neighbours, top-k")
-TRACKED = Path(__file__).parents[2] / "playground" / "results" / "selection-speed.json"
+
+
+def load_program() -> ModuleType:
+    file = ROOT / "benchmarks" / "selection_speed.py"
+    spec = importlib.util.spec_from_file_location("selection_speed", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+selection_speed = load_program()
 
 
 def through_the_method(name: str, keep: int, visual: VisualTokens, **options) -> list[int]:
@@ -84,17 +97,20 @@ def test_command_writes_a_result(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(selection_speed, "BUDGETS", {48: (30, 36)})
     monkeypatch.setattr(selection_speed, "WIDTH", 64)
     file = tmp_path / "speed.json"
-    assert main(["selection-speed", "--repeats", "1", "--save-result", str(file)]) == 0
+    assert selection_speed.main(["--repeats", "1", "--save-result", str(file)]) == 0
     assert "times as fast" in capsys.readouterr().out
     result = json.loads(file.read_text())
     cases = [(48, 30), (48, 36)] * len(selection_speed.RULES)
     assert [(row["tokens"], row["keep"]) for row in result["rows"]] == cases
     assert all(row["pairs"] == 1 for row in result["rows"])
-    assert result["run"]["command"].startswith("python -m llava.eval selection-speed")
+    assert result["run"]["command"].startswith("python benchmarks/selection_speed.py --r")
     named = {method for row in result["rows"] for method in row["methods"]}
     assert named.isdisjoint(result["without_baseline"])
     assert named | set(result["without_baseline"]) == set(list_methods())
-    assert main(["selection-speed", "--repeats", "0"]) == 2
+    with pytest.raises(SystemExit) as end:
+        selection_speed.main(["--repeats", "0"])
+    assert end.value.code == 2
+    assert "--repeats must be at least 1" in capsys.readouterr().err
 
 
 def test_different_picks_give_no_result(monkeypatch) -> None:

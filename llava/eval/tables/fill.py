@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from llava.eval.engine.request import UNPRUNED
-from llava.eval.paper_tables.plan import (
+from llava.eval.tables.plan import (
     Budgets,
     Place,
     Setting,
@@ -20,7 +20,7 @@ from llava.eval.paper_tables.plan import (
     setting_of,
     unavailable,
 )
-from llava.eval.paper_tables.spec import AVERAGE, Column, Published, Row, Table, TableError
+from llava.eval.tables.spec import AVERAGE, Column, Published, Row, Table, TableError
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from PIL import Image
 
 from llava.eval.arm_words import parse_arm
 from llava.eval.engine.request import UNPRUNED
-from llava.eval.overlays import contact_sheet
-from llava.eval.paper_tables.collect import Filled, FilledRow
-from llava.eval.paper_tables.plan import DEFAULT_PROTOCOL, Setting
-from llava.eval.paper_tables.render import budget_text
+from llava.eval.report.paper_table import budget_text
+from llava.eval.report.pictures import contact_sheet
+from llava.eval.tables.fill import Filled, FilledRow
+from llava.eval.tables.plan import DEFAULT_PROTOCOL, Setting
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, prune

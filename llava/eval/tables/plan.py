@@ -12,7 +12,7 @@ from typing import Any
 
 from llava.eval.arm_words import arm_word
 from llava.eval.engine.request import UNPRUNED
-from llava.eval.paper_tables.spec import Column, Row, Table
+from llava.eval.tables.spec import Column, Row, Table
 from llava.eval.tasks.base import list_benchmarks
 from llava.pruning import list_methods
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.eval.paper_tables.plan import DEFAULT_PROTOCOL, Job
+from llava.eval.tables.plan import DEFAULT_PROTOCOL, Job
 from llava.pixels import ORIGINAL
 
 

@@ -1,0 +1,1 @@
+"""What is written about results: tables, plots, pictures."""
