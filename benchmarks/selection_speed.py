@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.engine import provenance
-from llava.eval.engine.run_folder import SCHEMA_VERSION, ResultError, dump_json, write_atomically
+from llava.eval.engine.schema import SCHEMA_VERSION, ResultError
 from llava.pruning import list_methods
 from llava.pruning.methods.hiprune import HiPrune, filled_up
 from llava.pruning.methods.scope import Scope
@@ -30,6 +30,7 @@ from llava.pruning.selection.coverage import cover
 from llava.pruning.selection.dpp import greedy_map
 from llava.pruning.selection.max_min import cosine, distances_of, first_score, greedy
 from llava.pruning.selection.topk import ranking, top_k
+from llava.storage import dump_json, write_atomically
 
 PROGRAM = "python benchmarks/selection_speed.py"
 BUDGETS = {576: (64, 128, 192), 2880: (160, 320, 640)}

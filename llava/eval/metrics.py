@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from llava.eval.engine.request import UNPRUNED, Arm
-from llava.eval.engine.run_folder import Record
+from llava.eval.engine.schema import Record
 from llava.eval.stats import Estimate, mean_estimate, paired_difference
 
 Row = dict[str, Any]

@@ -27,7 +27,8 @@ from llava.eval.engine.batches import Plan, chunk_of
 from llava.eval.engine.processes import processes
 from llava.eval.engine.request import UNPRUNED, Arm
 from llava.eval.engine.run import Job, execute
-from llava.eval.engine.run_folder import Record, RunFolder, dump_lines, write_atomically
+from llava.eval.engine.run_folder import RunFolder
+from llava.eval.engine.schema import Record
 from llava.eval.identity import identity
 from llava.eval.prompts import bare_question, has_inner_marks
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
@@ -37,6 +38,7 @@ from llava.mm_utils import get_model_name_from_path
 from llava.pixels import VIEWER
 from llava.pruning.flags import add_pruning_flags, pruning_from
 from llava.sampling import Sampling
+from llava.storage import dump_lines, write_atomically
 from llava.utils import UserInputError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.engine.run_folder import read_result
+from llava.eval.engine.schema import read_result
 from llava.eval.report.result import drift
 from llava.markdown import markers
 from llava.pruning import get_method, list_methods

@@ -9,8 +9,8 @@ import pytest
 from llava.eval.commands import quickstart
 from llava.eval.engine.batches import other_images
 from llava.eval.engine.request import Arm, plan_arms
-from llava.eval.engine.run_folder import Record
 from llava.eval.engine.runner import Runner
+from llava.eval.engine.schema import Record
 from llava.eval.report.pictures import save_overlays
 from llava.model import instruction
 from llava.model.multimodal_encoder.readings import TowerReader
@@ -232,7 +232,7 @@ def test_a_method_that_needs_what_the_model_lacks_is_unavailable(make_runner, mo
         seen = {record["arm"] for batch, _ in runner.run(arms.values()) for record in batch}
         assert seen == {"none", "norm@64", "least-sensitive@64", "shuffled-image", "no-image"}
     finally:
-        del registry._methods["blind"]
+        del registry.METHODS._entries["blind"]
 
 
 def _by_name(runner: Runner, methods: list[str]) -> dict[str, Arm]:

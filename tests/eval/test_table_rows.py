@@ -16,12 +16,11 @@ import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llava.eval.arm_words import arm_word, arms_from, parse_arm
 
 from llava.eval.__main__ import main
-from llava.eval.arm_words import arm_word, arms_from, parse_arm
 from llava.eval.commands import run as run_command
 from llava.eval.engine.metrics import settings
-from llava.eval.engine.run_folder import dump_json
 from llava.eval.report.kept_tokens import rows_to_draw
 from llava.eval.report.paper_table import budget_text, to_csv
 from llava.eval.tables import launch, load_table
@@ -30,6 +29,7 @@ from llava.eval.tables.launch import Launch
 from llava.eval.tables.plan import plan, published_budget, setting_of
 from llava.eval.tables.spec import Row, Table, TableError, list_tables
 from llava.pruning import PruningConfig
+from llava.storage import dump_json
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """

@@ -9,7 +9,7 @@ import pytest
 
 from llava.eval.__main__ import main
 from llava.eval.engine.request import Arm, plan_arms
-from llava.eval.engine.run_folder import SCHEMA_VERSION
+from llava.eval.engine.schema import SCHEMA_VERSION
 from llava.eval.metrics import accuracy_rows, timing_columns
 from llava.eval.report.plots import draw_accuracy
 from llava.eval.report.result import (

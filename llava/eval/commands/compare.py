@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llava.eval.engine.request import UNPRUNED
-from llava.eval.engine.run_folder import Record, ResultError
+from llava.eval.engine.schema import Record, ResultError
 from llava.eval.scorers.exact_match import normalise
 from llava.eval.stats import mean_estimate, paired_difference
 from llava.utils import user_path

@@ -17,7 +17,7 @@ from llava.eval.arm_words import parse_arm
 from llava.eval.demo.playground import DEFAULT_SAMPLES, write_playground
 from llava.eval.engine import provenance
 from llava.eval.engine.request import UNPRUNED
-from llava.eval.engine.run_folder import Record, exclusive, write_atomically
+from llava.eval.engine.schema import Record
 from llava.eval.report.html import to_html
 from llava.eval.report.kept_tokens import draw_kept_tokens
 from llava.eval.report.paper_table import to_csv, to_json, to_latex, to_markdown
@@ -38,6 +38,7 @@ from llava.eval.tables.spec import Table, TableError, list_tables, load_table
 from llava.eval.tasks.base import get_benchmark
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.shipped import LLAVA_TINY
+from llava.storage import exclusive, write_atomically
 from llava.utils import UserInputError
 
 DEMO_TOKENS = 576

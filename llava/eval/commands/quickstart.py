@@ -20,15 +20,9 @@ import torch
 from llava.eval.engine import provenance
 from llava.eval.engine.batches import Plan
 from llava.eval.engine.request import Arm, plan_arms
-from llava.eval.engine.run_folder import (
-    SCHEMA_VERSION,
-    Record,
-    RunFolder,
-    dump_json,
-    exclusive,
-    write_atomically,
-)
+from llava.eval.engine.run_folder import RunFolder
 from llava.eval.engine.runner import Runner
+from llava.eval.engine.schema import SCHEMA_VERSION, Record
 from llava.eval.identity import checkpoint_hash
 from llava.eval.metrics import accuracy_rows, timing_columns
 from llava.eval.progress import answer_batches
@@ -42,6 +36,7 @@ from llava.model.checkpoint import local_checkpoint
 from llava.pruning import PruningError, get_method, list_methods
 from llava.sampling import Sampling
 from llava.shipped import LLAVA_TINY
+from llava.storage import dump_json, exclusive, write_atomically
 from llava.utils import UserInputError, user_path
 
 METHODS = ("none", "random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact")

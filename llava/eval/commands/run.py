@@ -24,7 +24,8 @@ from llava.eval.engine.processes import processes
 from llava.eval.engine.provenance import hash_json
 from llava.eval.engine.request import Arm
 from llava.eval.engine.run import Job, Model, execute
-from llava.eval.engine.run_folder import Record, RunFolder
+from llava.eval.engine.run_folder import RunFolder
+from llava.eval.engine.schema import Record
 from llava.eval.identity import identity, machine_settings
 from llava.eval.tasks.base import Benchmark, get_benchmark
 from llava.mm_utils import NEXT_PROTOCOLS, get_model_name_from_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llava.eval.engine.run_folder import read_result
+from llava.eval.engine.schema import read_result
 from llava.eval.report.result import full_section, update
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from llava.eval.engine.run_folder import Record
+from llava.eval.engine.schema import Record
 from llava.eval.report.paper_table import (
     DEMO,
     describe,

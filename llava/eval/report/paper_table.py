@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llava.eval.arm_words import spell_options
-from llava.eval.engine.run_folder import Record, dump_json
+from llava.eval.engine.schema import Record
 from llava.eval.report.result import markdown
 from llava.eval.tables.fill import Cell, Filled, FilledRow, Measured
 from llava.eval.tables.spec import AVERAGE, Column, Published
+from llava.storage import dump_json
 
 NONE = "n/a"
 DEMO = (

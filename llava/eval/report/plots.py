@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.eval.engine.request import UNPRUNED
-from llava.eval.engine.run_folder import Record
+from llava.eval.engine.schema import Record
 from llava.eval.metrics import Row
 
 if TYPE_CHECKING:
