@@ -1,6 +1,6 @@
-"""`python -m llava.eval run`: one benchmark, one model, any number of pruning settings.
+"""`llava run`: one benchmark, one model, any number of pruning settings.
 
-    python -m llava.eval run --model-path M --task pope --arm none --arm zoo@64
+    llava run --model-path M --task pope --arm none --arm zoo@64
     torchrun --nproc-per-node 4 -m llava.eval run ...    the same, shared by four GPUs
 
 Run the same command again after an interruption: what was answered is kept.
@@ -9,37 +9,37 @@ Run the same command again after an interruption: what was answered is kept.
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava.command_line import check_conv_mode, device_name
-from llava.conversation import conv_mode_for
-from llava.eval.arm_words import arm_of, arms_from, preset_of, saved_pruning
-from llava.eval.engine.batches import Plan, chunk_of
-from llava.eval.engine.metrics import settings, summarise
+from llava.command_line import device_name
 from llava.eval.engine.processes import processes
-from llava.eval.engine.provenance import hash_json
-from llava.eval.engine.request import Arm
-from llava.eval.engine.run import Job, Model, execute
-from llava.eval.engine.run_folder import RunFolder
-from llava.eval.engine.schema import Record
-from llava.eval.identity import identity, machine_settings
-from llava.eval.tasks.base import Benchmark, get_benchmark
+from llava.eval.engine.provenance import identify, kind_of_device
+from llava.eval.engine.request import (
+    UNPRUNED,
+    Arm,
+    ModelSpec,
+    RunRequest,
+    arm_of,
+    make_arm,
+    parse_arm,
+    read_arms,
+    saved_pruning,
+    spell_options,
+)
+from llava.eval.engine.run import run as run_request
+from llava.eval.presets import Preset, get_preset
+from llava.eval.tasks.base import get_benchmark
 from llava.mm_utils import NEXT_PROTOCOLS, get_model_name_from_path
-from llava.model.checkpoint import checkpoint_here, local_checkpoint, read_config
+from llava.model.checkpoint import checkpoint_here, local_checkpoint
 from llava.pixels import PIXELS, PIXELS_HELP
-from llava.pruning.flags import add_pruning_flags
+from llava.pruning import PruningError, parse_options
+from llava.pruning.config import CHOICES
+from llava.pruning.flags import add_pruning_flags, pruning_from
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
-FILES = ("run.json", "answers.jsonl", "metrics.json", "timings.jsonl")
-SUBMISSIONS = "submissions"
 DTYPES = ("float16", "bfloat16", "float32")
-# LLaVA's evaluation scripts ask the checkpoints of its demo with a template of their own.
-EVALUATION_TEMPLATES = {"llava_v1": "vicuna_v1"}
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -59,6 +59,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="one setting, repeatable; BUDGET is a number of tokens, or a share such as 0.1; "
         "`none` is the unpruned model",
     )
+    add("--arms", type=Path, metavar="FILE", help="JSON file of settings, as `arms` in run.json")
     add("--preset", help="a named setting of a method, with --keep-tokens or --keep-ratio")
     add("--batch-size", type=int, default=8, help="items per batch")
     add("--limit", type=int, default=0, help="items to ask, the first ones; 0 for all")
@@ -71,7 +72,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of everything that answers questions: which model, how it is loaded and prompted."""
+    """Add the flags of everything that answers questions: the model, its loading and prompts."""
     add = parser.add_argument
     add("--model-path", required=True, help="checkpoint folder or hub name")
     add("--model-base", help="base model of a LoRA or projector-only checkpoint")
@@ -89,11 +90,27 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer and score; 1 if some images could not be read."""
+    request = request_from(args)
+    if not args.dry_run:
+        return run_request(request)
+    with processes() as group:
+        if group.first:
+            print(describe(request))
+    return 0
+
+
+def request_from(args: argparse.Namespace) -> RunRequest:
+    """Read the flags of `run`.
+
+    Raises:
+        UserInputError: one that cannot be used, or a model or data that are not here.
+    """
     if args.limit < 0 or args.batch_size < 1 or args.seed < 0 or args.workers < 0:
         raise UserInputError(
             "--limit, --seed and --workers must be at least 0, --batch-size at least 1"
         )
-    arms = arms_from(args)
+    preset = None if args.preset is None else get_preset(args.preset)
+    arms = arms_from(args, preset)
     find_models(args, download=not args.dry_run)
     if not arms:  # a hub model that a dry run does not download says nothing yet
         here = Path(args.model_path).is_dir()
@@ -101,48 +118,72 @@ def run(args: argparse.Namespace) -> int:
     cls = get_benchmark(args.task)
     benchmark = cls(args.data_root or cls.default_root, args.protocol)
     benchmark.pixels = args.pixels or benchmark.pixels
-    plan = plan_of(benchmark, args)
-    model = model_of(args, preset_of(args))
     longest = benchmark.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
-    sampling = Sampling(temperature=0, max_new_tokens=longest)
     name = get_model_name_from_path(args.model_path)
     output = args.output or Path("outputs") / name / f"{benchmark.name}-{benchmark.protocol}"
-    with processes() as group:
-        config = describe(args, benchmark, plan, arms, model, sampling)
-        if args.dry_run:
-            if group.first:
-                print(dry_run(args, benchmark, plan, arms, config, output))
-            return 0
-        whole = group.agree(lambda: identity(config, benchmark, args.model_path, args.model_base))
-        job = Job(
-            model,
-            benchmark,
-            plan,
-            arms,
-            sampling,
-            args.seed,
-            args.workers,
-            output,
-            whole,
-            args.command_line,
-        )
+    return RunRequest(
+        benchmark=benchmark,
+        model=model_from(args, preset),
+        arms=arms,
+        sampling=Sampling(temperature=0, max_new_tokens=longest),
+        output=output,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        num_chunks=args.num_chunks,
+        chunk_idx=args.chunk_idx,
+        seed=args.seed,
+        workers=args.workers,
+        command=args.command_line,
+    )
 
-        def finish(folder: RunFolder, ran: Sequence[Arm], answers: list[Record]) -> None:
-            metrics = summarise(benchmark, plan, ran, answers)
-            folder.write_json("metrics.json", metrics)
-            write_submissions(benchmark, plan, ran, answers, folder.path / SUBMISSIONS)
-            publish(folder.path, output)
-            print(f"\n{figures(metrics)}\nwritten to {output}: {', '.join(FILES)}")
 
-        return execute(job, group, finish, begin=lambda: withdraw(output, whole["run_key"]))
+def arms_from(args: argparse.Namespace, preset: Preset | None = None) -> tuple[Arm, ...]:
+    """Read `--arm`, `--arms`, `--preset` and `--pruner`; empty if none is given.
+
+    Raises:
+        UserInputError: a setting does not exist or is given twice.
+    """
+    arms = [parse_arm(word) for word in args.arm]
+    arms += read_arms(args.arms) if args.arms is not None else []
+    own = parse_options(args.pruner_option)
+    own |= {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
+    if preset is not None:
+        if args.pruner is not None or args.pruner_option:
+            raise UserInputError("--preset names method and options; leave --pruner out")
+        arms.append(_flag_arm(args, preset.name, preset.method, dict(preset.options), own))
+    elif args.pruner is not None:
+        arms.append(_flag_arm(args, args.pruner, args.pruner, {}, own))
+    else:
+        pruning_from(args)  # refuses a budget or options without a method
+    names = [arm.name for arm in arms]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserInputError(f"the arm {name} is given twice")
+    return tuple(arms)
+
+
+def _flag_arm(
+    args: argparse.Namespace, title: str, method: str, given: dict[str, Any], own: dict[str, Any]
+) -> Arm:
+    """Make the arm of `--pruner` or `--preset`, called by `title`, its own options and budget."""
+    if args.keep_tokens is not None and args.keep_ratio is not None:
+        raise PruningError("give --keep-tokens or --keep-ratio, not both")
+    budget = args.keep_tokens if args.keep_ratio is None else args.keep_ratio
+    if method == UNPRUNED:
+        return make_arm(UNPRUNED, method, None, own)
+    words = spell_options(own)
+    name = f"{title}:{words}" if words else title
+    name = name if budget is None else f"{name}@{budget}"
+    return make_arm(name, method, budget, {**given, **own})
 
 
 def find_models(args: argparse.Namespace, *, download: bool = True) -> None:
-    """Put folders in place of `--model-path` and `--model-base`, so that what follows reads files.
+    """Replace `--model-path` and `--model-base` by folders, so that what follows reads files.
 
     A hub name that is not here yet is downloaded, or stays without `download`.
 
-    Raises UserInputError for what is neither a folder nor a hub name, or cannot be downloaded.
+    Raises:
+        UserInputError: neither a folder nor a hub name, or a download that fails.
     """
     find = local_checkpoint if download else checkpoint_here
     for flag in ("model_path", "model_base"):
@@ -151,141 +192,41 @@ def find_models(args: argparse.Namespace, *, download: bool = True) -> None:
             setattr(args, flag, str(find(given) or given))
 
 
-def plan_of(benchmark: Benchmark, args: argparse.Namespace) -> Plan:
-    """The items that the flags ask for, in batches."""
-    items = benchmark.items()[: args.limit or None]
-    chunk = chunk_of(items, args.num_chunks, args.chunk_idx)
-    if not chunk:
-        raise UserInputError(
-            f"chunk {args.chunk_idx} of {args.num_chunks} is empty: there are only {len(items)} "
-            "items; use fewer chunks"
-        )
-    return Plan.of(chunk, args.batch_size)
+def model_from(args: argparse.Namespace, preset: Preset | None = None) -> ModelSpec:
+    """Read the flags of the model; what they leave open, `preset` decides.
 
-
-def model_of(args: argparse.Namespace, preset: Any = None) -> Model:
-    """The model that the flags name, not loaded; what they leave open, `preset` decides.
-
-    Raises UserInputError for an unknown template.
+    Raises:
+        UserInputError: an unknown template.
     """
-    check_conv_mode(args.conv_mode)
-    folder = Path(args.model_path)
-    config = read_config(folder) if folder.is_dir() else None
-    own = conv_mode_for(get_model_name_from_path(args.model_path), config)
-    template = args.conv_mode or EVALUATION_TEMPLATES.get(own, own)
-    loading: dict[str, Any] = {"load_8bit": args.load_8bit, "load_4bit": args.load_4bit}
-    dtype = args.dtype or (preset and preset.dtype)
-    if dtype and not (args.load_8bit or args.load_4bit):
-        loading["dtype"] = dtype
-    reading = args.mm_next_protocol or (preset and preset.mm_next_protocol)
-    if reading and reading != "native":
-        loading["mm_next_protocol"] = reading
-    return Model(args.model_path, args.model_base, args.device, template, loading)
+    return ModelSpec.of(
+        args.model_path,
+        args.model_base,
+        args.device,
+        conv_mode=args.conv_mode,
+        dtype=args.dtype or (preset and preset.dtype),
+        mm_next_protocol=args.mm_next_protocol or (preset and preset.mm_next_protocol),
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+    )
 
 
-def describe(
-    args: argparse.Namespace,
-    benchmark: Benchmark,
-    plan: Plan,
-    arms: Sequence[Arm],
-    model: Model,
-    sampling: Sampling,
-) -> dict[str, Any]:
-    """Every setting that can change an answer."""
-    asked = [[i.index, i.question_id, i.images, i.text, i.question] for i in plan.items]
-    return {
-        "task": benchmark.name,
-        "protocol": benchmark.protocol,
-        "arms": {arm.name: settings(arm) for arm in arms},
-        "batch_size": args.batch_size,
-        "items": len(asked),
-        "items_sha256": hash_json(asked),
-        "seed": args.seed,
-        "template": model.template,
-        "pixels": benchmark.pixels,
-        "loading": dict(model.loading),
-        "sampling": asdict(sampling),
-        **machine_settings(model.device),
-    }
-
-
-def dry_run(
-    args: argparse.Namespace,
-    benchmark: Benchmark,
-    plan: Plan,
-    arms: Sequence[Arm],
-    config: dict[str, Any],
-    output: Path,
-) -> str:
-    """The plan in words. Loads nothing; the run key needs a checkpoint that is here."""
-    models = (args.model_path, args.model_base)
-    absent = [path for path in models if path and not Path(path).is_dir()]
-    if not absent:
-        key = identity(config, benchmark, args.model_path, args.model_base)["run_key"]
-    else:
+def describe(request: RunRequest) -> str:
+    """Describe what would run. Loads nothing; the run key needs a checkpoint that is here."""
+    model, benchmark, plan = request.model, request.benchmark, request.plan()
+    absent = [path for path in (model.path, model.base) if path and not Path(path).is_dir()]
+    if absent:
         key = f"known once {' and '.join(absent)} is downloaded"
+    else:
+        key = identify(request)["run_key"]
     lines = [
         f"task      {benchmark.name}, protocol {benchmark.protocol}, from {benchmark.root}",
         f"items     {len(plan.items)} about {len(plan.images())} images, in {len(plan.batches)} "
-        f"batches of {args.batch_size}",
-        f"model     {args.model_path} on {config['device']}, template {config['template']}, "
-        f"at most {config['sampling']['max_new_tokens']} new tokens",
-        f"pixels    {config['pixels']}",
-        *(f"arm       {arm.name}: {arm.label}" for arm in arms),
-        f"output    {output}",
+        f"batches of {request.batch_size}",
+        f"model     {model.path} on {kind_of_device(model.device)}, template {model.template}, "
+        f"at most {request.sampling.max_new_tokens} new tokens",
+        f"pixels    {benchmark.pixels}",
+        *(f"arm       {arm.name}: {arm.label}" for arm in request.arms),
+        f"output    {request.output}",
         f"run key   {key}",
     ]
-    return "\n".join(lines)
-
-
-def write_submissions(
-    benchmark: Benchmark, plan: Plan, arms: Sequence[Arm], answers: list[Record], folder: Path
-) -> None:
-    """What the benchmark's own scorer or server takes, one folder per arm."""
-    for number, arm in enumerate(arms):
-        said = {line["index"]: line["answer"] for line in answers if line["arm"] == arm.name}
-        if not said:
-            continue
-        # The number tells arms apart, so a long name may be cut: file systems allow 255 bytes.
-        own = folder / f"{number}-{''.join(c if c.isalnum() else '_' for c in arm.name)}"[:200]
-        own.mkdir(parents=True, exist_ok=True)
-        benchmark.write_submission(plan.items, [said[item.index] for item in plan.items], own)
-        if not any(own.iterdir()):
-            own.rmdir()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def publish(folder: Path, output: Path) -> None:
-    """Copy the files of a finished run to where readers look for them."""
-    for name in FILES:
-        shutil.copyfile(folder / name, output / name)
-    if any((folder / SUBMISSIONS).glob("*")):
-        shutil.copytree(folder / SUBMISSIONS, output / SUBMISSIONS, dirs_exist_ok=True)
-
-
-def withdraw(output: Path, run_key: str) -> None:
-    """Take back the published copies of another run, so that nobody reads them for this one's."""
-    info = output / "run.json"
-    if info.is_file() and f'"run_key": "{run_key}"' not in info.read_text(encoding="utf-8"):
-        for name in FILES:
-            (output / name).unlink(missing_ok=True)
-        shutil.rmtree(output / SUBMISSIONS, ignore_errors=True)
-
-
-def figures(metrics: Record) -> str:
-    """The main figure of every arm, one a line."""
-    lines = []
-    for name, arm in metrics["arms"].items():
-        figure = arm["metrics"].get(metrics["headline"])
-        if arm.get("unavailable"):
-            shown = f"n/a: {arm['unavailable']}"
-        elif arm["answered"] == 0:
-            shown = "n/a: no item could be asked"
-        elif figure is None:
-            shown = "answered; its figures come from a server or a grader"
-        else:
-            error = "" if figure["se"] is None else f" ± {figure['se']:.2f}"
-            shown = f"{metrics['headline']} {figure['value']:.2f}{error} (n = {figure['n']})"
-        lines.append(f"{name}: {shown}")
     return "\n".join(lines)

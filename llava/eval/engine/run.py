@@ -209,9 +209,12 @@ def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
     """
     images = runner.first_image()
     if images is not None:
-        arms = [
-            replace(arm, unavailable=arm.unavailable or runner.refusal(images, arm)) for arm in arms
+        encoded = runner.encode_for_each(images, arms)
+        found = [
+            str(visual) if isinstance(visual, UserInputError) else runner.refusal(visual, arm)
+            for arm, visual in zip(arms, encoded, strict=True)
         ]
+        arms = [replace(arm, unavailable=why) for arm, why in zip(arms, found, strict=True)]
     reasons = [arm.unavailable for arm in arms]
     if all(reason is not None for reason in reasons):
         raise UserInputError(str(reasons[0]))
@@ -253,17 +256,19 @@ class RunningScores:
     """Mean score of each arm so far, in per cent."""
 
     def __init__(self) -> None:
-        self.scores: dict[str, list[float]] = defaultdict(list)
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
 
     def add(self, answers: Sequence[Record]) -> None:
         """Count the scores of more answers."""
         for line in answers:
             if line["score"] is not None:
-                self.scores[line["arm"]].append(line["score"])
+                self.sums[line["arm"]] += line["score"]
+                self.counts[line["arm"]] += 1
 
     def __str__(self) -> str:
-        shown = list(self.scores.items())[:SHOWN_ARMS]
-        means = [f"{arm} {100 * sum(found) / len(found):.1f} %" for arm, found in shown]
+        shown = list(self.sums)[:SHOWN_ARMS]
+        means = [f"{arm} {100 * self.sums[arm] / self.counts[arm]:.1f} %" for arm in shown]
         return ", ".join(means) or "no scores"
 
 

@@ -151,10 +151,25 @@ class Runner:
         tower = self.subject.model.get_vision_tower()
         return bool(needed_of_question(arm.seeded(self.seed), tower))
 
-    def refusal(self, images: LoadedImages, arm: Arm) -> str | None:
-        """Return why `arm` cannot prune images of this model as asked, or None if it can."""
+    def encode_for_each(
+        self, images: LoadedImages, arms: Sequence[Arm]
+    ) -> list[VisualTokens | UserInputError]:
+        """Encode images for each of the arms: together, or one by one where the model lacks
+        something that one of them needs."""
         try:
-            visual = self.encode(images, [arm])
+            return [self.encode(images, arms)] * len(arms)
+        except UserInputError:
+            return [self._encode_if_possible(images, arm) for arm in arms]
+
+    def _encode_if_possible(self, images: LoadedImages, arm: Arm) -> VisualTokens | UserInputError:
+        try:
+            return self.encode(images, [arm])
+        except UserInputError as error:
+            return error
+
+    def refusal(self, visual: VisualTokens, arm: Arm) -> str | None:
+        """Return why `arm` cannot prune the images in `visual`, or None if it can."""
+        try:
             self.prune_images(visual, arm, self._first_question(visual))
         except UserInputError as error:
             return str(error)

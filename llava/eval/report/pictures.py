@@ -26,7 +26,7 @@ def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) 
     item = next(item for item in runner.plan.items if name in item.images)
     image = runner.benchmark.load_image(name)
     pruned = [arm for arm in arms if arm.method != UNPRUNED and arm.unavailable is None]
-    visual = runner.encode(readable, [arm.method for arm in pruned])
+    visual = runner.encode(readable, pruned)
     pictures = {f"{name}: all {visual.embeddings(0).shape[0]}": image}
     budgets = {arm.budget for arm in pruned if arm.budget is not None}
     for arm in pruned:
