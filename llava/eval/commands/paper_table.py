@@ -1,7 +1,7 @@
-"""`python -m llava.eval paper-table NAME`: run every cell of a table, print it beside the paper.
+"""`llava paper-table NAME`: run every cell of a table and print it next to the paper's figures.
 
-Rows share one run per task, so they answer the same questions side by side. Whatever was
-interrupted goes on where it stopped. `--demo` runs the same code on the model in this repository.
+Rows share one run per task, so they answer the same questions side by side. An interrupted table
+resumes where it stopped. `--demo` runs the same code on the model in this repository.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from llava.eval.arm_words import parse_arm
 from llava.eval.demo.playground import DEFAULT_SAMPLES, write_playground
 from llava.eval.engine import provenance
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.schema import Record
-from llava.eval.report.html import to_html
-from llava.eval.report.kept_tokens import draw_kept_tokens
-from llava.eval.report.paper_table import to_csv, to_json, to_latex, to_markdown
-from llava.eval.report.pareto import plot
-from llava.eval.tables.fill import Filled, fill, read_run
+from llava.eval.report import paper_table as report
+from llava.eval.report.pictures import draw_kept_tokens
+from llava.eval.report.plots import plot_table
+from llava.eval.subject import load_subject
+from llava.eval.tables.fill import Filled, FilledRow, fill, read_run
 from llava.eval.tables.launch import Launch, RunJob, run_job
 from llava.eval.tables.plan import (
+    DEFAULT_PROTOCOL,
     Budgets,
     Job,
+    arm_for,
     missing_tasks,
     plan,
     published_budget,
     scaled_budgets,
-    setting_of,
     unavailable,
 )
-from llava.eval.tables.spec import Table, TableError, list_tables, load_table
+from llava.eval.tables.spec import Row, Table, TableError, list_tables, load_table
 from llava.eval.tasks.base import get_benchmark
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
+from llava.pruning import PruningConfig
+from llava.registry import unknown
 from llava.shipped import LLAVA_TINY
 from llava.storage import exclusive, write_atomically
 from llava.utils import UserInputError
@@ -45,6 +47,7 @@ DEMO_TOKENS = 576
 DEMO_BATCH = 16
 DEMO_NEW_TOKENS = 8  # what llava-tiny was trained to say is shorter
 PLOTS = {"tokens": "accuracy_vs_tokens", "ttft_ms": "accuracy_vs_latency"}
+FEWER_TASKS = "only some of the table's tasks were run"
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -82,19 +85,15 @@ class Order:
     budgets: Budgets
     demo: bool
 
-    @property
-    def no_gap(self) -> str | None:
-        """Why nothing measured can be held against published figures, or None."""
-        if self.demo:
-            return "demo"
-        limit = self.launch.limit
-        return f"only the first {limit} questions of a task were asked" if limit else None
-
     def jobs(self) -> list[Job]:
-        """The runs, without tasks that no benchmark is registered for."""
+        """Return the runs, without tasks that no benchmark is registered for."""
         absent = missing_tasks(self.table)
         jobs = plan(self.table, self.budgets, native_only=self.demo)
         return [job for job in jobs if job.task not in absent]
+
+    def setting(self, row: Row) -> PruningConfig | None:
+        """Return how the runs prune for a row."""
+        return arm_for(row, self.budgets).seeded(self.launch.seed)
 
 
 def run(args: argparse.Namespace, run_one: RunJob = run_job) -> int:
@@ -112,7 +111,7 @@ def run(args: argparse.Namespace, run_one: RunJob = run_job) -> int:
             write_playground(order.launch.data_root, args.demo_samples)
         problems = [f"no benchmark is registered for {task}" for task in missing_tasks(order.table)]
         for job in order.jobs():
-            print(f"== {job.folder}: {len(job.settings)} arms", flush=True)
+            print(f"== {job.folder}: {len(job.arms)} arms", flush=True)
             # A run that ends before it starts must not leave the figures of an earlier order here.
             (order.launch.folder(job) / "metrics.json").unlink(missing_ok=True)
             code = run_one(order.launch, job)
@@ -120,80 +119,74 @@ def run(args: argparse.Namespace, run_one: RunJob = run_job) -> int:
                 problems.append(f"the run of {job.folder} ended with exit code {code}")
         filled = collect(order, problems)
         write_files(order, filled, args.command_line)
-    print(f"\n{to_markdown(filled, order.demo)}")
+    print(f"\n{report.to_markdown(filled)}")
     print(f"written to {order.launch.output}: {order.table.name}.md .csv .tex .json .html")
     return 1 if problems else 0
 
 
 def read_order(args: argparse.Namespace) -> Order:
-    """Check the flags against the table. Raises UserInputError for what does not fit."""
-    table = only(load_table(args.name), args.tasks, args.methods)
+    """Check the flags against the table.
+
+    Raises:
+        UserInputError: a flag that does not fit, or a row that cannot run.
+    """
+    table = cut_table(load_table(args.name), args.tasks, args.methods)
     if args.limit < 0 or args.processes < 1 or args.demo_samples < 1:
         raise UserInputError("--limit must be at least 0, --processes and --demo-samples 1")
     if args.batch_size is not None and args.batch_size < 1:
         raise UserInputError("--batch-size must be at least 1")
     if args.seed < 0 or (args.workers or 0) < 0:
         raise UserInputError("--seed and --workers must be at least 0")
-    place = "demo" if args.demo else "tables"
-    output = args.output or Path("outputs") / place / table.name
-    model, data = args.model_path or table.model, args.data_root
-    if args.demo:
-        model = args.model_path or LLAVA_TINY
-        data = output / f"playground-{args.demo_samples}"
+    demo = args.demo
+    output = args.output or Path("outputs") / ("demo" if demo else "tables") / table.name
     launch = Launch(
-        model_path=str(model),
-        data_root=data,
+        model_path=args.model_path or (LLAVA_TINY if demo else table.model),
+        data_root=output / f"playground-{args.demo_samples}" if demo else args.data_root,
         output=output,
         model_base=args.model_base,
         conv_mode=args.conv_mode or table.conv_mode,
-        batch_size=args.batch_size or table.batch_size or (DEMO_BATCH if args.demo else 8),
+        batch_size=args.batch_size or table.batch_size or (DEMO_BATCH if demo else 8),
         limit=args.limit,
         seed=args.seed,
-        workers=(0 if args.demo else 4) if args.workers is None else args.workers,
+        workers=(0 if demo else 4) if args.workers is None else args.workers,
         device=args.device,
         dtype=args.dtype,
         pixels=args.pixels,
         processes=args.processes,
-        extra=("--max-new-tokens", str(DEMO_NEW_TOKENS)) if args.demo else (),
+        max_new_tokens=DEMO_NEW_TOKENS if demo else None,
     )
-    budgets = scaled_budgets(table, DEMO_TOKENS) if args.demo else published_budget
-    order = Order(table, launch, budgets, args.demo)
-    check_rows(order)
+    budgets = scaled_budgets(table, DEMO_TOKENS) if demo else published_budget
+    order = Order(table, launch, budgets, demo)
+    for row in table.rows:
+        try:
+            if unavailable(table, row) is None:
+                order.setting(row)
+        except UserInputError as error:
+            raise TableError(
+                f"the row {row.label!r} of {table.name} cannot run: {error}"
+            ) from error
     return order
 
 
-def check_rows(order: Order) -> None:
-    """Refuse rows that no method can run, before anything runs. Raises TableError."""
-    for row in order.table.rows:
-        if unavailable(order.table, row) is None:
-            try:
-                parse_arm(setting_of(row, order.budgets).word).pruning(order.launch.seed)
-            except UserInputError as error:
-                raise TableError(
-                    f"the row {row.label!r} of {order.table.name} cannot run: {error}"
-                ) from error
+def cut_table(table: Table, tasks: Sequence[str] | None, methods: Sequence[str] | None) -> Table:
+    """Return only some tasks and methods of a table; the unpruned rows always stay.
 
-
-def only(table: Table, tasks: Sequence[str] | None, methods: Sequence[str] | None) -> Table:
-    """The table cut to some tasks and methods; the unpruned rows always stay."""
-    for name, wanted, known in (
+    Raises:
+        TableError: the table has no such task or method.
+    """
+    for kind, wanted, known in (
         ("task", tasks, {column.task for column in table.columns}),
         ("method", methods, {row.method for row in table.rows}),
     ):
-        unknown = sorted(set(wanted or ()) - known)
-        if unknown:
-            valid = ", ".join(sorted(known))
-            raise TableError(f"{table.name} has no {name} {', '.join(unknown)}; it has {valid}")
-    if tasks:
-        columns = tuple(column for column in table.columns if column.task in tasks)
-        if len(columns) < len(table.columns):
-            table = replace(
-                table, columns=columns, average_no_gap="only some of the table's tasks were run"
-            )
-    if methods:
-        kept = {*methods, UNPRUNED}
-        table = replace(table, rows=tuple(row for row in table.rows if row.method in kept))
-    return table
+        for word in wanted or ():
+            if word not in known:
+                raise TableError(f"{unknown(f'{kind} of {table.name}', word, known)}")
+    columns = tuple(column for column in table.columns if not tasks or column.task in tasks)
+    if len(columns) < len(table.columns):
+        table = replace(table, columns=columns, average_no_gap=FEWER_TASKS)
+    kept = {*(methods or ()), UNPRUNED}
+    rows = tuple(row for row in table.rows if not methods or row.method in kept)
+    return replace(table, rows=rows)
 
 
 def show_plan(order: Order) -> int:
@@ -210,76 +203,97 @@ def show_plan(order: Order) -> int:
     return 0
 
 
-def collect(order: Order, problems: Sequence[str] = ()) -> Filled:
-    """Cells from whatever runs of the table are finished."""
+def collect(order: Order, problems: Sequence[str]) -> Filled:
+    """Fill the table from those of its runs that are finished."""
     results, found = {}, list(problems)
     for job in order.jobs():
         try:
             results[job.place] = read_run(order.launch.folder(job))
         except TableError as error:
             found.append(str(error))
-    return fill(
-        order.table,
-        results,
-        order.budgets,
-        native_only=order.demo,
-        no_gap=order.no_gap,
-        problems=found,
-    )
+    limit = order.launch.limit
+    no_gap = f"only the first {limit} questions of a task were asked" if limit else None
+    return fill(order.table, results, order.budgets, demo=order.demo, no_gap=no_gap, problems=found)
 
 
 def write_files(order: Order, filled: Filled, command: str) -> None:
-    """All forms of the table, its plots and its report."""
-    output, name, demo = order.launch.output, order.table.name, order.demo
+    """Write the table in every form, its plots, and the page with all of it."""
+    output, name = order.launch.output, order.table.name
     conditions = describe_conditions(order, command)
-    write_atomically(output / f"{name}.md", to_markdown(filled, demo))
-    write_atomically(output / f"{name}.csv", to_csv(filled))
-    write_atomically(output / f"{name}.tex", to_latex(filled, demo))
-    write_atomically(output / f"{name}.json", to_json(filled, conditions, demo))
+    texts = {
+        "md": report.to_markdown(filled),
+        "csv": report.to_csv(filled),
+        "tex": report.to_latex(filled),
+        "json": report.to_json(filled, conditions),
+    }
+    for suffix, text in texts.items():
+        write_atomically(output / f"{name}.{suffix}", text)
     pictures = {}
     for cost, stem in PLOTS.items():
         path = output / f"{stem}.png"
-        if plot(filled, cost, path, demo):
+        if plot_table(filled, cost, path):
             pictures[stem.replace("_", " ")] = path
     kept = output / "kept_tokens.png"
     if draw_overlays(order, filled, kept):
         pictures["kept tokens at the smallest budget"] = kept
-    write_atomically(output / f"{name}.html", to_html(filled, conditions, pictures, demo))
+    write_atomically(output / f"{name}.html", report.to_html(filled, conditions, pictures))
 
 
 def draw_overlays(order: Order, filled: Filled, path: Path) -> bool:
     """Draw what rows keep of the first image that the table asks about; False if nothing ran."""
-    first = next((job for job in order.jobs()), None)
-    if first is None or not any(
-        cell.measured for row in filled.rows for cell in row.cells.values()
-    ):
+    launch, rows = order.launch, rows_to_draw(filled)
+    measured = any(cell.measured for row in filled.rows for cell in row.cells.values())
+    if not measured or not rows:
         return False
-    benchmark = get_benchmark(first.task)(order.launch.data_root, first.protocol)
-    benchmark.pixels = order.launch.pixels
+    first = order.jobs()[0]
+    benchmark = get_benchmark(first.task)(launch.data_root, first.protocol)
+    benchmark.pixels = launch.pixels
     item = next(item for item in benchmark.items() if item.images)
-    return draw_kept_tokens(
-        filled,
-        order.launch.model_path,
+    settings = {
+        f"{row.row.label} {report.budget_text(row.budget)}": order.setting(row.row) for row in rows
+    }
+    draw_kept_tokens(
+        load_subject(launch.model_path, launch.device, base=launch.model_base),
         benchmark.load_image(item.images[0]),
         item.question,
+        settings,
         path,
-        model_base=order.launch.model_base,
-        device=order.launch.device,
-        seed=order.launch.seed,
+        item.images[0],
     )
+    return True
+
+
+def rows_to_draw(filled: Filled) -> list[FilledRow]:
+    """Return the available rows at the smallest budget, as the model was trained to read images.
+
+    Numbers of tokens and shares of them each have a smallest one.
+    """
+    rows = [
+        row
+        for row in filled.rows
+        if row.unavailable is None
+        and row.row.method != UNPRUNED
+        and row.next_protocol == DEFAULT_PROTOCOL
+    ]
+    smallest = {
+        kind: min((row.budget for row in rows if isinstance(row.budget, kind)), default=None)
+        for kind in (int, float)
+    }
+    return [row for row in rows if row.budget == smallest[type(row.budget)]]
 
 
 def describe_conditions(order: Order, command: str) -> Record:
-    """What a reader needs to make the table again."""
+    """Return what a reader needs to make the table again."""
+    launch = order.launch
     return {
         "command": command,
-        "model": order.launch.model_path,
-        "data_root": str(order.launch.data_root),
-        "batch_size": order.launch.batch_size,
-        "limit": order.launch.limit,
-        "seed": order.launch.seed,
-        "pixels": order.launch.pixels,
+        "model": launch.model_path,
+        "data_root": str(launch.data_root),
+        "batch_size": launch.batch_size,
+        "limit": launch.limit,
+        "seed": launch.seed,
+        "pixels": launch.pixels,
         "git": provenance.git_state(),
         "versions": provenance.package_versions(),
-        "machine": provenance.machine(order.launch.device),
+        "machine": provenance.machine(launch.device),
     }

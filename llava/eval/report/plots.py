@@ -1,14 +1,16 @@
-"""The plot of a result: accuracy against visual tokens."""
+"""Plots of score against cost, for a result file and for a table of a paper."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.schema import Record
-from llava.eval.metrics import Row
+from llava.eval.tables.fill import Filled, FilledRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +22,21 @@ MARKERS = "osD^v<>ph*P"
 # shifts stay below half the distance of budgets that differ by a third.
 SHIFT, ALL_SHIFTS = 0.012, 0.14
 LINE_OF_LEGEND = 0.19  # inches
+COSTS = {
+    "tokens": "visual tokens that reach the language model",
+    "ttft_ms": "time to the first token (ms per question, median)",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row in a plot: `cost` is better when lower, `quality` when higher."""
+
+    label: str
+    cost: float
+    quality: float
+    error: float = 0.0
+    control: bool = False
 
 
 def plot_accuracy(result: Record, path: Path) -> None:
@@ -28,49 +45,136 @@ def plot_accuracy(result: Record, path: Path) -> None:
 
 
 def draw_accuracy(result: Record) -> Figure:
-    """The figure of `plot_accuracy`; it grows with the number of its curves."""
+    """Return the figure of `plot_accuracy`; it grows with the number of its curves."""
+    rows = [row for row in result["rows"] if not row["unavailable"]]
+    pruned = [row for row in rows if row["method"] != UNPRUNED]
+    points = [
+        Point(
+            row["label"],
+            (row["tokens_min"] + row["tokens_max"]) / 2,
+            100 * row["accuracy"],
+            100 * (row["accuracy_se"] or 0),
+            row["control"] is not None,
+        )
+        for row in pruned
+    ]
+    figure = _draw(
+        points,
+        levels={row["label"]: 100 * row["accuracy"] for row in rows if row["method"] == UNPRUNED},
+        budgets=sorted({row["budget"] for row in pruned}),
+    )
+    (axes,) = figure.axes
+    axes.set_xlabel(COSTS["tokens"])
+    axes.set_ylabel("accuracy (%), ± 1 standard error")
+    axes.set_title(f"{result['questions']} questions about {result['images']} images", fontsize=10)
+    return figure
+
+
+def plot_table(filled: Filled, cost: str, path: Path) -> bool:
+    """Draw quality against `cost`, a key of `COSTS`, to a PNG; False if nothing was measured."""
+    points = points_of(filled, cost)
+    if not points:
+        return False
+    figure = _draw(points, front=pareto_front(points))
+    (axes,) = figure.axes
+    count = len(filled.covered)
+    axes.set_xlabel(COSTS[cost])
+    axes.set_ylabel(f"retention (%), mean over tasks: {count}" if count else "score")
+    axes.set_title(f"{'DEMO: ' if filled.demo else ''}{filled.table.title}", fontsize=10)
+    figure.savefig(path)
+    return True
+
+
+def points_of(filled: Filled, cost: str) -> list[Point]:
+    """Return a point for every measured row; `cost` is a key of `COSTS`."""
+    measured = [(row, getattr(row, cost), _quality(filled, row)) for row in filled.rows]
+    return [
+        Point(row.row.label, value, quality)
+        for row, value, quality in measured
+        if value is not None and quality is not None
+    ]
+
+
+def _quality(filled: Filled, row: FilledRow) -> float | None:
+    """Return the average of a row where there is one, else the table's only score."""
+    scores = [column for column in filled.table.columns if not column.timed]
+    cell = row.average.measured
+    if cell is None and len(scores) == 1:
+        cell = row.cells[scores[0].key].measured
+    return None if cell is None else cell.value
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other beats on one axis without losing on the other, by cost."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost, -p.quality)):
+        if not front or point.quality > front[-1].quality:
+            front.append(point)
+    return front
+
+
+def _draw(
+    points: Sequence[Point],
+    *,
+    levels: Mapping[str, float] | None = None,
+    budgets: Sequence[int] = (),
+    front: Sequence[Point] = (),
+) -> Figure:
+    """Draw one curve per label.
+
+    Args:
+        points: of all curves.
+        levels: horizontal lines by label.
+        budgets: ticks of a logarithmic axis that all curves share; they are shifted a little.
+        front: a Pareto front to draw behind the curves.
+    """
     # The [eval] extra; everything else runs without it.
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    rows = [row for row in result["rows"] if not row["unavailable"]]
-    curves: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["method"] != UNPRUNED:
-            curves[row["label"]].append(row)
-    flat = [row for row in rows if row["method"] == UNPRUNED]
-    height = max(5.0, 1 + LINE_OF_LEGEND * (len(curves) + len(flat)))
+    curves: dict[str, list[Point]] = defaultdict(list)
+    for point in points:
+        curves[point.label].append(point)
+    levels = levels or {}
+    height = max(5.0, 1 + LINE_OF_LEGEND * (len(curves) + len(levels)))
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     axes = figure.subplots()
     colours = colormaps[COLOURS].colors  # type: ignore[attr-defined]
-    step = min(SHIFT, ALL_SHIFTS / max(1, len(curves)))
-    for position, (label, points) in enumerate(curves.items()):
+    step = min(SHIFT, ALL_SHIFTS / max(1, len(curves))) if budgets else 0
+    for position, (label, own) in enumerate(curves.items()):
         shift = 1 + step * (position - (len(curves) - 1) / 2)
+        own.sort(key=lambda point: point.cost)
         axes.errorbar(
-            [shift * (row["tokens_min"] + row["tokens_max"]) / 2 for row in points],
-            [100 * row["accuracy"] for row in points],
-            yerr=[100 * (row["accuracy_se"] or 0) for row in points],
+            [shift * point.cost for point in own],
+            [point.quality for point in own],
+            yerr=[point.error for point in own],
             label=label,
             color=colours[position % len(colours)],
             marker=MARKERS[position % len(MARKERS)],
-            linestyle="--" if points[0]["control"] else "-",
+            linestyle="--" if own[0].control else "-",
             linewidth=1.2,
             markersize=5,
             capsize=2,
         )
-    for row, style in zip(flat, ("-", ":", "-."), strict=False):
-        axes.axhline(
-            100 * row["accuracy"], color="0.45", linestyle=style, linewidth=1, label=row["label"]
+    for (label, level), style in zip(levels.items(), ("-", ":", "-."), strict=False):
+        axes.axhline(level, color="0.45", linestyle=style, linewidth=1, label=label)
+    if budgets:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(budgets)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+    if front:
+        axes.step(
+            [point.cost for point in front],
+            [point.quality for point in front],
+            where="post",
+            color="0.6",
+            linewidth=3,
+            alpha=0.6,
+            zorder=0,
+            label="Pareto front",
         )
-    budgets = sorted({row["budget"] for points in curves.values() for row in points})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("visual tokens that reach the language model")
-    axes.set_ylabel("accuracy (%), ± 1 standard error")
-    axes.set_title(f"{result['questions']} questions about {result['images']} images", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure

@@ -1,17 +1,13 @@
-"""Markdown tables from result files, and the check that README and docs still show them."""
+"""Markdown tables of a result file, as quickstart prints them and as README and docs show them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.schema import Record, read_result
-from llava.markdown import fill_sections, read_markdown
+from llava.markdown import fill_sections, find_drift, table
 from llava.storage import write_atomically
-from llava.utils import UserInputError
 
 # Rows of the README's table: baselines, the paper's method and its relatives, one of every family.
 SHORT = (
@@ -41,15 +37,25 @@ over batches of ratios taken within a batch, with all arms run one after another
 another question's image; `no image` removes the image from the prompt."""
 
 
-SUMMARY_LEGEND = (
+SUMMARY = (
     "Accuracy in per cent ± standard error, by visual tokens of an image; methods in the order of "
     "the run, controls last:"
+)
+COLUMNS = (
+    "method",
+    "budget",
+    "tokens",
+    "accuracy",
+    "of unpruned",
+    "difference",
+    "prune",
+    "prefill",
 )
 
 
 def render(result: Record) -> str:
-    """One line per method, the main table, its legend and the table per family, as Markdown."""
-    parts = [SUMMARY_LEGEND, summary_table(result), *_settings(result), family_table(result)]
+    """Return the summary, the main table with its legend, and the table per family."""
+    parts = [SUMMARY, summary_table(result), *_settings(result), family_table(result)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -58,7 +64,7 @@ def _settings(result: Record) -> list[str]:
 
 
 def notes(result: Record) -> list[str]:
-    """Why cells of the main table are empty, one paragraph for each method and reason."""
+    """Say why cells of the main table are empty, one paragraph for each method and reason."""
     budgets: dict[tuple[str, str], list[str]] = {}
     for row in result["rows"]:
         if row["unavailable"]:
@@ -70,126 +76,121 @@ def notes(result: Record) -> list[str]:
 
 
 def summary_table(result: Record) -> str:
-    """One line per method and control, in the order of the run: accuracy at every budget."""
+    """Return one line per method and control, in the order of the run: accuracy at each budget."""
     lines: dict[tuple[str, str | None], dict[int | None, str]] = {}
     for row in result["rows"]:
-        shown = "n/a" if row["unavailable"] else _percent(row["accuracy"], row["accuracy_se"])
+        shown = "n/a" if row["unavailable"] else _accuracy(row)
         lines.setdefault((row["label"], row["control"]), {})[row["budget"]] = shown
-    budgets = sorted({row["budget"] for row in result["rows"] if row["budget"]}, reverse=True)
-    columns = [*budgets, None] if any(None in cells for cells in lines.values()) else budgets
-    header = ["method", *("0" if budget is None else str(budget) for budget in columns)]
+    # 0 is the arm without an image, which has no budget.
+    budgets = sorted({budget or 0 for cells in lines.values() for budget in cells}, reverse=True)
     body = [
-        [label, *(cells.get(budget, "") for budget in columns)]
+        [label, *(cells.get(budget or None, "") for budget in budgets)]
         for (label, _), cells in lines.items()
     ]
-    return markdown(header, body)
+    return table(["method", *map(str, budgets)], body)
 
 
 def main_table(result: Record) -> str:
-    """One line per arm: tokens, accuracy, difference to the unpruned model, time ratios."""
-    header = [
-        "method",
-        "budget",
-        "tokens",
-        "accuracy",
-        "of unpruned",
-        "difference",
-        "prune",
-        "prefill",
-    ]
-    body = [_main_line(row) for row in result["rows"]]
-    return markdown(header, body)
+    """Return one line per arm: tokens, accuracy, difference to the unpruned model, time ratios."""
+    return table(COLUMNS, [_main_line(row) for row in result["rows"]])
 
 
-def family_table(result: Record) -> str:
-    """One line per arm: accuracy per question family in per cent ± standard error."""
-    rows = [row for row in result["rows"] if not row["unavailable"]]
-    names = list(rows[0]["families"])
-    counts = rows[0]["families"]
-    header = ["method", "budget", *(f"{name} (n={counts[name]['n']})" for name in names)]
-    body = []
-    for row in rows:
-        cells = [row["families"][name] for name in names]
-        shown = [_percent(cell["accuracy"], cell["accuracy_se"]) for cell in cells]
-        body.append([row["label"], _count(row["budget"]), *shown])
-    return markdown(header, body)
-
-
-def filled(file: Path, result: Record) -> str:
-    """The text of a Markdown file with `result` in the generated sections that it has."""
-    sections = {"llava-tiny": full_section, "llava-tiny-short": short_section}
-    return fill_sections(file, {name: partial(make, result) for name, make in sections.items()})
-
-
-def short_section(result: Record) -> str:
-    """The summary of a dozen methods, for the README."""
-    rows = [row for row in result["rows"] if row["method"] in SHORT and not row["control"]]
-    return summary_table(result | {"rows": rows}) + "\n"
-
-
-def full_section(result: Record) -> str:
-    """Everything about a tracked result file: conditions, summary, long tables folded."""
-    run = result["run"]
-    git = run["git"]
-    commit = git["commit"][:10] + (" (with local changes)" if git["dirty"] else "") if git else "?"
-    versions = run["versions"]
-    machine = run["machine"]
-    conditions = (
-        f"{result['questions']} questions about {result['images']} images, batch size "
-        f"{result['config']['batch_size']}, {machine['device']} with {machine['torch_threads']} "
-        f"thread(s), torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"commit {commit}. Made by `{run['command']}`."
-    )
-    parts = [
-        conditions,
-        SUMMARY_LEGEND,
-        summary_table(result),
-        *_folded("Every setting: tokens, paired difference, time", _settings(result)),
-        *_folded("Accuracy per question family", [family_table(result)]),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _folded(title: str, parts: Sequence[str]) -> list[str]:
-    """Markdown that a page shows when its title is opened."""
-    return [f"<details><summary>{title}</summary>", *parts, "</details>"]
-
-
-def drift(file: Path, result: Path) -> str | None:
-    """Why the generated sections of `file` are not what `result` renders to, or None."""
-    try:
-        if filled(file, read_result(result)) == read_markdown(file):
-            return None
-    except UserInputError as error:
-        return str(error)
-    fix = f"llava table {result} --update {file}"
-    return f"the tables in {file} are not those of {result}; run {fix}"
-
-
-def update(file: Path, result: Path) -> None:
-    """Write the rendered `result` between the markers of `file`.
-
-    Raises:
-        UserInputError: one of the two cannot be read, or the file has no such markers.
-    """
-    write_atomically(file, filled(file, read_result(result)))
-
-
-def _main_line(row: dict[str, Any]) -> list[str]:
+def _main_line(row: Record) -> list[str]:
     start = [row["label"], _count(row["budget"])]
     if row["unavailable"]:
-        return [*start, *["n/a"] * 6]
+        return [*start, *["n/a"] * (len(COLUMNS) - 2)]
     low, high = row["tokens_min"], row["tokens_max"]
     difference = _percent(row["difference"], row["difference_se"], sign="+")
     return [
         *start,
         str(low) if low == high else f"{low}..{high}",
-        _percent(row["accuracy"], row["accuracy_se"]),
+        _accuracy(row),
         "n/a" if row["relative"] is None else f"{100 * row['relative']:.1f} %",
         "—" if row["arm"] == UNPRUNED else difference,
         _ratio(row["prune_ratio"]),
         _ratio(row["prefill_ratio"]),
     ]
+
+
+def family_table(result: Record) -> str:
+    """Return one line per arm: accuracy per question family in per cent ± standard error."""
+    rows = [row for row in result["rows"] if not row["unavailable"]]
+    families = rows[0]["families"]
+    header = ["method", "budget", *(f"{name} (n={of['n']})" for name, of in families.items())]
+    body = [
+        [
+            row["label"],
+            _count(row["budget"]),
+            *(_accuracy(row["families"][name]) for name in families),
+        ]
+        for row in rows
+    ]
+    return table(header, body)
+
+
+def short_section(result: Record) -> str:
+    """Return the summary of a dozen methods, for the README."""
+    rows = [row for row in result["rows"] if row["method"] in SHORT and not row["control"]]
+    return summary_table(result | {"rows": rows}) + "\n"
+
+
+def full_section(result: Record) -> str:
+    """Return everything about a result file: conditions, summary, long tables folded."""
+    run = result["run"]
+    versions, machine = run["versions"], run["machine"]
+    conditions = (
+        f"{result['questions']} questions about {result['images']} images, batch size "
+        f"{result['config']['batch_size']}, {machine['device']} with {machine['torch_threads']} "
+        f"thread(s), torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"commit {describe_commit(run['git'], digits=10)}. Made by `{run['command']}`."
+    )
+    parts = [
+        conditions,
+        SUMMARY,
+        summary_table(result),
+        *_fold("Every setting: tokens, paired difference, time", *_settings(result)),
+        *_fold("Accuracy per question family", family_table(result)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fold(title: str, *parts: str) -> list[str]:
+    """Hide parts until a reader opens their title."""
+    return [f"<details><summary>{title}</summary>", *parts, "</details>"]
+
+
+def describe_commit(git: Record | None, digits: int = 40) -> str:
+    """Return the first digits of a commit and whether the checkout had changes; `?` without git."""
+    if git is None:
+        return "?"
+    return git["commit"][:digits] + (" (with local changes)" if git["dirty"] else "")
+
+
+def drift(file: Path, result: Path) -> str | None:
+    """Return why the sections of `file` that show `result` are out of date, or None.
+
+    Raises:
+        UserInputError: one of the two cannot be read, or the file has no such sections.
+    """
+    return find_drift(file, _sections(result), f"llava table {result} --update {file}")
+
+
+def update(file: Path, result: Path) -> None:
+    """Write `result` between the markers of `file`.
+
+    Raises:
+        UserInputError: as in `drift`.
+    """
+    write_atomically(file, fill_sections(file, _sections(result)))
+
+
+def _sections(result: Path) -> dict[str, str]:
+    content = read_result(result)
+    return {"llava-tiny": full_section(content), "llava-tiny-short": short_section(content)}
+
+
+def _accuracy(cell: Record) -> str:
+    return _percent(cell["accuracy"], cell["accuracy_se"])
 
 
 def _percent(value: float, se: float | None, sign: str = "") -> str:
@@ -203,20 +204,3 @@ def _ratio(value: float | None) -> str:
 
 def _count(value: int | None) -> str:
     return "—" if value is None else str(value)
-
-
-def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are padded, so that it reads as well in a terminal."""
-    lines = [list(header), *map(list, body)]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
-    rule = ["-" * width for width in widths]
-    if len(widths) > 1:
-        rule[1:] = [f"{'-' * (width - 1)}:" for width in widths[1:]]
-    padded = [
-        [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in [lines[0], rule, *lines[1:]]
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)

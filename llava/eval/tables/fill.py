@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from llava.eval.engine.metrics import BatchTimes
 from llava.eval.engine.request import UNPRUNED
-from llava.eval.tables.plan import (
-    Budgets,
-    Place,
-    Setting,
-    next_protocol_of,
-    setting_of,
-    unavailable,
-)
+from llava.eval.engine.schema import ResultError, read_lines, read_metrics
+from llava.eval.tables.plan import Budgets, Place, arm_name, next_protocol_of, unavailable
 from llava.eval.tables.spec import AVERAGE, Column, Published, Row, Table, TableError
+
+# What a row and the one whose published figures it borrows have in common.
+SETTING = ("keep_tokens", "keep_ratio", "next_protocol")
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,7 @@ class Measured:
 class Cell:
     """One cell. `gap` is measured minus published, None with a reason in `no_gap`.
 
-    `borrowed` marks a published figure of the method that the row is held against.
+    `borrowed` marks a published figure of the method that the row is compared with.
     """
 
     published: Published | None
@@ -69,13 +64,16 @@ class FilledRow:
     tokens: float | None = None
     ttft_ms: float | None = None
 
+    def cell(self, column: Column) -> Cell:
+        return self.average if column.key == AVERAGE else self.cells[column.key]
+
 
 @dataclass(frozen=True)
 class Filled:
     """A table with everything that is known about its cells.
 
     `counts`: items per column key. `covered`: titles of the columns that the average takes in.
-    `problems`: what did not run or not wholly, one line each. `no_gap`: see `fill`.
+    `problems`: what did not run or not completely, one line each. `no_gap`, `demo`: see `fill`.
     """
 
     table: Table
@@ -84,6 +82,7 @@ class Filled:
     covered: tuple[str, ...]
     problems: tuple[str, ...] = ()
     no_gap: str | None = None
+    demo: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,36 +92,30 @@ class RunResult:
     arms: Mapping[str, Mapping[str, Any]]
     timings: Sequence[Mapping[str, Any]]
 
-    def arm(self, setting: Setting) -> Mapping[str, Any] | None:
-        """What was measured under `setting`; None if no arm has it."""
-        return self.arms.get(setting.word)
-
-    def figure(self, setting: Setting, column: Column) -> Measured | None:
-        arm = self.arm(setting)
-        if arm is None:
+    def figure(self, arm: str, column: Column) -> Measured | None:
+        """Return what the run measured of an arm; None if it did not."""
+        if arm not in self.arms:
             return None
         if column.timed:
-            return self.time(setting, column.metric)
-        metric = arm["metrics"].get(column.metric)
+            return self.time(arm, column.metric)
+        metric = self.arms[arm]["metrics"].get(column.metric)
         return None if metric is None else Measured(metric["value"], metric["se"], metric["n"])
 
-    def time(self, setting: Setting, metric: str) -> Measured | None:
-        """Median over batches, the first of a process left out; speed-ups are paired by batch."""
-        own, base = (self._times(word) for word in (setting.word, UNPRUNED))
+    def time(self, arm: str, metric: str) -> Measured | None:
+        """Return a median over batches; speed-ups are paired by batch. None without times."""
         which, kind = metric.split("_")
-        values = [times[which] for times in own.values()]
-        if kind == "speedup":
-            values = [base[b][which] / own[b][which] for b in own.keys() & base.keys()]
-        return Measured(median(values), None, len(values)) if values else None
 
-    def _times(self, word: str) -> dict[int, dict[str, float]]:
-        lines = [line for line in self.timings if line["arm"] == word]
-        lines = [line for line in lines if not line["cold"]] or lines
-        return {line["batch"]: _totals(line) for line in lines}
+        def value(own: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
+            if kind != "speedup":
+                return _totals(own)[which]
+            return _totals(base)[which] / _totals(own)[which] if base else None
+
+        found, n = BatchTimes(self.timings).median(arm, value)
+        return None if found is None else Measured(found, None, n)
 
 
 def _totals(line: Mapping[str, Any]) -> dict[str, float]:
-    """ms per question up to the first token (`ttft`) and to the end of the answer (`total`).
+    """Return ms per question up to the first token (`ttft`) and to the end of the answer (`total`).
 
     Tables of answer times run one question at a time, so the tokens of a batch are the answer's;
     the token after the last one ends it, so there is one decoding step per token.
@@ -133,18 +126,61 @@ def _totals(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_run(folder: Path) -> RunResult:
-    """The files of a finished run. Raises TableError if it is not one."""
+    """Read the files of a finished run.
+
+    Raises:
+        TableError: it is not one.
+    """
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        lines = (folder / "timings.jsonl").read_text(encoding="utf-8").splitlines()
-        return RunResult(metrics["arms"], [json.loads(line) for line in lines])
-    except OSError as error:
-        raise TableError(f"{folder} holds no finished run: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise TableError(f"{folder} holds no finished run: {error!r}") from error
+        arms = read_metrics(folder)["arms"]
+        return RunResult(arms, read_lines(folder / "timings.jsonl"))
+    except (ResultError, KeyError, TypeError, AttributeError) as error:
+        raise TableError(f"{folder} has no finished run: {error}") from error
 
 
 Results = Mapping[Place, RunResult]
+
+
+@dataclass(frozen=True)
+class _RowRuns:
+    """The runs that measured one row, by column key, and the name of its arm in them."""
+
+    row: Row
+    arm: str
+    unavailable: str | None
+    runs: Mapping[str, RunResult]
+
+    @property
+    def refusal(self) -> str | None:
+        reasons = (run.arms[self.arm].get("unavailable") for run in self._own())
+        return next((str(reason) for reason in reasons if reason), None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the row can have figures in every column."""
+        return self.unavailable is None and self.refusal is None
+
+    def figure(self, column: Column, arm: str | None = None) -> Measured | None:
+        run = self.runs.get(column.key)
+        return None if run is None else run.figure(arm or self.arm, column)
+
+    def ratio(self, column: Column) -> float | None:
+        """Return pruned / unpruned, None where one is missing or there is no dividing by it."""
+        own, base = self.figure(column), self.figure(column, UNPRUNED)
+        return own.value / base.value if own and base and base.value > 0 else None
+
+    def tokens(self) -> float | None:
+        """Return the mean number of visual tokens over the runs."""
+        return _mean(run.arms[self.arm].get("tokens_mean") for run in self._own())
+
+    def ttft_ms(self) -> float | None:
+        """Return the mean time to the first token over the runs."""
+        times = (run.time(self.arm, "ttft_ms") for run in self._own())
+        return _mean(None if time is None else time.value for time in times)
+
+    def _own(self) -> list[RunResult]:
+        """Return the different runs that have the arm."""
+        return list({id(run): run for run in self.runs.values() if self.arm in run.arms}.values())
 
 
 def fill(
@@ -152,131 +188,94 @@ def fill(
     results: Results,
     budgets: Budgets,
     *,
-    native_only: bool = False,
+    demo: bool = False,
     no_gap: str | None = None,
     problems: Sequence[str] = (),
 ) -> Filled:
-    """Put every measured figure beside the published one.
+    """Put every measured figure next to the published one.
 
-    `no_gap` says why no figure of these runs can be held against a published one: a demo's model
-    and data, the first few questions of a task.
+    Args:
+        table: what to fill.
+        results: finished runs.
+        budgets: as the runs were planned with.
+        demo: the runs are of llava-tiny, which has no tiles, on drawn data.
+        no_gap: why their figures cannot be compared with published ones, such as a limit.
+        problems: what did not run, one line each.
     """
-
-    def result_of(row: Row, column: Column) -> RunResult | None:
-        reading = next_protocol_of(row, native_only)
-        return results.get((column.task, column.protocol, reading))
-
-    def measured(row: Row, column: Column, unpruned: bool = False) -> Measured | None:
-        result = result_of(row, column)
-        if result is None or unavailable(table, row) is not None:
-            return None
-        setting = Setting(UNPRUNED) if unpruned else setting_of(row, budgets)
-        return result.figure(setting, column)
-
-    def refusal(row: Row) -> str | None:
-        for column in table.columns:
-            result = result_of(row, column)
-            arm = result and result.arm(setting_of(row, budgets))
-            if arm and arm.get("unavailable"):
-                return str(arm["unavailable"])
-        return None
-
-    open_rows = [
-        row for row in table.rows if unavailable(table, row) is None and refusal(row) is None
+    no_gap = "demo" if demo else no_gap
+    found = [_runs_of(table, row, results, budgets, demo) for row in table.rows]
+    complete = [own for own in found if own.complete]
+    covered = [
+        column
+        for column in table.averaged()
+        if complete and all(own.ratio(column) is not None for own in complete)
     ]
-    covered = [column for column in table.averaged() if _covers(column, open_rows, measured)]
-    complete = bool(covered) and covered == table.averaged()
-    why_not = None if complete else "the average does not cover every task of the table"
+    average_no_gap = no_gap or table.average_no_gap
+    if not covered or covered != table.averaged():
+        average_no_gap = average_no_gap or "the average does not cover every task of the table"
     rows = []
-    for row in table.rows:
-        cells = {}
-        for column in table.columns:
-            published, borrowed = _published(table, row, column.key)
-            reason = no_gap or column.no_gap
-            cells[column.key] = Cell(published, measured(row, column), borrowed, reason)
-        average = None
-        if covered and row in open_rows:
-            ratios = [
-                _ratio(measured(row, column), measured(row, column, unpruned=True))
-                for column in covered
-            ]
-            average = Measured(100 * math.fsum(ratios) / len(ratios), None, len(ratios))
-        published, borrowed = _published(table, row, AVERAGE)
-        reason = no_gap or table.average_no_gap or why_not
+    for own in found:
+        cells = {
+            column.key: _cell(
+                table, own.row, column.key, own.figure(column), no_gap or column.no_gap
+            )
+            for column in table.columns
+        }
+        retention = _mean(own.ratio(column) for column in covered) if own.complete else None
+        average = None if retention is None else Measured(100 * retention, None, len(covered))
         rows.append(
             FilledRow(
-                row,
-                budgets(row),
-                next_protocol_of(row, native_only),
-                cells,
-                Cell(published, average, borrowed, reason),
-                unavailable(table, row),
-                refusal(row),
-                *_plot_figures(table, row, budgets, result_of),
+                row=own.row,
+                budget=budgets(own.row),
+                next_protocol=next_protocol_of(own.row, native_only=demo),
+                cells=cells,
+                average=_cell(table, own.row, AVERAGE, average, average_no_gap),
+                unavailable=own.unavailable,
+                refusal=own.refusal,
+                tokens=own.tokens(),
+                ttft_ms=own.ttft_ms(),
             )
         )
-    counts = _counts(table, rows)
-    titles = tuple(column.title for column in covered)
-    return Filled(table, tuple(rows), counts, titles, tuple(problems), no_gap)
+    counts = {column.key: _count(rows, column) for column in table.columns}
+    return Filled(
+        table,
+        tuple(rows),
+        {key: count for key, count in counts.items() if count},
+        tuple(column.title for column in covered),
+        tuple(problems),
+        no_gap,
+        demo,
+    )
 
 
-def _covers(column: Column, rows: Sequence[Row], measured: Any) -> bool:
-    """Whether every row has a figure in `column`, and an unpruned one above zero to divide by."""
-    for row in rows:
-        base, own = measured(row, column, unpruned=True), measured(row, column)
-        if base is None or own is None or base.value <= 0:
-            return False
-    return bool(rows)
+def _runs_of(table: Table, row: Row, results: Results, budgets: Budgets, demo: bool) -> _RowRuns:
+    lacking, reading = unavailable(table, row), next_protocol_of(row, native_only=demo)
+    runs = {
+        column.key: results[column.task, column.protocol, reading]
+        for column in table.columns
+        if lacking is None and (column.task, column.protocol, reading) in results
+    }
+    return _RowRuns(row, arm_name(row, budgets), lacking, runs)
 
 
-def _ratio(own: Measured | None, base: Measured | None) -> float:
-    assert own is not None and base is not None  # the column is covered
-    return own.value / base.value
-
-
-def _published(table: Table, row: Row, key: str) -> tuple[Published | None, bool]:
-    """The row's own published figure, else that of the method it is held against."""
+def _cell(table: Table, row: Row, key: str, measured: Measured | None, no_gap: str | None) -> Cell:
+    """Return a cell with the row's own published figure, else that of the method in `against`."""
     if key in row.published or row.against is None:
-        return row.published.get(key), False
+        return Cell(row.published.get(key), measured, no_gap=no_gap)
     for other in table.rows:
-        budgets = [(each.keep_tokens, each.keep_ratio) for each in (row, other)]
-        same = other.method == row.against and budgets[0] == budgets[1]
-        if same and other.next_protocol == row.next_protocol and key in other.published:
-            return other.published[key], True
-    return None, False
+        same = all(getattr(other, name) == getattr(row, name) for name in SETTING)
+        if other.method == row.against and same and key in other.published:
+            return Cell(other.published[key], measured, borrowed=True, no_gap=no_gap)
+    return Cell(None, measured, no_gap=no_gap)
 
 
-def _plot_figures(
-    table: Table, row: Row, budgets: Budgets, result_of: Any
-) -> tuple[float | None, float | None]:
-    """(visual tokens, ms to the first token) of a row: means over the table's runs."""
-    if unavailable(table, row) is not None:
-        return None, None
-    setting = setting_of(row, budgets)
-    found: dict[str, list[float]] = defaultdict(list)
-    seen = []
-    for column in table.columns:
-        result = result_of(row, column)
-        arm = None if result is None else result.arm(setting)
-        if arm is None or result in seen:
-            continue
-        seen.append(result)
-        if arm.get("tokens_mean") is not None:
-            found["tokens"].append(arm["tokens_mean"])
-        first = result.time(setting, "ttft_ms")
-        if first is not None:
-            found["ttft"].append(first.value)
-    return _mean(found["tokens"]), _mean(found["ttft"])
+def _count(rows: Sequence[FilledRow], column: Column) -> int:
+    """Return how many items the figures of a column are over, 0 without one."""
+    cells = (row.cells[column.key].measured for row in rows)
+    return max((measured.n for measured in cells if measured), default=0)
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
-
-
-def _counts(table: Table, rows: Sequence[FilledRow]) -> dict[str, int]:
-    counts = {}
-    for column in table.columns:
-        found = [cell.n for row in rows if (cell := row.cells[column.key].measured)]
-        if found:
-            counts[column.key] = max(found)
-    return counts
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of those that exist."""
+    found = [value for value in values if value is not None]
+    return math.fsum(found) / len(found) if found else None

@@ -2,7 +2,7 @@
 
 `data/NAME.toml` holds one table. A published figure stands under the source it was read from, and
 a source has a kind: `paper` (the authors' own figure) or `re-run` (somebody else ran the method).
-A cell that nobody published has no entry, and nothing is ever filled in for it.
+A cell that was never published has no entry and stays empty.
 """
 
 from __future__ import annotations
@@ -10,19 +10,28 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from llava.eval.engine.request import UNPRUNED
 from llava.pruning import PruningConfig, PruningError
+from llava.registry import unknown
 from llava.utils import UserInputError, user_path
+
+T = TypeVar("T")
 
 FOLDER = Path(__file__).parent / "data"
 KINDS = ("paper", "re-run")
 AVERAGE = "average"  # key of the retention average among published figures
 TIMES = ("ttft_ms", "total_ms", "ttft_speedup", "total_speedup")
+# What values of the simple fields below must be; other kinds have checks of their own.
+PLAIN: dict[Any, str] = {
+    str: "a text",
+    str | None: "a text",
+    bool: "true or false",
+    int | None: "a whole number",
+}
 
 
 class TableError(UserInputError):
@@ -55,7 +64,7 @@ class Column:
     """What a column shows: one metric of one task under one prompt protocol.
 
     `metric` is a key of the task's metrics, or one of `TIMES`. `no_gap` says why figures measured
-    here cannot be held against the published ones. `retention` puts the column into the average.
+    here cannot be compared with the published ones. `retention` puts the column into the average.
     """
 
     key: str
@@ -75,8 +84,8 @@ class Column:
 class Row:
     """One setting, and what was published about it by column key.
 
-    `against` names the method whose published figures at the same budget this row is held against,
-    where nobody published any of its own.
+    `against` names the method whose published figures at the same budget this row is compared with,
+    where none of its own were published.
     """
 
     method: str
@@ -100,7 +109,7 @@ class Table:
 
     `tokens` is the number of visual tokens of an unpruned image, None where it varies. `conv_mode`
     is the conversation template that the published figures were made with.
-    `average_no_gap` says why the average cannot be held against published ones.
+    `average_no_gap` says why the average cannot be compared with published ones.
     """
 
     name: str
@@ -116,22 +125,22 @@ class Table:
     average_no_gap: str | None = None
 
     def sources(self) -> list[Source]:
-        """Every source that a cell of the table names, in order of first use."""
+        """Return every source that a cell of the table names, in order of first use."""
         used = [figure.source for row in self.rows for figure in row.published.values()]
         return list(dict.fromkeys(used))
 
     def averaged(self) -> list[Column]:
-        """The columns that the retention average covers."""
+        """Return the columns that the retention average covers."""
         return [column for column in self.columns if column.retention and not column.timed]
 
 
 def list_tables() -> list[str]:
-    """Names of the tables that come with the package."""
+    """Return the names of the tables that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load_table(name: str | Path) -> Table:
-    """A table by its name, or by the path of a `.toml` file of the same form.
+    """Return a table by its name, or by the path of a `.toml` file of the same form.
 
     Raises:
         TableError: no such table, or a file that is not one.
@@ -140,62 +149,106 @@ def load_table(name: str | Path) -> Table:
     if path.suffix != ".toml":
         path = FOLDER / f"{name}.toml"
         if path.stem not in list_tables():
-            close = get_close_matches(str(name), list_tables(), n=3, cutoff=0.4) or list_tables()
-            raise TableError(f"unknown table {str(name)!r}; did you mean {', '.join(close)}?")
+            raise TableError(unknown("table", str(name), list_tables()))
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _table(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise TableError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TableError(f"{path} is not TOML: {error}") from error
-    try:
-        return _table(path.stem, raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except TableError as error:
         raise TableError(f"{path} does not describe a table: {error}") from error
 
 
 def _table(name: str, raw: dict[str, Any]) -> Table:
-    sources = {key: Source(key, **entry) for key, entry in raw.pop("sources", {}).items()}
+    sources = {
+        key: _read(Source, entry, f"source {key}", key=key)
+        for key, entry in _part(raw, "sources", dict).items()
+    }
     for source in sources.values():
         if source.kind not in KINDS:
-            raise ValueError(f"source {source.key} has kind {source.kind!r}, not one of {KINDS}")
-    columns = tuple(Column(**entry) for entry in raw.pop("columns"))
-    keys = {column.key for column in columns} | {AVERAGE}
-    rows = tuple(_row(entry, sources, keys) for entry in raw.pop("rows"))
-    notes = tuple(raw.pop("notes", ()))
-    average = raw.pop(AVERAGE, {})
-    return Table(
-        name, columns=columns, rows=rows, notes=notes, average_no_gap=average.get("no_gap"), **raw
+            raise TableError(f"source {source.key}: {unknown('kind', source.kind, KINDS)}")
+    columns = tuple(_read(Column, entry, "a column") for entry in _part(raw, "columns", list))
+    keys = {*(column.key for column in columns), AVERAGE}
+    rows = tuple(_row(entry, sources, keys) for entry in _part(raw, "rows", list))
+    if not columns or not rows:
+        raise TableError("it needs columns and rows")
+    notes = tuple(_part(raw, "notes", list))
+    nested = ("sources", "columns", "rows", "notes", AVERAGE)
+    rest = {key: value for key, value in raw.items() if key not in nested}
+    rest |= {f"{AVERAGE}_{key}": value for key, value in _part(raw, AVERAGE, dict).items()}
+    return _read(Table, rest, "the table", name=name, columns=columns, rows=rows, notes=notes)
+
+
+def _row(raw: Any, sources: Mapping[str, Source], columns: set[str]) -> Row:
+    what = str(raw.get("label", "a row")) if isinstance(raw, dict) else "a row"
+    entry = _read(Row, raw, what)
+    budgets = [budget for budget in (entry.keep_tokens, entry.keep_ratio) if budget is not None]
+    if len(budgets) != (entry.method != UNPRUNED):
+        raise TableError(f"{what} needs one budget, or none if it is not pruned")
+    if not isinstance(entry.options, Mapping):
+        raise TableError(f"{what}: options must be a table of names and values")
+    if entry.method == UNPRUNED and entry.options:
+        raise TableError(f"{what} is not pruned, so it takes no options")
+    try:
+        json.dumps(entry.options)
+    except TypeError as error:  # TOML also has dates and times
+        raise TableError(f"{what}: options {entry.options!r} are not plain values") from error
+    try:
+        # Without a method, which this package may not have: the numbers are checked all the same.
+        checked = PruningConfig(keep_tokens=entry.keep_tokens, keep_ratio=entry.keep_ratio)
+    except PruningError as error:
+        raise TableError(f"{what}: {error}") from error
+    return replace(
+        entry,
+        keep_tokens=checked.keep_tokens,
+        keep_ratio=checked.keep_ratio,
+        published=_published(raw, what, sources, columns),
     )
 
 
-def _row(raw: dict[str, Any], sources: Mapping[str, Source], keys: set[str]) -> Row:
+def _published(
+    raw: dict[str, Any], what: str, sources: Mapping[str, Source], columns: set[str]
+) -> dict[str, Published]:
+    """Read the published figures of a row by column; in the file they stand under their source."""
     figures: dict[str, Published] = {}
-    for source, values in raw.pop("published", {}).items():
-        for key, value in values.items():
-            if key not in keys or key in figures:
-                raise ValueError(f"{raw['label']}: {key} has no column, or two figures")
-            figures[key] = Published(float(value), sources[source])
-    row = Row(published=figures, **raw)
-    budgets = [budget for budget in (row.keep_tokens, row.keep_ratio) if budget is not None]
-    if len(budgets) != (row.method != UNPRUNED):
-        raise ValueError(f"{row.label} needs one budget, or none if it is not pruned")
-    try:
-        # Without a method, which this package may not have: the numbers are checked all the same.
-        checked = PruningConfig(keep_tokens=row.keep_tokens, keep_ratio=row.keep_ratio)
-    except PruningError as error:
-        raise ValueError(f"{row.label}: {error}") from error
-    _check_options(row)
-    return replace(row, keep_tokens=checked.keep_tokens, keep_ratio=checked.keep_ratio)
+    for key, values in _part(raw, "published", dict).items():
+        if key not in sources:
+            raise TableError(f"{what}: {unknown('source', key, sources)}")
+        for column, value in _part({key: values}, key, dict).items():
+            if column not in columns:
+                raise TableError(f"{what}: {unknown('column', column, columns)}")
+            if column in figures:
+                raise TableError(f"{what}: two published figures for {column}")
+            if type(value) not in (int, float):
+                raise TableError(f"{what}: {column} must be a number, got {value!r}")
+            figures[column] = Published(float(value), sources[key])
+    return figures
 
 
-def _check_options(row: Row) -> None:
-    """Raise ValueError unless the options of a row can be those of a method."""
-    if not isinstance(row.options, Mapping):
-        raise ValueError(f"{row.label}: options must be a table of names and values")
-    if row.method == UNPRUNED and row.options:
-        raise ValueError(f"{row.label} is not pruned, so it takes no options")
-    try:
-        json.dumps(row.options)
-    except TypeError as error:  # TOML also has dates and times
-        raise ValueError(f"{row.label}: options {row.options!r} are not plain values") from error
+def _part(raw: dict[str, Any], key: str, kind: type[T]) -> T:
+    """Return what the file nests under `key`, by default nothing."""
+    value = raw.get(key, kind())
+    if not isinstance(value, kind):
+        raise TableError(
+            f"{key} must be a {'list' if kind is list else 'table of keys and values'}"
+        )
+    return value
+
+
+def _read(cls: type[T], raw: Any, what: str, **known: Any) -> T:
+    """Make a dataclass of a TOML table with its fields as keys, but for those already `known`."""
+    if not isinstance(raw, dict):
+        raise TableError(f"{what} must be a table of keys and values, got {raw!r}")
+    hints = {name: kind for name, kind in get_type_hints(cls).items() if name not in known}
+    for key, value in raw.items():
+        if key not in hints:
+            raise TableError(f"{what}: {unknown('key', key, hints)}")
+        kind = hints[key]
+        if kind in PLAIN and not isinstance(value, kind):
+            raise TableError(f"{what}: {key} must be {PLAIN[kind]} but is {value!r}")
+    for own in fields(cls):  # type: ignore[arg-type]
+        required = own.default is MISSING and own.default_factory is MISSING
+        if required and own.name not in {*raw, *known}:
+            raise TableError(f"{what} has no {own.name}")
+    return cls(**raw, **known)
