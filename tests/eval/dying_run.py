@@ -41,15 +41,15 @@ def run(
 def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
     import torch
 
+    from llava import storage
     from llava.eval.__main__ import main
-    from llava.eval.engine import run_folder as results
 
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
     left = after_bytes
-    real = results._write
+    real = storage.write_through
 
     def counted(handle: FileIO, data: bytes) -> None:
         nonlocal left
@@ -60,6 +60,6 @@ def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
             left -= len(data)
         real(handle, data)
 
-    results._write = counted
+    storage.write_through = counted
     began.set()
     sys.exit(main(argv))

@@ -121,7 +121,7 @@ def answers(make_runner: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch)
     def answer(sampling: Sampling) -> tuple[list[str], Rows]:
         runner = make_runner(sampling=sampling)
         runner.plan = Plan.of(questions(runner), 3)
-        ((records, _),) = runner.run([Arm("none", "none")])
+        ((records, _),) = runner.run([Arm("none")])
         assert [record["index"] for record in records] == [0, 1, 2]
         return [record["answer"] for record in records], list(rows)
 

@@ -20,7 +20,6 @@ DETERMINISTIC = ("answers.jsonl", "metrics.json")
 # Rank 1 fails at its second batch: by an exception, or as the kernel ends a process.
 FAILING = """
 import os, signal, sys
-from llava.eval import progress
 from llava.eval.__main__ import main
 from llava.eval.engine.run_folder import RunFolder
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llava.eval.__main__ import main
-from llava.eval.engine.request import Arm, plan_arms
+from llava.eval.commands.quickstart import plan_arms
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.metrics import result_rows, summarise
+from llava.eval.engine.request import Arm
 from llava.eval.engine.schema import SCHEMA_VERSION
-from llava.eval.metrics import accuracy_rows, timing_columns
 from llava.eval.report.plots import draw_accuracy
 from llava.eval.report.result import (
     drift,
@@ -22,24 +26,55 @@ from llava.eval.report.result import (
     short_section,
     summary_table,
 )
+from llava.eval.stats import metric_of
+from llava.eval.tasks.base import Benchmark, Item, Metric
 from llava.markdown import markers
 
-
-def refuse(method: str, budget: int) -> str | None:
-    return "no factors" if method == "pool" else None
-
-
-ARMS = plan_arms(["none", "zoo", "pool"], [576, 64], 576, refuse)
+ARMS = tuple(
+    replace(arm, unavailable="no factors") if arm.method == "pool" else arm
+    for arm in plan_arms(["none", "zoo", "pool"], [64])
+)
 CORRECT = {"none": [1, 1, 1, 0], "zoo@64": [1, 0, 1, 0], "no-image": [0, 0, 0, 0]}
+
+
+class Numbers(Benchmark):
+    """Four questions, whose answers are their own scores."""
+
+    name, title, headline, max_new_tokens = "numbers", "numbers", "accuracy", 1
+    protocols = {"llava": ""}  # noqa: RUF012
+    load_image = data_hash = item_score = None
+
+    def items(self) -> list[Item]:
+        kinds = ("color", "count")
+        return [
+            Item(i, str(i), (f"{i}.png",), "", "", {"category": kinds[i % 2]}) for i in range(4)
+        ]
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
+        lines = [(i.data["category"], float(a)) for i, a in zip(items, answers, strict=True)]
+        groups = {kind: metric_of([s for k, s in lines if k == kind]) for kind, _ in lines}
+        return {"accuracy": metric_of([score for _, score in lines]), **groups}
+
+
+def tokens_of(arm: Arm) -> int:
+    return 0 if arm.image == "absent" else int(arm.budget or 576)
+
+
+def rows_of(answers: list[dict]) -> list[dict]:
+    benchmark = Numbers(Path())
+    metrics = summarise(benchmark, Plan.of(benchmark.items(), 2), ARMS, answers)
+    return result_rows(metrics, timings())
 
 
 def answers() -> list[dict]:
     return [
         {
             "arm": arm.name,
+            "index": question,
             "images": [f"{question}.png"],
-            "category": ("color", "count")[question % 2],
-            "tokens_in": (arm.budget or 0) - (question if arm.name == "zoo@64" else 0),
+            "shown": [] if arm.image == "absent" else [f"{question}.png"],
+            "tokens_in": tokens_of(arm) - (question if arm.name == "zoo@64" else 0),
+            "answer": str(CORRECT.get(arm.name, [0, 0, 0, 0])[question]),
             "score": float(CORRECT.get(arm.name, [0, 0, 0, 0])[question]),
         }
         for arm in ARMS
@@ -70,14 +105,12 @@ def timings() -> list[dict]:
 
 @pytest.fixture
 def result() -> dict:
-    times = timing_columns(ARMS, timings())
-    rows = [row | times[row["arm"]] for row in accuracy_rows(ARMS, answers())]
     return {
         "schema_version": SCHEMA_VERSION,
         "questions": 4,
         "images": 4,
         "config": {"batch_size": 2},
-        "rows": rows,
+        "rows": rows_of(answers()),
         "run": {
             "git": {"commit": "0123456789abcdef", "dirty": True},
             "versions": {"torch": "2.13", "transformers": "5.23"},
@@ -178,14 +211,16 @@ def test_columns_line_up(result: dict) -> None:
 
 def test_an_unpruned_model_that_knows_nothing(result: dict) -> None:
     wrong = [record | {"score": 0.0} for record in answers()]
-    times = timing_columns(ARMS, timings())
-    rows = [row | times[row["arm"]] for row in accuracy_rows(ARMS, wrong)]
-    assert cells(main_table(result | {"rows": rows}), "zoo")[3] == "n/a"
+    wrong = [record | {"answer": "0"} for record in wrong]
+    assert cells(main_table(result | {"rows": rows_of(wrong)}), "zoo")[3] == "n/a"
 
 
 def test_a_run_of_one_batch_has_timings_although_cold() -> None:
     first = [line for line in timings() if line["batch"] == 0]
-    assert timing_columns(ARMS, first)["zoo@64"]["prefill_ratio"] == 9.0
+    benchmark = Numbers(Path())
+    metrics = summarise(benchmark, Plan.of(benchmark.items(), 2), ARMS, answers())
+    rows = {row["arm"]: row for row in result_rows(metrics, first)}
+    assert rows["zoo@64"]["prefill_ratio"] == 9.0
 
 
 def section(name: str, content: str) -> str:

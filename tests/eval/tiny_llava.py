@@ -118,7 +118,7 @@ def build_benchmark(folder: Path, checkpoint: Path, images: int = 4, questions: 
     subject = load_subject(str(checkpoint), "cpu")
     runner = Runner(subject, benchmark, plan, sampling=sampling, seed=0)
     said = {}
-    for records, _ in runner.run([Arm(UNPRUNED, "unpruned")]):
+    for records, _ in runner.run([Arm(UNPRUNED)]):
         said |= {record["question_id"]: record["answer"] for record in records}
     write_lines(
         folder / "answers.jsonl",
