@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
         args.methods = every_method()
     check(args)
 
-    def report(done: Answered, metrics: Record) -> None:
-        result = make_result(args, done, metrics)
+    def report(done: Answered) -> None:
+        result = make_result(args, done)
         folder = done.folder.path
         write_atomically(folder / TABLE, render(result))
         plot_accuracy(result, folder / PICTURES[0])
@@ -182,7 +182,7 @@ def choose_arms(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
     return tuple(chosen)
 
 
-def make_result(args: argparse.Namespace, done: Answered, metrics: Record) -> Record:
+def make_result(args: argparse.Namespace, done: Answered) -> Record:
     """Make the compact result, see `schema.Result`, from which tables and plots are made."""
     flags = {"methods": args.methods, "budgets": args.budgets, "limit": args.limit}
     left_out = ("config", "schema_version", "arms")
@@ -192,5 +192,5 @@ def make_result(args: argparse.Namespace, done: Answered, metrics: Record) -> Re
         "images": len(done.plan.images()),
         "config": done.info["config"] | flags,
         "run": {key: value for key, value in done.info.items() if key not in left_out},
-        "rows": result_rows(metrics, done.timings),
+        "rows": result_rows(done.arms, done.answers, done.timings),
     }

@@ -12,7 +12,7 @@ from typing import Any
 from llava.eval.engine.batches import Plan
 from llava.eval.engine.request import UNPRUNED, Arm
 from llava.eval.engine.schema import SCHEMA_VERSION, Record
-from llava.eval.stats import paired_difference
+from llava.eval.stats import mean_estimate, paired_difference
 from llava.eval.tasks.base import Benchmark, Item
 
 
@@ -20,9 +20,7 @@ def summarise(
     benchmark: Benchmark, plan: Plan, arms: Sequence[Arm], answers: Sequence[Record]
 ) -> Record:
     """Compute `metrics.json`, see `schema.Metrics`; the same after any interruption."""
-    by_arm: dict[str, dict[int, Record]] = defaultdict(dict)
-    for record in answers:
-        by_arm[record["arm"]][record["index"]] = record
+    by_arm = _by_arm(answers)
     return {
         "schema_version": SCHEMA_VERSION,
         "task": benchmark.name,
@@ -35,6 +33,13 @@ def summarise(
             for arm in arms
         },
     }
+
+
+def _by_arm(answers: Sequence[Record]) -> dict[str, dict[int, Record]]:
+    found: dict[str, dict[int, Record]] = defaultdict(dict)
+    for record in answers:
+        found[record["arm"]][record["index"]] = record
+    return found
 
 
 def count_failed(answers: Sequence[Record]) -> int:
@@ -110,49 +115,57 @@ class BatchTimes:
         return (median(found) if found else None), len(found)
 
 
-def result_rows(metrics: Record, timings: Sequence[Record]) -> list[Record]:
+def result_rows(
+    arms: Sequence[Arm], answers: Sequence[Record], timings: Sequence[Record]
+) -> list[Record]:
     """Make the rows of a result file, see `schema.ResultRow`.
 
     Args:
-        metrics: of a run of `llava-tiny`, with the arm `none`.
+        arms: of a run, the unpruned one among them.
+        answers: its records; items have scores and categories.
         timings: lines of its `timings.jsonl`.
     """
-    times, arms = BatchTimes(timings), metrics["arms"]
-    return [_row(name, arm, arms[UNPRUNED]) | _times(times, name) for name, arm in arms.items()]
+    times, by_arm = BatchTimes(timings), _by_arm(answers)
+    return [_row(arm, by_arm[arm.name], by_arm[UNPRUNED]) | _times(times, arm.name) for arm in arms]
 
 
-def _row(name: str, arm: Record, unpruned: Record) -> Record:
-    pruning = arm["pruning"]
-    whole = None if arm["image"] == "absent" else unpruned["tokens_max"]
+def _row(arm: Arm, records: Mapping[int, Record], unpruned: Mapping[int, Record]) -> Record:
+    lines = [line for line in records.values() if "error" not in line]
+    base = [line for line in unpruned.values() if "error" not in line]
+    whole = max((line["tokens_in"] for line in base), default=None)
     row = {
-        "arm": name,
-        "label": arm["label"],
-        "method": UNPRUNED if pruning is None else pruning["method"],
-        "budget": whole if pruning is None else pruning["keep_tokens"],
-        "control": arm.get("control"),
-        "unavailable": arm.get("unavailable"),
+        "arm": arm.name,
+        "label": arm.label,
+        "method": arm.method,
+        "budget": None if arm.image == "absent" else arm.budget or whole,
+        "control": arm.control,
+        "unavailable": arm.unavailable,
     }
-    if not arm["answered"]:
+    if not lines:
         return row
-    cells = {key: _accuracy(metric) for key, metric in arm["metrics"].items()}
-    accuracy = cells.pop("accuracy")
-    base = unpruned["metrics"]["accuracy"]["value"] / 100
+    families: dict[str, list[Record]] = defaultdict(list)
+    for line in lines:
+        families[line["category"]].append(line)
+    accuracy, reference = _accuracy(lines), _accuracy(base)["accuracy"]
+    difference = _difference(lines, unpruned)["difference"]
     return row | {
-        "tokens_min": arm["tokens_min"] or 0,
-        "tokens_max": arm["tokens_max"] or 0,
+        "tokens_min": min(line["tokens_in"] for line in lines),
+        "tokens_max": max(line["tokens_in"] for line in lines),
         "accuracy": accuracy["accuracy"],
         "accuracy_se": accuracy["accuracy_se"],
-        "relative": accuracy["accuracy"] / base if base else None,
-        "difference": arm["difference"]["value"],
-        "difference_se": arm["difference"]["se"],
-        "n": accuracy["n"],
-        "families": cells,
+        "relative": accuracy["accuracy"] / reference if reference else None,
+        "difference": difference["value"],
+        "difference_se": difference["se"],
+        "n": len(lines),
+        "families": {name: _accuracy(own) for name, own in sorted(families.items())},
     }
 
 
-def _accuracy(metric: Record) -> Record:
-    se = None if metric["se"] is None else metric["se"] / 100
-    return {"accuracy": metric["value"] / 100, "accuracy_se": se, "n": metric["n"]}
+def _accuracy(lines: Sequence[Record]) -> Record:
+    scores = [float(line["score"]) for line in lines]
+    estimate = mean_estimate(scores, [tuple(line["images"]) for line in lines])
+    se = None if math.isnan(estimate.se) else estimate.se
+    return {"accuracy": estimate.mean, "accuracy_se": se, "n": estimate.n}
 
 
 def _times(times: BatchTimes, name: str) -> Record:

@@ -58,7 +58,7 @@ class Answered:
 
 
 ChooseArms = Callable[[Runner, Sequence[Arm]], tuple[Arm, ...]]
-Report = Callable[[Answered, Record], None]
+Report = Callable[[Answered], None]
 
 
 def run(
@@ -73,7 +73,8 @@ def run(
     Args:
         request: what to run.
         choose_arms: fits the arms to the loaded model; by default `mark_unavailable`.
-        report: writes more files into the run's folder, from the answers and `metrics.json`.
+        report: writes more files into the run's folder and prints what it found; by default the
+            main figure of every arm is printed.
         more_files: names of those files, published with the others.
 
     Returns:
@@ -91,7 +92,7 @@ def run(
         if report is None:
             print(f"\n{figures(metrics)}")
         else:
-            report(done, metrics)
+            report(done)
         publish(done.folder.path, request.output, files)
         print(f"written to {request.output}: {', '.join(files)}")
 
