@@ -17,7 +17,8 @@ from PIL import Image
 from llava.eval.__main__ import main
 from llava.eval.commands import paper_table as command
 from llava.eval.engine.request import arm_of
-from llava.eval.report.paper_table import records, to_csv, to_json, to_latex, to_markdown
+from llava.eval.report.paper_table import records, to_csv, to_html, to_json, to_latex, to_markdown
+from llava.eval.report.plots import Point, pareto_front, points_of
 from llava.eval.tables import load_table
 from llava.eval.tables.fill import Filled, RunResult, fill, read_run
 from llava.eval.tables.launch import Launch
@@ -287,11 +288,11 @@ def test_missing_cells_print_na_and_absent_methods_say_so() -> None:
 
 
 def test_a_demo_has_counts_and_no_gaps() -> None:
-    table = filled(no_gap="demo")
+    table = filled(demo=True)
     assert all(record["gap"] is None for record in records(table))
-    text = to_markdown(table, demo=True)
+    text = to_markdown(table)
     assert "DEMO" in text and "POPE (n=40)" in text and "gap" not in text
-    assert "DEMO" in to_latex(table, demo=True)
+    assert "DEMO" in to_latex(table)
 
 
 def test_times_leave_out_the_first_batch_and_are_paired() -> None:
@@ -406,7 +407,7 @@ def test_a_failing_run_leaves_its_cells_empty_and_is_reported(
     printed = capsys.readouterr().out
     assert "the run of pope ended with exit code 2" in printed
     assert math.isclose(json.loads((tmp_path / f"{MAIN}.json").read_text())["samples"]["gqa"], 40)
-    assert not any(row.average.gap for row in filled(MAIN, no_gap="demo").rows)
+    assert not any(row.average.gap for row in filled(MAIN, demo=True).rows)
 
 
 def test_figures_of_an_earlier_run_do_not_stand_for_one_that_fails(

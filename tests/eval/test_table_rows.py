@@ -206,6 +206,60 @@ def test_budgets_and_options_that_cannot_be(row: str, reason: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("keep_tokens =", "keep_token =", "row 0: unknown key 'keep_token'; did you mean 'keep_to"),
+        ('label = "row 0"', "label = 3", "3: label must be a text but is 3"),
+        ('label = "row 0"', "", "a row has no label"),
+        ('title = "tiny"', "", "the table has no title"),
+        (
+            'title = "tiny"',
+            'titel = "tiny"',
+            "the table: unknown key 'titel'; did you mean 'title'",
+        ),
+        ('title = "tiny"', 'title = "tiny"\nname = "x"', "the table: unknown key 'name'"),
+        (
+            "tokens = 576",
+            'tokens = "many"',
+            "the table: tokens must be a whole number but is 'many'",
+        ),
+        ("metric =", "metrics =", "a column: unknown key 'metrics'; did you mean 'metric'"),
+        ("columns = [", "columns = [] # ", "it needs columns and rows"),
+        ("columns = [", "columns = [3] # ", "a column must be a TOML table but is 3"),
+        ("columns = [", "columns = 3 # ", "columns must be a list"),
+        ("columns = [", "average = { gap = 1 }\ncolumns = [", "unknown key 'average_gap'"),
+        ("[sources.p]", "[[sources]]", "sources must be a TOML table"),
+        ("[sources.p]", "[sources.p]\nyear = 1", "source p: unknown key 'year'"),
+        (
+            'kind = "paper"',
+            'kind = "papre"',
+            "source p: unknown kind 'papre'; did you mean 'paper'",
+        ),
+        ("published.p", "published.q", "row 0: unknown source 'q'; valid: p, r"),
+        ("pope = 1.5", "pop = 1.5", "row 0: unknown column 'pop'; did you mean 'pope'"),
+        ("pope = 1.5", "pope = 'x'", "row 0: pope must be a number but is 'x'"),
+        ("published.p = {", "published.r = { pope = 1 }\npublished.p = {", "two published figures"),
+        ("published.p = { pope = 1.5 }", "published = 3", "published must be a TOML table"),
+        ("published.p = { pope = 1.5 }", "published.p = 3", "p must be a TOML table"),
+    ],
+)
+def test_what_a_table_cannot_say_is_one_clear_error(
+    old: str, new: str, reason: str, tmp_path: Path
+) -> None:
+    path = write_table(tmp_path / "tiny.toml", ["keep_tokens = 2\npublished.p = { pope = 1.5 }"])
+    text = path.read_text("utf-8")
+    text += '\n[sources.p]\nkind = "paper"\ntext = "T"\n[sources.r]\nkind = "re-run"\ntext = "R"\n'
+    path.write_text(text, "utf-8")
+    assert load_table(path).rows[1].published["pope"].value == 1.5
+    assert old in text
+    path.write_text(text.replace(old, new), "utf-8")
+    with pytest.raises(TableError) as caught:
+        load_table(path)
+    assert reason in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ("options = { nope = 1 }", "unknown option of 'zoo': 'nope'"),

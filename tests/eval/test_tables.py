@@ -25,6 +25,7 @@ from llava.eval.report.result import (
     summary_table,
 )
 from llava.markdown import markers
+from llava.utils import UserInputError
 
 ARMS = tuple(
     replace(arm, unavailable="no factors") if arm.method == "pool" else arm
@@ -200,7 +201,7 @@ def test_drift(result: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page, file = tmp_path / "results.md", tmp_path / "result.json"
     file.write_text(json.dumps(result))
     page.write_text(f"before\n{section('llava-tiny', 'old')}after\n")
-    assert "not those of" in drift(page, file)
+    assert f"llava table {file} --update {page}" in drift(page, file)
     assert main(["table", str(file), "--update", str(page)]) == 0
     assert drift(page, file) is None
     text = page.read_text()
@@ -214,9 +215,13 @@ def test_drift(result: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
     page.write_text(text.replace("50.0 ± 28.9", "51.0 ± 28.9", 1))
     assert drift(page, file) is not None
-    assert "no section" in drift(file, file)
-    assert "cannot read" in drift(page, tmp_path / "missing.json")
-    assert "cannot read" in drift(tmp_path / "missing.md", file)
+    for broken, reason in (
+        ((file, file), "no section"),
+        ((page, tmp_path / "missing.json"), "cannot read"),
+        ((tmp_path / "missing.md", file), "cannot read"),
+    ):
+        with pytest.raises(UserInputError, match=reason):
+            drift(*broken)
 
 
 def test_one_command_updates_several_files(result: dict, tmp_path: Path) -> None:

@@ -250,7 +250,9 @@ def draw_overlays(order: Order, filled: Filled, path: Path) -> bool:
     benchmark.pixels = launch.pixels
     item = next(item for item in benchmark.items() if item.images)
     settings = {
-        f"{row.row.label} {report.budget_text(row.budget)}": order.setting(row.row) for row in rows
+        f"{row.row.label} {report.budget_text(row.budget)}": setting
+        for row in rows
+        if (setting := order.setting(row.row)) is not None
     }
     draw_kept_tokens(
         load_subject(launch.model_path, launch.device, base=launch.model_base),
@@ -276,10 +278,11 @@ def rows_to_draw(filled: Filled) -> list[FilledRow]:
         and row.next_protocol == DEFAULT_PROTOCOL
     ]
     smallest = {
-        kind: min((row.budget for row in rows if isinstance(row.budget, kind)), default=None)
+        (kind, min(budgets))
         for kind in (int, float)
+        if (budgets := [row.budget for row in rows if isinstance(row.budget, kind)])
     }
-    return [row for row in rows if row.budget == smallest[type(row.budget)]]
+    return [row for row in rows if (type(row.budget), row.budget) in smallest]
 
 
 def describe_conditions(order: Order, command: str) -> Record:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.schema import Record
@@ -22,6 +21,8 @@ MARKERS = "osD^v<>ph*P"
 # shifts stay below half the distance of budgets that differ by a third.
 SHIFT, ALL_SHIFTS = 0.012, 0.14
 LINE_OF_LEGEND = 0.19  # inches
+CURVE: dict[str, Any] = {"linewidth": 1.2, "markersize": 5, "capsize": 2}
+FRONT: dict[str, Any] = {"where": "post", "color": "0.6", "linewidth": 3, "alpha": 0.6, "zorder": 0}
 COSTS = {
     "tokens": "visual tokens that reach the language model",
     "ttft_ms": "time to the first token (ms per question, median)",
@@ -48,40 +49,33 @@ def draw_accuracy(result: Record) -> Figure:
     """Return the figure of `plot_accuracy`; it grows with the number of its curves."""
     rows = [row for row in result["rows"] if not row["unavailable"]]
     pruned = [row for row in rows if row["method"] != UNPRUNED]
-    points = [
-        Point(
-            row["label"],
-            (row["tokens_min"] + row["tokens_max"]) / 2,
-            100 * row["accuracy"],
-            100 * (row["accuracy_se"] or 0),
-            row["control"] is not None,
-        )
-        for row in pruned
-    ]
-    figure = _draw(
-        points,
+    return _draw(
+        [
+            Point(
+                row["label"],
+                cost=(row["tokens_min"] + row["tokens_max"]) / 2,
+                quality=100 * row["accuracy"],
+                error=100 * (row["accuracy_se"] or 0),
+                control=row["control"] is not None,
+            )
+            for row in pruned
+        ],
+        title=f"{result['questions']} questions about {result['images']} images",
+        axes=(COSTS["tokens"], "accuracy (%), ± 1 standard error"),
         levels={row["label"]: 100 * row["accuracy"] for row in rows if row["method"] == UNPRUNED},
         budgets=sorted({row["budget"] for row in pruned}),
     )
-    (axes,) = figure.axes
-    axes.set_xlabel(COSTS["tokens"])
-    axes.set_ylabel("accuracy (%), ± 1 standard error")
-    axes.set_title(f"{result['questions']} questions about {result['images']} images", fontsize=10)
-    return figure
 
 
 def plot_table(filled: Filled, cost: str, path: Path) -> bool:
     """Draw quality against `cost`, a key of `COSTS`, to a PNG; False if nothing was measured."""
-    points = points_of(filled, cost)
+    points, count = points_of(filled, cost), len(filled.covered)
     if not points:
         return False
-    figure = _draw(points, front=pareto_front(points))
-    (axes,) = figure.axes
-    count = len(filled.covered)
-    axes.set_xlabel(COSTS[cost])
-    axes.set_ylabel(f"retention (%), mean over tasks: {count}" if count else "score")
-    axes.set_title(f"{'DEMO: ' if filled.demo else ''}{filled.table.title}", fontsize=10)
-    figure.savefig(path)
+    title = f"{'DEMO: ' if filled.demo else ''}{filled.table.title}"
+    quality = f"retention (%), mean over tasks: {count}" if count else "score"
+    axes = COSTS[cost], quality
+    _draw(points, title=title, axes=axes, front=pareto_front(points)).savefig(path)
     return True
 
 
@@ -98,10 +92,10 @@ def points_of(filled: Filled, cost: str) -> list[Point]:
 def _quality(filled: Filled, row: FilledRow) -> float | None:
     """Return the average of a row where there is one, else the table's only score."""
     scores = [column for column in filled.table.columns if not column.timed]
-    cell = row.average.measured
-    if cell is None and len(scores) == 1:
-        cell = row.cells[scores[0].key].measured
-    return None if cell is None else cell.value
+    measured = row.average.measured
+    if measured is None and len(scores) == 1:
+        measured = row.cells[scores[0].key].measured
+    return None if measured is None else measured.value
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -116,6 +110,8 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 def _draw(
     points: Sequence[Point],
     *,
+    title: str,
+    axes: tuple[str, str],
     levels: Mapping[str, float] | None = None,
     budgets: Sequence[int] = (),
     front: Sequence[Point] = (),
@@ -124,6 +120,8 @@ def _draw(
 
     Args:
         points: of all curves.
+        title: of the plot.
+        axes: labels of cost and quality.
         levels: horizontal lines by label.
         budgets: ticks of a logarithmic axis that all curves share; they are shifted a little.
         front: a Pareto front to draw behind the curves.
@@ -133,48 +131,41 @@ def _draw(
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    curves: dict[str, list[Point]] = defaultdict(list)
-    for point in points:
+    curves: dict[str, list[Point]] = {point.label: [] for point in points}
+    for point in sorted(points, key=lambda point: point.cost):
         curves[point.label].append(point)
     levels = levels or {}
     height = max(5.0, 1 + LINE_OF_LEGEND * (len(curves) + len(levels)))
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    plot = figure.subplots()
     colours = colormaps[COLOURS].colors  # type: ignore[attr-defined]
     step = min(SHIFT, ALL_SHIFTS / max(1, len(curves))) if budgets else 0
     for position, (label, own) in enumerate(curves.items()):
         shift = 1 + step * (position - (len(curves) - 1) / 2)
-        own.sort(key=lambda point: point.cost)
-        axes.errorbar(
+        errors = [point.error for point in own]
+        plot.errorbar(
             [shift * point.cost for point in own],
             [point.quality for point in own],
-            yerr=[point.error for point in own],
+            yerr=errors if any(errors) else None,
             label=label,
             color=colours[position % len(colours)],
             marker=MARKERS[position % len(MARKERS)],
             linestyle="--" if own[0].control else "-",
-            linewidth=1.2,
-            markersize=5,
-            capsize=2,
+            **CURVE,
         )
     for (label, level), style in zip(levels.items(), ("-", ":", "-."), strict=False):
-        axes.axhline(level, color="0.45", linestyle=style, linewidth=1, label=label)
+        plot.axhline(level, color="0.45", linestyle=style, linewidth=1, label=label)
     if budgets:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(budgets)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_locator(NullLocator())
+        plot.set_xscale("log", base=2)
+        plot.set_xticks(budgets)
+        plot.xaxis.set_major_formatter(ScalarFormatter())
+        plot.xaxis.set_minor_locator(NullLocator())
     if front:
-        axes.step(
-            [point.cost for point in front],
-            [point.quality for point in front],
-            where="post",
-            color="0.6",
-            linewidth=3,
-            alpha=0.6,
-            zorder=0,
-            label="Pareto front",
-        )
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        costs, qualities = zip(*((point.cost, point.quality) for point in front), strict=True)
+        plot.step(costs, qualities, label="Pareto front", **FRONT)
+    plot.set_xlabel(axes[0])
+    plot.set_ylabel(axes[1])
+    plot.set_title(title, fontsize=10)
+    plot.grid(alpha=0.25)
+    plot.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure

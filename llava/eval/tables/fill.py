@@ -10,9 +10,10 @@ from typing import Any
 
 from llava.eval.engine.metrics import BatchTimes
 from llava.eval.engine.request import UNPRUNED
-from llava.eval.engine.schema import ResultError, read_lines, read_metrics
+from llava.eval.engine.schema import read_lines, read_metrics
 from llava.eval.tables.plan import Budgets, Place, arm_name, next_protocol_of, unavailable
 from llava.eval.tables.spec import AVERAGE, Column, Published, Row, Table, TableError
+from llava.storage import StorageError
 
 # What a row and the one whose published figures it borrows have in common.
 SETTING = ("keep_tokens", "keep_ratio", "next_protocol")
@@ -134,8 +135,10 @@ def read_run(folder: Path) -> RunResult:
     try:
         arms = read_metrics(folder)["arms"]
         return RunResult(arms, read_lines(folder / "timings.jsonl"))
-    except (ResultError, KeyError, TypeError, AttributeError) as error:
+    except StorageError as error:
         raise TableError(f"{folder} has no finished run: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TableError(f"{folder} has no finished run: metrics.json names no arms") from error
 
 
 Results = Mapping[Place, RunResult]
@@ -214,6 +217,7 @@ def fill(
     if not covered or covered != table.averaged():
         average_no_gap = average_no_gap or "the average does not cover every task of the table"
     rows = []
+    columns = {column.key: column for column in table.columns}
     for own in found:
         cells = {
             column.key: _cell(
@@ -221,8 +225,10 @@ def fill(
             )
             for column in table.columns
         }
-        retention = _mean(own.ratio(column) for column in covered) if own.complete else None
-        average = None if retention is None else Measured(100 * retention, None, len(covered))
+        average = None
+        if covered and own.complete:
+            ratios = [own.ratio(column) or 0.0 for column in covered]
+            average = Measured(100 * math.fsum(ratios) / len(ratios), None, len(ratios))
         rows.append(
             FilledRow(
                 row=own.row,
@@ -236,7 +242,7 @@ def fill(
                 ttft_ms=own.ttft_ms(),
             )
         )
-    counts = {column.key: _count(rows, column) for column in table.columns}
+    counts = {key: _count(rows, key) for key in columns}
     return Filled(
         table,
         tuple(rows),
@@ -269,9 +275,9 @@ def _cell(table: Table, row: Row, key: str, measured: Measured | None, no_gap: s
     return Cell(None, measured, no_gap=no_gap)
 
 
-def _count(rows: Sequence[FilledRow], column: Column) -> int:
+def _count(rows: Sequence[FilledRow], key: str) -> int:
     """Return how many items the figures of a column are over, 0 without one."""
-    cells = (row.cells[column.key].measured for row in rows)
+    cells = (row.cells[key].measured for row in rows)
     return max((measured.n for measured in cells if measured), default=0)
 
 

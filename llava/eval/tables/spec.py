@@ -170,9 +170,9 @@ def _table(name: str, raw: dict[str, Any]) -> Table:
             raise TableError(f"source {source.key}: {unknown('kind', source.kind, KINDS)}")
     columns = tuple(_read(Column, entry, "a column") for entry in _part(raw, "columns", list))
     keys = {*(column.key for column in columns), AVERAGE}
-    rows = tuple(_row(entry, sources, keys) for entry in _part(raw, "rows", list))
-    if not columns or not rows:
+    if not columns or not raw.get("rows"):
         raise TableError("it needs columns and rows")
+    rows = tuple(_row(entry, sources, keys) for entry in _part(raw, "rows", list))
     notes = tuple(_part(raw, "notes", list))
     nested = ("sources", "columns", "rows", "notes", AVERAGE)
     rest = {key: value for key, value in raw.items() if key not in nested}
@@ -221,7 +221,7 @@ def _published(
             if column in figures:
                 raise TableError(f"{what}: two published figures for {column}")
             if type(value) not in (int, float):
-                raise TableError(f"{what}: {column} must be a number, got {value!r}")
+                raise TableError(f"{what}: {column} must be a number but is {value!r}")
             figures[column] = Published(float(value), sources[key])
     return figures
 
@@ -230,16 +230,14 @@ def _part(raw: dict[str, Any], key: str, kind: type[T]) -> T:
     """Return what the file nests under `key`, by default nothing."""
     value = raw.get(key, kind())
     if not isinstance(value, kind):
-        raise TableError(
-            f"{key} must be a {'list' if kind is list else 'table of keys and values'}"
-        )
+        raise TableError(f"{key} must be a {'list' if kind is list else 'TOML table'}")
     return value
 
 
 def _read(cls: type[T], raw: Any, what: str, **known: Any) -> T:
     """Make a dataclass of a TOML table with its fields as keys, but for those already `known`."""
     if not isinstance(raw, dict):
-        raise TableError(f"{what} must be a table of keys and values, got {raw!r}")
+        raise TableError(f"{what} must be a TOML table but is {raw!r}")
     hints = {name: kind for name, kind in get_type_hints(cls).items() if name not in known}
     for key, value in raw.items():
         if key not in hints:
