@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from llava.eval.report.html import to_html
-from llava.eval.report.pareto import Point, pareto_front, points_of
 from PIL import Image
 
 from llava.eval.__main__ import main
