@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from llava.command_line import OneLineParser, one_line_errors
-from llava.eval import provenance
-from llava.eval.results import SCHEMA_VERSION, ResultError
+from llava.eval.engine import provenance
+from llava.eval.engine.schema import SCHEMA_VERSION, ResultError
 from llava.pruning import list_methods
 from llava.pruning.methods.hiprune import HiPrune, filled_up
 from llava.pruning.methods.scope import Scope

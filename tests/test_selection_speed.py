@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava.eval.results import ResultError
+from llava.eval.engine.schema import ResultError
 from llava.pruning import (
     PruningConfig,
     VisualTokens,

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from llava.command_line import CORRECTABLE, OneLineParser, explain
-from llava.eval import compare, prepare, quickstart
-from llava.eval import run as run_command
-from llava.eval.commands import paper_table, table
+from llava.eval import prepare
+from llava.eval.commands import compare, paper_table, quickstart, run, table
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.eval") -> int:
@@ -33,7 +32,7 @@ def build_parser(prog: str = "python -m llava.eval") -> argparse.ArgumentParser:
     """The parser of all commands of this package."""
     parser = OneLineParser(prog=prog, description="Run comparisons and print what they found.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = (quickstart, run_command, compare, paper_table, table)
+    modules = (quickstart, run, compare, paper_table, table)
     for module in (*modules, prepare):
         module.add_command(commands)
     return parser

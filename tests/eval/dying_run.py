@@ -12,7 +12,9 @@ from pathlib import Path
 
 # One server imports torch and the package once; every run is a fork of it.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["llava.eval.__main__", "llava.eval.run", "llava.eval.runner"])
+context.set_forkserver_preload(
+    ["llava.eval.__main__", "llava.eval.commands.run", "llava.eval.engine.runner"]
+)
 
 
 def run(
@@ -39,7 +41,7 @@ def run(
 def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
     import torch
 
-    from llava.eval import results
+    from llava import storage
     from llava.eval.__main__ import main
 
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -47,7 +49,7 @@ def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
     os.dup2(output, 2)
     torch.set_num_threads(1)
     left = after_bytes
-    real = results._write
+    real = storage.write_through
 
     def counted(handle: FileIO, data: bytes) -> None:
         nonlocal left
@@ -58,6 +60,6 @@ def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
             left -= len(data)
         real(handle, data)
 
-    results._write = counted
+    storage.write_through = counted
     began.set()
     sys.exit(main(argv))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from llava.eval.__main__ import main
 from llava.eval.commands import paper_table as command
+from llava.eval.engine.request import arm_of
 from llava.eval.report.paper_table import records, to_csv, to_html, to_json, to_latex, to_markdown
 from llava.eval.report.plots import Point, pareto_front, points_of
 from llava.eval.tables import load_table
@@ -21,7 +22,6 @@ from llava.eval.tables.fill import Filled, RunResult, fill, read_run
 from llava.eval.tables.launch import Launch
 from llava.eval.tables.plan import (
     Job,
-    Setting,
     plan,
     published_budget,
     scaled_budgets,
@@ -68,34 +68,31 @@ SPOT_CHECKS = [
 def fake_metrics(job: Job) -> dict:
     """What a run would write: scores that differ by task and arm, on the tasks' own scales."""
     arms = {}
-    for place, setting in enumerate(job.settings):
+    for place, arm in enumerate(job.arms):
         values = {"accuracy": 60.0, "mean_f1": 80.0, "perception": 1500.0, "image_accuracy": 70.0}
-        arms[setting.word] = {
-            "method": setting.method,
-            "budget": setting.budget,
-            "options": dict(setting.options),
+        arms[arm.name] = arm.to_dict() | {
             "metrics": {
                 key: {"value": value * (1 - place / 100), "se": 1.25, "n": 40, "scale": 100.0}
                 for key, value in values.items()
             },
-            "tokens_mean": 576.0 if setting.budget is None else float(setting.budget),
+            "tokens_mean": 576.0 if arm.budget is None else float(arm.budget),
             "failed_images": 0,
         }
-    return {"schema_version": 1, "task": job.task, "protocol": job.protocol, "arms": arms}
+    return {"schema_version": 2, "task": job.task, "protocol": job.protocol, "arms": arms}
 
 
 def fake_timings(job: Job) -> list[dict]:
     lines = []
     for batch in range(3):
-        for place, setting in enumerate(job.settings):
+        for place, arm in enumerate(job.arms):
             scale = 1000.0 if batch == 0 else 1.0  # the first batch of a process is slow
             lines.append(
                 {
                     "batch": batch,
-                    "arm": setting.word,
+                    "arm": arm.name,
                     "cold": batch == 0,
                     "encode_ms": 10.0 * scale,
-                    "prune_ms": None if setting.method == "none" else 2.0,
+                    "prune_ms": None if arm.method == "none" else 2.0,
                     "splice_ms": 1.0,
                     "prefill_ms": 89.0 / (place + 1),
                     "decode_ms": 5.0,
@@ -188,7 +185,7 @@ def test_an_unknown_table_or_a_broken_file_is_one_clear_error(tmp_path: Path) ->
 def test_a_run_answers_one_task_under_every_arm() -> None:
     jobs = plan(load_table(MAIN))
     assert [job.task for job in jobs] == [c.task for c in load_table(MAIN).columns]
-    words = [setting.word for setting in jobs[0].settings]
+    words = [arm.name for arm in jobs[0].arms]
     assert words[0] == "none" and len(set(words)) == len(words)
     assert "cen-prune:host=zoo@64" in words and "zoo-exact@192" in words
     assert not any(word.startswith("fastv") for word in words)
@@ -197,7 +194,7 @@ def test_a_run_answers_one_task_under_every_arm() -> None:
 def test_protocols_of_tiled_images_go_to_runs_of_their_own() -> None:
     jobs = [job for job in plan(load_table("llava_next_7b")) if job.task == "pope"]
     assert [job.next_protocol for job in jobs] == ["native", "fixed2880", "zoo-release", "spatial"]
-    assert all(job.settings[0] == Setting("none") for job in jobs)
+    assert all(job.arms[0] == arm_of(None) for job in jobs)
     assert len({job.folder for job in plan(load_table("llava_next_7b"))}) == 36
 
 
@@ -232,7 +229,7 @@ def test_cells_hold_gap_error_and_count() -> None:
 def test_retention_is_the_mean_of_ratios_to_the_unpruned_model() -> None:
     table = filled()
     row = next(r for r in table.rows if (r.row.method, r.budget) == ("zoo", 64))
-    arms = [setting.word for setting in plan(load_table(MAIN))[0].settings]
+    arms = [arm.name for arm in plan(load_table(MAIN))[0].arms]
     assert row.average.measured.value == pytest.approx(100 - arms.index("zoo@64"))
     assert row.average.gap == pytest.approx(row.average.measured.value - 95.20)
     assert table.rows[0].average.measured.value == pytest.approx(100)

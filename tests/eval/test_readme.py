@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llava.eval.engine.schema import read_result
 from llava.eval.report.result import drift
-from llava.eval.results import read_result
 from llava.markdown import markers
 from llava.pruning import get_method, list_methods
 

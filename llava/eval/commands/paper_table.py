@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from llava.eval import provenance
-from llava.eval.arm_words import parse_arm
-from llava.eval.arms import UNPRUNED
 from llava.eval.demo.playground import DEFAULT_SAMPLES, write_playground
+from llava.eval.engine import provenance
+from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.schema import Record
 from llava.eval.report import paper_table as report
 from llava.eval.report.pictures import draw_kept_tokens
 from llava.eval.report.plots import plot_table
-from llava.eval.results import Record
 from llava.eval.subject import load_subject
 from llava.eval.tables.fill import Filled, FilledRow, fill, read_run
 from llava.eval.tables.launch import Launch, RunJob, run_job
@@ -28,11 +27,11 @@ from llava.eval.tables.plan import (
     DEFAULT_PROTOCOL,
     Budgets,
     Job,
+    arm_for,
     missing_tasks,
     plan,
     published_budget,
     scaled_budgets,
-    setting_of,
     unavailable,
 )
 from llava.eval.tables.spec import Row, Table, TableError, list_tables, load_table
@@ -94,7 +93,7 @@ class Order:
 
     def setting(self, row: Row) -> PruningConfig | None:
         """Return how the runs prune for a row."""
-        return parse_arm(setting_of(row, self.budgets).word).pruning(self.launch.seed)
+        return arm_for(row, self.budgets).seeded(self.launch.seed)
 
 
 def run(args: argparse.Namespace, run_one: RunJob = run_job) -> int:
@@ -112,7 +111,7 @@ def run(args: argparse.Namespace, run_one: RunJob = run_job) -> int:
             write_playground(order.launch.data_root, args.demo_samples)
         problems = [f"no benchmark is registered for {task}" for task in missing_tasks(order.table)]
         for job in order.jobs():
-            print(f"== {job.folder}: {len(job.settings)} arms", flush=True)
+            print(f"== {job.folder}: {len(job.arms)} arms", flush=True)
             # A run that ends before it starts must not leave the figures of an earlier order here.
             (order.launch.folder(job) / "metrics.json").unlink(missing_ok=True)
             code = run_one(order.launch, job)
@@ -154,7 +153,7 @@ def read_order(args: argparse.Namespace) -> Order:
         dtype=args.dtype,
         pixels=args.pixels,
         processes=args.processes,
-        extra=("--max-new-tokens", str(DEMO_NEW_TOKENS)) if demo else (),
+        max_new_tokens=DEMO_NEW_TOKENS if demo else None,
     )
     budgets = scaled_budgets(table, DEMO_TOKENS) if demo else published_budget
     order = Order(table, launch, budgets, demo)

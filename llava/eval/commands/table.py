@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llava.eval.engine.schema import read_result
 from llava.eval.report.result import full_section, update
-from llava.eval.results import read_result
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:

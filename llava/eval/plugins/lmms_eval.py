@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from llava.command_line import check_complete, check_conv_mode
 from llava.conversation import conv_templates
-from llava.eval.generation import end_tokens, until_end
+from llava.eval.engine.decode import end_tokens, until_end
 from llava.eval.plugins.lmms_arguments import batch_size_of, device_of, dtype_of
 from llava.eval.plugins.lmms_prompts import Prompt, pictures_of, read_messages
 from llava.eval.presets import get_preset

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
-from llava.eval.arm_words import spell_options
+from llava.eval.engine.request import spell_options
+from llava.eval.engine.schema import Record
 from llava.eval.report.result import describe_commit
-from llava.eval.results import Record
 from llava.eval.tables.fill import Cell, Filled, FilledRow
 from llava.eval.tables.spec import AVERAGE, Column
 from llava.markdown import table as markdown_table

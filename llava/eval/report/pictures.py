@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from llava.eval.arms import UNPRUNED, Arm
-from llava.eval.runner import Runner
+from llava.eval.engine.request import UNPRUNED, Arm
+from llava.eval.engine.runner import Runner
 from llava.mm_utils import process_images
 from llava.pruning import PruningConfig, prune
 from llava.pruning.visualize import overlay_tokens
@@ -36,7 +36,7 @@ def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) 
         f"{arm.label} {arm.budget}": setting
         for arm in pruned
         if arm.budget == min(budgets, key=lambda budget: abs(budget - tokens))
-        and (setting := arm.pruning(runner.seed)) is not None
+        and (setting := arm.seeded(runner.seed)) is not None
     }
     image = runner.benchmark.load_image(name)
     draw_kept_tokens(runner.subject, image, item.question, settings, path, name)

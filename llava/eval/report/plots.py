@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.eval.arms import UNPRUNED
-from llava.eval.results import Record
+from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.schema import Record
 from llava.eval.tables.fill import Filled, FilledRow
 
 if TYPE_CHECKING:

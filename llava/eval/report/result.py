@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava.eval.arms import UNPRUNED
-from llava.eval.results import Record, read_result
+from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.schema import Record, read_result
 from llava.markdown import fill_sections, find_drift, table
 from llava.storage import write_atomically
 

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from llava.eval.arms import UNPRUNED
-from llava.eval.tables.plan import Budgets, Place, next_protocol_of, setting_of, unavailable
+from llava.eval.engine.metrics import BatchTimes
+from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.schema import Record, read_lines, read_metrics
+from llava.eval.tables.plan import Budgets, Place, arm_name, next_protocol_of, unavailable
 from llava.eval.tables.spec import AVERAGE, Column, Published, Row, Table, TableError
-from llava.storage import StorageError, read_json, read_jsonl
+from llava.storage import StorageError
 
 # What a row and the one whose published figures it borrows have in common.
 SETTING = ("keep_tokens", "keep_ratio", "next_protocol")
@@ -95,7 +96,7 @@ class RunResult:
     """`metrics.json` and `timings.jsonl` of a finished run."""
 
     arms: Mapping[str, Mapping[str, Any]]
-    timings: Sequence[Mapping[str, Any]]
+    timings: Sequence[Record]
 
     def figure(self, arm: str, column: Column) -> Measured | None:
         """Return what the run measured of an arm; None if it did not."""
@@ -107,18 +108,16 @@ class RunResult:
         return None if metric is None else Measured(metric["value"], metric["se"], metric["n"])
 
     def time(self, arm: str, metric: str) -> Measured | None:
-        """Median over batches, the first of a process left out; speed-ups are paired by batch."""
-        own, base = self._times(arm), self._times(UNPRUNED)
+        """Return a median over batches; speed-ups are paired by batch. None without times."""
         which, kind = metric.split("_")
-        values = [times[which] for times in own.values()]
-        if kind == "speedup":
-            values = [base[b][which] / own[b][which] for b in own.keys() & base.keys()]
-        return Measured(median(values), None, len(values)) if values else None
 
-    def _times(self, arm: str) -> dict[int, dict[str, float]]:
-        lines = [line for line in self.timings if line["arm"] == arm]
-        lines = [line for line in lines if not line["cold"]] or lines
-        return {line["batch"]: _totals(line) for line in lines}
+        def value(own: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
+            if kind != "speedup":
+                return _totals(own)[which]
+            return _totals(base)[which] / _totals(own)[which] if base else None
+
+        found, n = BatchTimes(self.timings).median(arm, value)
+        return None if found is None else Measured(found, None, n)
 
 
 def _totals(line: Mapping[str, Any]) -> dict[str, float]:
@@ -139,12 +138,11 @@ def read_run(folder: Path) -> RunResult:
         TableError: it is not one.
     """
     try:
-        metrics = read_json(folder / "metrics.json")
-        timings = [line for _, line in read_jsonl(folder / "timings.jsonl")]
-        return RunResult(metrics["arms"], timings)
+        arms = read_metrics(folder)["arms"]
+        return RunResult(arms, read_lines(folder / "timings.jsonl"))
     except StorageError as error:
         raise TableError(f"{folder} has no finished run: {error}") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise TableError(f"{folder} has no finished run: metrics.json names no arms") from error
 
 
@@ -195,7 +193,7 @@ def _fill_row(
     table: Table, row: Row, results: Results, budgets: Budgets, demo: bool, no_gap: str | None
 ) -> tuple[FilledRow, dict[str, float]]:
     """Return a row but for its average, and pruned / unpruned of the columns that have both."""
-    arm, reading = setting_of(row, budgets).word, next_protocol_of(row, native_only=demo)
+    arm, reading = arm_name(row, budgets), next_protocol_of(row, native_only=demo)
     lacking = unavailable(table, row)
     runs: dict[int, RunResult] = {}  # that have the arm, each once
     cells: dict[str, Cell] = {}

@@ -6,12 +6,10 @@ that differ in it go to different runs, each with its own unpruned arm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from llava.eval.arm_words import arm_word
-from llava.eval.arms import UNPRUNED
+from llava.eval.engine.request import Arm, arm_of, arm_word, make_arm
 from llava.eval.tables.spec import Column, Row, Table
 from llava.eval.tasks.base import list_benchmarks
 from llava.pruning import list_methods
@@ -25,34 +23,17 @@ Place = tuple[str, str | None, str]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One arm of a run, whatever rows it stands for.
-
-    `budget` is a number of visual tokens if it is an integer, and a share of them if it is a float.
-    """
-
-    method: str
-    budget: int | float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def word(self) -> str:
-        """As `--arm` of `python -m llava.eval run` takes it: `zoo:fusion=sum@64`."""
-        return arm_word(self.method, self.budget, self.options)
-
-
-@dataclass(frozen=True)
 class Job:
     """One run: a task under one prompt protocol, with every arm that some row asks for."""
 
     task: str
     protocol: str | None
     next_protocol: str
-    settings: tuple[Setting, ...]
+    arms: tuple[Arm, ...]
 
     @property
     def place(self) -> Place:
-        """Which cells it fills."""
+        """What decides which cells the run fills."""
         return self.task, self.protocol, self.next_protocol
 
     @property
@@ -66,12 +47,12 @@ Budgets = Callable[[Row], int | float | None]
 
 
 def published_budget(row: Row) -> int | float | None:
-    """The budget as the table prints it."""
+    """Return the budget as the table prints it."""
     return row.budget
 
 
 def scaled_budgets(table: Table, tokens: int) -> Budgets:
-    """Budgets for a model of `tokens` visual tokens instead of the table's own number."""
+    """Make budgets for a model of `tokens` visual tokens instead of the table's own number."""
 
     def scaled(row: Row) -> int | float | None:
         if row.keep_tokens is None or table.tokens is None:
@@ -81,25 +62,34 @@ def scaled_budgets(table: Table, tokens: int) -> Budgets:
     return scaled
 
 
-def setting_of(row: Row, budgets: Budgets = published_budget) -> Setting:
-    """The arm that measures a row."""
-    return Setting(row.method, budgets(row), row.options)
+def arm_name(row: Row, budgets: Budgets = published_budget) -> str:
+    """Return the name of the arm that measures a row: `zoo:fusion=sum@64`."""
+    return arm_word(row.method, budgets(row), row.options)
+
+
+def arm_for(row: Row, budgets: Budgets = published_budget) -> Arm:
+    """Return the arm that measures a row.
+
+    Raises:
+        UserInputError: its setting does not exist.
+    """
+    return make_arm(arm_name(row, budgets), row.method, budgets(row), row.options)
 
 
 def next_protocol_of(row: Row, native_only: bool = False) -> str:
-    """How the model of a row reads tiled images; `native_only` for a model without tiles."""
+    """Return the tile protocol of a row; `native_only` for a model without tiles."""
     return DEFAULT_PROTOCOL if native_only else row.next_protocol or DEFAULT_PROTOCOL
 
 
 def unavailable(table: Table, row: Row) -> str | None:
-    """The name of what a row needs and this package has not, or None."""
+    """Return the name of what a row needs and this package does not have, or None."""
     if table.family not in FAMILIES:
         return table.family
     return None if row.method in list_methods() else row.method
 
 
 def missing_tasks(table: Table) -> list[str]:
-    """Tasks of the table that no benchmark is registered for."""
+    """Return the tasks of the table that no benchmark is registered for."""
     known = list_benchmarks()
     return [task for task in dict.fromkeys(c.task for c in table.columns) if task not in known]
 
@@ -110,17 +100,21 @@ def plan(
     native_only: bool = False,
     columns: Sequence[Column] | None = None,
 ) -> list[Job]:
-    """The runs that fill the table, in column order; none for rows that are not available."""
+    """Plan the runs that fill the table, in column order; none for rows that are not available.
+
+    Raises:
+        UserInputError: a row with a setting that does not exist.
+    """
     jobs = []
     rows = [row for row in table.rows if unavailable(table, row) is None]
     wanted = table.columns if columns is None else columns
     for task, protocol in dict.fromkeys((column.task, column.protocol) for column in wanted):
         for reading in dict.fromkeys(next_protocol_of(row, native_only) for row in rows):
             asked = [
-                setting_of(row, budgets)
+                arm_for(row, budgets)
                 for row in rows
                 if next_protocol_of(row, native_only) == reading
             ]
-            distinct = {setting.word: setting for setting in (Setting(UNPRUNED), *asked)}
+            distinct = {arm.name: arm for arm in (arm_of(None), *asked)}
             jobs.append(Job(task, protocol, reading, tuple(distinct.values())))
     return jobs

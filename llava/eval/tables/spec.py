@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from llava.eval.arms import UNPRUNED
+from llava.eval.engine.request import UNPRUNED
 from llava.pruning import PruningConfig, PruningError
 from llava.registry import unknown
 from llava.utils import UserInputError, user_path

@@ -1,4 +1,4 @@
-"""What a run was made of: hashes of files, versions, source commit, machine."""
+"""Say what a run is made of: its key, hashes of files, versions, source commit, machine."""
 
 from __future__ import annotations
 
@@ -14,25 +14,77 @@ from typing import Any
 
 import torch
 
-PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+from llava.eval.engine.request import RunRequest
+from llava.model.checkpoint import local_checkpoint, read_config
+from llava.model.multimodal_encoder.builder import resolve_vision_tower
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Everything that can change an answer. Tables, plots and the command line cannot.
 ANSWER_SOURCES = (
     "*.py",
     "model/**/*.py",
     "pruning/**/*.py",
     "world/**/*.py",
-    "eval/arms.py",
-    "eval/generation.py",
-    "eval/image_loading.py",
-    "eval/plan.py",
+    "eval/engine/batches.py",
+    "eval/engine/decode.py",
+    "eval/engine/images.py",
+    "eval/engine/request.py",
+    "eval/engine/runner.py",
     "eval/prompts.py",
-    "eval/records.py",
-    "eval/runner.py",
     "eval/subject.py",
     "eval/scorers/*.py",
     "eval/tasks/*.py",
 )
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".model")
+
+
+def identify(request: RunRequest) -> dict[str, Any]:
+    """Return the settings of a run, hashes of all that decides an answer, and the `run_key`.
+
+    Reads every byte of the weights, loads none. A vision tower in a folder of its own is one of
+    them.
+
+    Raises:
+        UserInputError: a checkpoint that is not here, or nothing to ask.
+    """
+    model = request.model
+    items = request.plan().items
+    asked = [[i.index, i.question_id, i.images, i.text, i.question] for i in items]
+    config = {
+        **request.settings(),
+        "items": len(items),
+        "items_sha256": hash_json(asked),
+        "device": kind_of_device(model.device),
+        # Other numbers of threads may round differently.
+        "threads": torch.get_num_threads(),
+    }
+    whole = {
+        "config": config,
+        "checkpoint_sha256": checkpoint_hash(model.path),
+        "base_sha256": None if model.base is None else checkpoint_hash(model.base),
+        "data_sha256": request.benchmark.data_hash(),
+        "source_sha256": hash_sources(),
+        "versions": package_versions(),
+    }
+    return {"run_key": hash_json(whole), **whole}
+
+
+def checkpoint_hash(path: str) -> str:
+    """SHA-256 (hex) of a checkpoint and of the tower it refers to."""
+    folder = local_checkpoint(path)
+    hashes = [hash_checkpoint(folder)]
+    tower = read_config(folder).get("mm_vision_tower")
+    if isinstance(tower, str):
+        found = Path(resolve_vision_tower(tower, str(folder)))
+        if found.is_dir() and not found.resolve().is_relative_to(folder.resolve()):
+            hashes.append(hash_checkpoint(found))
+    return hashes[0] if len(hashes) == 1 else hash_json(hashes)
+
+
+def kind_of_device(device: str) -> str:
+    """Return the type of the device that the loader chooses: another one may round differently."""
+    kind = torch.device("cuda" if device == "auto" else device).type
+    return "cpu" if kind == "cuda" and not torch.cuda.is_available() else kind
 
 
 def hash_json(value: Any) -> str:

@@ -1,10 +1,10 @@
-"""Result files of one run: schema, append-only logs, resume.
+"""The folder of one run: append-only logs of its batches, and how an interrupted run resumes.
 
 A run lives in `OUTPUT/runs/<run key>/`, and the key hashes every setting, the checkpoint, the data
 and the source that makes answers: another setting is another folder, so no answer is ever reused
 for a question it was not given to. Whole batches are the unit of work. Each process appends them to
 a log of its own in `log/`. A batch is complete once its answer lines are on disk, which is why its
-timings are written first and its answers last; whatever a killed process left behind a complete
+timings are written first and its answers last; whatever a killed process left after a complete
 batch is cut off when its log is opened again. Files for readers are made from the logs at the end.
 """
 
@@ -18,32 +18,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from llava.storage import (
-    StorageError,
-    cannot_write,
-    dump_json,
-    dump_lines,
-    lock,
-    read_json,
-    write_atomically,
-    write_through,
-)
-
-SCHEMA_VERSION = 1
-RESULT_KEYS = ("questions", "images", "config", "run", "rows")
-
-Record = dict[str, Any]
-
-
-class ResultError(StorageError):
-    """A result file cannot be used; the message says why."""
+from llava import storage
+from llava.eval.engine.schema import Record
+from llava.storage import cannot_write, dump_json, dump_lines, lock, write_atomically
 
 
 class RunFolder:
     """The files of one run, with the log of process `rank` opened for appending.
 
-    `batch_sizes[b]` is the number of answer lines of batch b, known from the plan. Only one process
-    may open a log. Raises StorageError if another one has.
+    Args:
+        path: the folder.
+        batch_sizes: `batch_sizes[b]` is the number of answer lines of batch b, known from the plan.
+        rank: of this process; each has a log of its own.
+
+    Raises:
+        StorageError: another process has opened this log.
     """
 
     def __init__(self, path: Path, batch_sizes: Sequence[int], rank: int = 0) -> None:
@@ -53,13 +42,13 @@ class RunFolder:
         self.log.mkdir(parents=True, exist_ok=True)
         self._own = self.log / f"answers-{rank}.jsonl"
         self._lock = lock(self.log / f".lock-{rank}", f"{self._own}")
-        complete = _complete(_read_log(self._own), self.batch_sizes)
+        complete = self._batches(self._own)
         _cut(self._own, [line for lines in complete.values() for line in lines])
         timings = _read_log(_timings_of(self._own))
         _cut(_timings_of(self._own), [line for line in timings if line["batch"] in complete])
 
     def remaining(self) -> list[int]:
-        """Numbers of the batches that no log holds yet, ascending."""
+        """Return the numbers of the batches that no log has yet, ascending."""
         done = {number for log in self._logs() for number in self._batches(log)}
         return [number for number in range(len(self.batch_sizes)) if number not in done]
 
@@ -69,7 +58,7 @@ class RunFolder:
         _append(self._own, answers)
 
     def read(self) -> tuple[list[Record], list[Record]]:
-        """(answers in the order of their items' index, timings in the order of batches) so far."""
+        """Return the answers so far by their items' index, and the timings by batch."""
         answers: dict[int, list[Record]] = {}
         timings: list[Record] = []
         for log in self._logs():
@@ -92,43 +81,29 @@ class RunFolder:
         write_atomically(self.path / name, dump_json(content))
 
     def close(self) -> None:
-        """Let go of the log."""
+        """Release the log."""
         self._lock.release()
 
     def _logs(self) -> list[Path]:
         return sorted(self.log.glob("answers-*.jsonl"))
 
     def _batches(self, log: Path) -> dict[int, list[Record]]:
-        return _complete(_read_log(log), self.batch_sizes)
-
-
-def _complete(records: Sequence[Record], batch_sizes: Sequence[int]) -> dict[int, list[Record]]:
-    """The batches of a log whose answer lines are all present, by number."""
-    found: dict[int, list[Record]] = {}
-    for number, group in groupby(records, key=lambda line: line["batch"]):
-        lines = list(group)
-        if number not in range(len(batch_sizes)) or len(lines) != batch_sizes[number]:
-            break
-        found[number] = lines
-    return found
-
-
-def read_result(path: Path) -> Record:
-    """A result JSON written by `--save-result`."""
-    result = read_json(path, error=ResultError)
-    if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
-        raise ResultError(f"{path} is not a result file of schema version {SCHEMA_VERSION}")
-    missing = [key for key in RESULT_KEYS if key not in result]
-    if missing:
-        raise ResultError(f"{path} lacks {', '.join(missing)}; write it again with --save-result")
-    return result
+        """Read the batches of a log whose answer lines are all there, by number."""
+        found: dict[int, list[Record]] = {}
+        for number, group in groupby(_read_log(log), key=lambda line: line["batch"]):
+            lines = list(group)
+            known = number in range(len(self.batch_sizes))
+            if not known or len(lines) != self.batch_sizes[number]:
+                break
+            found[number] = lines
+        return found
 
 
 def _append(path: Path, records: Sequence[Record]) -> None:
     with path.open("ab", buffering=0) as handle:
         start = handle.seek(0, os.SEEK_END)
         try:
-            write_through(handle, dump_lines(records).encode())
+            storage.write_through(handle, dump_lines(records).encode())
         except OSError as error:
             with suppress(OSError):  # what is torn is also cut when the log is next opened
                 os.truncate(path, start)
@@ -140,7 +115,7 @@ def _timings_of(log: Path) -> Path:
 
 
 def _read_log(path: Path) -> list[Record]:
-    """Records of a JSONL log up to its first torn or damaged line."""
+    """Read the records of a JSONL log up to its first torn or damaged line."""
     records: list[Record] = []
     if not path.exists():
         return records

@@ -1,28 +1,28 @@
-"""`python -m llava.eval compare A B`: two settings on the same questions, paired.
+"""`llava compare A B`: two settings on the same questions, paired.
 
-A and B are output folders of `python -m llava.eval run`, each with `:ARM` where it holds several.
+A and B are output folders of `run` or `quickstart`, each with `:ARM` where it has several.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llava.eval.arms import UNPRUNED
-from llava.eval.results import Record, ResultError
+from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.schema import Record, ResultError, read_info, read_lines
 from llava.eval.scorers.exact_match import normalise
-from llava.eval.stats import mean_estimate, paired_difference
+from llava.eval.stats import (
+    RESAMPLES,
+    mcnemar,
+    mean_estimate,
+    paired_bootstrap,
+    paired_difference,
+)
 from llava.utils import user_path
-
-RESAMPLES = 10_000
-_AT_ONCE = 2**22  # numbers drawn at a time
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_arm(word: str) -> ArmAnswers:
-    """What `FOLDER` or `FOLDER:ARM` names.
+    """Read the answers that `FOLDER` or `FOLDER:ARM` names.
 
-    A folder with one pruned arm needs no ARM, nor does one with a single arm. Raises ResultError.
+    A folder with one pruned arm needs no ARM, nor does one with a single arm.
+
+    Raises:
+        ResultError: there is no such arm, or no finished run.
     """
     word = str(user_path(word))
     folder, name = Path(word), None
@@ -63,23 +66,23 @@ def read_arm(word: str) -> ArmAnswers:
     try:
         return _arm_of(folder, name)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ResultError(f"{folder} holds no files of one finished run ({error!r})") from error
+        raise ResultError(f"{folder} has no files of one finished run ({error!r})") from error
 
 
 def _arm_of(folder: Path, name: str | None) -> ArmAnswers:
-    info = _json(folder / "run.json")
+    info = read_info(folder)
     if info.get("status") != "done" or "task" not in info:
-        raise ResultError(f"{folder} holds no finished run of `python -m llava.eval run`")
+        raise ResultError(f"{folder} has no finished run; run its command again to finish it")
     arms = [arm for arm, setting in info["arms"].items() if "unavailable" not in setting]
     if name is None:
         candidates = [arm for arm in arms if arm != UNPRUNED] if len(arms) > 1 else arms
         if len(candidates) != 1:
-            raise ResultError(f"{folder} holds several arms; write {folder}:ARM with one of {arms}")
+            raise ResultError(f"{folder} has several arms; write {folder}:ARM with one of {arms}")
         name = candidates[0]
     if name not in arms:
-        raise ResultError(f"{folder} has no arm {name!r}; it holds {', '.join(arms)}")
+        raise ResultError(f"{folder} has no arm {name!r}; it has {', '.join(arms)}")
     records: dict[str, dict[int, Record]] = {arm: {} for arm in arms}
-    for line in _lines(folder / "answers.jsonl"):
+    for line in read_lines(folder / "answers.jsonl"):
         records[line["arm"]][line["index"]] = line
     task = f"{info['task']}, protocol {info['protocol']}"
     title = f"{name} ({folder})"
@@ -87,7 +90,11 @@ def _arm_of(folder: Path, name: str | None) -> ArmAnswers:
 
 
 def compare(a: ArmAnswers, b: ArmAnswers) -> str:
-    """The comparison in words. Raises ResultError where the arms answered different questions."""
+    """Compare two arms in words.
+
+    Raises:
+        ResultError: they answered different questions.
+    """
     check_same_questions(a, b)
     pairs = [
         (a.records[index], b.records[index])
@@ -111,7 +118,11 @@ def compare(a: ArmAnswers, b: ArmAnswers) -> str:
 
 
 def check_same_questions(a: ArmAnswers, b: ArmAnswers) -> None:
-    """Raise ResultError, with one example, unless both answered the same questions."""
+    """Check that both answered the same questions.
+
+    Raises:
+        ResultError: they did not; names one example.
+    """
     if a.task != b.task or a.data != b.data:
         what = f"{a.task} and {b.task}" if a.task != b.task else f"{a.task}, on other data"
         raise ResultError(f"A and B answered different questions: {what}")
@@ -126,7 +137,7 @@ def check_same_questions(a: ArmAnswers, b: ArmAnswers) -> None:
 
 
 def score_lines(pairs: Sequence[tuple[Record, Record]]) -> list[str]:
-    """Mean scores, their paired difference and its test."""
+    """Write mean scores, their paired difference and its test."""
     images = [tuple(own["images"]) or own["index"] for own, _ in pairs]
     ours = [float(own["score"]) for own, _ in pairs]
     theirs = [float(other["score"]) for _, other in pairs]
@@ -150,46 +161,6 @@ def score_lines(pairs: Sequence[tuple[Record, Record]]) -> list[str]:
     return lines
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact p-value: under equality each disagreement is a fair coin's throw.
-
-    min(1, 2 * P[Binomial(only_a + only_b, 1/2) <= min(only_a, only_b)]).
-    """
-    n, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(n, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**n) if n else 1.0
-
-
-def paired_bootstrap(
-    values: Sequence[float],
-    baseline: Sequence[float],
-    clusters: Sequence[Hashable],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """(low, high, p) of the mean of `values - baseline` [n]: 95 % percentile interval and p-value.
-
-    Whole clusters are drawn with replacement. p is two-sided: twice the smaller share of resamples
-    on one side of zero, counting the observed one, at most 1.
-    """
-    sums: dict[Hashable, float] = {}
-    counts: dict[Hashable, int] = {}
-    for value, base, cluster in zip(values, baseline, clusters, strict=True):
-        sums[cluster] = sums.get(cluster, 0.0) + value - base
-        counts[cluster] = counts.get(cluster, 0) + 1
-    total, size = np.array(list(sums.values())), np.array(list(counts.values()))
-    draw = np.random.default_rng(seed)
-    means: list[float] = []
-    while len(means) < resamples:
-        rows = min(resamples - len(means), max(1, _AT_ONCE // len(total)))
-        chosen = draw.integers(len(total), size=(rows, len(total)))
-        means += (total[chosen].sum(1) / size[chosen].sum(1)).tolist()
-    found = np.array(means)
-    low, high = np.quantile(found, [0.025, 0.975])
-    side = min((found <= 0).sum(), (found >= 0).sum())
-    return float(low), float(high), min(1.0, 2 * (int(side) + 1) / (resamples + 1))
-
-
 def _agreement(records: Mapping[int, Record], base: Mapping[int, Record] | None) -> str:
     if base is None:
         return "n/a, neither run has the arm `none`"
@@ -210,34 +181,9 @@ def _percent(estimate: Any, sign: str = "") -> str:
 
 
 def _split(word: str) -> tuple[str, str]:
-    """FOLDER and ARM of `FOLDER:ARM`; both may hold colons, so the folder decides."""
+    """Split `FOLDER:ARM`; both may have colons, so the folder that exists decides."""
     places = [i for i, letter in enumerate(word) if letter == ":"]
     for place in places:
         if Path(word[:place]).is_dir():
             return word[:place], word[place + 1 :]
     return word[: places[0]], word[places[0] + 1 :]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror}; give a run's output") from error
-    except ValueError as error:
-        raise ResultError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ResultError(f"{path} describes no run")
-    return content
-
-
-def _lines(path: Path) -> list[Record]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]
-    except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror}; give a run's output") from error
-    except ValueError as error:
-        raise ResultError(
-            f"{path} is cut short or damaged ({error}); run the command that wrote it again, it "
-            "writes the file again from its log"
-        ) from error

@@ -1,4 +1,4 @@
-"""What a run asks, in which order and in which batches: fixed before the first answer.
+"""Plan what a run asks, in which order and in which batches, before the first answer.
 
 Batch membership is part of a run's identity. It depends on the items and the batch size alone, so
 a run that was interrupted, or that several processes share, asks in the same batches.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from llava.eval.tasks.base import Item, TaskError
 from llava.utils import UserInputError
@@ -25,7 +26,11 @@ class Plan:
 
     @classmethod
     def of(cls, items: Sequence[Item], batch_size: int) -> Plan:
-        """Raises TaskError if there is nothing to ask, or two items have one index."""
+        """Put items into batches of `batch_size`, those about one image side by side.
+
+        Raises:
+            TaskError: there is nothing to ask, or two items have the same index.
+        """
         if not items:
             raise TaskError("there is no question to ask")
         if len({item.index for item in items}) < len(items):
@@ -35,14 +40,27 @@ class Plan:
         return cls(tuple(items), tuple(ordered[start : start + batch_size] for start in starts))
 
     def images(self) -> list[str]:
-        """Names of all images, in the order in which the batches show them."""
+        """Return the names of all images, in the order in which the batches show them."""
         return list(
             dict.fromkeys(name for batch in self.batches for item in batch for name in item.images)
         )
 
+    @cached_property
+    def stand_ins(self) -> dict[str, str] | None:
+        """The image that the shuffled control shows for each; None if there is only one image."""
+        return other_images(self.images())
+
+    def shown(self, item: Item, image: str) -> tuple[str, ...]:
+        """Return the images that an arm shows with `item`; `image` as in `Arm`."""
+        if image == "absent":
+            return ()
+        if image == "other" and self.stand_ins:
+            return tuple(self.stand_ins[name] for name in item.images)
+        return item.images
+
 
 def group_by_image(items: Iterable[Item]) -> tuple[Item, ...]:
-    """The same items, those of the same images side by side, by first appearance."""
+    """Return the same items, those of the same images side by side, by first appearance."""
     groups: dict[tuple[str, ...] | int, list[Item]] = {}
     for item in items:
         groups.setdefault(item.images or item.index, []).append(item)
@@ -50,10 +68,10 @@ def group_by_image(items: Iterable[Item]) -> tuple[Item, ...]:
 
 
 def other_images(images: Sequence[str]) -> dict[str, str] | None:
-    """For each of different images the one that stands in for it in the shuffled control.
+    """Choose for each of different images the one that the shuffled control shows instead.
 
     It is the next one (the first follows the last): fixed by the plan alone, whatever the batch
-    size, and at most one image more to encode per batch. None if there is only one.
+    size, and at most one more image to encode per batch. None if there is only one.
     """
     if len(images) < 2:
         return None
@@ -61,10 +79,12 @@ def other_images(images: Sequence[str]) -> dict[str, str] | None:
 
 
 def chunk_of(items: Sequence[Item], count: int, number: int) -> list[Item]:
-    """Part `number` (from 0) of `count` consecutive parts, as LLaVA's scripts divide.
+    """Return part `number` (from 0) of `count` consecutive parts, as LLaVA's scripts divide.
 
-    Every part has ceil(len / count) items, so the last ones may be short or empty. Raises
-    UserInputError for a part that does not exist.
+    Every part has ceil(len / count) items, so the last ones may be short or empty.
+
+    Raises:
+        UserInputError: there is no such part.
     """
     if count < 1 or not 0 <= number < count:
         raise UserInputError(

@@ -1,4 +1,4 @@
-"""Processes that share one run: started by torchrun, each with a share of the batches.
+"""Share a run among the processes that torchrun started, each with a part of the batches.
 
 Only words pass between them (what is left to do, how it went), so gloo serves on every machine,
 and a process that dies takes nothing with it: its finished batches are in its log.
@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 from llava.command_line import CORRECTABLE, explain
-from llava.eval.results import ResultError
+from llava.eval.engine.schema import ResultError
 from llava.utils import UserInputError
 
 Value = TypeVar("Value")
 
-# Processes wait for the slowest one; how long that takes is nobody's business.
-_PATIENCE = timedelta(days=7)
-_GO_ON = "what is finished is kept: run the same command again to go on"
+# The slowest process may take as long as it needs.
+_TIMEOUT = timedelta(days=7)
+_HINT = "what is finished is kept: run the same command again to go on"
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,26 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this process writes results and errors for all."""
         return self.rank == 0
 
     def deal(self, numbers: Sequence[int]) -> list[int]:
-        """This process's share of numbered batches."""
+        """Return this process's share of numbered batches."""
         return list(numbers[self.rank :: self.world])
 
     def device(self, name: str) -> str:
-        """The device of this process: with CUDA, a GPU of its own where several share the run."""
+        """Return this process's device: with CUDA, its own GPU where several share the run."""
         local = int(os.environ.get("LOCAL_RANK", self.rank))
         if self.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{local}"
         return name
 
     def agree(self, action: Callable[[], Value]) -> Value:
-        """What `action` returns in process 0, in all of them.
+        """Call `action` in process 0 and return its result in all of them.
 
-        Where it raises what the user can correct, process 0 raises it and the others end silently.
+        Raises:
+            Exception: what the user can correct, as `action` raised it. The other processes exit
+                with code 2 and print nothing.
         """
         if self.world == 1:
             return action()
@@ -73,18 +75,19 @@ class Processes:
             raise SystemExit(2)
         return reply[0]
 
-    def all_do(self, action: Callable[[], None]) -> None:
-        """Do `action` in every process and wait for all.
+    def all_do(self, action: Callable[[], Value]) -> Value:
+        """Call `action` in every process, wait for all, and return this process's result.
 
-        Where it fails in some, the others finish their own; then process 0 raises ResultError with
-        the ranks and their reasons, and the others end silently.
+        Raises:
+            ResultError: it failed in some; names their ranks and reasons. The others finish theirs
+                and exit with code 2.
         """
         if self.world == 1:
-            action()
-            return
+            return action()
         reason: str | None = None
+        result: Any = None
         try:
-            action()
+            result = action()
         except Exception as error:  # of whatever kind: the others must hear of it
             reason = f"{type(error).__name__}: {error}"
             if not isinstance(error, UserInputError):
@@ -93,9 +96,10 @@ class Processes:
         self._talk(lambda: dist.all_gather_object(reasons, reason))
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text is not None]
         if failed and self.first:
-            raise ResultError(f"{'; '.join(failed)}; {_GO_ON}")
+            raise ResultError(f"{'; '.join(failed)}; {_HINT}")
         if failed:
             raise SystemExit(2)
+        return result
 
     def _talk(self, exchange: Callable[[], None]) -> None:
         try:
@@ -103,17 +107,17 @@ class Processes:
         except RuntimeError as error:  # the connection to a process is gone
             reason = str(error).splitlines()[0]
             raise ResultError(
-                f"rank {self.rank} lost another process of this run ({reason}); {_GO_ON}"
+                f"rank {self.rank} lost another process of this run ({reason}); {_HINT}"
             ) from error
 
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """The processes that torchrun started, or this one alone."""
+    """Join the processes that torchrun started, or use this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:

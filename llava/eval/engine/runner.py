@@ -7,28 +7,61 @@ the machine down for a while slows all arms alike, and ratios taken within a bat
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.arms import Arm
-from llava.eval.generation import Decoded, Stopwatch, decode, row_seed
-from llava.eval.image_loading import ImageSource, LoadedImages
-from llava.eval.plan import Plan, other_images
-from llava.eval.prompts import prompt_ids, question_prompt
-from llava.eval.records import Outcome, Record, answer_id, failure, kept_digests
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.decode import Decoded, Stopwatch, decode, row_seed
+from llava.eval.engine.images import ImageSource, LoadedImages
+from llava.eval.engine.provenance import hash_json
+from llava.eval.engine.request import Arm
+from llava.eval.engine.schema import Record
+from llava.eval.prompts import count_visual_tokens, image_ranges, prompt_ids, question_prompt
 from llava.eval.subject import Subject
 from llava.eval.tasks.base import Benchmark, Item
 from llava.model.instruction import asking, needed_of_question
 from llava.model.llava_arch import padding_side
 from llava.model.needs import add_prompts
 from llava.model.splice import unpadded
-from llava.pruning import VisualTokens, get_method, prune
+from llava.pruning import VisualTokens, prune
 from llava.sampling import Sampling
 from llava.utils import UserInputError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm's answers to one batch; times in ms for the whole batch, of `prunings` images."""
+
+    decoded: Decoded
+    texts: list[str]
+    tokens_in: list[int]
+    kept: list[str]
+    prunings: int = 0
+    prune_ms: float | None = None
+    score_ms: float | None = None
+    select_ms: float | None = None
+    splice_ms: float | None = None
+
+    def timings(self) -> Record:
+        """Return times per image (prune) and per question (the rest), in ms, and new tokens."""
+        questions = len(self.texts)
+
+        def share(value: float | None, among: int) -> float | None:
+            return None if value is None else value / among
+
+        return {
+            "prune_ms": share(self.prune_ms, self.prunings),
+            "score_ms": share(self.score_ms, self.prunings),
+            "select_ms": share(self.select_ms, self.prunings),
+            "splice_ms": share(self.splice_ms, questions),
+            "prefill_ms": share(self.decoded.prefill_ms, questions),
+            "decode_ms": share(self.decoded.step_ms, questions),
+            "new_tokens": sum(len(row) for row in self.decoded.tokens),
+        }
 
 
 @dataclass(frozen=True)
@@ -39,7 +72,7 @@ class Encoded:
     place: dict[str, int]
 
     def take(self, names: Sequence[str]) -> VisualTokens:
-        """The named images in that order, repeats allowed."""
+        """Return the named images in that order, repeats allowed."""
         return self.visual.take_images([self.place[name] for name in names])
 
 
@@ -65,7 +98,6 @@ class Runner:
         self.run_key = run_key
         self.workers = workers
         self.source = ImageSource(benchmark, subject.image_processor, subject.model.config)
-        self.stand_ins = other_images(plan.images())
 
     def run(
         self, arms: Sequence[Arm], numbers: Sequence[int] | None = None
@@ -73,89 +105,91 @@ class Runner:
         """Yield (answer records, timing records) of each batch, or of those numbered."""
         arms = [arm for arm in arms if arm.unavailable is None]
         numbers = range(len(self.plan.batches)) if numbers is None else numbers
-        names = [self._names(self.plan.batches[number], arms) for number in numbers]
+        names = [self._images_of(self.plan.batches[number], arms) for number in numbers]
         stream = self.source.stream(names, self.workers)
         for place, (number, images) in enumerate(zip(numbers, stream, strict=True)):
             yield self._run_batch(number, images, arms, cold=place == 0)
 
     def first_image(self) -> LoadedImages | None:
-        """The first image of the plan that can be read; None if there is none."""
+        """Load the first image of the plan that can be read; None if there is none."""
         loaded = (self.source.load([name]) for name in self.plan.images())
         return next((images for images in loaded if images.names), None)
 
     @torch.inference_mode()
-    def encode(self, images: LoadedImages, methods: Iterable[str] = ()) -> VisualTokens:
-        """Visual tokens of images, one image after the other.
-
-        They carry what any of `methods` needs, so that arms share one encoding.
-        """
+    def encode(self, images: LoadedImages, arms: Iterable[Arm] = ()) -> VisualTokens:
+        """Encode images, one after the other, with what any of the arms needs of them."""
         # `random` draws from the image itself, not from features that move with the batch they
         # were computed in.
-        needs = {"image_digest"}.union(*(get_method(method).needs for method in methods))
+        needs = {"image_digest"}.union(*(arm.pruning.pruner.needs for arm in arms if arm.pruning))
         return self.subject.model.encode_visual_tokens(images.batch(), images.sizes, needs)
-
-    def lacking(self, images: LoadedImages, method: str) -> str | None:
-        """What `method` needs and the model cannot read of images, or None."""
-        try:
-            self.encode(images, [method])
-        except UserInputError as error:
-            return str(error)
-        return None
 
     @torch.inference_mode()
     def prune_images(
         self, visual: VisualTokens, arm: Arm, questions: Sequence[str] = ()
     ) -> VisualTokens:
-        """The model's pruning step on `visual` under `arm`; PruningError if it refuses.
+        """Prune encoded images under `arm`.
 
-        `questions`: for an arm that reads them, the one about each image.
+        Args:
+            visual: the images.
+            arm: the setting.
+            questions: for an arm that reads them, the one about each image.
+
+        Raises:
+            PruningError: the method refuses these images or this budget.
         """
         model = self.subject.model
-        with prune(model, arm.pruning(self.seed)):
+        with prune(model, arm.seeded(self.seed)):
             if self.reads_question(arm):
                 visual = model.with_questions(visual, questions)
             return model.prune_visual_tokens(visual)
 
     def reads_question(self, arm: Arm) -> bool:
-        """Whether `arm` reads the question on this model, so that every question prunes anew.
+        """Return whether `arm` reads the question on this model, so that each one prunes again.
 
         CDPruner, for one, does so only where the vision tower has a text tower.
         """
-        setting, tower = arm.pruning(self.seed), self.subject.model.get_vision_tower()
-        return bool(needed_of_question(setting, tower))
+        tower = self.subject.model.get_vision_tower()
+        return bool(needed_of_question(arm.seeded(self.seed), tower))
+
+    def encode_for_each(
+        self, images: LoadedImages, arms: Sequence[Arm]
+    ) -> list[VisualTokens | UserInputError]:
+        """Encode images for each of the arms: together, or one by one where the model lacks
+        something that one of them needs."""
+        try:
+            return [self.encode(images, arms)] * len(arms)
+        except UserInputError:
+            return [self._encode_if_possible(images, arm) for arm in arms]
+
+    def _encode_if_possible(self, images: LoadedImages, arm: Arm) -> VisualTokens | UserInputError:
+        try:
+            return self.encode(images, [arm])
+        except UserInputError as error:
+            return error
 
     def refusal(self, visual: VisualTokens, arm: Arm) -> str | None:
-        """Why `arm` cannot prune the images in `visual`, or None if it can."""
+        """Return why `arm` cannot prune the images in `visual`, or None if it can."""
         try:
-            self.prune_images(visual, arm, self._stand_in_questions(visual))
+            self.prune_images(visual, arm, self._first_question(visual))
         except UserInputError as error:
             return str(error)
         return None
 
     @torch.inference_mode()
-    def label(self, visual: VisualTokens, method: str) -> str:
-        """What tables call `method`: its name, with what it cannot read of this model's images."""
-        model = self.subject.model
+    def label(self, visual: VisualTokens, arm: Arm) -> str:
+        """Return the method's name, with what it cannot read of this model's images."""
+        model, setting = self.subject.model, arm.seeded(self.seed)
+        if setting is None:
+            return arm.method
         try:
-            setting = Arm(method, method, method, budget=1).pruning(self.seed)
-            if setting is None:
-                return method
             with prune(model, setting):
-                questions = self._stand_in_questions(visual)
-                return setting.pruner.label(model.with_questions(visual, questions))
+                visual = model.with_questions(visual, self._first_question(visual))
+                return setting.pruner.label(visual)
         except UserInputError:  # the arm itself will say so
-            return method
-
-    def shown(self, arm: Arm, item: Item) -> tuple[str, ...]:
-        """The images that `arm` shows the model with `item`."""
-        if arm.image == "absent":
-            return ()
-        if arm.image == "other" and self.stand_ins:
-            return tuple(self.stand_ins[name] for name in item.images)
-        return item.images
+            return arm.method
 
     def prompts(self, items: Sequence[Item], images: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Token ids [B, L] and mask [B, L] of the items, asked with so many images each."""
+        """Return token ids [B, L] and mask [B, L] of items, asked with so many images each."""
         subject = self.subject
         texts = [
             question_prompt(item.text, subject.template, subject.model.config, count)
@@ -164,13 +198,15 @@ class Runner:
         ids, mask = prompt_ids(texts, subject.tokenizer)
         return ids.to(subject.model.device), mask.to(subject.model.device)
 
-    def _names(self, items: Sequence[Item], arms: Sequence[Arm]) -> list[str]:
-        """Images that a batch needs: its own, then those that some arm shows instead."""
+    def _images_of(self, items: Sequence[Item], arms: Sequence[Arm]) -> list[str]:
+        """Return the images that items need: their own, then those that some arm shows instead."""
         own = [name for item in items for name in item.images]
-        others = [name for arm in arms for item in items for name in self.shown(arm, item)]
+        others = [
+            name for arm in arms for item in items for name in self.plan.shown(item, arm.image)
+        ]
         return list(dict.fromkeys(own + others))
 
-    def _stand_in_questions(self, visual: VisualTokens) -> list[str]:
+    def _first_question(self, visual: VisualTokens) -> list[str]:
         return [self.plan.items[0].question] * visual.num_images
 
     def _run_batch(
@@ -182,7 +218,7 @@ class Runner:
         clock = Stopwatch(self.subject.model.device)
         encoded = None
         if images.names:
-            visual = self.encode(images, [arm.method for arm in arms])
+            visual = self.encode(images, arms)
             encoded = Encoded(visual, {name: i for i, name in enumerate(images.names)})
         encode_ms = clock.lap() / max(1, len(images.names))
         turn = number % len(arms)
@@ -199,13 +235,14 @@ class Runner:
                 timings.append(line | outcome.timings())
             for item in items:
                 reason = failed[item.index]
-                reply = next(replies) if reason is None else failure(reason)
-                answers.append(self._identity(number, arm, item) | reply)
+                failure = {"tokens_in": None, "kept": None, "answer": "", "score": None}
+                reply = next(replies) if reason is None else failure | {"error": reason}
+                answers.append(self._heading(number, arm, item) | reply)
         return answers, timings
 
     def _failure(self, item: Item, arms: Sequence[Arm], images: LoadedImages) -> str | None:
-        """Why `item` cannot be asked; all arms then leave it out, so that they stay comparable."""
-        reasons = [images.failed.get(name) for name in self._names([item], arms)]
+        """Return why `item` cannot be asked; all arms leave it out, so they stay comparable."""
+        reasons = [images.failed.get(name) for name in self._images_of([item], arms)]
         return next((reason for reason in reasons if reason is not None), None)
 
     def _prune_for_prompts(
@@ -213,17 +250,17 @@ class Runner:
     ) -> VisualTokens:
         """Prune the images of every prompt (its ids in `rows`) as `generate` does."""
         model = self.subject.model
-        with prune(model, arm.pruning(self.seed)), asking([item.question for item in items]):
+        with prune(model, arm.seeded(self.seed)), asking([item.question for item in items]):
             return model.prune_visual_tokens(add_prompts(model, visual, rows))
 
     def _depends_on_prompt(
-        self, visual: VisualTokens, rows: Sequence[Tensor], shown: Sequence[Sequence[str]]
+        self, visual: VisualTokens, rows: Sequence[Tensor], shares: Sequence[range]
     ) -> bool:
-        """Whether an image may be pruned otherwise in one prompt than in another.
+        """Return whether an image may be pruned differently in one prompt than in another.
 
         So it is where a prompt has several images, or too little room for all their tokens.
         """
-        if any(len(names) > 1 for names in shown):
+        if any(len(share) > 1 for share in shares):
             return True
         limit = getattr(self.subject.model.config, "tokenizer_model_max_length", None)
         if limit is None:
@@ -231,22 +268,23 @@ class Runner:
         sizes = [visual.sequence(image).total for image in range(visual.num_images)]
         longest = [
             len(row) - len(share) + sum(sizes[i] for i in share)
-            for row, share in zip(rows, _shares(shown), strict=True)
+            for row, share in zip(rows, shares, strict=True)
         ]
         return max(longest) > limit
 
     @torch.inference_mode()
     def _run_arm(self, arm: Arm, items: Sequence[Item], encoded: Encoded | None) -> Outcome:
         """Prune what this arm shows, splice it into the prompts and decode."""
-        shown = [self.shown(arm, item) for item in items]
-        ids, mask = self.prompts(items, [len(names) for names in shown])
-        if encoded is None or not any(shown):
-            return self._answer(items, ids, mask, None, [()] * len(items))
+        shown = [self.plan.shown(item, arm.image) for item in items]
+        shares = image_ranges([len(names) for names in shown])
+        ids, mask = self.prompts(items, [len(share) for share in shares])
         needed = [name for names in shown for name in names]
+        if encoded is None or not needed:
+            return self._answer(items, ids, mask, None, shares)
         visual = encoded.take(needed)
         rows = unpadded(ids, mask)
         clock = Stopwatch(ids.device)
-        if self.reads_question(arm) or self._depends_on_prompt(visual, rows, shown):
+        if self.reads_question(arm) or self._depends_on_prompt(visual, rows, shares):
             visual = pruned = self._prune_for_prompts(arm, visual, rows, items)
         else:  # each image once, however many items ask about it
             rows_of, needed = needed, list(dict.fromkeys(needed))
@@ -256,7 +294,7 @@ class Runner:
         if pruned.trace is not None:
             times["score_ms"] = 1000 * pruned.trace.score_seconds
             times["select_ms"] = 1000 * pruned.trace.select_seconds
-        outcome = self._answer(items, ids, mask, visual, _shares(shown))
+        outcome = self._answer(items, ids, mask, visual, shares)
         return replace(outcome, prunings=len(needed), **times)
 
     def _answer(
@@ -265,7 +303,7 @@ class Runner:
         ids: Tensor,
         mask: Tensor,
         visual: VisualTokens | None,
-        shares: Sequence[Sequence[int]],
+        shares: Sequence[range],
     ) -> Outcome:
         """Splice `visual` into the prompts, the images of each in its share, and decode."""
         clock = Stopwatch(ids.device)
@@ -274,7 +312,6 @@ class Runner:
                 visual, ids, torch.zeros_like(ids), mask
             )
         splice_ms = clock.lap()
-        rows = unpadded(ids, mask)
         lengths = merged_mask.sum(-1).tolist()
         decoded: Decoded = decode(
             self.subject.model,
@@ -285,28 +322,28 @@ class Runner:
             sampling=self.sampling,
             seeds=[row_seed(self.seed, item.index) for item in items],
         )
+        tokens_in = [
+            count_visual_tokens(row, [len(visual.sequence(i).source) for i in share], length)
+            for row, share, length in zip(unpadded(ids, mask), shares, lengths, strict=True)
+        ]
         return Outcome(
             decoded,
             self.subject.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True),
-            [
-                _visual_tokens(row, [len(visual.sequence(i).source) for i in share], length)
-                if share
-                else 0
-                for row, share, length in zip(rows, shares, lengths, strict=True)
-            ],
-            kept_digests(visual, shares),
+            tokens_in,
+            [kept_digest(visual, share) for share in shares],
             splice_ms=splice_ms,
         )
 
-    def _identity(self, number: int, arm: Arm, item: Item) -> Record:
+    def _heading(self, number: int, arm: Arm, item: Item) -> Record:
         line = {
-            "answer_id": answer_id(self.run_key, arm.name, item),
+            # The index is hashed too, because some benchmarks repeat their ids.
+            "answer_id": hash_json([self.run_key, arm.name, item.index, item.question_id])[:16],
             "batch": number,
             "arm": arm.name,
             "question_id": item.question_id,
             "index": item.index,
             "images": list(item.images),
-            "shown": list(self.shown(arm, item)),
+            "shown": list(self.plan.shown(item, arm.image)),
         }
         return line | {key: item.data[key] for key in ("category",) if key in item.data}
 
@@ -318,25 +355,18 @@ class Runner:
             yield {"tokens_in": tokens_in, "kept": kept, "answer": answer, "score": score}
 
 
-def _visual_tokens(ids: Tensor, images: Sequence[int], length: int) -> int:
-    """How many tokens of a merged row of `length` are not text.
+def kept_digest(visual: VisualTokens | None, images: Sequence[int]) -> str:
+    """Say what was kept of a prompt's images: "all", "none" without images, or a short hash.
 
-    The prompt is `ids` [L], its images have so many tokens each. Only where the row was cut to
-    the model's limit do they matter: some of what was cut may have been text.
+    The hash is of indices, or of sources where tokens were merged.
     """
-    text = int((ids != IMAGE_TOKEN_INDEX).sum())
-    if length == text + sum(images):
-        return length - text
-    left, place, visual = list(images), 0, 0
-    for token in ids.tolist():
-        size = left.pop(0) if token == IMAGE_TOKEN_INDEX else 1
-        if token == IMAGE_TOKEN_INDEX:
-            visual += max(0, min(size, length - place))
-        place += size
-    return visual
-
-
-def _shares(shown: Sequence[Sequence[str]]) -> list[range]:
-    """Numbers of each item's images, counted through the whole batch."""
-    ends = [sum(len(names) for names in shown[: i + 1]) for i in range(len(shown))]
-    return [range(end - len(names), end) for end, names in zip(ends, shown, strict=True)]
+    if visual is None or not images:
+        return "none"
+    if visual.kept is None and visual.sources is None:
+        return "all"
+    rows = [tile for image in images for tile in visual.tiles_of(image)]
+    if visual.kept is not None:
+        chosen = visual.kept[rows][visual.kept[rows] >= 0].tolist()
+    else:
+        chosen = visual.sources[rows].nonzero().tolist()
+    return hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]
