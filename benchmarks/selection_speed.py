@@ -1,7 +1,7 @@
 """Time selection rules next to the published ones: `python benchmarks/selection_speed.py`.
 
-Both arms start from the same cosine similarities, whose matrix product is timed by itself: it costs
-the same whatever picks afterwards. Every picked index has to agree, or there is no result.
+Both start from the same cosine similarities, whose matrix product is timed by itself, because it
+costs the same for every rule. If one picked index differs, there is no result.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def published_isolated(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     """DivPrune's rule: every step gathers the rows of all picks again and reduces them.
 
     The first pick, a token's second-smallest distance in the released code, is made by the cheaper
-    minimum beside the diagonal, so that a ratio is owed to the steps alone.
+    minimum next to the diagonal, so that a ratio is due to the steps alone.
     """
     distances = torch.sub(torch.ones(()), similarity, out=similarity)
     lonely = distances.fill_diagonal_(2.0).amin(dim=0)
@@ -102,7 +102,7 @@ def published_weighted_isolated(similarity: Tensor, weights: Tensor, k: int) -> 
 
 
 def published_top_k(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
-    """FasterVLM's: top-k, a mask of it, and so raster order."""
+    """FasterVLM's rule: top-k, then raster order by a mask."""
     mask = torch.zeros_like(weights, dtype=torch.bool)
     return mask.scatter_(0, torch.topk(weights, k).indices, True).nonzero()[:, 0]
 
@@ -155,7 +155,7 @@ def duplicates_removed(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
 
 
 def published_duplicates(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
-    """VisPruner's rounds: the doubles of every other token leave, eight at a time."""
+    """VisPruner's rounds: drop the duplicates of every other token, eight at a time."""
     half = k // 2
     order = weights.argsort(descending=True, stable=True)
     residual = order[half:]
@@ -175,7 +175,7 @@ def anchored(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
 
 
 def published_anchored(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
-    """HiPrune's: anchors and their clamped neighbours, then the highest of the rest."""
+    """HiPrune's rule: anchors and their clamped neighbours, then the highest of the rest."""
     anchors = torch.topk(weights.flip(0), round(k * 0.1 / 5)).indices
     near = anchors[:, None] + torch.tensor([0, -1, 1, -24, 24])
     taken = near.clamp_(0, len(weights) - 1).unique()
@@ -220,7 +220,7 @@ RULES = {
 
 @torch.no_grad()
 def measure(budgets: dict[int, tuple[int, ...]], width: int, repeats: int) -> list[dict[str, Any]]:
-    """One row per rule, N and k: medians in milliseconds, and the median of paired ratios.
+    """Return one row per rule, N and k: medians in milliseconds, and the median of paired ratios.
 
     `ratio` is baseline over ours: above 1, ours is faster. Raises ResultError where picks differ.
     """
@@ -258,9 +258,9 @@ def measure(budgets: dict[int, tuple[int, ...]], width: int, repeats: int) -> li
 def _pairs(
     rule: Rule, given: tuple[Tensor, Tensor, int], repeats: int
 ) -> list[tuple[tuple[float, Tensor], tuple[float, Tensor]]]:
-    """Both arms in turn, `repeats` times after the first pair, the warm-up.
+    """Run both arms in turn, `repeats` times after the first pair, the warm-up.
 
-    Rules that take seconds end sooner, after SECONDS, but have one pair besides the warm-up.
+    Rules that take seconds stop after SECONDS, but never before one pair after the warm-up.
     """
     start, pairs = time.monotonic(), []
     while len(pairs) < repeats + 1:
@@ -271,13 +271,13 @@ def _pairs(
 
 
 def _run(rule: Selection, similarity: Tensor, weights: Tensor, k: int) -> tuple[float, Tensor]:
-    """Milliseconds and picks. Arms may overwrite what the product made, so each gets a copy."""
+    """Return milliseconds and picks. Arms may overwrite the similarities, so each gets a copy."""
     own = similarity.clone()
     return _timed(lambda: rule(own, weights, k))
 
 
 def _timed(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """CPU milliseconds of this process, so that other programs do not count, and the result."""
+    """Return CPU milliseconds, which other programs do not change, and the result."""
     start = time.process_time()
     result = call()
     return 1000 * (time.process_time() - start), result

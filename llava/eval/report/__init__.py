@@ -1,1 +1,1 @@
-"""What is written about results: tables, plots, pictures."""
+"""Writers of what people read about results: tables, plots, pictures."""

@@ -235,8 +235,8 @@ def notes(filled: Filled) -> list[str]:
     ]
     if any(cell.borrowed for row in filled.rows for cell in (*row.cells.values(), row.average)):
         found.append(
-            f"{BORROWED} Nobody published figures of this row's method: these are of the method it "
-            "computes exactly, ZOO-Prune, at the same budget."
+            f"{BORROWED} No figures of this row's method were published: these are of the method "
+            "that it computes exactly, ZOO-Prune, at the same budget."
         )
     if filled.covered:
         found.append(

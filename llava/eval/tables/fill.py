@@ -1,4 +1,4 @@
-"""From finished runs to cells: what was measured, next to what was published."""
+"""Fill the cells of a table: what finished runs measured, next to what was published."""
 
 from __future__ import annotations
 

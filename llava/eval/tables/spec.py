@@ -1,7 +1,7 @@
-"""A table is a data file: rows, columns, published figures with their source.
+"""Tables of papers as data files: rows, columns, published figures with their source.
 
-`data/NAME.toml` holds one table. A published figure stands under the source it was read from, and
-a source has a kind: `paper` (the authors' own figure) or `re-run` (somebody else ran the method).
+`data/NAME.toml` is one table. It lists a published figure under the source it was read from, and a
+source has a kind: `paper` (the authors' own figure) or `re-run` (somebody else ran the method).
 A cell that was never published has no entry and stays empty.
 """
 
@@ -99,7 +99,7 @@ class Row:
 
     @property
     def budget(self) -> int | float | None:
-        """An integer is a number of tokens, a float a share of them (1.0 is all of them)."""
+        """A number of tokens if it is an integer; a share of them if it is a float (1.0: all)."""
         return self.keep_tokens if self.keep_ratio is None else float(self.keep_ratio)
 
 
@@ -210,7 +210,7 @@ def _row(raw: Any, sources: Mapping[str, Source], columns: set[str]) -> Row:
 def _published(
     raw: dict[str, Any], what: str, sources: Mapping[str, Source], columns: set[str]
 ) -> dict[str, Published]:
-    """Read the published figures of a row by column; in the file they stand under their source."""
+    """Read the published figures of a row by column; in the file they are grouped by source."""
     figures: dict[str, Published] = {}
     for key, values in _part(raw, "published", dict).items():
         if key not in sources:
