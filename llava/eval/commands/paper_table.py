@@ -35,7 +35,6 @@ from llava.eval.tables.plan import (
     unavailable,
 )
 from llava.eval.tables.spec import Row, Table, TableError, list_tables, load_table
-from llava.eval.tasks.base import get_benchmark
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.pruning import PruningConfig
 from llava.registry import unknown
@@ -241,27 +240,23 @@ def write_files(order: Order, filled: Filled, command: str) -> None:
 
 def draw_overlays(order: Order, filled: Filled, path: Path) -> bool:
     """Draw what rows keep of the first image that the table asks about; False if nothing ran."""
-    launch, rows = order.launch, rows_to_draw(filled)
+    rows = rows_to_draw(filled)
     measured = any(cell.measured for row in filled.rows for cell in row.cells.values())
     if not measured or not rows:
         return False
-    first = order.jobs()[0]
-    benchmark = get_benchmark(first.task)(launch.data_root, first.protocol)
-    benchmark.pixels = launch.pixels
+    first = next(job for job in order.jobs() if job.next_protocol == DEFAULT_PROTOCOL)
+    request = order.launch.request(first)
+    model, benchmark = request.model, request.benchmark
     item = next(item for item in benchmark.items() if item.images)
     settings = {
         f"{row.row.label} {report.budget_text(row.budget)}": setting
         for row in rows
         if (setting := order.setting(row.row)) is not None
     }
-    draw_kept_tokens(
-        load_subject(launch.model_path, launch.device, base=launch.model_base),
-        benchmark.load_image(item.images[0]),
-        item.question,
-        settings,
-        path,
-        item.images[0],
-    )
+    name = item.images[0]
+    subject = load_subject(model.path, model.device, base=model.base, **model.loading)
+    image = benchmark.load_image(name)
+    draw_kept_tokens(subject, image, item.question, settings, path, name)
     return True
 
 
@@ -288,14 +283,12 @@ def rows_to_draw(filled: Filled) -> list[FilledRow]:
 def describe_conditions(order: Order, command: str) -> Record:
     """Return what a reader needs to make the table again."""
     launch = order.launch
+    flags = ("batch_size", "limit", "seed", "pixels")
     return {
         "command": command,
         "model": launch.model_path,
         "data_root": str(launch.data_root),
-        "batch_size": launch.batch_size,
-        "limit": launch.limit,
-        "seed": launch.seed,
-        "pixels": launch.pixels,
+        **{flag: getattr(launch, flag) for flag in flags},
         "git": provenance.git_state(),
         "versions": provenance.package_versions(),
         "machine": provenance.machine(launch.device),
