@@ -90,7 +90,6 @@ def test_schema_1_is_read_as_schema_2(kind: str) -> None:
         for arm in arms.values():
             PruningConfig.read(arm["pruning"])  # a setting that exists
             assert arm.keys() >= schema.ArmSetting.__required_keys__
-    raw = json.loads((OLD / kind / "metrics.json").read_text("utf-8"))
     for name, arm in metrics["arms"].items():
         lines = [line for line in read_lines(OLD / kind / "answers.jsonl") if line["arm"] == name]
         assert arm["answered"] == len(lines)
@@ -98,7 +97,6 @@ def test_schema_1_is_read_as_schema_2(kind: str) -> None:
             right = 100 * sum(line["score"] for line in lines) / len(lines)
             assert arm["metrics"]["accuracy"]["value"] == pytest.approx(right)
             assert arm["metrics"]["accuracy"]["n"] == len(lines)
-    assert raw != metrics
 
 
 def test_budgets_of_schema_1_are_told_apart_by_their_type() -> None:
