@@ -117,7 +117,7 @@ def request_from(args: argparse.Namespace) -> RunRequest:
     benchmark = QuestionFile(args.benchmark or folder / "benchmark", image_folder=args.image_folder)
     return RunRequest(
         benchmark=benchmark,
-        model=ModelSpec(path, None, args.device, own_template(path)),
+        model=ModelSpec(path, device=args.device, conv_mode=own_template(path)),
         arms=arms,
         sampling=Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS),
         output=args.output,

@@ -198,11 +198,11 @@ def model_from(args: argparse.Namespace, preset: Preset | None = None) -> ModelS
     Raises:
         UserInputError: an unknown template.
     """
-    return ModelSpec.of(
+    return ModelSpec(
         args.model_path,
         args.model_base,
         args.device,
-        conv_mode=args.conv_mode,
+        args.conv_mode,
         dtype=args.dtype or (preset and preset.dtype),
         mm_next_protocol=args.mm_next_protocol or (preset and preset.mm_next_protocol),
         load_8bit=args.load_8bit,

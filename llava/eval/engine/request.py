@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,12 +84,10 @@ def read_arms(path: Path) -> list[Arm]:
     arms = []
     for name, setting in read_object(path).items():
         try:
-            values = dict(setting)
-            pruning = PruningConfig.read(values.pop("pruning"))
-            arms.append(Arm(name, pruning, **values))
-        except (TypeError, ValueError, KeyError) as error:
-            if isinstance(error, UserInputError):
-                raise UserInputError(f"{path}, arm {name!r}: {error}") from error
+            arms.append(Arm(name, **{**setting, "pruning": PruningConfig.read(setting["pruning"])}))
+        except UserInputError as error:
+            raise UserInputError(f"{path}, arm {name!r}: {error}") from error
+        except (TypeError, KeyError) as error:
             raise UserInputError(
                 f"{path}, arm {name!r}: write an object with the key `pruning`, as in run.json"
             ) from error
@@ -224,43 +222,37 @@ class ModelSpec:
     Attributes:
         path, base: as in `load_pretrained_model`.
         device: likewise.
-        template: conversation template.
-        loading: more arguments of `load_pretrained_model`.
+        conv_mode: conversation template; by default that of LLaVA's evaluation.
+        dtype, mm_next_protocol, load_8bit, load_4bit: as in `load_pretrained_model`.
     """
 
     path: str
-    base: str | None
-    device: str
-    template: str
-    loading: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
+    device: str = "auto"
+    conv_mode: str | None = None
+    dtype: str | None = None
+    mm_next_protocol: str | None = None
+    load_8bit: bool = False
+    load_4bit: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        path: str,
-        base: str | None,
-        device: str,
-        *,
-        conv_mode: str | None = None,
-        dtype: str | None = None,
-        mm_next_protocol: str | None = None,
-        load_8bit: bool = False,
-        load_4bit: bool = False,
-    ) -> ModelSpec:
-        """Make one from what flags say.
+    def __post_init__(self) -> None:
+        check_conv_mode(self.conv_mode)
 
-        Raises:
-            UserInputError: an unknown template.
-        """
-        check_conv_mode(conv_mode)
-        own = own_template(path)
-        template = conv_mode or EVALUATION_TEMPLATES.get(own, own)
-        loading: dict[str, Any] = {"load_8bit": load_8bit, "load_4bit": load_4bit}
-        if dtype and not (load_8bit or load_4bit):
-            loading["dtype"] = dtype
-        if mm_next_protocol and mm_next_protocol != "native":
-            loading["mm_next_protocol"] = mm_next_protocol
-        return cls(path, base, device, template, loading)
+    @property
+    def template(self) -> str:
+        """The conversation template that questions are asked with."""
+        own = own_template(self.path)
+        return self.conv_mode or EVALUATION_TEMPLATES.get(own, own)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """More arguments of `load_pretrained_model`."""
+        loading: dict[str, Any] = {"load_8bit": self.load_8bit, "load_4bit": self.load_4bit}
+        if self.dtype and not (self.load_8bit or self.load_4bit):
+            loading["dtype"] = self.dtype
+        if self.mm_next_protocol and self.mm_next_protocol != "native":
+            loading["mm_next_protocol"] = self.mm_next_protocol
+        return loading
 
 
 def own_template(path: str) -> str:
@@ -335,6 +327,6 @@ class RunRequest:
             "seed": self.seed,
             "template": self.model.template,
             "pixels": self.benchmark.pixels,
-            "loading": dict(self.model.loading),
+            "loading": self.model.loading,
             "sampling": asdict(self.sampling),
         }

@@ -57,6 +57,26 @@ class Answered:
         return self.runner.plan
 
 
+def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    """Return the arms; those that cannot prune the first readable image say why.
+
+    Raises:
+        UserInputError: no arm is left.
+    """
+    images = runner.first_image()
+    if images is not None:
+        encoded = runner.encode_for_each(images, arms)
+        found = [
+            str(visual) if isinstance(visual, UserInputError) else runner.refusal(visual, arm)
+            for arm, visual in zip(arms, encoded, strict=True)
+        ]
+        arms = [replace(arm, unavailable=why) for arm, why in zip(arms, found, strict=True)]
+    reasons = [arm.unavailable for arm in arms]
+    if all(reason is not None for reason in reasons):
+        raise UserInputError(str(reasons[0]))
+    return tuple(arms)
+
+
 ChooseArms = Callable[[Runner, Sequence[Arm]], tuple[Arm, ...]]
 Report = Callable[[Answered], None]
 
@@ -64,7 +84,7 @@ Report = Callable[[Answered], None]
 def run(
     request: RunRequest,
     *,
-    choose_arms: ChooseArms | None = None,
+    choose_arms: ChooseArms = mark_unavailable,
     report: Report | None = None,
     more_files: Sequence[str] = (),
 ) -> int:
@@ -72,7 +92,7 @@ def run(
 
     Args:
         request: what to run.
-        choose_arms: fits the arms to the loaded model; by default `mark_unavailable`.
+        choose_arms: fits the arms to the loaded model.
         report: writes more files into the run's folder and prints what it found; by default the
             main figure of every arm is printed.
         more_files: names of those files, published with the others.
@@ -101,7 +121,7 @@ def run(
             request,
             group,
             finish,
-            choose_arms=choose_arms or mark_unavailable,
+            choose_arms=choose_arms,
             begin=lambda run_key: withdraw(request.output, run_key, files),
         )
 
@@ -111,7 +131,7 @@ def answer(
     group: Processes,
     finish: Callable[[Answered], None],
     *,
-    choose_arms: ChooseArms | None = None,
+    choose_arms: ChooseArms = mark_unavailable,
     begin: Callable[[str], None] = lambda run_key: None,
 ) -> int:
     """Answer what no log has yet, then call `finish` in process 0.
@@ -142,7 +162,7 @@ def answer(
 
         def prepare() -> tuple[Runner, tuple[Arm, ...], RunFolder]:
             runner = load_runner(request, plan, group, run_key)
-            arms = (choose_arms or mark_unavailable)(runner, request.arms)
+            arms = choose_arms(runner, request.arms)
             running = sum(arm.unavailable is None for arm in arms)
             sizes = [running * len(batch) for batch in plan.batches]
             path = request.output / "runs" / run_key[:16]
@@ -153,19 +173,6 @@ def answer(
         left = group.agree(folder.remaining)
         info = identity | _describe(request, runner, arms, group, len(left))
 
-        def conclude() -> int:
-            answers, timings = folder.read()
-            folder.write_lines("answers.jsonl", answers)
-            folder.write_lines("timings.jsonl", timings)
-            failed = count_failed(answers)
-            seconds = round(time.monotonic() - started, 1)
-            done = {**info, "status": "done", "failed_items": failed, "wall_seconds": seconds}
-            folder.write_json("run.json", done)
-            finish(Answered(request, runner, arms, folder, done, answers, timings))
-            if failed:
-                print(f"{failed} of {len(plan.items)} items were skipped: an image cannot be read")
-            return 1 if failed else 0
-
         if group.first:
             _announce(plan, arms, folder, len(left))
             folder.write_json("run.json", info | {"status": "running"})
@@ -174,11 +181,34 @@ def answer(
             group.all_do(
                 lambda: answer_batches(runner, arms, folder, group.deal(left), title=title)
             )
-            return group.agree(conclude)
+            seconds = round(time.monotonic() - started, 1)
+            done = {**info, "status": "done", "wall_seconds": seconds}
+            return group.agree(lambda: _conclude(request, runner, arms, folder, done, finish))
         except BaseException:
             if group.first:
                 folder.write_json("run.json", info | {"status": "interrupted"})
             raise
+
+
+def _conclude(
+    request: RunRequest,
+    runner: Runner,
+    arms: tuple[Arm, ...],
+    folder: RunFolder,
+    info: Record,
+    finish: Callable[[Answered], None],
+) -> int:
+    answers, timings = folder.read()
+    folder.write_lines("answers.jsonl", answers)
+    folder.write_lines("timings.jsonl", timings)
+    failed = count_failed(answers)
+    info = {**info, "failed_items": failed}
+    folder.write_json("run.json", info)
+    finish(Answered(request, runner, arms, folder, info, answers, timings))
+    if failed:
+        items = len(runner.plan.items)
+        print(f"{failed} of {items} items were skipped: an image cannot be read")
+    return 1 if failed else 0
 
 
 def load_runner(request: RunRequest, plan: Plan, group: Processes, run_key: str) -> Runner:
@@ -200,26 +230,6 @@ def load_runner(request: RunRequest, plan: Plan, group: Processes, run_key: str)
         run_key=run_key,
         workers=request.workers,
     )
-
-
-def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
-    """Return the arms; those that cannot prune the first readable image say why.
-
-    Raises:
-        UserInputError: no arm is left.
-    """
-    images = runner.first_image()
-    if images is not None:
-        encoded = runner.encode_for_each(images, arms)
-        found = [
-            str(visual) if isinstance(visual, UserInputError) else runner.refusal(visual, arm)
-            for arm, visual in zip(arms, encoded, strict=True)
-        ]
-        arms = [replace(arm, unavailable=why) for arm, why in zip(arms, found, strict=True)]
-    reasons = [arm.unavailable for arm in arms]
-    if all(reason is not None for reason in reasons):
-        raise UserInputError(str(reasons[0]))
-    return tuple(arms)
 
 
 def answer_batches(

@@ -4,8 +4,6 @@
 wrote in two forms, are read as schema 2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict

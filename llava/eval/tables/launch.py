@@ -57,13 +57,13 @@ class Launch:
         benchmark.pixels = self.pixels
         return RunRequest(
             benchmark=benchmark,
-            model=ModelSpec.of(
+            model=ModelSpec(
                 str(local_checkpoint(self.model_path)),
                 base,
                 self.device,
-                conv_mode=self.conv_mode,
-                dtype=self.dtype,
-                mm_next_protocol=job.next_protocol,
+                self.conv_mode,
+                self.dtype,
+                job.next_protocol,
             ),
             arms=job.arms,
             sampling=Sampling(0, max_new_tokens=self.max_new_tokens or benchmark.max_new_tokens),
