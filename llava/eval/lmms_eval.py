@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from llava.command_line import check_complete, check_conv_mode
 from llava.conversation import conv_templates
-from llava.eval.generation import end_tokens, until_end
+from llava.eval.engine.decode import end_tokens, until_end
 from llava.eval.lmms_inputs import (
     Prompt,
     batch_size_of,

@@ -1,4 +1,4 @@
-"""Means, standard errors and paired differences of per-question scores.
+"""Means, standard errors, paired differences and their tests, of per-question scores.
 
 Several questions may ask about one image, and their errors then move together. The standard errors
 here are therefore clustered by image; with one question per image they are the textbook
@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -24,6 +26,10 @@ class Metric:
     se: float | None
     n: int
     scale: float = 100.0
+
+
+RESAMPLES = 10_000
+_AT_ONCE = 2**22  # numbers drawn at a time
 
 
 @dataclass(frozen=True)
@@ -87,3 +93,43 @@ def metric_of(
     estimate = mean_estimate(scores, clusters)
     se = None if math.isnan(estimate.se) else scale * estimate.se
     return Metric(scale * estimate.mean, se, estimate.n, scale)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Return the two-sided exact p-value: under equality each disagreement is a fair coin flip.
+
+    min(1, 2 * P[Binomial(only_a + only_b, 1/2) <= min(only_a, only_b)]).
+    """
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n) if n else 1.0
+
+
+def paired_bootstrap(
+    values: Sequence[float],
+    baseline: Sequence[float],
+    clusters: Sequence[Hashable],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return (low, high, p) of the mean of `values - baseline` [n]: 95 % interval and p-value.
+
+    Whole clusters are drawn with replacement. p is two-sided: twice the smaller share of resamples
+    on one side of zero, counting the observed one, at most 1.
+    """
+    sums: dict[Hashable, float] = {}
+    counts: dict[Hashable, int] = {}
+    for value, base, cluster in zip(values, baseline, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - base
+        counts[cluster] = counts.get(cluster, 0) + 1
+    total, size = np.array(list(sums.values())), np.array(list(counts.values()))
+    draw = np.random.default_rng(seed)
+    means: list[float] = []
+    while len(means) < resamples:
+        rows = min(resamples - len(means), max(1, _AT_ONCE // len(total)))
+        chosen = draw.integers(len(total), size=(rows, len(total)))
+        means += (total[chosen].sum(1) / size[chosen].sum(1)).tolist()
+    found = np.array(means)
+    low, high = np.quantile(found, [0.025, 0.975])
+    side = min((found <= 0).sum(), (found >= 0).sum())
+    return float(low), float(high), min(1.0, 2 * (int(side) + 1) / (resamples + 1))

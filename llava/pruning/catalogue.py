@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava.generated import fill_sections, read_markdown
+from llava.markdown import fill_sections, find_drift, table
 from llava.pruning.errors import PruningError
 from llava.pruning.published import KEEP_TOKENS, RETENTION, SOURCES
 from llava.pruning.registry import get_method, list_methods
@@ -73,11 +73,10 @@ def render(markdown: bool, results: Path | None = None) -> str:
 
     `results`: result file with our figures, None for none. Raises PruningError if it has none.
     """
-    rows = [COLUMNS, *method_table(None if results is None else figures(results))]
+    lines = method_table(None if results is None else figures(results))
     if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines.insert(1, "| " + " | ".join("---" for _ in COLUMNS) + " |")
-        return "\n".join([*lines, "", legend(results)])
+        return f"{table(COLUMNS, lines, aligned=False)}\n\n{legend(results)}"
+    rows = [COLUMNS, *lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -130,22 +129,22 @@ def tracked_results(file: Path | None = None) -> Path | None:
 
 
 def drift(file: Path, results: Path | None) -> str | None:
-    """Why the catalogue in `file` is not that of the registered methods, or None.
+    """Return why the catalogue in `file` is not that of the registered methods, or None.
 
     Raises:
         UserInputError: the file cannot be read or has no markers.
     """
-    if filled(file, results) == read_markdown(file):
-        return None
-    fix = f"llava methods --update {file}"
-    return f"the methods table in {file} is not that of the registered methods; run {fix}"
+    return find_drift(file, _sections(results), f"llava methods --update {file}")
 
 
 def update(file: Path, results: Path | None) -> None:
-    """Write the catalogue between the markers of `file`. Raises UserInputError as `drift`."""
-    file.write_text(filled(file, results), encoding="utf-8")
+    """Write the catalogue between the markers of `file`.
+
+    Raises:
+        UserInputError: as in `drift`.
+    """
+    file.write_text(fill_sections(file, _sections(results)), encoding="utf-8")
 
 
-def filled(file: Path, results: Path | None) -> str:
-    """The text of `file` with the catalogue as it is now."""
-    return fill_sections(file, {SECTION: lambda: render(markdown=True, results=results)})
+def _sections(results: Path | None) -> dict[str, str]:
+    return {SECTION: render(markdown=True, results=results)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_llava import write_lines
 
-from llava.eval import execution
+from llava.eval.engine import run as execution
 from llava.eval.llava_scripts.vqa import MMBenchTable
 from llava.eval.prompts import question_prompt
 from llava.eval.subject import Subject, load_subject
@@ -395,6 +395,6 @@ def test_the_setting_a_checkpoint_was_saved_with(
     assert script("model_vqa_loader", questions, *flags, answers="compact") == 0
     (run,) = (tmp_path / ".answers.jsonl.run" / "runs").iterdir()
     (arm,) = json.loads((run / "run.json").read_text())["arms"].values()
-    assert arm["options"] == {"positions": "original"} and arm["budget"] == 40
+    assert arm["pruning"] == config["mm_token_pruning"]
     texts = [[line["text"] for line in lines(tmp_path / n)] for n in ("answers.jsonl", "compact")]
     assert texts[0] != texts[1]

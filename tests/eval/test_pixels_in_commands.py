@@ -19,7 +19,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.eval import loading, model_vqa_loader, model_vqa_mmbench, run_llava
 from llava.eval.__main__ import main
-from llava.eval.image_loading import ImageSource
+from llava.eval.engine.images import ImageSource
 from llava.eval.subject import Subject
 from llava.eval.tasks.base import get_benchmark
 from llava.eval.tasks.question_file import QuestionFile

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.plan import Plan, chunk_of, group_by_image, other_images
+from llava.eval.engine.batches import Plan, chunk_of, group_by_image, other_images
 from llava.eval.tasks.base import Item, TaskError, get_benchmark
 from llava.eval.tasks.question_file import QuestionFile
 from llava.utils import UserInputError

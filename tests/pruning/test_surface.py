@@ -16,7 +16,7 @@ from PIL import Image
 from pruning_checks import registered
 
 import llava.pruning
-from llava.generated import markers
+from llava.markdown import markers
 from llava.pruning import catalogue, list_methods
 from llava.pruning.__main__ import main
 from llava.pruning.catalogue import COLUMNS, RESULTS, SECTION, drift, method_table, tracked_results

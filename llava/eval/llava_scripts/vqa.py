@@ -11,7 +11,7 @@ import hashlib
 import sys
 from abc import abstractmethod
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,16 +19,13 @@ from pathlib import Path
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.arm_words import arm_of, saved_pruning
-from llava.eval.arms import UNPRUNED, Arm
-from llava.eval.execution import Job, execute
-from llava.eval.identity import identity
+from llava.eval.commands.run import add_model_flags, find_models, model_from
+from llava.eval.engine.processes import processes
+from llava.eval.engine.request import Arm, RunRequest, arm_of, saved_pruning
+from llava.eval.engine.run import Answered, answer
+from llava.eval.engine.schema import Record
 from llava.eval.llava_scripts import AddFlags, Program, flag, path_flag
-from llava.eval.plan import Plan, chunk_of
 from llava.eval.prompts import bare_question, has_inner_marks
-from llava.eval.results import Record, RunFolder
-from llava.eval.run import add_model_flags, describe, find_models, model_of
-from llava.eval.sharding import processes
 from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.eval.tasks.files import (
     OPTION_LETTER,
@@ -204,39 +201,33 @@ def answer_file(benchmark: QuestionList, args: Namespace) -> int:
     find_models(args)
     benchmark.pixels = args.pixels or benchmark.pixels
     length = getattr(args, "max_new_tokens", benchmark.max_new_tokens)
-    sampling = Sampling(args.temperature, args.top_p, args.num_beams, length)
-    arm = asked_arm(args)
-    items = chunk_of(benchmark.items(), args.num_chunks, args.chunk_idx)
+    request = RunRequest(
+        benchmark=benchmark,
+        model=model_from(args),
+        arms=(asked_arm(args),),
+        sampling=Sampling(args.temperature, args.top_p, args.num_beams, length),
+        output=args.answers_file.with_name(f".{args.answers_file.name}.run"),
+        batch_size=args.batch_size,
+        num_chunks=args.num_chunks,
+        chunk_idx=args.chunk_idx,
+        seed=args.seed,
+        workers=args.workers,
+        command=args.command_line,
+    )
+    items = request.items()
+    name = get_model_name_from_path(args.model_path)
+
+    def finish(done: Answered) -> None:
+        said = {line["index"]: line for line in done.answers}
+        lines = [answer_line(item, said[item.index], name) for item in items]
+        write_atomically(args.answers_file, dump_lines(lines))
+        print(f"written: {args.answers_file}")
+
     with processes() as group:
         if not items:
             group.agree(lambda: write_atomically(args.answers_file, ""))
             return 0
-        plan = Plan.of(items, args.batch_size)
-        model = model_of(args)
-        config = describe(args, benchmark, plan, [arm], model, sampling)
-        whole = group.agree(lambda: identity(config, benchmark, args.model_path, args.model_base))
-        output = args.answers_file.with_name(f".{args.answers_file.name}.run")
-        job = Job(
-            model,
-            benchmark,
-            plan,
-            [arm],
-            sampling,
-            args.seed,
-            args.workers,
-            output,
-            whole,
-            args.command_line,
-        )
-        name = get_model_name_from_path(args.model_path)
-
-        def finish(folder: RunFolder, arms: Sequence[Arm], answers: list[Record]) -> None:
-            said = {line["index"]: line for line in answers}
-            lines = [answer_line(item, said[item.index], name) for item in items]
-            write_atomically(args.answers_file, dump_lines(lines))
-            print(f"written: {args.answers_file}")
-
-        return execute(job, group, finish)
+        return answer(request, group, finish)
 
 
 def answer_line(item: Item, record: Record, model: str) -> Record:
@@ -264,7 +255,7 @@ def asked_arm(args: Namespace) -> Arm:
         )
     arm = arm_of(pruning_from(args) or saved_pruning(args.model_path))
     # Its file has no other arm, so the name needs no budget.
-    return arm if arm.method == UNPRUNED else replace(arm, name=arm.method, label=arm.method)
+    return replace(arm, name=arm.method, label=arm.method)
 
 
 def answering(
