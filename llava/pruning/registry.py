@@ -14,7 +14,7 @@ from llava.pruning.errors import PruningError, unknown
 from llava.utils import once
 
 if TYPE_CHECKING:
-    from llava.pruning.methods.base import PruningMethod
+    from llava.pruning.method import PruningMethod
 
 ENTRY_POINT_GROUP = "llava.pruners"
 

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE
-from llava.pruning.methods.base import refuse_non_finite
-from llava.pruning.selection.picks import no_choice
+from llava.pruning.method import refuse_non_finite
+from llava.pruning.selection.rows import no_choice
 from llava.pruning.tokens import VisualTokens
 
 

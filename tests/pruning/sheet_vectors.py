@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning import PruningConfig, VisualTokens
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 
 _I = torch.arange(36, dtype=torch.float64)
 _K = torch.arange(8, dtype=torch.float64)

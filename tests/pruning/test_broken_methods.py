@@ -12,7 +12,7 @@ import torch
 from pruning_inputs import MAKERS
 
 from llava.pruning import PruningError, selector
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 from llava.pruning.methods.hiprune import HiPrune
 from llava.pruning.selection.topk import top_k
 

@@ -9,7 +9,7 @@ import sheet_vectors as sheet
 import torch
 
 from llava.pruning import PruningConfig, PruningError, parse_options, prune_visual_tokens
-from llava.pruning.importance.distinctiveness import centred, distinctiveness
+from llava.pruning.importance.similarity import centred, distinctiveness
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 

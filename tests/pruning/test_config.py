@@ -22,7 +22,7 @@ from llava.pruning import (
     register,
     registry,
 )
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 from llava.utils import once
 
 

@@ -10,10 +10,11 @@ import torch
 
 from llava.model import layouts
 from llava.pruning import PruningError, newlines, stage
+from llava.pruning import method as base
 from llava.pruning.importance import directions
 from llava.pruning.importance import sensitivity as sensitivity_module
 from llava.pruning.layout import NEWLINE
-from llava.pruning.methods import base, random
+from llava.pruning.methods import random
 from llava.pruning.selection import max_min
 
 

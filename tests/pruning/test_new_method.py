@@ -15,8 +15,8 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningError, get_method, list_methods, prune, select
 from llava.pruning.__main__ import main
-from llava.pruning.methods.base import PruningMethod
-from llava.pruning.selection.picks import unscored
+from llava.pruning.method import PruningMethod
+from llava.pruning.selection.rows import unscored
 
 CHECKPOINT = Path(__file__).parents[1] / "goldens" / "llava" / "checkpoints" / "llava15-tiny"
 

@@ -21,7 +21,7 @@ from llava.pruning import catalogue, list_methods
 from llava.pruning.__main__ import main
 from llava.pruning.catalogue import COLUMNS, RESULTS, SECTION, drift, method_table, tracked_results
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 from llava.pruning.published import RETENTION, SOURCES, Retention
 from llava.pruning.visualize import overlay
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import PruningMethod, check_number, check_switch
+from llava.pruning.method import PruningMethod, check_number, check_switch
 from llava.pruning.registry import register
 from llava.pruning.selection.max_min import cosine, selectable
-from llava.pruning.selection.picks import Picks, unscored
+from llava.pruning.selection.rows import Picks, unscored
 from llava.pruning.tokens import VisualTokens
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.relevance import spread_out, text_relevance
-from llava.pruning.methods.base import (
+from llava.pruning.method import (
     Merged,
     SimilarityMethod,
     check_choice,
@@ -20,7 +20,7 @@ from llava.pruning.methods.base import (
 )
 from llava.pruning.registry import register
 from llava.pruning.selection.dpp import dpp
-from llava.pruning.selection.picks import Picks, unscored
+from llava.pruning.selection.rows import Picks, unscored
 from llava.pruning.tokens import VisualTokens
 
 RELEVANCES = ("auto", "clip", "none")

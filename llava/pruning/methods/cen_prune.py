@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.importance.distinctiveness import (
+from llava.pruning.importance.normalise import min_max
+from llava.pruning.importance.similarity import (
     centred,
     distinctiveness,
     scaled,
     sigmoid_of_z_score,
 )
-from llava.pruning.importance.norm import min_max
-from llava.pruning.methods.base import PruningMethod, SimilarityMethod, check_choice
+from llava.pruning.method import PruningMethod, SimilarityMethod, check_choice
 from llava.pruning.registry import get_method, list_methods, make_method, register
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 from llava.pruning.tokens import VisualTokens
 
 

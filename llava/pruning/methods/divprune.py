@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava.pruning.methods.base import (
+from llava.pruning.method import (
     Merged,
     SimilarityMethod,
     check_choice,
@@ -17,7 +17,7 @@ from llava.pruning.methods.base import (
 )
 from llava.pruning.registry import register
 from llava.pruning.selection.max_min import max_min_with_margins
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 from llava.pruning.tokens import VisualTokens
 
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 from llava.pruning.registry import register
 from llava.pruning.selection.lattice import centres, lattice_shape, valid_rectangle
 from llava.pruning.selection.max_min import selectable
-from llava.pruning.selection.picks import Picks, unscored
+from llava.pruning.selection.rows import Picks, unscored
 from llava.pruning.tokens import VisualTokens
 
 

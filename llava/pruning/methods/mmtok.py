@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import PruningMethod, check_choice
+from llava.pruning.method import PruningMethod, check_choice
 from llava.pruning.registry import register
 from llava.pruning.selection.coverage import cover
 from llava.pruning.selection.max_min import selectable
-from llava.pruning.selection.picks import Picks, joined
+from llava.pruning.selection.rows import Picks, joined
 from llava.pruning.tokens import VisualTokens
 
 TEXTS = ("question", "none")

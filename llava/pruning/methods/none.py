@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 from llava.pruning.registry import register
 
 

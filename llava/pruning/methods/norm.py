@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import SimilarityMethod
+from llava.pruning.method import SimilarityMethod
 from llava.pruning.registry import register
 from llava.pruning.selection.fusion import fuse
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 from llava.pruning.tokens import VisualTokens
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import Merged, PruningMethod
+from llava.pruning.method import Merged, PruningMethod
 from llava.pruning.registry import register
 from llava.pruning.selection.lattice import Rectangle, lattice_shape, valid_rectangle
 from llava.pruning.tokens import VisualTokens

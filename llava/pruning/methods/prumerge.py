@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from llava.pruning.methods.base import (
+from llava.pruning.method import (
     Merged,
     PruningMethod,
     check_choice,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import check_choice
+from llava.pruning.method import check_choice
 from llava.pruning.methods.prumerge import PruMerge, outliers
 from llava.pruning.registry import register
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod, check_seed
+from llava.pruning.method import PruningMethod, check_seed
 from llava.pruning.registry import register
 from llava.pruning.selection.max_min import selectable
-from llava.pruning.selection.picks import Picks, unscored
+from llava.pruning.selection.rows import Picks, unscored
 from llava.pruning.tokens import VisualTokens
 
 

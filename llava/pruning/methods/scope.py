@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod, check_choice, check_number
+from llava.pruning.method import PruningMethod, check_choice, check_number
 from llava.pruning.registry import register
 from llava.pruning.selection.max_min import cosine, first_argmax, selectable
-from llava.pruning.selection.picks import Picks, joined
+from llava.pruning.selection.rows import Picks, joined
 from llava.pruning.tokens import VisualTokens
 
 

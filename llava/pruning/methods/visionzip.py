@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import (
+from llava.pruning.method import (
     Merged,
     PruningMethod,
     check_choice,

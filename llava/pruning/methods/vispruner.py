@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod, check_number
+from llava.pruning.method import PruningMethod, check_number
 from llava.pruning.registry import register
 from llava.pruning.selection.max_min import cosine, selectable
-from llava.pruning.selection.picks import Picks, unscored
+from llava.pruning.selection.rows import Picks, unscored
 from llava.pruning.selection.topk import ranking
 from llava.pruning.tokens import VisualTokens
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.projectors import low_rank, untrained
 from llava.pruning.importance.sensitivity import PRECISIONS, sensitivity
-from llava.pruning.methods.base import SimilarityMethod, check_choice, check_seed, check_whole
+from llava.pruning.method import SimilarityMethod, check_choice, check_seed, check_whole
 from llava.pruning.registry import register
 from llava.pruning.selection.fusion import check_fusion, fuse
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 from llava.pruning.tokens import VisualTokens
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from llava.pruning.importance.projectors import low_rank
 from llava.pruning.importance.sensitivity import sensitivity
-from llava.pruning.methods.base import SimilarityMethod, check_whole
+from llava.pruning.method import SimilarityMethod, check_whole
 from llava.pruning.registry import register
 from llava.pruning.selection.fusion import check_fusion, fuse
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 from llava.pruning.tokens import VisualTokens
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llava.pruning.errors import PruningError
 from llava.pruning.selection.max_min import first_argmax
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 
 
 def cover(similarity: Tensor, k: int, last: Tensor | None = None) -> Picks:

@@ -8,7 +8,7 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.max_min import check_counts, cosine, first_argmax, selectable
-from llava.pruning.selection.picks import Picks, joined
+from llava.pruning.selection.rows import Picks, joined
 
 # A token whose remaining volume is below this many roundings of its own is in the span of the
 # picked ones: what is left of it is noise.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.importance.norm import min_max
+from llava.pruning.importance.normalise import min_max
 from llava.pruning.selection.max_min import max_min_with_margins
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 from llava.pruning.selection.topk import top_k
 
 FUSIONS = ("multiply", "sum", "sensitivity", "diversity")

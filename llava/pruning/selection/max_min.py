@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.precision import outside_autocast
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 
 
 def max_min(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llava.pruning.errors import PruningError
 from llava.pruning.selection.max_min import check_counts
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 
 
 def top_k(scores: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> Picks:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 from llava.pruning.tokens import CLASS_ATTENTION, TILE_EXTRAS, VisualTokens
 
 
