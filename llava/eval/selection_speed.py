@@ -20,13 +20,13 @@ from torch import Tensor
 from llava.eval import provenance
 from llava.eval.results import SCHEMA_VERSION, ResultError, dump_json, write_atomically
 from llava.pruning import list_methods
-from llava.pruning.methods.hiprune import HiPrune, filled_up
+from llava.pruning.methods.hiprune import HiPrune
 from llava.pruning.methods.scope import Scope
-from llava.pruning.methods.vispruner import without_doubles
+from llava.pruning.methods.vispruner import drop_duplicates
 from llava.pruning.selection.coverage import cover
 from llava.pruning.selection.dpp import greedy_map
 from llava.pruning.selection.max_min import cosine, distances_of, first_score, greedy
-from llava.pruning.selection.topk import ranking, top_k
+from llava.pruning.selection.topk import fill_with_top_k, ranking, top_k
 
 BUDGETS = {576: (64, 128, 192), 2880: (160, 320, 640)}
 WIDTH = 4096
@@ -145,7 +145,7 @@ def duplicates_removed(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     half = k // 2
     order = ranking(weights[None])[0]
     rest = order[half:]
-    stay = without_doubles(similarity.index_select(0, rest).index_select(1, rest), k - half)
+    stay = drop_duplicates(similarity.index_select(0, rest).index_select(1, rest), k - half)
     return torch.cat([order[:half], rest[stay]])
 
 
@@ -166,7 +166,8 @@ def anchored(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     """`hiprune` with the released code's neighbours, on a grid 24 wide; in raster order."""
     method = HiPrune(wrap_neighbours=True)
     grid = (len(weights) // 24, 24)
-    return filled_up(method.anchored(weights.flip(0), None, grid, k), weights, None, k).sort()[0]
+    anchors = method.with_neighbours(weights.flip(0), None, grid, k)
+    return fill_with_top_k(anchors, weights, None, k).sort()[0]
 
 
 def published_anchored(similarity: Tensor, weights: Tensor, k: int) -> Tensor:

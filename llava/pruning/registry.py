@@ -1,12 +1,10 @@
 """Name -> method class. Built-in files are found by themselves; others through entry points."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,13 +18,16 @@ ENTRY_POINT_GROUP = "llava.pruners"
 
 Method = TypeVar("Method", bound="type[PruningMethod]")
 
-_methods: dict[str, type[PruningMethod]] = {}
+_methods: "dict[str, type[PruningMethod]]" = {}
 
 
 def register(cls: Method) -> Method:
-    """Class decorator: make a `PruningMethod` subclass known under its `name`.
+    """Decorate a `PruningMethod` subclass: make it known under its `name`.
 
-    Raises PruningError if the class has no name or the name belongs to another class.
+    A class that is not a dataclass yet becomes a frozen one, so that its options are fields.
+
+    Raises:
+        PruningError: the class has no name, or the name belongs to another class.
     """
     name = getattr(cls, "name", "")
     if not name:
@@ -37,11 +38,13 @@ def register(cls: Method) -> Method:
         cls.__qualname__,
     ):
         raise PruningError(f"pruning method {name!r} is already {taken.__module__}")
+    if "__dataclass_params__" not in vars(cls):
+        dataclass(frozen=True)(cls)
     _methods[name] = cls
     return cls
 
 
-def get_method(name: str) -> type[PruningMethod]:
+def get_method(name: str) -> "type[PruningMethod]":
     """The class registered as `name`; PruningError naming the nearest names otherwise."""
     _load()
     if not isinstance(name, str) or name not in _methods:
@@ -49,7 +52,7 @@ def get_method(name: str) -> type[PruningMethod]:
     return _methods[name]
 
 
-def make_method(name: str, options: Mapping[str, Any]) -> PruningMethod:
+def make_method(name: str, options: Mapping[str, Any]) -> "PruningMethod":
     """The method `name` with `options`; PruningError for one it does not have or take."""
     cls = get_method(name)
     known = [f.name for f in fields(cls) if f.init]
@@ -75,7 +78,7 @@ def _load() -> None:
         _load_plugin(point.name, point.load)
 
 
-def _load_plugin(name: str, load: Callable[[], type[PruningMethod]]) -> None:
+def _load_plugin(name: str, load: "Callable[[], type[PruningMethod]]") -> None:
     # A broken plug-in must not take the built-in methods down with it.
     try:
         register(load())

@@ -39,8 +39,8 @@ def visual(dtype: torch.dtype = torch.float64, **extras: Tensor) -> VisualTokens
 def picks(tokens: VisualTokens, name: str, count: int, **options: object) -> list[int]:
     """What a method picks, in the order it picks."""
     chosen = method(name, **options)
-    importance = chosen.importance(tokens)
-    return chosen.choose(tokens, importance, torch.tensor([count])).indices[0].tolist()
+    rows = chosen.rows(tokens, chosen.score(tokens), torch.tensor([count]))
+    return chosen.select(rows).indices[0].tolist()
 
 
 def method(name: str, **options: object) -> PruningMethod:

@@ -1,7 +1,5 @@
 """What we know about a projector: its structure, values cached for its weights, low-rank copies."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
-from llava.pruning.precision import outside_autocast
+from llava.pruning.precision import outside_autocast, widen
 
 # Activations that act on every number by itself: their Jacobian is diagonal.
 ELEMENTWISE = (
@@ -195,6 +193,5 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 def _svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Leading `rank` singular triplets in float32 (float64 stays), all if there are fewer."""
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    u, s, vh = torch.linalg.svd(widen(weight.detach()), full_matrices=False)
     return u[:, :rank], s[:rank], vh[:rank]

@@ -3,15 +3,13 @@
 ZOO-Prune, arXiv 2509.24837, eq. 2-4: S(i) = 1/m sum_j ||M(x_i + h u_j) - M(x_i - h u_j)||_2 / 2h.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
-from llava.pruning.importance.directions import direction_bank
 from llava.pruning.importance.projectors import (
     TwoLayer,
     WeightCache,
@@ -91,6 +89,19 @@ def sensitivity(
         if not rows:
             return features.new_zeros(features.shape[:-1], dtype=dtype)
         return torch.stack(rows).reshape(features.shape[:-1])
+
+
+@lru_cache(maxsize=16)
+def direction_bank(seed: int, width: int, count: int) -> Tensor:
+    """[count, width] float32 on the CPU: unit-norm Gaussian rows (ZOO-Prune eq. 2). Read only.
+
+    A pure function of its arguments: drawn from a private generator, always on the CPU and in
+    float32, so that neither call order nor device nor dtype changes the directions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False):
+        bank = torch.randn(count, width, generator=generator, dtype=torch.float32, device="cpu")
+        return bank / bank.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def _bank(directions: int | Tensor, seed: int, features: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Greedy maximum coverage: the tokens that together stand for most of what there is."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

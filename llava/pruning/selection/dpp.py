@@ -1,14 +1,12 @@
 """Greedy MAP of a determinantal point process: the set of tokens that spans the most volume."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
 from llava.pruning.precision import outside_autocast
-from llava.pruning.selection.max_min import check_counts, cosine, first_argmax, selectable
-from llava.pruning.selection.rows import Picks, joined
+from llava.pruning.selection.max_min import cosine, first_argmax
+from llava.pruning.selection.rows import Picks, check_counts, selectable, stack_picks
 
 # A token whose remaining volume is below this many roundings of its own is in the span of the
 # picked ones: what is left of it is noise.
@@ -63,7 +61,7 @@ def dpp(
             raise PruningError("quality holds NaN or inf")
         picked = greedy_map(similarity, own.to(dtype), count, rank_guard=rank_guard)
         rows.append(Picks(tokens[picked.indices], picked.margins))
-    return joined(rows)
+    return stack_picks(rows)
 
 
 @outside_autocast()

@@ -1,7 +1,5 @@
 """Regular r x c lattices on a tile's grid of patches."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,14 +1,16 @@
 """Greedy max-min diversity: always take the token farthest from everything already taken."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
+from llava.pruning.importance.normalise import min_max
 from llava.pruning.precision import outside_autocast
-from llava.pruning.selection.rows import Picks
+from llava.pruning.selection.rows import Picks, Rows, check_counts, selectable
+from llava.pruning.selection.topk import top_k
+
+FUSIONS = ("multiply", "sum", "sensitivity", "diversity")
 
 
 def max_min(
@@ -42,6 +44,30 @@ def max_min(
     return max_min_with_margins(
         z, k, weights=weights, valid=valid, first=first, combine=combine
     ).indices
+
+
+def fuse(rows: Rows, fusion: str = "multiply", precision: str = "float32") -> Picks:
+    """Pick by min-max normalised scores and max-min diversity (ZOO-Prune), or an ablation of it.
+
+    Args:
+        rows: `rows.weight` multiplies the normalised scores (with "diversity" it replaces them).
+        fusion: "multiply" (ZOO-Prune eq. 7), "sum" of the two, "sensitivity" (scores alone, top-k),
+            "diversity" (scores unused; the same as DivPrune).
+        precision: "float32", or "model" to compare tokens in their own type.
+    """
+    z, counts, valid = rows.z, rows.counts, rows.valid
+    if fusion == "diversity":
+        return max_min_with_margins(
+            z, counts, weights=rows.weight, valid=valid, first="isolated", precision=precision
+        )
+    weights = min_max(rows.scored, valid)
+    if rows.weight is not None:
+        weights = weights * rows.weight
+    if fusion == "sensitivity":
+        return top_k(weights, counts, valid=valid)
+    return max_min_with_margins(
+        z, counts, weights=weights, valid=valid, combine=fusion, precision=precision
+    )
 
 
 @outside_autocast()
@@ -99,25 +125,6 @@ def max_min_with_margins(
     filled = filled.to(z.device)
     indices = tokens.gather(1, picks).masked_fill(~filled, -1)
     return Picks(indices, margins.masked_fill(~filled, torch.inf))
-
-
-def check_counts(k: int | Tensor, rows: Tensor, valid: Tensor | None) -> list[int]:
-    """`k` as one int per row of `rows` [B, N, ...]; PruningError if a row cannot give as many."""
-    batch, total = rows.shape[:2]
-    counts = [int(c) for c in k.tolist()] if isinstance(k, Tensor) else [int(k)] * batch
-    if len(counts) != batch:
-        raise PruningError(f"k has {len(counts)} entries for {batch} rows")
-    room = [total] * batch if valid is None else [int(n) for n in valid.sum(dim=1).tolist()]
-    for row, (count, limit) in enumerate(zip(counts, room, strict=True)):
-        if not 0 <= count <= limit:
-            raise PruningError(f"cannot pick {count} of the {limit} valid tokens of row {row}")
-    return counts
-
-
-def selectable(z: Tensor, valid: Tensor | None, row: int) -> Tensor:
-    """LongTensor [n]: indices of a row's valid tokens."""
-    tokens = torch.arange(z.shape[1], device=z.device)
-    return tokens if valid is None else tokens[valid[row]]
 
 
 def distances_of(similarities: list[Tensor]) -> Tensor:

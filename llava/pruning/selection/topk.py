@@ -1,13 +1,10 @@
 """Plain top-k: the k highest scores."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.selection.max_min import check_counts
-from llava.pruning.selection.rows import Picks
+from llava.pruning.selection.rows import Picks, Rows, check_counts
 
 
 def top_k(scores: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> Picks:
@@ -34,6 +31,19 @@ def top_k(scores: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> Pi
             margin = highest[:, width - 1 : width] - best_left
             return Picks(places[:, 1].view(-1, width), margin.expand(-1, width))
     return _top_k_of_any(scores, counts, valid)
+
+
+def highest(rows: Rows) -> Picks:
+    """Pick the tokens with the highest scores of every row."""
+    return top_k(rows.scored, rows.counts, valid=rows.valid)
+
+
+def fill_with_top_k(taken: list[int], scores: Tensor, valid: Tensor | None, count: int) -> Tensor:
+    """Return `count` tokens of one row, LongTensor: `taken`, then the others of highest scores."""
+    first = torch.tensor(taken, dtype=torch.long, device=scores.device)
+    rest = scores.index_fill(0, first, -torch.inf)[None]
+    free = None if valid is None else valid.index_fill(0, first, False)[None]
+    return torch.cat([first, top_k(rest, count - len(taken), valid=free).indices[0]])
 
 
 def _top_k_of_any(scores: Tensor, counts: list[int], valid: Tensor | None) -> Picks:
