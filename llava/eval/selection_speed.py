@@ -26,7 +26,7 @@ from llava.pruning.methods.vispruner import drop_duplicates
 from llava.pruning.selection.coverage import cover
 from llava.pruning.selection.dpp import greedy_map
 from llava.pruning.selection.max_min import cosine, distances_of, first_score, greedy
-from llava.pruning.selection.topk import fill_with_top_k, ranking, top_k
+from llava.pruning.selection.rows import fill_with_top_k, ranking, top_k
 from llava.storage import dump_json, write_atomically
 
 BUDGETS = {576: (64, 128, 192), 2880: (160, 320, 640)}

@@ -7,54 +7,20 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.options import by_options, check_options, option
-from llava.pruning.precision import widen
+from llava.pruning.options import check_options, option, varies
 from llava.pruning.registry import register
-from llava.pruning.selection.coverage import cover
-from llava.pruning.selection.dpp import dpp
-from llava.pruning.selection.max_min import cosine, first_argmax, fuse, max_min_with_margins
-from llava.pruning.selection.rows import (
-    Merged,
-    Picks,
-    Rows,
-    emit_as_picked,
-    raster_order,
-    selectable,
-    stack_indices,
-    stack_merged,
-    stack_picks,
-)
-from llava.pruning.selection.topk import fill_with_top_k, highest, ranking, top_k
+from llava.pruning.selection.rows import Merged, Picks, Rows, raster_order
 from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens
 
 __all__ = [
     "Merged",
     "Picks",
-    "PruningError",
     "PruningMethod",
     "Rows",
-    "Tensor",
     "VisualTokens",
-    "by_options",
-    "cosine",
-    "cover",
-    "dpp",
-    "emit_as_picked",
-    "fill_with_top_k",
-    "first_argmax",
-    "fuse",
-    "highest",
-    "max_min_with_margins",
     "option",
-    "ranking",
-    "raster_order",
     "register",
-    "selectable",
-    "stack_indices",
-    "stack_merged",
-    "stack_picks",
-    "top_k",
-    "widen",
+    "varies",
 ]
 
 
@@ -68,7 +34,7 @@ class PruningMethod:
     `register` makes the class a frozen dataclass.
 
     Flags (class attributes, the method table is generated from them). One that depends on options
-    is a property, see `by_options`.
+    is a property, see `varies`.
 
         name: registered name.
         signal: what tokens are selected by, in a few words.

@@ -12,7 +12,7 @@ import torch
 from pruning_inputs import MAKERS
 
 from llava.pruning import PruningError, selector
-from llava.pruning.method import PruningMethod, highest
+from llava.pruning.method import PruningMethod
 from llava.pruning.methods.hiprune import HiPrune
 
 # The last one: a projector that was not asked for has no forward.
@@ -30,7 +30,7 @@ class Toy(PruningMethod):
         return tokens.features.double().sum(dim=-1)
 
     def select(self, rows):
-        return highest(rows)
+        return rows.highest()
 
 
 class KeepsOneFewer(Toy):

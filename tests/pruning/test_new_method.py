@@ -15,7 +15,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningError, get_method, list_methods, prune, select
 from llava.pruning.__main__ import main
-from llava.pruning.method import PruningMethod, stack_indices
+from llava.pruning.method import Picks, PruningMethod
 
 CHECKPOINT = Path(__file__).parents[1] / "goldens" / "llava" / "checkpoints" / "llava15-tiny"
 
@@ -30,7 +30,7 @@ class LastTokens(PruningMethod):
     equivariant: ClassVar[bool] = False
 
     def select(self, rows):
-        return stack_indices([tokens[-count:] for _, count, tokens in rows])
+        return Picks.stack([tokens[-count:] for _, count, tokens in rows])
 
 
 @pytest.fixture

@@ -1,19 +1,11 @@
 """AgilePruner."""
 
 import torch
+from torch import Tensor
 
-from llava.pruning.method import (
-    Picks,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    cosine,
-    option,
-    register,
-    stack_indices,
-    widen,
-)
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.precision import widen
+from llava.pruning.selection.max_min import cosine
 
 
 @register
@@ -57,7 +49,7 @@ class AgilePruner(PruningMethod):
         for row, count, tokens in rows:
             order = tokens[rows.scored[row, tokens].argsort(descending=True, stable=True)]
             picked.append(order[self._walk(rows.tokens.features[row, order], count)])
-        return stack_indices(picked)
+        return Picks.stack(picked)
 
     def _walk(self, x: Tensor, count: int) -> Tensor:
         """Return which of x [n, C], ordered by attention, are kept: LongTensor [count]."""

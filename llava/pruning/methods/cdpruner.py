@@ -1,6 +1,7 @@
 """CDPruner."""
 
 import torch
+from torch import Tensor
 
 from llava.pruning.importance.normalise import spread_out
 from llava.pruning.importance.similarity import text_relevance
@@ -9,16 +10,13 @@ from llava.pruning.method import (
     Picks,
     PruningMethod,
     Rows,
-    Tensor,
     VisualTokens,
-    by_options,
-    dpp,
-    emit_as_picked,
     option,
-    raster_order,
     register,
-    stack_indices,
+    varies,
 )
+from llava.pruning.selection.dpp import dpp
+from llava.pruning.selection.rows import raster_order
 
 CLIP = ("clip_image", "clip_text")
 
@@ -69,20 +67,20 @@ class CDPruner(PruningMethod):
     theta: float | None = option(None, at_least=0, below=1)
     rank_guard: bool = option(True)
 
-    @by_options(("features",))
+    @varies(("features",))
     def needs(self) -> tuple[str, ...]:
         features = ("features",) if self.tokens == "features" else ()
         return (*features, *CLIP) if self.relevance == "clip" else features
 
-    @by_options(CLIP)
+    @varies(CLIP)
     def wants(self) -> tuple[str, ...]:
         return CLIP if self.relevance == "auto" else ()
 
-    @by_options(False)
+    @varies(False)
     def merges(self) -> bool:
         return not self.rank_guard
 
-    @by_options(True)
+    @varies(True)
     def fixed_count(self) -> bool:
         return self.rank_guard
 
@@ -132,8 +130,8 @@ class CDPruner(PruningMethod):
             torch.tensor(list(dict.fromkeys(row))[:count])
             for row, count in zip(self._pick_unguarded(tokens), counts.tolist(), strict=True)
         ]
-        picks = stack_indices(rows).indices.to(tokens.projected.device)
-        return emit_as_picked(tokens, raster_order(picks))
+        picks = Picks.stack(rows).indices.to(tokens.projected.device)
+        return Merged.as_picked(tokens, raster_order(picks))
 
     @torch.no_grad()
     def _pick_unguarded(self, tokens: VisualTokens) -> list[list[int]]:

@@ -5,19 +5,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
+from llava.pruning.errors import PruningError
 from llava.pruning.importance.normalise import centre, min_max, scale_channels, sigmoid_of_z_score
 from llava.pruning.importance.similarity import distinctiveness
-from llava.pruning.method import (
-    Picks,
-    PruningError,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    by_options,
-    option,
-    register,
-)
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
 from llava.pruning.registry import get_method, list_methods, make_method
 
 
@@ -74,12 +67,12 @@ class CenPrune(PruningMethod):
             return host
         raise PruningError(f"cen-prune cannot wrap {self.host!r}{reason}")
 
-    @by_options(())
+    @varies(())
     def needs(self) -> tuple[str, ...]:
         features = ("features",) if self.form == "qwen" else ()
         return tuple(dict.fromkeys((*features, *self._host.needs)))
 
-    @by_options(())
+    @varies(())
     def wants(self) -> tuple[str, ...]:
         return self._host.wants
 

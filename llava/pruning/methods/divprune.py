@@ -1,19 +1,19 @@
 """DivPrune."""
 
+from torch import Tensor
+
 from llava.pruning.method import (
     Merged,
     Picks,
     PruningMethod,
     Rows,
-    Tensor,
     VisualTokens,
-    by_options,
-    emit_as_picked,
-    max_min_with_margins,
     option,
-    raster_order,
     register,
+    varies,
 )
+from llava.pruning.selection.max_min import max_min_with_margins
+from llava.pruning.selection.rows import raster_order
 
 
 @register
@@ -49,7 +49,7 @@ class DivPrune(PruningMethod):
     mask_selected: bool = option(True)
     emit_order: str = option("raster", choices=("raster", "selection"))
 
-    @by_options(False)
+    @varies(False)
     def merges(self) -> bool:
         return not self.mask_selected or self.emit_order == "selection"
 
@@ -66,6 +66,6 @@ class DivPrune(PruningMethod):
 
     def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
         picks = self.select(self.rows(tokens, None, counts)).indices
-        return emit_as_picked(
+        return Merged.as_picked(
             tokens, picks if self.emit_order == "selection" else raster_order(picks)
         )

@@ -1,8 +1,9 @@
 """FasterVLM."""
 
 import torch
+from torch import Tensor
 
-from llava.pruning.method import Picks, PruningMethod, Rows, Tensor, VisualTokens, highest, register
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, register
 
 
 @register
@@ -30,4 +31,4 @@ class FasterVLM(PruningMethod):
         return torch.stack(tokens.extra("cls_attention"))
 
     def select(self, rows: Rows) -> Picks:
-        return highest(rows)
+        return rows.highest()

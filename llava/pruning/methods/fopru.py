@@ -1,19 +1,9 @@
 """FoPru."""
 
 import torch
+from torch import Tensor
 
-from llava.pruning.method import (
-    Picks,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    by_options,
-    highest,
-    option,
-    register,
-    stack_indices,
-)
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
 
 
 @register
@@ -47,12 +37,12 @@ class FoPru(PruningMethod):
     significance: str = option("received", choices=("received", "class"))
     class_query: bool = option(False)
 
-    @by_options(("cls_attention", "received_attention"))
+    @varies(("cls_attention", "received_attention"))
     def needs(self) -> tuple[str, ...]:
         received = () if self.significance == "class" else ("received_attention",)
         return received if received and self.class_query else ("cls_attention", *received)
 
-    @by_options(False)
+    @varies(False)
     def needs_grid(self) -> bool:
         return self.strategy == "row"
 
@@ -71,9 +61,9 @@ class FoPru(PruningMethod):
 
     def select(self, rows: Rows) -> Picks:
         if self.strategy == "rank":
-            return highest(rows)
+            return rows.highest()
         columns = rows.tokens.grid[1]
-        return stack_indices(
+        return Picks.stack(
             [
                 tokens[_by_rows(rows.scored[row, tokens], tokens // columns)[:count]]
                 for row, count, tokens in rows

@@ -1,14 +1,8 @@
 """Evenly spaced tokens."""
 
-from llava.pruning.method import (
-    Picks,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    register,
-    stack_indices,
-)
+from torch import Tensor
+
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, register
 from llava.pruning.selection.lattice import centres, lattice_shape, valid_rectangle
 
 
@@ -25,7 +19,7 @@ class Grid(PruningMethod):
     equivariant = False
 
     def select(self, rows: Rows) -> Picks:
-        return stack_indices([_spaced(rows.tokens, *row) for row in rows])
+        return Picks.stack([_spaced(rows.tokens, *row) for row in rows])
 
 
 def _spaced(visual: VisualTokens, tile: int, count: int, tokens: Tensor) -> Tensor:

@@ -1,19 +1,10 @@
 """HiPrune."""
 
 import torch
+from torch import Tensor
 
-from llava.pruning.method import (
-    Picks,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    fill_with_top_k,
-    option,
-    register,
-    stack_indices,
-    top_k,
-)
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.selection.rows import fill_with_top_k, top_k
 
 
 @register
@@ -66,7 +57,7 @@ class HiPrune(PruningMethod):
             valid = None if rows.valid is None else rows.valid[row]
             anchors = self.with_neighbours(middle[row], valid, grid, count)
             picked.append(fill_with_top_k(anchors, rows.scored[row], valid, count))
-        return stack_indices(picked)
+        return Picks.stack(picked)
 
     def with_neighbours(
         self, scores: Tensor, valid: Tensor | None, grid: tuple[int, int], count: int

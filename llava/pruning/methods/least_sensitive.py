@@ -1,7 +1,10 @@
 """Control: the tokens a sensitivity method would drop."""
 
+from torch import Tensor
+
 from llava.pruning.importance.sensitivity import sensitivity
-from llava.pruning.method import Picks, PruningMethod, Rows, Tensor, VisualTokens, register, top_k
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, register
+from llava.pruning.selection.rows import top_k
 
 
 @register

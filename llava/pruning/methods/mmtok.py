@@ -1,19 +1,10 @@
 """MMTok."""
 
 import torch
+from torch import Tensor
 
-from llava.pruning.method import (
-    Picks,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    by_options,
-    cover,
-    option,
-    register,
-    stack_picks,
-)
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
+from llava.pruning.selection.coverage import cover
 
 
 @register
@@ -58,11 +49,11 @@ class MMTok(PruningMethod):
     keywords: str = option("release", choices=("release", "content"))
     padding: str = option("cover", choices=("cover", "keep"))
 
-    @by_options(("features", "question_embeddings"))
+    @varies(("features", "question_embeddings"))
     def needs(self) -> tuple[str, ...]:
         return ("features", "question_embeddings") if self.text == "question" else ("features",)
 
-    @by_options("release")
+    @varies("release")
     def keyword_rule(self) -> str:
         return self.keywords
 
@@ -83,7 +74,7 @@ class MMTok(PruningMethod):
                 last = visual.blank[row, tokens].to(own.device)
             picks = cover(torch.cat(parts), count, last)
             picked.append(Picks(tokens[picks.indices], picks.margins))
-        return stack_picks(picked)
+        return Picks.stack(picked)
 
 
 def _shares(rows: Tensor, columns: Tensor, tau: float) -> Tensor:

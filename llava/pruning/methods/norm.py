@@ -1,17 +1,11 @@
 """Token norm as score."""
 
 import torch
+from torch import Tensor
 
-from llava.pruning.method import (
-    Picks,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    fuse,
-    register,
-    widen,
-)
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, register
+from llava.pruning.precision import widen
+from llava.pruning.selection.max_min import fuse
 
 
 @register

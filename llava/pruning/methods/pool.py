@@ -1,16 +1,11 @@
 """Average pooling."""
 
 import torch
+from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
-from llava.pruning.method import (
-    Merged,
-    PruningError,
-    PruningMethod,
-    Tensor,
-    VisualTokens,
-    register,
-)
+from llava.pruning.errors import PruningError
+from llava.pruning.method import Merged, PruningMethod, VisualTokens, register
 from llava.pruning.selection.lattice import Rectangle, lattice_shape, valid_rectangle
 
 

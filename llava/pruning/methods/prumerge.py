@@ -1,19 +1,11 @@
 """LLaVA-PruMerge."""
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from llava.pruning.method import (
-    Merged,
-    PruningMethod,
-    Tensor,
-    VisualTokens,
-    by_options,
-    option,
-    register,
-    selectable,
-    stack_merged,
-)
+from llava.pruning.method import Merged, PruningMethod, VisualTokens, option, register, varies
+from llava.pruning.selection.rows import selectable
 
 
 @register
@@ -52,13 +44,13 @@ class PruMerge(PruningMethod):
     emit_order: str = option("attention", choices=("attention", "raster"))
     single_head: bool = option(True)
 
-    @by_options(
+    @varies(
         ("features", "projector", "next_single_head_attention", "next_cls_attention", "next_keys")
     )
     def needs(self) -> tuple[str, ...]:
         return ("features", "projector", self._attention_key, "next_keys")
 
-    @by_options(True)
+    @varies(True)
     def fixed_count(self) -> bool:
         return not self.adaptive
 
@@ -75,7 +67,7 @@ class PruMerge(PruningMethod):
 
     def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
         tiles = enumerate(counts.tolist())
-        merged = stack_merged([self._merge_tile(tokens, tile, k - 1) for tile, k in tiles])
+        merged = Merged.stack([self._merge_tile(tokens, tile, k - 1) for tile, k in tiles])
         return merged if self.emit_order == "raster" else merged._replace(places=None)
 
     @property

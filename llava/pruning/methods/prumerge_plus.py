@@ -3,8 +3,10 @@
 import math
 
 import torch
+from torch import Tensor
 
-from llava.pruning.method import PruningError, Tensor, option, register
+from llava.pruning.errors import PruningError
+from llava.pruning.method import option, register
 from llava.pruning.methods.prumerge import PruMerge, count_outliers, unkept
 
 

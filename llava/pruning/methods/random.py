@@ -3,17 +3,9 @@
 import hashlib
 
 import torch
+from torch import Tensor
 
-from llava.pruning.method import (
-    Picks,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    option,
-    register,
-    stack_indices,
-)
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
 
 
 @register
@@ -39,7 +31,7 @@ class Random(PruningMethod):
             generator = torch.Generator().manual_seed(self._row_seed(rows.tokens, row, tokens))
             order = torch.randperm(len(tokens), generator=generator)[:count]
             picked.append(tokens[order.to(tokens.device)])
-        return stack_indices(picked)
+        return Picks.stack(picked)
 
     def _row_seed(self, visual: VisualTokens, row: int, tokens: Tensor) -> int:
         image = int(visual.image_index[row])

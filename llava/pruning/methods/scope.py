@@ -1,20 +1,11 @@
 """SCOPE."""
 
 import torch
+from torch import Tensor
 
-from llava.pruning.method import (
-    Picks,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    cosine,
-    first_argmax,
-    option,
-    register,
-    stack_picks,
-    widen,
-)
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.precision import widen
+from llava.pruning.selection.max_min import cosine, first_argmax
 
 
 @register
@@ -60,7 +51,7 @@ class Scope(PruningMethod):
             saliency = rows.scored[row, tokens].to(x.dtype) ** self.alpha
             picks = self.cover(cosine(x), saliency, count)
             picked.append(Picks(tokens[picks.indices], picks.margins))
-        return stack_picks(picked)
+        return Picks.stack(picked)
 
     def cover(self, similarity: Tensor, saliency: Tensor, count: int) -> Picks:
         """Return positions [count] of the greedy picks and their margins."""

@@ -1,19 +1,12 @@
 """VisionZip."""
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from llava.pruning.method import (
-    Merged,
-    PruningError,
-    PruningMethod,
-    Tensor,
-    VisualTokens,
-    option,
-    register,
-    stack_merged,
-    top_k,
-)
+from llava.pruning.errors import PruningError
+from llava.pruning.method import Merged, PruningMethod, VisualTokens, option, register
+from llava.pruning.selection.rows import top_k
 
 
 @register
@@ -60,7 +53,7 @@ class VisionZip(PruningMethod):
         few = torch.tensor([self._num_contextual(k) for k in counts.tolist()], dtype=torch.long)
         patches = counts - few - int(tokens.class_token)
         dominant = top_k(attention, patches, valid=tokens.valid).indices
-        return stack_merged(
+        return Merged.stack(
             [
                 self._merge_tile(tokens, tile, dominant[tile], count)
                 for tile, count in enumerate(few.tolist())

@@ -1,20 +1,12 @@
 """VisPruner."""
 
 import torch
+from torch import Tensor
 
-from llava.pruning.method import (
-    Picks,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    cosine,
-    option,
-    ranking,
-    register,
-    stack_indices,
-    widen,
-)
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.precision import widen
+from llava.pruning.selection.max_min import cosine
+from llava.pruning.selection.rows import ranking
 
 # Duplicates that leave in one round.
 ROUND = 8
@@ -64,7 +56,7 @@ class VisPruner(PruningMethod):
             similarity = cosine(widen(rows.tokens.features[row, rest]))
             diverse = drop_duplicates(similarity, count - important)
             picked.append(torch.cat([first, rest[diverse]]))
-        return stack_indices(picked)
+        return Picks.stack(picked)
 
 
 def drop_duplicates(similarity: Tensor, count: int) -> Tensor:

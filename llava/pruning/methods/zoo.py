@@ -1,20 +1,12 @@
 """ZOO-Prune."""
 
+from torch import Tensor
+
+from llava.pruning.errors import PruningError
 from llava.pruning.importance.projectors import low_rank, untrained
 from llava.pruning.importance.sensitivity import PRECISIONS, sensitivity
-from llava.pruning.method import (
-    Picks,
-    PruningError,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    by_options,
-    fuse,
-    option,
-    register,
-)
-from llava.pruning.selection.max_min import FUSIONS
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
+from llava.pruning.selection.max_min import FUSIONS, fuse
 
 
 @register
@@ -61,7 +53,7 @@ class Zoo(PruningMethod):
         if self.projector_weights == "untrained" and self.projector_rank is None:
             raise PruningError("projector_weights='untrained' needs a projector_rank, such as 128")
 
-    @by_options(True)
+    @varies(True)
     def compares(self) -> bool:
         return self.fusion != "sensitivity"
 

@@ -1,19 +1,11 @@
 """ZOO-Prune with exact derivatives."""
 
+from torch import Tensor
+
 from llava.pruning.importance.projectors import low_rank
 from llava.pruning.importance.sensitivity import sensitivity
-from llava.pruning.method import (
-    Picks,
-    PruningMethod,
-    Rows,
-    Tensor,
-    VisualTokens,
-    by_options,
-    fuse,
-    option,
-    register,
-)
-from llava.pruning.selection.max_min import FUSIONS
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
+from llava.pruning.selection.max_min import FUSIONS, fuse
 
 
 @register
@@ -36,7 +28,7 @@ class ZooExact(PruningMethod):
     fusion: str = option("multiply", choices=FUSIONS)
     projector_rank: int | None = option(None, at_least=1)
 
-    @by_options(True)
+    @varies(True)
     def compares(self) -> bool:
         return self.fusion != "sensitivity"
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.max_min import cosine, first_argmax
-from llava.pruning.selection.rows import Picks, check_counts, selectable, stack_picks
+from llava.pruning.selection.rows import Picks, check_counts, selectable
 
 # A token whose remaining volume is below this many roundings of its own is in the span of the
 # picked ones: what is left of it is noise.
@@ -61,7 +61,7 @@ def dpp(
             raise PruningError("quality holds NaN or inf")
         picked = greedy_map(similarity, own.to(dtype), count, rank_guard=rank_guard)
         rows.append(Picks(tokens[picked.indices], picked.margins))
-    return stack_picks(rows)
+    return Picks.stack(rows)
 
 
 @outside_autocast()

@@ -7,8 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.normalise import min_max
 from llava.pruning.precision import outside_autocast
-from llava.pruning.selection.rows import Picks, Rows, check_counts, selectable
-from llava.pruning.selection.topk import top_k
+from llava.pruning.selection.rows import Picks, Rows, check_counts, selectable, top_k
 
 FUSIONS = ("multiply", "sum", "sensitivity", "diversity")
 

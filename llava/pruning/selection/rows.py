@@ -1,4 +1,4 @@
-"""What a selection gets, `Rows`, and what comes of it: `Picks`, or `Merged` for new tokens."""
+"""What a selection gets, `Rows`, what comes of it, `Picks` or `Merged`, and plain top-k."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +22,19 @@ class Picks(NamedTuple):
     indices: Tensor
     margins: Tensor
 
+    @classmethod
+    def stack(cls, rows: "list[Picks] | list[Tensor]") -> "Picks":
+        """Join rows to one batch: picks of single rows, or indices [k] that were not ranked."""
+        picks = [
+            row if isinstance(row, Picks) else cls(row, no_choice(1, len(row), row.device)[0])
+            for row in rows
+        ]
+        indices, margins = zip(*picks, strict=True)
+        return cls(
+            pad_sequence(list(indices), batch_first=True, padding_value=-1),
+            pad_sequence(list(margins), batch_first=True, padding_value=torch.inf),
+        )
+
 
 class Merged(NamedTuple):
     """New tokens: `projected` [T, K, D], zero padded; `sources` BoolTensor [T, K, N].
@@ -35,6 +48,28 @@ class Merged(NamedTuple):
     projected: Tensor
     sources: Tensor
     places: Tensor | None = None
+
+    @classmethod
+    def stack(cls, tiles: list[tuple[Tensor, Tensor, Tensor]]) -> "Merged":
+        """Join (projected [K, D], sources [K, N], places [K]) of every tile to one batch."""
+        projected, sources, places = zip(*tiles, strict=True)
+        return cls(
+            pad_sequence(list(projected), batch_first=True),
+            pad_sequence(list(sources), batch_first=True),
+            pad_sequence(list(places), batch_first=True, padding_value=-1),
+        )
+
+    @classmethod
+    def as_picked(cls, tokens: VisualTokens, picks: Tensor) -> "Merged":
+        """Emit tokens in the order of LongTensor picks [T, K], repeats included.
+
+        For options that reproduce what no set of tokens in raster order can: such methods then
+        merge.
+        """
+        rows = picks.clamp(min=0)[..., None].expand(-1, -1, tokens.projected.shape[-1])
+        projected = tokens.projected.gather(1, rows).masked_fill((picks < 0)[..., None], 0)
+        every = torch.arange(tokens.projected.shape[1], device=picks.device)
+        return cls(projected, picks[..., None] == every)
 
 
 @dataclass(frozen=True)
@@ -70,6 +105,10 @@ class Rows:
             raise PruningError("a method that selects by scores must define score()")
         return self.scores
 
+    def highest(self) -> Picks:
+        """Pick the tokens with the highest scores of every row."""
+        return top_k(self.scored, self.counts, valid=self.valid)
+
 
 def selectable(z: Tensor, valid: Tensor | None, row: int) -> Tensor:
     """Return the indices of a row's valid tokens, LongTensor [n]; z is [R, N, ...]."""
@@ -102,35 +141,64 @@ def no_choice(rows: int, width: int, device: torch.device) -> Tensor:
     return torch.full((rows, width), torch.inf, dtype=torch.float32, device=device)
 
 
-def stack_picks(rows: list[Picks]) -> Picks:
-    """Join picks of single rows, indices [k] and margins [k], to one batch."""
-    indices = pad_sequence([row.indices for row in rows], batch_first=True, padding_value=-1)
-    margins = [row.margins for row in rows]
-    return Picks(indices, pad_sequence(margins, batch_first=True, padding_value=torch.inf))
+def top_k(scores: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> Picks:
+    """The k highest scores of every row, ties to the lowest index.
 
+    Args:
+        scores: [B, N] floating point.
+        k: one count, or LongTensor [B].
+        valid: BoolTensor [B, N]; False is never picked.
 
-def stack_indices(rows: list[Tensor]) -> Picks:
-    """Make picks without margins of one LongTensor [k] a row, for methods that rank nothing."""
-    indices = pad_sequence(rows, batch_first=True, padding_value=-1)
-    return Picks(indices, no_choice(indices.shape[0], indices.shape[1], indices.device))
-
-
-def stack_merged(tiles: list[tuple[Tensor, Tensor, Tensor]]) -> Merged:
-    """Join (projected [K, D], sources [K, N], places [K]) of every tile to one batch."""
-    projected, sources, places = zip(*tiles, strict=True)
-    return Merged(
-        pad_sequence(list(projected), batch_first=True),
-        pad_sequence(list(sources), batch_first=True),
-        pad_sequence(list(places), batch_first=True, padding_value=-1),
-    )
-
-
-def emit_as_picked(tokens: VisualTokens, picks: Tensor) -> Merged:
-    """Emit tokens in the order of LongTensor picks [T, K], repeats included.
-
-    For options that reproduce what no set of tokens in raster order can: such methods then merge.
+    Returns Picks: indices LongTensor [B, max k] ascending, as all are picked at once, padded with
+    -1; margins [B, max k]: in a row always the lowest score picked minus the highest left out.
+    Raises PruningError for NaN and for k above the number of valid tokens.
     """
-    rows = picks.clamp(min=0)[..., None].expand(-1, -1, tokens.projected.shape[-1])
-    projected = tokens.projected.gather(1, rows).masked_fill((picks < 0)[..., None], 0)
-    every = torch.arange(tokens.projected.shape[1], device=picks.device)
-    return Merged(projected, picks[..., None] == every)
+    counts = check_counts(k, scores, valid)
+    width = max(counts, default=0)
+    total = scores.shape[1]
+    if valid is None and 0 < width < total and counts.count(width) == len(counts):
+        highest = scores.topk(width + 1, dim=1)[0]
+        best_left = highest[:, width:]
+        places = (scores > best_left).nonzero()
+        # A tie at the edge leaves too few above it, and so does a NaN, which counts as highest.
+        if len(places) == width * len(counts):
+            margin = highest[:, width - 1 : width] - best_left
+            return Picks(places[:, 1].view(-1, width), margin.expand(-1, width))
+    return _top_k_of_any(scores, counts, valid)
+
+
+def fill_with_top_k(taken: list[int], scores: Tensor, valid: Tensor | None, count: int) -> Tensor:
+    """Return `count` tokens of one row, LongTensor: `taken`, then the others of highest scores."""
+    first = torch.tensor(taken, dtype=torch.long, device=scores.device)
+    rest = scores.index_fill(0, first, -torch.inf)[None]
+    free = None if valid is None else valid.index_fill(0, first, False)[None]
+    return torch.cat([first, top_k(rest, count - len(taken), valid=free).indices[0]])
+
+
+def _top_k_of_any(scores: Tensor, counts: list[int], valid: Tensor | None) -> Picks:
+    """`top_k` for ties, padding and a count for every row."""
+    if scores.isnan().any() if valid is None else scores.isnan().logical_and(valid).any():
+        raise PruningError("scores hold NaN; there is no highest one")
+    order = ranking(scores, valid)
+    width = max(counts, default=0)
+    slots = torch.arange(width, device=scores.device)
+    filled = slots < torch.tensor(counts, device=scores.device)[:, None]
+    last = torch.iinfo(order.dtype).max
+    picked = order[:, :width].masked_fill(~filled, last).sort(dim=1).values
+    ranked = scores if valid is None else scores.masked_fill(~valid, -torch.inf)
+    ranked = torch.nn.functional.pad(ranked.gather(1, order), (1, 1), value=-torch.inf)
+    edge = torch.tensor(counts, device=scores.device)[:, None]
+    lowest, best_left = ranked.gather(1, edge), ranked.gather(1, edge + 1)
+    margin = torch.where(lowest == best_left, 0, lowest - best_left)
+    margins = margin.expand(-1, width).masked_fill(~filled, torch.inf)
+    return Picks(picked.masked_fill(picked == last, -1), margins)
+
+
+def ranking(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """LongTensor [B, N]: indices by descending score, ties to the lowest, invalid tokens last."""
+    ranked = scores if valid is None else scores.masked_fill(~valid, -torch.inf)
+    order = ranked.argsort(dim=1, descending=True, stable=True)
+    if valid is None:
+        return order
+    # Valid tokens of score -inf come before invalid ones.
+    return order.gather(1, (~valid.gather(1, order)).byte().argsort(dim=1, stable=True))
