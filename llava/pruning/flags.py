@@ -1,7 +1,5 @@
 """The pruning flags of all commands: `--pruner`, its budget, its options, and CHOICES."""
 
-from __future__ import annotations
-
 import argparse
 
 from llava.pruning.config import CHOICES, PruningConfig, parse_options

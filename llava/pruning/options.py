@@ -48,11 +48,10 @@ def option(
 
 def check_options(method: Any) -> None:
     """Raise PruningError naming the first option of `method` with a value it does not take."""
-    hints = get_type_hints(type(method))
-    for declared in fields(method):
-        if declared.metadata:
-            value = getattr(method, declared.name)
-            _check(declared.name, value, hints[declared.name], **declared.metadata)
+    declared = [field for field in fields(method) if field.metadata]
+    hints = get_type_hints(type(method)) if declared else {}
+    for option in declared:
+        _check(option.name, getattr(method, option.name), hints[option.name], **option.metadata)
 
 
 def _check(
