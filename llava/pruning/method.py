@@ -49,7 +49,7 @@ class PruningMethod:
         merges: whether outputs are new vectors rather than some of the inputs.
         compares: whether it selects by how similar `Rows.z` are, times `Rows.weight`, so that
             others may wrap it (`cen-prune`).
-        equivariant: whether the selection follows the tokens wherever they stand; False where
+        equivariant: whether the selection follows the tokens wherever they are; False where
             places or a seed have a part in it.
         needs_grid: whether rows and columns of a tile count, so that tiles cannot be selected from
             as one.

@@ -39,7 +39,7 @@ def text_relevance(image: Tensor, text: Tensor) -> Tensor:
         text: [m, E] embeddings of the m segments.
 
     Returns:
-        [N] in float32 (float64 for float64). With CLIP, patches that show what the text speaks of
+        [N] in float32 (float64 for float64). With CLIP, patches that show what the text mentions
         have the *lower* cosines.
     """
     wide = torch.promote_types(image.dtype, torch.float32)

@@ -32,7 +32,7 @@ class CDPruner(PruningMethod):
         L     = diag(r) S diag(r),  S_ij = cos(x_i, x_j)
         kept    greedy MAP of the determinantal point process with kernel L
 
-    The sign is negative on purpose: CLIP's patches are less similar to a text that speaks of them.
+    The sign is negative on purpose: CLIP's patches are less similar to a text that mentions them.
     `relevance=auto` is `clip` where the vision tower has a text tower and `none` elsewhere, which
     the trace then names. `relevance=none` sets r = 1, so no instruction is read: that is the
     diversity half of CDPruner alone and has to be called so in a table. Its first pick is the first

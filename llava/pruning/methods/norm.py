@@ -10,7 +10,7 @@ from llava.pruning.selection.max_min import fuse
 
 @register
 class Norm(PruningMethod):
-    """||Z_i||_2 in the place of sensitivity, everything else as in `zoo`.
+    """Score tokens by their L2 norm, ||Z_i||_2, then select as `zoo` does.
 
     The cheapest query-blind score there is. Audits found projector sensitivity to rank tokens much
     like their norm on some models, so a method that measures more should beat this row.

@@ -12,15 +12,15 @@ from llava.pruning.methods.prumerge import PruMerge, count_outliers, unkept
 
 @register
 class PruMergePlus(PruMerge):
-    """PruMerge, with evenly spaced tokens beside the attended ones.
+    """PruMerge, with evenly spaced tokens in addition to the attended ones.
 
     Paper: as `prumerge`, arXiv 2403.15388. `adaptive=true` is the published rule: with a share r of
     patches attended to, every floor(floor(1 / r) / 3)-th token that is not kept yet comes too, some
     three for one. The released code stops with an error where no patch is attended to, or more than
     a third of them are; here it is at least one, and then every token comes.
 
-    A budget of k is split in one of two ways. `quarter` is ours, since nobody published how tables
-    of 64 or 128 tokens were made: of k - 1 tokens a quarter, rounded up, is attended to, the ratio
+    A budget of k is split in one of two ways. `quarter` is ours, since it was never published how
+    tables of 64 or 128 tokens were made: of k - 1 tokens a quarter, rounded up, is attended to, the ratio
     of the adaptive rule; the others lie evenly among the rest, starting with the first. `release`
     is the other branch of the released code: with a = (k - 1) / 2, the a highest, then every s-th
     token from s / 2 on, s = floor(n / a), whether kept already or not (it is then read twice, and

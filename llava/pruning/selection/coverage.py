@@ -1,4 +1,4 @@
-"""Greedy maximum coverage: the tokens that together stand for most of what there is."""
+"""Greedy maximum coverage: the tokens that together represent most of what there is."""
 
 import torch
 from torch import Tensor
@@ -21,11 +21,14 @@ def cover(similarity: Tensor, k: int, last: Tensor | None = None) -> Picks:
         k: how many, at most n.
         last: BoolTensor [n], columns that are picked only once all others are; None for none.
 
-    Returns Picks: positions LongTensor [k] in pick order and the margins [k] of the gain. Raises
-    PruningError for NaN or inf and for k above n.
+    Returns:
+        Positions LongTensor [k] in pick order and the margins [k] of the gain.
+
+    Raises:
+        PruningError: a similarity is NaN or inf, or k is above n.
     """
     if not similarity.isfinite().all():
-        raise PruningError("similarities hold NaN or inf")
+        raise PruningError("similarities contain NaN or inf")
     count = similarity.shape[1]
     if not 0 <= k <= count:
         raise PruningError(f"cannot pick {k} of {count} tokens")

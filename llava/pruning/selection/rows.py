@@ -40,8 +40,8 @@ class Merged(NamedTuple):
     """New tokens: `projected` [T, K, D], zero padded; `sources` BoolTensor [T, K, N].
 
     A token that is none of the N, such as the class token, has no source. `places` LongTensor
-    [T, K] says where outputs of crops (LLaVA-1.6) stand in the sequence: in the place of that patch
-    of their tile, or after all those, first -1, then -2, tile by tile. Base views, and everything
+    [T, K] says where outputs of crops (LLaVA-1.6) go in the sequence: to the place of that patch of
+    their tile, or after all those, first -1, then -2, tile by tile. Base views, and everything
     without `places`, are read in the order of K.
     """
 
@@ -142,16 +142,19 @@ def no_choice(rows: int, width: int, device: torch.device) -> Tensor:
 
 
 def top_k(scores: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> Picks:
-    """The k highest scores of every row, ties to the lowest index.
+    """Pick the k highest scores of every row, ties to the lowest index.
 
     Args:
         scores: [B, N] floating point.
         k: one count, or LongTensor [B].
         valid: BoolTensor [B, N]; False is never picked.
 
-    Returns Picks: indices LongTensor [B, max k] ascending, as all are picked at once, padded with
-    -1; margins [B, max k]: in a row always the lowest score picked minus the highest left out.
-    Raises PruningError for NaN and for k above the number of valid tokens.
+    Returns:
+        Indices LongTensor [B, max k] ascending, as all are picked at once, padded with -1; margins
+        [B, max k]: in a row always the lowest score picked minus the highest left out.
+
+    Raises:
+        PruningError: a score is NaN, or k is above the number of valid tokens.
     """
     counts = check_counts(k, scores, valid)
     width = max(counts, default=0)
@@ -176,9 +179,9 @@ def fill_with_top_k(taken: list[int], scores: Tensor, valid: Tensor | None, coun
 
 
 def _top_k_of_any(scores: Tensor, counts: list[int], valid: Tensor | None) -> Picks:
-    """`top_k` for ties, padding and a count for every row."""
+    """Do `top_k` for ties, padding and a count for every row."""
     if scores.isnan().any() if valid is None else scores.isnan().logical_and(valid).any():
-        raise PruningError("scores hold NaN; there is no highest one")
+        raise PruningError("scores contain NaN; there is no highest one")
     order = ranking(scores, valid)
     width = max(counts, default=0)
     slots = torch.arange(width, device=scores.device)
@@ -195,7 +198,7 @@ def _top_k_of_any(scores: Tensor, counts: list[int], valid: Tensor | None) -> Pi
 
 
 def ranking(scores: Tensor, valid: Tensor | None = None) -> Tensor:
-    """LongTensor [B, N]: indices by descending score, ties to the lowest, invalid tokens last."""
+    """Return indices by descending score, ties to the lowest, invalid last: [B, N]."""
     ranked = scores if valid is None else scores.masked_fill(~valid, -torch.inf)
     order = ranked.argsort(dim=1, descending=True, stable=True)
     if valid is None:
