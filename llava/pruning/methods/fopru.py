@@ -19,9 +19,8 @@ class FoPru(PruningMethod):
 
     Reconstructed: no code is public and the formula of s was not available to us. Here s is the
     mean over heads and over the patches' queries, `significance="received"`; "class" takes the
-    class token's query instead, which is FasterVLM. Where a budget ends inside a row, it is filled up
-    with the best patches of the next row, so that k tokens stay k tokens; the paper's
-    rounding is open.
+    class token's query instead, which is FasterVLM. A budget that ends inside a row is filled up
+    with that row's best patches, so that k tokens stay k tokens; the paper's rounding is open.
 
     Options: strategy `rank` | `row`; significance `received` | `class`; class_query, whether the
     class token counts among the queries of "received". A tower without one gives "received" for

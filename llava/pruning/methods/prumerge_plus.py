@@ -20,12 +20,12 @@ class PruMergePlus(PruMerge):
     a third of them are; here it is at least one, and then every token comes.
 
     A budget of k is split in one of two ways. `quarter` is ours, since it was never published how
-    tables of 64 or 128 tokens were made: of k - 1 tokens a quarter, rounded up, is attended to, the ratio
-    of the adaptive rule; the others lie evenly among the rest, starting with the first. `release`
-    is the other branch of the released code: with a = (k - 1) / 2, the a highest, then every s-th
-    token from s / 2 on, s = floor(n / a), whether kept already or not (it is then read twice, and
-    the token of the rest goes without as many of the first others). That fits some budgets only,
-    such as 65, 129, 145 and 193 of 576; others are an error that names the nearest.
+    tables of 64 or 128 tokens were made: of k - 1 tokens a quarter, rounded up, is attended to, the
+    ratio of the adaptive rule; the others lie evenly among the rest, starting with the first.
+    `release` is the other branch of the released code: with a = (k - 1) / 2, the a highest, then
+    every s-th token from s / 2 on, s = floor(n / a), whether kept already or not (it is then read
+    twice, and the token of the rest goes without as many of the first others). That fits some
+    budgets only, such as 65, 129, 145 and 193 of 576; others are an error that names the nearest.
 
     `adaptive=true` and `split="release"` equal recorded runs; `quarter` has nothing to equal.
 
