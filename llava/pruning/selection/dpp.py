@@ -6,7 +6,7 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.max_min import cosine, first_argmax
-from llava.pruning.selection.rows import Picks, check_counts, selectable
+from llava.pruning.selection.rows import Picks, check_rows, selectable
 
 # A token whose remaining volume is below this many roundings of its own is in the span of the
 # picked ones: what is left of it is noise.
@@ -45,12 +45,7 @@ def dpp(
     Raises:
         PruningError: NaN or inf, k above the number of valid tokens, or wrong shapes.
     """
-    if z.dim() != 3:
-        raise PruningError(f"z must be [B, N, D], got {list(z.shape)}")
-    for name, value in (("quality", quality), ("valid", valid)):
-        if value is not None and value.shape != z.shape[:2]:
-            raise PruningError(f"{name} must be {list(z.shape[:2])}, got {list(value.shape)}")
-    counts = check_counts(k, z, valid)
+    counts = check_rows(z, k, valid, quality=quality)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     rows = []
     for row, count in enumerate(counts):

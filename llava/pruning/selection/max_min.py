@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.normalise import min_max
 from llava.pruning.precision import outside_autocast
-from llava.pruning.selection.rows import Picks, Rows, check_counts, selectable, top_k
+from llava.pruning.selection.rows import Picks, Rows, check_rows, selectable, top_k
 
 FUSIONS = ("multiply", "sum", "sensitivity", "diversity")
 
@@ -93,16 +93,11 @@ def max_min_with_margins(
     as far from what was taken as rounding makes it, and may be taken again where others are no
     farther, as in DivPrune's released code.
     """
-    if z.dim() != 3:
-        raise PruningError(f"z must be [B, N, D], got {list(z.shape)}")
     if combine not in ("multiply", "sum"):
         raise PruningError(f"combine must be 'multiply' or 'sum', got {combine!r}")
     if first not in ("importance", "isolated") and not isinstance(first, int):
         raise PruningError(f"first must be 'importance', 'isolated' or an index, got {first!r}")
-    for name, value in (("weights", weights), ("valid", valid)):
-        if value is not None and value.shape != z.shape[:2]:
-            raise PruningError(f"{name} must be {list(z.shape[:2])}, got {list(value.shape)}")
-    counts = check_counts(k, z, valid)
+    counts = check_rows(z, k, valid, weights=weights)
     width = max(counts, default=0)
     dtype = z.dtype if precision == "model" else torch.promote_types(z.dtype, torch.float32)
     if width == 0:

@@ -129,6 +129,23 @@ def check_counts(k: int | Tensor, rows: Tensor, valid: Tensor | None) -> list[in
     return counts
 
 
+def check_rows(
+    z: Tensor, k: int | Tensor, valid: Tensor | None, **values: Tensor | None
+) -> list[int]:
+    """Return `k` as one int per row of z [B, N, D]; PruningError for wrong shapes and counts.
+
+    Args:
+        z, k, valid: what a selection gets.
+        values: what else it has for every token, [B, N], by name.
+    """
+    if z.dim() != 3:
+        raise PruningError(f"z must be [B, N, D], got {list(z.shape)}")
+    for name, value in {**values, "valid": valid}.items():
+        if value is not None and value.shape != z.shape[:2]:
+            raise PruningError(f"{name} must be {list(z.shape[:2])}, got {list(value.shape)}")
+    return check_counts(k, z, valid)
+
+
 def raster_order(indices: Tensor) -> Tensor:
     """Sort every row of LongTensor [R, K] ascending; the -1 padding stays at the end."""
     last = torch.iinfo(indices.dtype).max
