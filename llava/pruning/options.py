@@ -5,6 +5,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -49,9 +50,14 @@ def option(
 def check_options(method: Any) -> None:
     """Raise PruningError naming the first option of `method` with a value it does not take."""
     declared = [field for field in fields(method) if field.metadata]
-    hints = get_type_hints(type(method)) if declared else {}
+    hints = _hints(type(method)) if declared else {}
     for option in declared:
         _check(option.name, getattr(method, option.name), hints[option.name], **option.metadata)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _check(
