@@ -23,13 +23,13 @@ from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.engine import provenance
 from llava.eval.engine.schema import SCHEMA_VERSION, ResultError
 from llava.pruning import list_methods
-from llava.pruning.methods.hiprune import HiPrune, filled_up
+from llava.pruning.methods.hiprune import HiPrune
 from llava.pruning.methods.scope import Scope
-from llava.pruning.methods.vispruner import without_doubles
+from llava.pruning.methods.vispruner import drop_duplicates
 from llava.pruning.selection.coverage import cover
 from llava.pruning.selection.dpp import greedy_map
 from llava.pruning.selection.max_min import cosine, distances_of, first_score, greedy
-from llava.pruning.selection.topk import ranking, top_k
+from llava.pruning.selection.rows import fill_with_top_k, ranking, top_k
 from llava.storage import dump_json, write_atomically
 
 PROGRAM = "python benchmarks/selection_speed.py"
@@ -150,7 +150,7 @@ def duplicates_removed(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     half = k // 2
     order = ranking(weights[None])[0]
     rest = order[half:]
-    stay = without_doubles(similarity.index_select(0, rest).index_select(1, rest), k - half)
+    stay = drop_duplicates(similarity.index_select(0, rest).index_select(1, rest), k - half)
     return torch.cat([order[:half], rest[stay]])
 
 
@@ -171,7 +171,8 @@ def anchored(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     """`hiprune` with the released code's neighbours, on a grid 24 wide; in raster order."""
     method = HiPrune(wrap_neighbours=True)
     grid = (len(weights) // 24, 24)
-    return filled_up(method.anchored(weights.flip(0), None, grid, k), weights, None, k).sort()[0]
+    anchors = method.with_neighbours(weights.flip(0), None, grid, k)
+    return fill_with_top_k(anchors, weights, None, k).sort()[0]
 
 
 def published_anchored(similarity: Tensor, weights: Tensor, k: int) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llava.pruning.errors import PruningError, unknown
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 from llava.pruning.registry import get_method, make_method
 
 BUDGETS = ("keep_tokens", "keep_ratio")
