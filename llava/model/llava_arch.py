@@ -39,7 +39,7 @@ from llava.pruning.active import Prunable, prune
 from llava.pruning.config import PruningConfig
 from llava.pruning.layout import ImageLayout
 from llava.pruning.stage import prune_visual_tokens
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.tokens import ImageTokens, VisualTokens
 from llava.utils import UserInputError
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
@@ -268,14 +268,14 @@ class LlavaMetaForCausalLM(Prunable):
         """
         return add_questions(self, visual, questions)
 
-    def prune_visual_tokens(self, visual: VisualTokens) -> VisualTokens:
+    def prune_visual_tokens(self, visual: VisualTokens) -> ImageTokens:
         """Keep the tokens that the active settings keep; without settings nothing changes."""
         config = self.pruning
         return visual if config is None else prune_visual_tokens(visual, config)
 
     def splice_visual_tokens(
         self,
-        visual: VisualTokens | None,
+        visual: ImageTokens | None,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,

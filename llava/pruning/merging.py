@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,11 @@ from llava.pruning.config import PruningConfig
 from llava.pruning.layout import NEWLINE
 from llava.pruning.methods.base import Merged, refuse_non_finite
 from llava.pruning.selection.picks import no_choice
-from llava.pruning.tokens import TokenSequence, VisualTokens, raster_slots
+from llava.pruning.tokens import PrunedTokens, TokenSequence, VisualTokens, raster_slots
 from llava.pruning.trace import PruningTrace
 
 
-def merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]) -> VisualTokens:
+def merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]) -> PrunedTokens:
     """Replace the tokens of every tile that has a choice by new ones; newlines go.
 
     An image without a budget keeps its tokens and newlines; they are their own single source.
@@ -61,13 +60,15 @@ def merge(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]
         score_seconds=0.0,
         select_seconds=seconds,
     )
-    return replace(
-        visual,
-        projected=projected,
-        valid=filled.to(device),
+    return PrunedTokens(
+        projected,
+        filled.to(device),
+        visual.image_index,
+        sequences,
+        trace,
         sources=sources,
-        sequences=sequences,
-        trace=trace,
+        layouts=visual.layouts,
+        newline=visual.newline,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,13 @@ from llava.pruning.precision import outside_autocast
 from llava.pruning.released import applies_to, check_released, extra_places, released_counts
 from llava.pruning.room import fit_prompts
 from llava.pruning.selector import Selector
-from llava.pruning.tokens import TokenSequence, VisualTokens, raster_slots
+from llava.pruning.tokens import (
+    ImageTokens,
+    PrunedTokens,
+    TokenSequence,
+    VisualTokens,
+    raster_slots,
+)
 from llava.pruning.trace import PruningTrace
 from llava.utils import describe_value
 
@@ -28,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @outside_autocast()
-def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> VisualTokens:
+def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> ImageTokens:
     """Reduce every image of `visual` to `config.num_kept(its tokens)`.
 
     Scores and selection run without gradients and outside autocast; kept tokens keep their
@@ -39,8 +44,11 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> V
     Where a prompt leaves less room than that (`visual.prompts`), its images keep what there is, and
     one warning says how many.
 
-    Returns VisualTokens with projected [T, Kmax, D], valid [T, Kmax], kept (or sources), sequences
-    and trace. Raises PruningError for NaN or inf tokens and for budgets the method cannot meet.
+    Returns:
+        PrunedTokens, or `visual` itself.
+
+    Raises:
+        PruningError: NaN or inf tokens, or a budget that the method cannot meet.
     """
     if config is None:
         return visual
@@ -66,7 +74,7 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> V
     return pruned
 
 
-def _prune(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]) -> VisualTokens:
+def _prune(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]) -> PrunedTokens:
     if config.pruner.merges:
         return merge(visual, config, budgets)
     selector = Selector(visual, config, [i for i, k in enumerate(budgets) if k is not None])
@@ -109,7 +117,7 @@ def _choose_as_released(selector: Selector, budgets: list[int | None]) -> Tensor
     return chosen
 
 
-def _compact(selector: Selector, budgets: list[int | None], chosen: Tensor) -> VisualTokens:
+def _compact(selector: Selector, budgets: list[int | None], chosen: Tensor) -> PrunedTokens:
     """Gather what was chosen, and images kept whole, into [T, Kmax, D]."""
     visual, config = selector.visual, selector.config
     for image, budget in enumerate(budgets):
@@ -130,14 +138,16 @@ def _compact(selector: Selector, budgets: list[int | None], chosen: Tensor) -> V
         score_seconds=selector.score_seconds,
         select_seconds=selector.select_seconds,
     )
-    return replace(
-        visual,
-        projected=projected,
-        valid=filled,
+    return PrunedTokens(
+        projected,
+        filled,
+        visual.image_index,
+        sequences,
+        trace,
         kept=kept,
-        sequences=sequences,
         original_positions=config.positions == "original",
-        trace=trace,
+        layouts=visual.layouts,
+        newline=visual.newline,
     )
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.pruning.layout import Box
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.tokens import ImageTokens
 
 # (left, top, right, bottom) in whole pixels of the image, right and bottom excluded.
 Pixels = tuple[int, int, int, int]
@@ -30,7 +30,7 @@ def covered_pixels(box: Box, size: tuple[int, int]) -> Pixels:
     return inside(left, width), inside(top, height), inside(right, width), inside(bottom, height)
 
 
-def kept_pixels(visual: VisualTokens, image: int, size: tuple[int, int]) -> list[Pixels | None]:
+def kept_pixels(visual: ImageTokens, image: int, size: tuple[int, int]) -> list[Pixels | None]:
     """For every token that is left of `image`: the pixels of the original picture it shows.
 
     None for a newline. Tokens of padding and of the rim of a padded image may show none (an empty
@@ -43,7 +43,7 @@ def kept_pixels(visual: VisualTokens, image: int, size: tuple[int, int]) -> list
 
 
 def overlay_tokens(
-    image: Image.Image, visual: VisualTokens, index: int = 0, *, dim: float = 0.25
+    image: Image.Image, visual: ImageTokens, index: int = 0, *, dim: float = 0.25
 ) -> Image.Image:
     """The picture with what the kept tokens of image `index` show, everything else dimmed.
 
@@ -66,7 +66,7 @@ def overlay(
     pad: bool = True,
     dim: float = 0.25,
 ) -> Image.Image:
-    """As `overlay_tokens`, for one tile and without VisualTokens.
+    """As `overlay_tokens`, for one tile and without ImageTokens.
 
     Args:
         image: the picture the model was shown.
