@@ -50,6 +50,20 @@ class TokenSequence(NamedTuple):
     place: Tensor | None
     total: int
 
+    def keep(self, places: Tensor, slots: Tensor, width: int) -> TokenSequence:
+        """What is left of an unpruned sequence.
+
+        Args:
+            places: BoolTensor [n], which tokens are kept.
+            slots: LongTensor [tiles, N], the new slot of every patch that is kept.
+            width: the new number of slots of a tile.
+        """
+        place = places.nonzero().flatten()
+        source = self.source[place]
+        patch = source.clamp(min=0)
+        moved = patch // slots.shape[1] * width + slots.flatten()[patch]
+        return TokenSequence(moved.masked_fill(source == NEWLINE, NEWLINE), place, self.total)
+
 
 class Prompt(NamedTuple):
     """The images of one prompt, its tokens of text, and how long it may be with all of them."""
@@ -178,13 +192,12 @@ class VisualTokens(ImageTokens):
         class_token: whether the tower has one. Where it has none (SigLIP), everything in `extras`
             that is its attention is the mean over all patches' queries, and there is no
             `cls_feature`.
-        released: select as the code released with ZOO-Prune does on LLaVA-NeXT, see
-            `llava.pruning.released`.
+        tile_protocol: `mm_next_protocol`, how budgets of several tiles are counted: see
+            `llava.pruning.allocation.tile_protocols`.
         prompts: prompts of limited length: pruned images of one share its room.
         blank: BoolTensor [T, N]: patches of the padding that makes LLaVA-1.5's square, with nothing
             of the image in them. They are valid, the model reads them; a method may leave them
             out. None where the size of an image is unknown.
-        tile_budgets: count budgets of tiled images tile by tile, see `llava.pruning.tile_budgets`.
     """
 
     features: Tensor
@@ -197,10 +210,9 @@ class VisualTokens(ImageTokens):
     class_token: bool = True
     layouts: tuple[ImageLayout, ...] | None = None
     newline: Tensor | None = None
-    released: bool = False
+    tile_protocol: str = "native"
     prompts: tuple[Prompt, ...] = ()
     blank: Tensor | None = None
-    tile_budgets: bool = False
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]
@@ -226,15 +238,27 @@ class VisualTokens(ImageTokens):
             return [self.projected.shape[1]] * self.projected.shape[0]
         return [int(size) for size in self.valid.sum(dim=1).tolist()]
 
+    def valid_mask(self) -> Tensor:
+        """BoolTensor [T, N]: `valid`, all True where that is None."""
+        if self.valid is not None:
+            return self.valid
+        shape, device = self.projected.shape[:2], self.projected.device
+        return torch.ones(shape, dtype=torch.bool, device=device)
+
+    def lengths(self) -> list[int]:
+        """Tokens that the language model reads of every image if nothing is pruned."""
+        if self.layouts is not None:
+            return [len(layout.sequence) for layout in self.layouts]
+        sizes = self.tile_sizes()
+        return [sum(sizes[t] for t in self.tiles_of(image)) for image in range(self.num_images)]
+
     def sequence(self, image: int) -> TokenSequence:
         device = self.projected.device
         if self.layouts is not None:
             source = self.layouts[image].sequence.to(device)
         else:
             tiles = self.tiles_of(image)
-            source = torch.arange(len(tiles) * self.projected.shape[1], device=device)
-            if self.valid is not None:
-                source = source[self.valid[tiles].flatten()]
+            source = self.valid_mask()[tiles].flatten().nonzero().flatten()
         return TokenSequence(source, torch.arange(len(source), device=device), len(source))
 
     def subset(self, tiles: list[int]) -> VisualTokens:
@@ -344,3 +368,9 @@ def raster_slots(chosen: Tensor) -> Tensor:
     order = torch.arange(count, device=chosen.device).expand_as(chosen)
     order = order.masked_fill(~chosen, count).sort(dim=1).values[:, :width]
     return order.masked_fill(order == count, -1)
+
+
+def gather_slots(tokens: Tensor, kept: Tensor) -> Tensor:
+    """[T, K, D]: tokens [T, N, D] at LongTensor kept [T, K]; zero where that is -1."""
+    rows = kept.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, rows).masked_fill((kept < 0)[..., None], 0)

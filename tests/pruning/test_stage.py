@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llava.pruning import PruningConfig, PruningError, VisualTokens, prune, prune_visual_tokens
 from llava.pruning.active import Prunable
-from llava.pruning.budget import share_out
+from llava.pruning.allocation.budgets import share_out
 
 
 @pytest.mark.parametrize(
