@@ -268,15 +268,12 @@ class VisualTokens(ImageTokens):
         return _take_tiles(self, tiles, extras=self.tile_extras(tiles), layouts=None, prompts=())
 
     def take_images(self, images: Sequence[int]) -> VisualTokens:
-        tiles, index = _tiles_of_images(self, images)
+        tiles = [tile for image in images for tile in self.tiles_of(image)]
         extras = {
-            key: value if key in TILE_EXTRAS else [value[image] for image in images]
-            for key, value in self.tile_extras(tiles).items()
+            key: [value[entry] for entry in (tiles if key in TILE_EXTRAS else images)]
+            for key, value in self.extras.items()
         }
-        layouts = None if self.layouts is None else tuple(self.layouts[i] for i in images)
-        return _take_tiles(
-            self, tiles, image_index=index, extras=extras, layouts=layouts, prompts=()
-        )
+        return _take_images(self, images, extras=extras, prompts=())
 
     def extra(self, key: str) -> Any:
         """`extras[key]`.
@@ -331,12 +328,8 @@ class PrunedTokens(ImageTokens):
         return self.sequences[image]
 
     def take_images(self, images: Sequence[int]) -> PrunedTokens:
-        tiles, index = _tiles_of_images(self, images)
-        layouts = None if self.layouts is None else tuple(self.layouts[i] for i in images)
         sequences = tuple(self.sequences[image] for image in images)
-        return _take_tiles(
-            self, tiles, image_index=index, sequences=sequences, layouts=layouts, trace=None
-        )
+        return _take_images(self, images, sequences=sequences, trace=None)
 
 
 Tokens = TypeVar("Tokens", VisualTokens, PrunedTokens)
@@ -353,12 +346,14 @@ def _take_tiles(tokens: Tokens, tiles: list[int], **changes: Any) -> Tokens:
     return replace(tokens, **(taken | changes))
 
 
-def _tiles_of_images(tokens: ImageTokens, images: Sequence[int]) -> tuple[list[int], Tensor]:
-    """The tiles of the given images, and `image_index` of these tiles."""
+def _take_images(tokens: Tokens, images: Sequence[int], **changes: Any) -> Tokens:
+    """The tiles and layouts of the given images, with other fields changed."""
     groups = [tokens.tiles_of(image) for image in images]
-    tiles = [tile for group in groups for tile in group]
     owners = [position for position, group in enumerate(groups) for _ in group]
-    return tiles, torch.tensor(owners, device=tokens.image_index.device)
+    changes["image_index"] = torch.tensor(owners, device=tokens.image_index.device)
+    if tokens.layouts is not None:
+        changes["layouts"] = tuple(tokens.layouts[image] for image in images)
+    return _take_tiles(tokens, [tile for group in groups for tile in group], **changes)
 
 
 def raster_slots(chosen: Tensor) -> Tensor:

@@ -275,6 +275,18 @@ def test_prompts_share_their_room(name, caplog) -> None:
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("choice", [{}, {"allocation": "global"}])
+def test_an_image_below_its_budget_makes_room_too(choice) -> None:
+    """In a prompt with a pruned image; what it keeps is selected as if that had been asked for."""
+    visual = tiled(WIDE, ALONE)
+    limited = replace(visual, prompts=(Prompt((0, 1), 40, 100),))
+    out = prune_visual_tokens(limited, PruningConfig("zoo", keep_tokens=50, **choice))
+    assert out.trace.tokens_after == [30, 30]
+    want = prune_visual_tokens(visual, PruningConfig("zoo", keep_tokens=30, **choice))
+    for image in range(2):
+        assert torch.equal(out.embeddings(image), want.embeddings(image))
+
+
 def test_every_image_keeps_a_token_however_long_its_prompt(caplog) -> None:
     visual = tiled(*[ALONE] * 5)
     visual = replace(visual, prompts=(Prompt(tuple(range(5)), 400, 100),))
