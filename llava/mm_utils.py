@@ -146,9 +146,9 @@ def next_protocol(model_cfg: Any) -> str:
 
     ``native``: as the checkpoint was trained. ``fixed2880``: every image on a canvas of 2 x 2
     tiles, no unpadding and no newlines, as several papers count. ``zoo-release``: native, pruned
-    as ZOO-Prune's released code does, see ``llava.pruning.released``. ``spatial``: the canvas of
+    as ZOO-Prune's released code does, see ``llava.pruning.allocation``. ``spatial``: the canvas of
     ``native``, no unpadding and no newlines, and budgets counted tile by tile, as FasterVLM,
-    HiPrune, SCOPE, MMTok and VisionZip were released; see ``llava.pruning.tile_budgets``.
+    HiPrune, SCOPE, MMTok and VisionZip were released.
     ``spatial-filled``: the same on the canvas that the image fills best, as FasterVLM was.
 
     Raises:

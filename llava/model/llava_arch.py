@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mm_utils import SPATIAL_PROTOCOLS, next_protocol, unpad_image
+from llava.mm_utils import next_protocol, unpad_image
 from llava.model.finite import check_projected
 from llava.model.inputs import check_ids, check_images, check_prompt, check_sizes
 from llava.model.layouts import blank_patches, layouts_for, padding_mask, tile_grid
@@ -39,7 +39,7 @@ from llava.pruning.active import Prunable, prune
 from llava.pruning.config import PruningConfig
 from llava.pruning.layout import ImageLayout
 from llava.pruning.stage import prune_visual_tokens
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.tokens import ImageTokens, VisualTokens
 from llava.utils import UserInputError
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
@@ -238,7 +238,6 @@ class LlavaMetaForCausalLM(Prunable):
         valid = padding_mask(layouts)
         aspect = getattr(self.config, "image_aspect_ratio", None)
         blank = blank_patches(aspect, grid, tiles_of_images, sizes)
-        protocol = next_protocol(self.config)
         return VisualTokens(
             features=features,
             projected=projected,
@@ -251,8 +250,7 @@ class LlavaMetaForCausalLM(Prunable):
             layouts=layouts,
             class_token=tower.has_class_token,
             newline=self._newline(layouts),
-            released=protocol == "zoo-release",
-            tile_budgets=protocol in SPATIAL_PROTOCOLS,
+            tile_protocol=next_protocol(self.config),
         )
 
     def with_questions(self, visual: VisualTokens, questions: Sequence[str]) -> VisualTokens:
@@ -268,14 +266,14 @@ class LlavaMetaForCausalLM(Prunable):
         """
         return add_questions(self, visual, questions)
 
-    def prune_visual_tokens(self, visual: VisualTokens) -> VisualTokens:
+    def prune_visual_tokens(self, visual: VisualTokens) -> ImageTokens:
         """Keep the tokens that the active settings keep; without settings nothing changes."""
         config = self.pruning
         return visual if config is None else prune_visual_tokens(visual, config)
 
     def splice_visual_tokens(
         self,
-        visual: VisualTokens | None,
+        visual: ImageTokens | None,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import SPATIAL_PROTOCOLS, Size, next_protocol
+from llava.mm_utils import Size, next_protocol
 from llava.model.inputs import check_sizes
 from llava.model.layouts import layouts_for, padding_mask, tile_grid
 from llava.model.tiles import Images, flatten_tiles
-from llava.pruning.budget import image_budgets
-from llava.pruning.room import fit_prompts
+from llava.pruning.allocation import image_budgets
+from llava.pruning.allocation.budgets import lower_budgets
 from llava.pruning.tokens import Prompt, VisualTokens
 
 
@@ -69,7 +69,7 @@ def prompt_length(
         ids: int64 [L] with IMAGE_TOKEN_INDEX at every mark.
         images, image_sizes: the images of this prompt, see ``encode_visual_tokens``.
         give_way: count as ``generate`` does, where pruned images keep fewer tokens in a prompt of
-            limited length (``llava.pruning.room``); by default as the settings say.
+            limited length (``llava.pruning.allocation.budgets``); by default as the settings say.
 
     Raises:
         UserInputError: images that do not fit the model.
@@ -79,12 +79,12 @@ def prompt_length(
     visual = _shapes(model, images, image_sizes)
     config = model.pruning
     count = visual.num_images
-    totals = [visual.sequence(image).total for image in range(count)]
+    totals = visual.lengths()
     budgets = [None] * count if config is None else image_budgets(visual, config)
     limit = getattr(model.config, "tokenizer_model_max_length", None)
     if give_way and limit is not None:
         prompt = Prompt(tuple(range(count)), text, limit)
-        budgets, _ = fit_prompts(replace(visual, prompts=(prompt,)), budgets)
+        budgets, _ = lower_budgets(replace(visual, prompts=(prompt,)), budgets)
     kept = sum(
         total if budget is None else budget for total, budget in zip(totals, budgets, strict=True)
     )
@@ -143,7 +143,6 @@ def _shapes(model: Any, images: Images, image_sizes: Sequence[Size] | None) -> V
     tokens = tower.num_tokens if tiles.ndim == 4 else tiles.shape[1]
     grid = tile_grid(tower, tokens)
     layouts = layouts_for(model, grid, images, counts, check_sizes(image_sizes, len(counts)))
-    protocol = next_protocol(model.config)
     return VisualTokens(
         features=torch.zeros(len(tiles), tokens, 0),
         projected=torch.zeros(len(tiles), tokens, 0),
@@ -152,6 +151,5 @@ def _shapes(model: Any, images: Images, image_sizes: Sequence[Size] | None) -> V
         grid=grid,
         valid=padding_mask(layouts),
         layouts=layouts,
-        released=protocol == "zoo-release",
-        tile_budgets=protocol in SPATIAL_PROTOCOLS,
+        tile_protocol=next_protocol(model.config),
     )

@@ -1,4 +1,4 @@
-"""Which setting prunes a call: the model's default, or that of the caller's `with prune(...)`."""
+"""The setting that prunes a call: the model's default, or that of a `with prune(...)` block."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class Prunable:
     """A model that `prune` works on.
 
     Attributes:
-        default_pruning: the setting of callers outside any block. Subclasses decide where it is
-            kept.
+        default_pruning: the setting of callers outside any block. Subclasses decide where to store
+            it.
     """
 
     default_pruning: PruningConfig | None = None
 
     @property
     def prunable(self) -> Prunable:
-        """The model itself; a wrapper that passes attributes on, such as PEFT's, gives it too."""
+        """The model itself, also through a wrapper that passes attributes on, such as PEFT's."""
         return self
 
     @property
     def pruning(self) -> PruningConfig | None:
-        """The setting that counts for the caller; assigning changes the default of all callers."""
+        """The setting that applies to the caller; assigning changes the default of all callers."""
         for block in reversed(_blocks.get()):
             if block.model is self:
                 return block.config
@@ -54,20 +54,21 @@ class Prunable:
 def prune(
     model: Any, config: PruningConfig | Mapping[str, Any] | str | None = None, **settings: Any
 ) -> Iterator[PruningConfig | None]:
-    """`with prune(model, "zoo", keep_tokens=64): model.generate(...)`.
+    """Prune inside the block: `with prune(model, "zoo", keep_tokens=64): model.generate(...)`.
 
     The setting is the caller's own: other threads and tasks that use the model do not see it, and
     the model's default stays as it is. Like `torch.no_grad`, it does not reach into a thread that
     is started inside (`contextvars.copy_context().run` takes it along). Blocks nest; the innermost
-    counts. `prune(model)` switches pruning off inside the block. A generator that yields inside a
-    block leaves the block on for its caller until it goes on.
+    applies. `prune(model)` switches pruning off inside the block. A generator that yields inside a
+    block leaves the block on for its caller until it continues.
 
     Args:
         model: the model, a `Prunable`.
         config: a PruningConfig, its dict form, or a method name with budget and options in
             `settings`.
 
-    Raises PruningError if the model cannot be pruned or the settings are wrong.
+    Raises:
+        PruningError: the model cannot be pruned, or the settings are wrong.
     """
     target = getattr(model, "prunable", None)
     if not isinstance(target, Prunable):

@@ -18,7 +18,7 @@ BUDGETS = ("keep_tokens", "keep_ratio")
 
 
 class Choice(NamedTuple):
-    """A setting of few values, the first being the default, and what they mean."""
+    """The values that a setting takes, the default first, and what they mean."""
 
     values: tuple[str, ...]
     summary: str
@@ -44,20 +44,23 @@ class PruningConfig:
     Attributes:
         method: a registered name, see `list_methods()`.
         keep_tokens: visual tokens of one image that reach the language model, >= 1.
-        keep_ratio: alternatively a share in (0, 1] of the image's own tokens; an image of N
+        keep_ratio: alternatively, a share in (0, 1] of the image's own tokens: an image of N
             tokens keeps round(keep_ratio * N), at least 1.
         options: options of the method, by field name of its class.
-        allocation: images of several tiles (LLaVA-1.6) share their budget out, "per_tile", or
-            choose among all their tokens at once, "global".
-        newline: what becomes of the newline tokens of LLaVA-1.6 in a pruned image. "drop";
-            "keep" those of rows that still have a patch, within the budget; "select" lets them
-            compete with the patches, as DivPrune's released code does (with "global", and for
-            methods that do not score tokens).
+        allocation: for images of several tiles (LLaVA-1.6). "per_tile" shares the budget out
+            among the tiles; "global" selects among all tokens of the image at once.
+        newline: what to do with the newline tokens of LLaVA-1.6 in a pruned image. "drop" removes
+            them; "keep" keeps those of rows that still have a patch, within the budget; "select"
+            lets them compete with the patches, as DivPrune's released code does (with "global",
+            and for methods that do not score tokens).
         positions: "compact" numbers the kept sequence 0, 1, ...; "original" leaves every token at
             its position in the unpruned sequence.
 
-    Exactly one budget is required (`none` needs no budget). Raises PruningError otherwise, and for
-    unknown methods, options and settings that do not go together.
+    Exactly one budget is required (`none` needs no budget).
+
+    Raises:
+        PruningError: no budget or two, an unknown method or option, or settings that do not go
+            together.
     """
 
     method: str = "none"
@@ -104,7 +107,7 @@ class PruningConfig:
 
     @property
     def choices(self) -> dict[str, str]:
-        """The settings named in CHOICES that are not their defaults."""
+        """The settings of CHOICES that differ from their defaults."""
         values = {name: getattr(self, name) for name in CHOICES}
         return {name: v for name, v in values.items() if v != CHOICES[name].values[0]}
 
@@ -112,7 +115,7 @@ class PruningConfig:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
 
     def num_kept(self, n: int, patches: int | None = None) -> int:
-        """Tokens an image of `n` tokens keeps: a pure function, known before any feature is.
+        """Count the tokens that an image of `n` tokens keeps: a pure function, no features needed.
 
         Args:
             n: tokens of the unpruned image.
@@ -130,7 +133,7 @@ class PruningConfig:
         return min(kept, patches)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: `from_dict(config.to_dict()) == config`."""
+        """Return plain JSON, such that `from_dict(config.to_dict()) == config`."""
         data: dict[str, Any] = {"method": self.method}
         for name in BUDGETS:
             if getattr(self, name) is not None:
@@ -152,9 +155,10 @@ class PruningConfig:
 
     @classmethod
     def read(cls, value: Any) -> PruningConfig | None:
-        """A setting as users write it: a PruningConfig, its dict form, or None for no pruning.
+        """Read a setting as users write it: a PruningConfig, its dict form, or None for no pruning.
 
-        Raises PruningError for anything else.
+        Raises:
+            PruningError: it is anything else.
         """
         if value is None or isinstance(value, cls):
             return value
@@ -167,18 +171,20 @@ class PruningConfig:
 
     @classmethod
     def of(cls, method: str, **settings: Any) -> PruningConfig:
-        """`PruningConfig.of("zoo", keep_tokens=64, seed=1)`: all settings side by side."""
+        """Make a setting from keywords: `PruningConfig.of("zoo", keep_tokens=64, seed=1)`."""
         budget = {key: settings.pop(key) for key in (*BUDGETS, *ALIASES) if key in settings}
         choices = {key: settings.pop(key) for key in CHOICES if key in settings}
         return cls(method, **_budget(budget), options=settings, **choices)
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["directions=32", "fusion=sum"]` -> `{"directions": 32, "fusion": "sum"}`.
+    """Read options: `["directions=32", "fusion=sum"]` -> `{"directions": 32, "fusion": "sum"}`.
 
     A value is read as JSON where it is JSON (numbers, true, false, null), as `None`/`True`/`False`
-    in Python's spelling, otherwise as text. Raises PruningError for an item without `=` and for a
-    key given twice.
+    in Python's spelling, otherwise as text.
+
+    Raises:
+        PruningError: an item without `=`, or a key given twice.
     """
     python_words = {"None": None, "True": True, "False": False}
     options: dict[str, Any] = {}
@@ -194,7 +200,7 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
             continue
         try:
             options[key] = json.loads(text)
-        except (ValueError, RecursionError):  # no JSON, or more of it than can be read
+        except (ValueError, RecursionError):  # not JSON, or too deeply nested to be read
             options[key] = text
     return options
 
@@ -206,7 +212,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _budget(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The budget entries of `data` in our own words, other tools' words converted."""
+    """Read the budget in `data`, in our own words or converted from other tools' words."""
     words = [key for key in (*BUDGETS, *ALIASES) if data.get(key) is not None]
     if len(words) > 1:
         raise PruningError(f"give one budget, got {' and '.join(words)}")

@@ -1,4 +1,4 @@
-"""How the tiles of an image become one sequence of tokens, and where each of them looks."""
+"""How the tiles of an image become one sequence of tokens, and what each token shows."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ Box = tuple[float, float, float, float]
 class ImageLayout:
     """Tiles of one image: the base view first, then the crops of a canvas, row by row.
 
-    The canvas is the image fitted into (crop rows x crop columns) tiles and centred; what lies
-    around it is padding, which "unpad" cuts away. LLaVA-1.5 has the base view alone.
+    The canvas is the image fitted into (crop rows x crop columns) tiles and centred; around it is
+    padding, which "unpad" cuts away. LLaVA-1.5 has only the base view.
 
     Attributes:
         grid: (rows, columns) of patches in a tile.
         crops: (rows, columns) of tiles that form the canvas; (0, 0) without crops.
-        window: (top, left, rows, columns) of the canvas' patches that are read, the others being
-            padding; None for all.
+        window: (top, left, rows, columns) of the patches of the canvas that are read, the others
+            being padding; None for all.
         joined: canvas rows run across its tiles; False: one tile after the other.
-        newline: a newline token ends every row of the window, or the base view where it is alone.
+        newline: a newline token ends every row of the window, or the base view if there are no
+            crops.
         base_box, canvas_box: the part of the image that the base view and the canvas show; None
             where the image's size was not given.
     """
@@ -52,7 +53,7 @@ class ImageLayout:
 
     @property
     def sequence(self) -> Tensor:
-        """LongTensor [n] on the CPU, read only: what the unpruned model reads, in its order.
+        """LongTensor [n] on the CPU, not to be changed: what the unpruned model reads, in order.
 
         Entries are tile * patches + patch, or NEWLINE.
         """
@@ -60,12 +61,12 @@ class ImageLayout:
 
     @cached_property
     def tile_sizes(self) -> tuple[int, ...]:
-        """Patches of every tile that are no padding."""
+        """Patches of every tile that are not padding."""
         tokens = self.sequence[self.sequence != NEWLINE]
         return tuple(torch.bincount(tokens // self.patches, minlength=self.tiles).tolist())
 
     def newline_grid(self, ids: Tensor) -> Tensor:
-        """The part of `ids`, one per token of `sequence`, that newlines end: a view [rows, w + 1].
+        """View the part of `ids`, one per token of `sequence`, that newlines end: [rows, w + 1].
 
         The newline is the last of every row. [0, 1] for an image without newlines.
         """

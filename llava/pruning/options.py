@@ -47,10 +47,10 @@ def option(
     return field(default=default, default_factory=default_factory, metadata=rule)
 
 
-def check_options(method: object) -> None:
+def check_options(method: Any) -> None:
     """Raise PruningError naming the first option of `method` with a value it does not take."""
     declared = [field for field in fields(method) if field.metadata]
-    hints = _hints(type(method)) if declared else {}
+    hints = _hints(method.__class__) if declared else {}
     for option in declared:
         _check(option.name, getattr(method, option.name), hints[option.name], **option.metadata)
 

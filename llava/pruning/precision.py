@@ -11,10 +11,10 @@ from torch import Tensor
 
 @contextmanager
 def outside_autocast() -> Iterator[None]:
-    """Switch autocast off inside, on the CPU and on this machine's accelerator.
+    """Switch autocast off inside, on the CPU and on this machine's accelerator. Also a decorator.
 
-    Autocast would lower float32 products to half precision without a word: scores and distances
-    are differences of nearly equal numbers, so other tokens would be kept. Also a decorator.
+    Autocast would silently compute float32 products in half precision: scores and distances are
+    differences of nearly equal numbers, so other tokens would be kept.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu"} if accelerator is None else {"cpu", accelerator.type}

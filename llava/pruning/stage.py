@@ -1,34 +1,26 @@
-"""The pruning stage: budgets, select, gather, trace. Nothing else compacts tokens."""
+"""The pruning stage: count budgets, select or merge, gather what is left."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llava.pruning.budget import image_budgets, tile_counts
+from llava.pruning.allocation import allocation_for, image_budgets
+from llava.pruning.allocation.budgets import fit_prompts
+from llava.pruning.allocation.strategy import MethodRun, Selection
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
-from llava.pruning.layout import NEWLINE
 from llava.pruning.merging import merge
-from llava.pruning.newlines import choose_with_newlines
 from llava.pruning.precision import outside_autocast
-from llava.pruning.released import applies_to, check_released, extra_places, released_counts
-from llava.pruning.room import fit_prompts
-from llava.pruning.selector import Selector
-from llava.pruning.tokens import TokenSequence, VisualTokens, raster_slots
-from llava.pruning.trace import PruningTrace
+from llava.pruning.tokens import ImageTokens, PrunedTokens, VisualTokens, gather_slots, raster_slots
 from llava.utils import describe_value
-
-logger = logging.getLogger(__name__)
 
 
 @outside_autocast()
-def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> VisualTokens:
+def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> ImageTokens:
     """Reduce every image of `visual` to `config.num_kept(its tokens)`.
 
     Scores and selection run without gradients and outside autocast; kept tokens keep their
@@ -39,129 +31,35 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> V
     Where a prompt leaves less room than that (`visual.prompts`), its images keep what there is, and
     one warning says how many.
 
-    Returns VisualTokens with projected [T, Kmax, D], valid [T, Kmax], kept (or sources), sequences
-    and trace. Raises PruningError for NaN or inf tokens and for budgets the method cannot meet.
+    Returns:
+        PrunedTokens, or `visual` itself.
+
+    Raises:
+        PruningError: NaN or inf tokens, or a budget that the method cannot meet.
     """
     if config is None:
         return visual
     asked = image_budgets(visual, config)
     if all(budget is None for budget in asked):
         return visual
-    if visual.released:
-        check_released(config)
-    budgets, lowered = fit_prompts(visual, asked)
-    if lowered is None:
-        return _prune(visual, config, budgets)
-    try:
-        pruned = _prune(visual, config, budgets)
-    except PruningError as error:  # perhaps of a budget that nobody asked for
-        raise PruningError(
-            f"{error} ({lowered}; keep fewer tokens or shorten the prompt)"
-        ) from error
-    logger.warning(
-        "%s; visual tokens are dropped before any text is cut: keep fewer tokens or shorten the "
-        "prompt to choose the number yourself",
-        lowered,
-    )
-    return pruned
+    run = MethodRun(visual, config)
+    allocation = allocation_for(run)
+    with fit_prompts(visual, asked) as budgets:
+        if config.pruner.merges:
+            return merge(run, budgets)
+        return _gather(run, allocation.select(budgets))
 
 
-def _prune(visual: VisualTokens, config: PruningConfig, budgets: list[int | None]) -> VisualTokens:
-    if config.pruner.merges:
-        return merge(visual, config, budgets)
-    selector = Selector(visual, config, [i for i, k in enumerate(budgets) if k is not None])
-    chosen = _choose(selector, budgets)
-    return _compact(selector, budgets, chosen)
-
-
-def _choose(selector: Selector, budgets: list[int | None]) -> Tensor:
-    """BoolTensor over flat ids: what every image keeps."""
-    visual, config = selector.visual, selector.config
-    if visual.released:
-        return _choose_as_released(selector, budgets)
-
-    def pick(patches: list[int | None]) -> Tensor:
-        if config.allocation == "global":
-            return selector.globally(patches)
-        return selector.per_tile(tile_counts(visual, patches))
-
-    return (
-        choose_with_newlines(selector, budgets, pick) if config.newline == "keep" else pick(budgets)
-    )
-
-
-def _choose_as_released(selector: Selector, budgets: list[int | None]) -> Tensor:
-    """The rules of `llava.pruning.released` for images that they apply to."""
-    visual, config = selector.visual, selector.config
-    counts = tile_counts(visual, budgets)
-    images = {
-        image: budget
-        for image, budget in enumerate(budgets)
-        if budget is not None and applies_to(visual, image)
-    }
-    for image, budget in images.items():
-        shares = released_counts(visual, config, image, budget)
-        for tile, share in zip(visual.tiles_of(image), shares, strict=True):
-            counts[tile] = share
-    chosen = selector.per_tile(counts)
-    for image in images:
-        chosen[selector.ids[image][extra_places(visual, image)]] = True
-    return chosen
-
-
-def _compact(selector: Selector, budgets: list[int | None], chosen: Tensor) -> VisualTokens:
-    """Gather what was chosen, and images kept whole, into [T, Kmax, D]."""
-    visual, config = selector.visual, selector.config
-    for image, budget in enumerate(budgets):
-        if budget is None:
-            chosen[selector.ids[image]] = True
-    tiles, count = visual.projected.shape[:2]
-    kept = raster_slots(chosen[: tiles * count].view(tiles, count))
-    filled = kept >= 0
-    rows = kept.clamp(min=0)[..., None].expand(-1, -1, visual.projected.shape[-1])
-    projected = visual.projected.gather(1, rows).masked_fill(~filled[..., None], 0)
-    sequences = _sequences(selector, chosen, kept)
-    trace = PruningTrace(
-        method=config.pruner.label(visual),
-        kept=kept,
-        margins=selector.margins,
-        tokens_before=[len(ids) for ids in selector.ids],
-        tokens_after=[len(sequence.source) for sequence in sequences],
-        score_seconds=selector.score_seconds,
-        select_seconds=selector.select_seconds,
-    )
-    return replace(
-        visual,
-        projected=projected,
-        valid=filled,
-        kept=kept,
-        sequences=sequences,
-        original_positions=config.positions == "original",
-        trace=trace,
-    )
-
-
-def _sequences(selector: Selector, chosen: Tensor, kept: Tensor) -> tuple[TokenSequence, ...]:
-    """Every image's sequence without what was not chosen."""
-    tiles, slots = kept.shape
-    count = selector.visual.features.shape[1]
-    # The slot of every kept patch; the column at the end takes the padding of `kept`.
-    slot_of = torch.full((tiles, count + 1), NEWLINE, device=kept.device)
-    slot = torch.arange(slots, device=kept.device).expand_as(kept)
-    slot_of.scatter_(1, kept.masked_fill(kept < 0, count), slot)
-    slot_of = slot_of[:, :count]
-    sequences = []
-    for image, ids in enumerate(selector.ids):
-        place = chosen[ids].nonzero().flatten()
-        left = ids[place]
-        is_patch = left < tiles * count
-        flat = left.masked_fill(~is_patch, 0)
-        first = selector.visual.tiles_of(image)[0]
-        source = (flat // count - first) * slots + slot_of.flatten()[flat]
-        sequences.append(
-            TokenSequence(source.masked_fill(~is_patch, NEWLINE), place, total=len(ids))
-        )
-    return tuple(sequences)
+def _gather(run: MethodRun, selected: Selection) -> PrunedTokens:
+    """Gather what was selected into [T, Kmax, D]."""
+    visual, patches = run.visual, run.patches_at(selected.places)
+    kept, slots = raster_slots(patches), patches.cumsum(dim=1) - 1
+    sequences = [
+        sequence.keep(places, slots[visual.tiles_of(image)], kept.shape[1])
+        for image, (sequence, places) in enumerate(zip(run.sequences, selected.places, strict=True))
+    ]
+    projected = gather_slots(visual.projected, kept)
+    return run.result(projected, kept >= 0, sequences, selected.margins, kept=kept)
 
 
 def select(
@@ -175,7 +73,7 @@ def select(
     extras: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Choose tokens of one image without any LLaVA model.
+    """Select tokens of one image without any LLaVA model.
 
     Args:
         method: registered name of a method that selects.
@@ -187,7 +85,11 @@ def select(
         extras: what else the method needs, lists of one entry, see `VisualTokens.extras`.
         options: options of the method.
 
-    Returns LongTensor [min(keep_tokens, N)], ascending. Raises PruningError.
+    Returns:
+        LongTensor [min(keep_tokens, N)], ascending.
+
+    Raises:
+        PruningError: an input or a setting that the method cannot take.
     """
     config = PruningConfig.of(method, keep_tokens=keep_tokens, **options)
     for need, value in (("features", features), ("projector", projector)):
@@ -214,7 +116,7 @@ def select(
 
 
 def _check_tokens(name: str, tokens: Any) -> None:
-    """Raise PruningError unless `tokens` is what `select` takes, floating point [N >= 1, D]."""
+    """Refuse `tokens` that are not floating point [N >= 1, D]."""
     real = isinstance(tokens, Tensor) and tokens.is_floating_point()
     if not real or tokens.ndim != 2 or len(tokens) == 0:
         raise PruningError(
@@ -231,15 +133,16 @@ def _grid(grid: Any, count: int) -> tuple[int, int]:
     pair = isinstance(grid, (tuple, list)) and len(grid) == 2
     if not pair or any(type(edge) is not int or edge < 1 for edge in grid):
         raise PruningError(f"grid must be two whole numbers (rows, cols), got {grid!r}")
-    rows, cols = grid
-    if rows * cols != count:
-        raise PruningError(f"grid {(rows, cols)} does not hold {count} tokens")
-    return rows, cols
+    return grid[0], grid[1]
 
 
 @outside_autocast()
 def importance_of(config: PruningConfig, visual: VisualTokens) -> Tensor:
-    """[T, N] raw importance a method gives every token; PruningError if it scores none."""
+    """Return the raw scores [T, N] that the method of `config` gives every token.
+
+    Raises:
+        PruningError: the method does not score tokens.
+    """
     with torch.no_grad():
         importance = config.pruner.score(visual)
     if importance is None:

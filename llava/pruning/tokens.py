@@ -1,10 +1,10 @@
-"""VisualTokens: what the vision side of a model hands to the pruning stage, and gets back."""
+"""Tokens of a batch of images: `VisualTokens` as encoded, `PrunedTokens` as pruning leaves them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +31,38 @@ CLASS_ATTENTION = ("cls_attention", "next_cls_attention", "next_single_head_atte
 # Keys of `extras` that hold one entry per tile; the others hold one per image.
 TILE_EXTRAS = ("image_digest", "clip_image", *ENCODER_EXTRAS)
 
+# Fields of VisualTokens and PrunedTokens that are tensors with one row per tile.
+_TILE_FIELDS = ("features", "projected", "image_index", "valid", "blank", "kept", "sources")
+
 
 class TokenSequence(NamedTuple):
-    """The tokens of one image in the order the language model reads them.
+    """The tokens of one image in the order in which the language model reads them.
 
     Attributes:
         source: LongTensor [n]: tile * K + slot, counting the image's own tiles and their K slots in
             `projected`; NEWLINE for a newline.
-        place: LongTensor [n], ascending: where each stood in the unpruned sequence; None for
-            merged tokens, which stood nowhere.
+        place: LongTensor [n], ascending: the position of each in the unpruned sequence; None for
+            merged tokens, which have none.
         total: length of the unpruned sequence.
     """
 
     source: Tensor
     place: Tensor | None
     total: int
+
+    def keep(self, places: Tensor, slots: Tensor, width: int) -> TokenSequence:
+        """What is left of an unpruned sequence.
+
+        Args:
+            places: BoolTensor [n], which tokens are kept.
+            slots: LongTensor [tiles, N], the new slot of every patch that is kept.
+            width: the new number of slots of a tile.
+        """
+        place = places.nonzero().flatten()
+        source = self.source[place]
+        patch = source.clamp(min=0)
+        moved = patch // slots.shape[1] * width + slots.flatten()[patch]
+        return TokenSequence(moved.masked_fill(source == NEWLINE, NEWLINE), place, self.total)
 
 
 class Prompt(NamedTuple):
@@ -61,23 +78,100 @@ class Prompt(NamedTuple):
         return max(self.limit - self.text, len(self.images))
 
 
-@dataclass
-class VisualTokens:
-    """Visual tokens of a batch, flat over tiles.
+class ImageTokens:
+    """What the language model reads of a batch of images, pruned or not.
 
-    An image owns one tile (LLaVA-1.5) or several (base view first, then crops); tiles of one
-    image are consecutive. T tiles, N patches a tile, in raster order.
+    Base of `VisualTokens` and `PrunedTokens`. T tiles with K tokens each; an image owns one tile
+    (LLaVA-1.5) or several (base view first, then crops), which are consecutive.
 
     Attributes:
-        features: [T, N, Dv], output of the vision tower. Never changed by the stage.
-        projected: [T, N, D], output of the projector; after the stage [T, Kmax, D], kept tokens
-            in raster order, zero where `valid` is False.
-        projector: the module that maps `features` to `projected`.
+        projected: [T, K, D], the tokens of every tile.
         image_index: LongTensor [T], which image (of the flat batch) a tile belongs to, 0-based
-            and non-decreasing. May live on the CPU.
+            and non-decreasing. May be on the CPU.
+        layouts: how each image's tiles follow each other; None: one after the other.
+        newline: [D] embedding of the newline token, where a layout has any.
+        kept, sources, trace, original_positions: see `PrunedTokens`; as here where nothing was
+            pruned.
+    """
+
+    projected: Tensor
+    image_index: Tensor
+    layouts: tuple[ImageLayout, ...] | None
+    newline: Tensor | None
+    kept: Tensor | None = None
+    sources: Tensor | None = None
+    trace: PruningTrace | None = None
+    original_positions: bool = False
+
+    @property
+    def num_images(self) -> int:
+        """Images of the batch (highest image index + 1)."""
+        return int(self.image_index.max()) + 1 if self.image_index.numel() else 0
+
+    def tiles_of(self, image: int) -> list[int]:
+        """Tile numbers of one image, base tile first.
+
+        Raises:
+            PruningError: the batch has no such image.
+        """
+        tiles = [t for t, owner in enumerate(self.image_index.tolist()) if owner == image]
+        if not tiles:
+            raise PruningError(f"no image {image}; this batch has {self.num_images}")
+        return tiles
+
+    def sequence(self, image: int) -> TokenSequence:
+        """The tokens of `image` in the order in which the language model reads them."""
+        raise NotImplementedError
+
+    def take_images(self, images: Sequence[int]) -> ImageTokens:
+        """The given images in that order, repeats allowed, numbered from 0.
+
+        They come without prompts and without a trace, which describe the whole batch.
+        """
+        raise NotImplementedError
+
+    def embeddings(self, image: int) -> Tensor:
+        """[n, D]: what the language model reads of `image`, newlines included."""
+        tiles = self.tiles_of(image)
+        tokens = self.projected[tiles[0] : tiles[-1] + 1].flatten(0, 1)
+        source = self.sequence(image).source
+        if self.newline is None:
+            return tokens[source]
+        line = self.newline.to(tokens.device, tokens.dtype)
+        return torch.where((source == NEWLINE)[:, None], line, tokens[source.clamp(min=0)])
+
+    def boxes(self, image: int) -> list[Box | None]:
+        """For every token that is left of `image`: the part of the image that it shows.
+
+        (left, top, right, bottom) in pixels of the original image; None for newlines. Patches at
+        the edge of a padded image reach beyond it.
+
+        Raises:
+            PruningError: the encoder was not told the image's size, or tokens were merged.
+        """
+        place = self.sequence(image).place
+        if place is None:
+            raise PruningError("merged tokens show no single part of the image")
+        layout = None if self.layouts is None else self.layouts[image]
+        if layout is None or layout.base_box is None:
+            raise PruningError("the size of the image is unknown; pass image_sizes to the encoder")
+        return [layout.box(index) for index in layout.sequence[place.cpu()].tolist()]
+
+
+@dataclass
+class VisualTokens(ImageTokens):
+    """Visual tokens of a batch as the vision side of a model encodes them: input of the stage.
+
+    Flat over tiles: T tiles, N patches a tile, in raster order.
+
+    Attributes:
+        features: [T, N, Dv], output of the vision tower.
+        projected: [T, N, D], output of the projector.
+        projector: the module that maps `features` to `projected`.
+        image_index, layouts, newline: see `ImageTokens`.
         grid: (rows, cols) of a tile's patches, rows * cols = N.
-        valid: BoolTensor [T, N] (after the stage [T, Kmax]): False marks padding, which is never
-            selected and never reaches the language model. None: everything is valid.
+        valid: BoolTensor [T, N]: False marks padding, which is never selected and never reaches the
+            language model. None: everything is valid.
         extras: what the pipeline collected because the active method named it in its `needs`
             flag. Known keys: `image_digest` (list of T ints: a hash of each tile's pixels, so
             that `random` draws do not move with floating-point noise of the tower),
@@ -98,21 +192,12 @@ class VisualTokens:
         class_token: whether the tower has one. Where it has none (SigLIP), everything in `extras`
             that is its attention is the mean over all patches' queries, and there is no
             `cls_feature`.
-        layouts: how each image's tiles follow each other; None: one after the other.
-        newline: [D] embedding of the newline token, where a layout has any.
-        released: select as the code released with ZOO-Prune does on LLaVA-NeXT, see
-            `llava.pruning.released`.
+        tile_protocol: `mm_next_protocol`, how budgets of several tiles are counted: see
+            `llava.pruning.allocation.tile_protocols`.
         prompts: prompts of limited length: pruned images of one share its room.
-        kept: LongTensor [T, Kmax], index of every kept token in its tile, padded with -1. None
-            before the stage, and after it for methods that merge.
-        sources: BoolTensor [T, Kmax, N] of methods that merge: the tokens each output was made of.
-        sequences: what the language model reads of each image, after the stage.
-        original_positions: kept tokens and text keep the positions of the unpruned sequence.
-        trace: what the stage did; None before it and when it had nothing to do.
-        blank: BoolTensor [T, N], before the stage: patches of the padding that makes LLaVA-1.5's
-            square, with nothing of the image in them. They are valid, the model reads them; a
-            method may leave them out. None where the size of an image is unknown.
-        tile_budgets: count budgets of tiled images tile by tile, see `llava.pruning.tile_budgets`.
+        blank: BoolTensor [T, N]: patches of the padding that makes LLaVA-1.5's square, with nothing
+            of the image in them. They are valid, the model reads them; a method may leave them
+            out. None where the size of an image is unknown.
     """
 
     features: Tensor
@@ -125,144 +210,77 @@ class VisualTokens:
     class_token: bool = True
     layouts: tuple[ImageLayout, ...] | None = None
     newline: Tensor | None = None
-    released: bool = False
+    tile_protocol: str = "native"
     prompts: tuple[Prompt, ...] = ()
-    kept: Tensor | None = None
-    sources: Tensor | None = None
-    sequences: tuple[TokenSequence, ...] | None = None
-    original_positions: bool = False
-    trace: PruningTrace | None = None
     blank: Tensor | None = None
-    tile_budgets: bool = False
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]
-        pruned = self.kept is not None or self.sources is not None
-        if self.features.shape[0] != tiles or (not pruned and self.features.shape[1] != count):
+        if self.features.shape[:2] != (tiles, count):
             raise PruningError(
                 f"features {tuple(self.features.shape)} and projected "
                 f"{tuple(self.projected.shape)} must share tiles and tokens [T, N, ...]"
             )
         if self.image_index.shape != (tiles,):
             raise PruningError(f"image_index must be [{tiles}], got {[*self.image_index.shape]}")
-        if not pruned and self.grid[0] * self.grid[1] != count:
+        if self.grid[0] * self.grid[1] != count:
             raise PruningError(f"grid {self.grid} does not hold {count} tokens a tile")
-        if self.valid is not None and self.valid.shape != (tiles, count):
-            raise PruningError(f"valid must be [{tiles}, {count}], got {[*self.valid.shape]}")
-        if not pruned and self.blank is not None and self.blank.shape != (tiles, count):
-            raise PruningError(f"blank must be [{tiles}, {count}], got {[*self.blank.shape]}")
-
-    @property
-    def num_images(self) -> int:
-        """Images of the batch (highest image index + 1)."""
-        return int(self.image_index.max()) + 1 if self.image_index.numel() else 0
+        for name in ("valid", "blank"):
+            mask = getattr(self, name)
+            if mask is not None and mask.shape != (tiles, count):
+                raise PruningError(f"{name} must be [{tiles}, {count}], got {[*mask.shape]}")
 
     def tile_sizes(self) -> list[int]:
         """Valid tokens of every tile, length T."""
-        if self.layouts is not None and self.sequences is None:
+        if self.layouts is not None:
             return [size for layout in self.layouts for size in layout.tile_sizes]
         if self.valid is None:
             return [self.projected.shape[1]] * self.projected.shape[0]
         return [int(size) for size in self.valid.sum(dim=1).tolist()]
 
-    def tiles_of(self, image: int) -> list[int]:
-        """Tile numbers of one image, base tile first."""
-        return [t for t, owner in enumerate(self.image_index.tolist()) if owner == image]
+    def valid_mask(self) -> Tensor:
+        """BoolTensor [T, N]: `valid`, all True where that is None."""
+        if self.valid is not None:
+            return self.valid
+        shape, device = self.projected.shape[:2], self.projected.device
+        return torch.ones(shape, dtype=torch.bool, device=device)
+
+    def lengths(self) -> list[int]:
+        """Tokens that the language model reads of every image if nothing is pruned."""
+        if self.layouts is not None:
+            return [len(layout.sequence) for layout in self.layouts]
+        sizes = self.tile_sizes()
+        return [sum(sizes[t] for t in self.tiles_of(image)) for image in range(self.num_images)]
 
     def sequence(self, image: int) -> TokenSequence:
-        """The tokens of `image` in the order the language model reads them."""
-        if self.sequences is not None:
-            return self.sequences[image]
         device = self.projected.device
         if self.layouts is not None:
             source = self.layouts[image].sequence.to(device)
         else:
-            tiles = self._own_tiles(image)
-            source = torch.arange(len(tiles) * self.projected.shape[1], device=device)
-            if self.valid is not None:
-                source = source[self.valid[tiles].flatten()]
+            tiles = self.tiles_of(image)
+            source = self.valid_mask()[tiles].flatten().nonzero().flatten()
         return TokenSequence(source, torch.arange(len(source), device=device), len(source))
-
-    def embeddings(self, image: int) -> Tensor:
-        """[n, D]: what the language model reads of `image`, newlines included."""
-        tiles = self._own_tiles(image)
-        tokens = self.projected[tiles[0] : tiles[-1] + 1].flatten(0, 1)
-        source = self.sequence(image).source
-        if self.newline is None:
-            return tokens[source]
-        line = self.newline.to(tokens.device, tokens.dtype)
-        return torch.where((source == NEWLINE)[:, None], line, tokens[source.clamp(min=0)])
-
-    def boxes(self, image: int) -> list[Box | None]:
-        """For every token that is left of `image`: the part of the image it shows.
-
-        (left, top, right, bottom) in pixels of the original image; None for newlines. Patches at
-        the edge of a padded image reach beyond it. Raises PruningError where the encoder was not
-        told the image's size, and for merged tokens.
-        """
-        place = self.sequence(image).place
-        if place is None:
-            raise PruningError("merged tokens show no single part of the image")
-        layout = None if self.layouts is None else self.layouts[image]
-        if layout is None or layout.base_box is None:
-            raise PruningError("the size of the image is unknown; pass image_sizes to the encoder")
-        return [layout.box(index) for index in layout.sequence[place.cpu()].tolist()]
 
     def subset(self, tiles: list[int]) -> VisualTokens:
         """Some tiles, as a method sees them: image numbers stay, layouts and prompts are gone."""
         if tiles == list(range(self.projected.shape[0])):
             return self
-        rows = torch.tensor(tiles, dtype=torch.long)
-        on = rows.to(self.projected.device)
-        return replace(
-            self,
-            features=self.features[on],
-            projected=self.projected[on],
-            image_index=self.image_index[rows.to(self.image_index.device)],
-            valid=None if self.valid is None else self.valid[on],
-            blank=None if self.blank is None else self.blank[on.to(self.blank.device)],
-            extras=self.tile_extras(tiles),
-            layouts=None,
-            prompts=(),
-        )
+        return _take_tiles(self, tiles, extras=self.tile_extras(tiles), layouts=None, prompts=())
 
     def take_images(self, images: Sequence[int]) -> VisualTokens:
-        """The given images in that order, repeats allowed, numbered from 0.
-
-        They come without prompts and without a trace, which describe the whole batch.
-        """
-        groups = [self._own_tiles(image) for image in images]
-        tiles = [tile for group in groups for tile in group]
-        owners = [position for position, group in enumerate(groups) for _ in group]
-        rows = torch.tensor(tiles, device=self.projected.device)
-
-        def of_tiles(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows.to(tensor.device)]
-
-        def of_images(values: Sequence[Any] | None) -> Any:
-            return None if values is None else tuple(values[image] for image in images)
-
-        extras = self.tile_extras(tiles)
-        for key in extras.keys() - set(TILE_EXTRAS):
-            extras[key] = list(of_images(extras[key]))
-        return replace(
-            self,
-            features=self.features[rows.to(self.features.device)],
-            projected=self.projected[rows],
-            image_index=torch.tensor(owners, device=self.image_index.device),
-            valid=of_tiles(self.valid),
-            blank=of_tiles(self.blank),
-            extras=extras,
-            layouts=of_images(self.layouts),
-            prompts=(),
-            kept=of_tiles(self.kept),
-            sources=of_tiles(self.sources),
-            sequences=of_images(self.sequences),
-            trace=None,
-        )
+        tiles = [tile for image in images for tile in self.tiles_of(image)]
+        extras = {
+            key: [value[entry] for entry in (tiles if key in TILE_EXTRAS else images)]
+            for key, value in self.extras.items()
+        }
+        return _take_images(self, images, extras=extras, prompts=())
 
     def extra(self, key: str) -> Any:
-        """`extras[key]`; PruningError where the pipeline did not provide it."""
+        """`extras[key]`.
+
+        Raises:
+            PruningError: the pipeline did not provide it.
+        """
         if key not in self.extras:
             raise PruningError(
                 f"these visual tokens came without {key!r}, which the method reads; "
@@ -277,11 +295,65 @@ class VisualTokens:
             for key, value in self.extras.items()
         }
 
-    def _own_tiles(self, image: int) -> list[int]:
-        tiles = self.tiles_of(image)
-        if not tiles:
-            raise PruningError(f"no image {image}; this batch has {self.num_images}")
-        return tiles
+
+@dataclass
+class PrunedTokens(ImageTokens):
+    """What the pruning stage left of a batch.
+
+    Attributes:
+        projected: [T, Kmax, D], kept tokens in raster order, or merged ones; zero where `valid` is
+            False.
+        valid: BoolTensor [T, Kmax]: False where a tile has fewer than Kmax tokens.
+        image_index, layouts, newline: see `ImageTokens`.
+        sequences: what the language model reads of each image.
+        trace: what the stage did; None after `take_images`.
+        kept: LongTensor [T, Kmax], index of every kept token in its tile, padded with -1. None for
+            methods that merge.
+        sources: BoolTensor [T, Kmax, N] of methods that merge: the tokens each output was made of.
+        original_positions: kept tokens and text keep the positions of the unpruned sequence.
+    """
+
+    projected: Tensor
+    valid: Tensor
+    image_index: Tensor
+    sequences: tuple[TokenSequence, ...]
+    trace: PruningTrace | None
+    kept: Tensor | None = None
+    sources: Tensor | None = None
+    original_positions: bool = False
+    layouts: tuple[ImageLayout, ...] | None = None
+    newline: Tensor | None = None
+
+    def sequence(self, image: int) -> TokenSequence:
+        return self.sequences[image]
+
+    def take_images(self, images: Sequence[int]) -> PrunedTokens:
+        sequences = tuple(self.sequences[image] for image in images)
+        return _take_images(self, images, sequences=sequences, trace=None)
+
+
+Tokens = TypeVar("Tokens", VisualTokens, PrunedTokens)
+
+
+def _take_tiles(tokens: Tokens, tiles: list[int], **changes: Any) -> Tokens:
+    """The given tiles of `tokens`, with other fields changed."""
+    rows = torch.tensor(tiles, dtype=torch.long)
+    held = {f.name: getattr(tokens, f.name) for f in fields(tokens) if f.name in _TILE_FIELDS}
+    taken: dict[str, Any] = {
+        name: None if value is None else value[rows.to(value.device)]
+        for name, value in held.items()
+    }
+    return replace(tokens, **(taken | changes))
+
+
+def _take_images(tokens: Tokens, images: Sequence[int], **changes: Any) -> Tokens:
+    """The tiles and layouts of the given images, with other fields changed."""
+    groups = [tokens.tiles_of(image) for image in images]
+    owners = [position for position, group in enumerate(groups) for _ in group]
+    changes["image_index"] = torch.tensor(owners, device=tokens.image_index.device)
+    if tokens.layouts is not None:
+        changes["layouts"] = tuple(tokens.layouts[image] for image in images)
+    return _take_tiles(tokens, [tile for group in groups for tile in group], **changes)
 
 
 def raster_slots(chosen: Tensor) -> Tensor:
@@ -318,3 +390,9 @@ def refuse_non_finite(visual: VisualTokens) -> None:
                 f"({int(bad.sum())} such {'tokens' if token else 'tiles'}), so pruning would pick "
                 "at random; check the pixels and the weights, or load the model in float32"
             )
+
+
+def gather_slots(tokens: Tensor, kept: Tensor) -> Tensor:
+    """[T, K, D]: tokens [T, N, D] at LongTensor kept [T, K]; zero where that is -1."""
+    rows = kept.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, rows).masked_fill((kept < 0)[..., None], 0)

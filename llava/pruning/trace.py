@@ -1,4 +1,4 @@
-"""What one run of the pruning stage did, for logs, results and pictures."""
+"""Record of what one run of the pruning stage did, for logs, results and pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,23 @@ class PruningTrace:
     @property
     def first_margin(self) -> Tensor:
         """[T] margin of each tile's first pick, `inf` where there was no choice."""
-        return self._edge(0)
+        return self._open_margins[:, 0]
 
     @property
     def last_margin(self) -> Tensor:
         """[T] margin of each tile's last pick that had a choice, `inf` where none had."""
-        finite = self.margins.isfinite()
-        steps = torch.arange(self.margins.shape[1], device=self.margins.device)
-        last = torch.where(finite, steps, 0).amax(dim=1) if self.margins.shape[1] else None
-        return self._edge(last)
+        margins = self._open_margins
+        steps = torch.arange(margins.shape[1], device=margins.device)
+        last = torch.where(margins.isfinite(), steps, 0).amax(dim=1, keepdim=True)
+        return margins.gather(1, last)[:, 0]
 
-    def _edge(self, step: int | Tensor | None) -> Tensor:
-        if self.margins.shape[1] == 0 or step is None:
-            return self.margins.new_full((self.margins.shape[0],), torch.inf)
-        if isinstance(step, int):
-            return self.margins[:, step]
-        return self.margins.gather(1, step[:, None])[:, 0]
+    @property
+    def _open_margins(self) -> Tensor:
+        """[T, Kmax + 1]: `margins`, then a step without a choice, so that there is a first one."""
+        return nn.functional.pad(self.margins, (0, 1), value=torch.inf)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form; a margin without a choice is None."""
+        """Return plain JSON; a margin without a choice is None."""
 
         def plain(values: Tensor) -> list[float | None]:
             return [value if value < float("inf") else None for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""Pictures of what was kept."""
+"""Draw which parts of an image were kept."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 from llava.pruning.layout import Box
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.tokens import ImageTokens
 
 # (left, top, right, bottom) in whole pixels of the image, right and bottom excluded.
 Pixels = tuple[int, int, int, int]
 
 
 def covered_pixels(box: Box, size: tuple[int, int]) -> Pixels:
-    """The pixels of an image of (width, height) whose centres lie in `box`; perhaps none.
+    """Find the pixels of an image of (width, height) whose centres are in `box`; perhaps none.
 
-    Neighbouring boxes share no pixel, and together cover what they cover.
+    Neighbouring boxes share no pixel, and no pixel between them is left out.
     """
     left, top, right, bottom = box
     width, height = size
@@ -30,29 +30,34 @@ def covered_pixels(box: Box, size: tuple[int, int]) -> Pixels:
     return inside(left, width), inside(top, height), inside(right, width), inside(bottom, height)
 
 
-def kept_pixels(visual: VisualTokens, image: int, size: tuple[int, int]) -> list[Pixels | None]:
-    """For every token that is left of `image`: the pixels of the original picture it shows.
+def kept_pixels(visual: ImageTokens, image: int, size: tuple[int, int]) -> list[Pixels | None]:
+    """Find, for every token that is left of `image`, the pixels of the original picture it shows.
 
     None for a newline. Tokens of padding and of the rim of a padded image may show none (an empty
     rectangle). Base view and crops of one image show the same pixels at two scales.
 
-    Raises PruningError where the image's size was not given to the encoder, and for merged tokens.
+    Raises:
+        PruningError: the encoder was not told the image's size, or tokens were merged.
     """
     boxes = visual.boxes(image)
     return [None if box is None else covered_pixels(box, size) for box in boxes]
 
 
 def overlay_tokens(
-    image: Image.Image, visual: VisualTokens, index: int = 0, *, dim: float = 0.25
+    image: Image.Image, visual: ImageTokens, index: int = 0, *, dim: float = 0.25
 ) -> Image.Image:
-    """The picture with what the kept tokens of image `index` show, everything else dimmed.
+    """Dim everything that the kept tokens of image `index` do not show.
 
     Args:
         image: the picture that was encoded, at its original size.
         visual: its tokens, pruned or not.
         dim: brightness of dropped pixels, 0 is black.
 
-    Returns an RGB image of the same size. Raises PruningError as `kept_pixels`.
+    Returns:
+        An RGB image of the same size.
+
+    Raises:
+        PruningError: see `kept_pixels`.
     """
     shown = kept_pixels(visual, index, image.size)
     return _dim_others(image, (pixels for pixels in shown if pixels is not None), dim)
@@ -66,7 +71,7 @@ def overlay(
     pad: bool = True,
     dim: float = 0.25,
 ) -> Image.Image:
-    """As `overlay_tokens`, for one tile and without VisualTokens.
+    """Do as `overlay_tokens`, for one tile and without ImageTokens.
 
     Args:
         image: the picture the model was shown.
@@ -77,7 +82,8 @@ def overlay(
             lies outside the crop was never seen and is dimmed.
         dim: brightness of dropped patches, 0 is black.
 
-    Raises IndexError for an index outside the grid.
+    Raises:
+        IndexError: an index is outside the grid.
     """
     rows, cols = grid
     width, height = image.size

@@ -11,7 +11,8 @@ import pytest
 import torch
 from pruning_inputs import MAKERS
 
-from llava.pruning import PruningError, selector
+from llava.pruning import PruningError
+from llava.pruning.allocation import strategy
 from llava.pruning.method import PruningMethod
 from llava.pruning.methods.hiprune import HiPrune
 
@@ -179,7 +180,7 @@ def test_a_wrong_word_about_places_is_caught(liar) -> None:
 
 
 def test_a_stage_that_lets_nan_pass_is_caught(monkeypatch) -> None:
-    monkeypatch.setattr(selector, "refuse_non_finite", lambda visual: None)
+    monkeypatch.setattr(strategy, "refuse_non_finite", lambda visual: None)
     with checks.registered(Toy) as name, pytest.raises(FAILURES):
         checks.check_non_finite_refused(name)
 

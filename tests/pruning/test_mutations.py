@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llava.model import layouts
-from llava.pruning import PruningError, method, newlines, stage
+from llava.pruning import PruningError, method, stage
+from llava.pruning.allocation import newlines
 from llava.pruning.importance import sensitivity as sensitivity_module
 from llava.pruning.layout import NEWLINE
 from llava.pruning.methods import random
@@ -122,7 +123,7 @@ def test_direction_bank_uses_its_own_generator() -> None:
     checks.check_deterministic("zoo")
 
 
-def no_newlines(selector, layout, chosen, image):
+def no_newlines(layout, places):
     return [False] * layout.newline_rows[0]
 
 
@@ -132,7 +133,7 @@ def unmasked(layouts):
 
 TILED_MUTATIONS = {
     "padding of crops not masked": (layouts, "padding_mask", unmasked),
-    "rows of patches not counted": (newlines, "_rows_with_patches", no_newlines),
+    "rows of patches not counted": (newlines, "_used_rows", no_newlines),
     "order dropped": (stage, "raster_slots", backwards),
 }
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from llava.pruning import PruningConfig, PruningError, VisualTokens, prune, prune_visual_tokens
 from llava.pruning.active import Prunable
-from llava.pruning.budget import share_out
+from llava.pruning.allocation.budgets import share_out
+from llava.pruning.tokens import PrunedTokens
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,17 @@ def test_nothing_to_do_returns_the_same_object() -> None:
         assert prune_visual_tokens(visual, config) is visual
     assert visual.trace is None
     assert torch.equal(visual.embeddings(1), visual.projected[1])
+
+
+def test_what_was_encoded_and_what_is_left() -> None:
+    visual = checks.make_visual(2)
+    for name in ("zoo", "pool"):
+        out = prune_visual_tokens(visual, PruningConfig(name, keep_tokens=9))
+        assert type(out) is PrunedTokens
+        assert (out.kept is None) == (name == "pool") == (out.sources is not None)
+        assert type(out.take_images([1])) is PrunedTokens and out.take_images([1]).trace is None
+    assert type(visual.take_images([1])) is VisualTokens
+    assert visual.kept is visual.sources is visual.trace is None
 
 
 def test_trace() -> None:

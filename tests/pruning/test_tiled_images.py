@@ -13,9 +13,9 @@ from pruning_checks import make_projector
 from pruning_inputs import supply
 
 from llava.pruning import PruningConfig, PruningError, VisualTokens, prune_visual_tokens
+from llava.pruning.allocation.budgets import share_room
 from llava.pruning.layout import NEWLINE, ImageLayout
 from llava.pruning.methods.zoo import Zoo
-from llava.pruning.room import level
 from llava.pruning.selection.max_min import max_min
 from llava.pruning.tokens import Prompt
 
@@ -175,7 +175,7 @@ def test_taking_images_of_a_pruned_batch(name) -> None:
 
 
 def released(layout: ImageLayout) -> VisualTokens:
-    return replace(tiled(layout), released=True)
+    return replace(tiled(layout), tile_protocol="zoo-release")
 
 
 @pytest.mark.parametrize("layout", [WIDE, STRIP])
@@ -216,7 +216,7 @@ def test_released_counts_of_a_vga_image() -> None:
         extras={"image_digest": ["a"] * 5},
         layouts=(layout,),
         newline=torch.ones(4),
-        released=True,
+        tile_protocol="zoo-release",
     )
 
     def counts(seed: int) -> list[int]:
@@ -248,8 +248,8 @@ def test_released_budgets() -> None:
 
 @given(room=st.integers(0, 60), most=st.lists(st.integers(0, 30), min_size=1, max_size=6))
 @settings(max_examples=60, deadline=None)
-def test_level(room, most) -> None:
-    shares = level(room, most)
+def test_share_room(room, most) -> None:
+    shares = share_room(room, most)
     assert sum(shares) == min(room, sum(most))
     assert all(0 <= share <= want for share, want in zip(shares, most, strict=True))
     cut = [share for share, want in zip(shares, most, strict=True) if share < want]
@@ -275,6 +275,18 @@ def test_prompts_share_their_room(name, caplog) -> None:
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("choice", [{}, {"allocation": "global"}])
+def test_an_image_below_its_budget_makes_room_too(choice) -> None:
+    """In a prompt with a pruned image; what it keeps is selected as if that had been asked for."""
+    visual = tiled(WIDE, ALONE)
+    limited = replace(visual, prompts=(Prompt((0, 1), 40, 100),))
+    out = prune_visual_tokens(limited, PruningConfig("zoo", keep_tokens=50, **choice))
+    assert out.trace.tokens_after == [30, 30]
+    want = prune_visual_tokens(visual, PruningConfig("zoo", keep_tokens=30, **choice))
+    for image in range(2):
+        assert torch.equal(out.embeddings(image), want.embeddings(image))
+
+
 def test_every_image_keeps_a_token_however_long_its_prompt(caplog) -> None:
     visual = tiled(*[ALONE] * 5)
     visual = replace(visual, prompts=(Prompt(tuple(range(5)), 400, 100),))
@@ -291,7 +303,11 @@ def test_every_image_keeps_a_token_however_long_its_prompt(caplog) -> None:
     [
         (tiled(ALONE), {"method": "pool", "keep_tokens": 12}, r"pool cannot make 11 .* 10 and 12"),
         (tiled(WIDE), {"method": "zoo", "keep_tokens": 50, "newline": "keep"}, "reserves 8 tokens"),
-        (replace(tiled(WIDE), released=True), {"method": "zoo", "keep_tokens": 50}, "leave none"),
+        (
+            replace(tiled(WIDE), tile_protocol="zoo-release"),
+            {"method": "zoo", "keep_tokens": 50},
+            "leave none",
+        ),
     ],
     ids=["pool", "newline", "released"],
 )
@@ -342,7 +358,7 @@ def test_gradients_reach_kept_tokens_and_newlines() -> None:
 )
 def test_budgets_of_every_tile(name: str, budget: dict, counts: list[int]) -> None:
     whole = [replace(layout, window=None, newline=False) for layout in (WIDE, STRIP)]
-    visual = supply(replace(tiled(*whole), valid=None, newline=None, tile_budgets=True), name)
+    visual = supply(replace(tiled(*whole), valid=None, newline=None, tile_protocol="spatial"), name)
     config = PruningConfig.of(name, **budget)
     out = prune_visual_tokens(visual, config)
     assert out.valid.sum(dim=1).tolist() == counts
@@ -354,6 +370,6 @@ def test_budgets_of_every_tile(name: str, budget: dict, counts: list[int]) -> No
     plenty = PruningConfig.of(name, keep_tokens=5 * N)
     assert prune_visual_tokens(visual, plenty) is visual
     # An image of one tile, and a method without a budget, are as always.
-    single = supply(replace(tiled(ALONE), tile_budgets=True), name)
+    single = supply(replace(tiled(ALONE), tile_protocol="spatial"), name)
     assert prune_visual_tokens(single, PruningConfig.of(name, keep_tokens=9)).valid.sum() == 9
     assert prune_visual_tokens(visual, PruningConfig()) is visual

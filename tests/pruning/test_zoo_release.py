@@ -100,7 +100,7 @@ def test_selection_on_llava_next(case: Official, suffix: str, record_error) -> N
     assert visual.layouts[0].sequence.numel() == run["length"]
     mask = torch.zeros(visual.projected.shape[:2], dtype=torch.bool).flatten()
     mask[visual.layouts[0].sequence.clamp(min=0)] = True
-    visual.valid, visual.released = mask.view(visual.projected.shape[:2]), True
+    visual.valid, visual.tile_protocol = mask.view(visual.projected.shape[:2]), "zoo-release"
     visual.newline = case.inputs["newline"]
     config = PruningConfig.of("zoo", keep_ratio=run["ratio"], precision="model")
     got = prune_visual_tokens(visual, config).sequence(0).place.tolist()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.tokens import VisualTokens, gather_slots
 
 
 class Picks(NamedTuple):
@@ -66,10 +66,8 @@ class Merged(NamedTuple):
         For options that reproduce what no set of tokens in raster order can: such methods then
         merge.
         """
-        rows = picks.clamp(min=0)[..., None].expand(-1, -1, tokens.projected.shape[-1])
-        projected = tokens.projected.gather(1, rows).masked_fill((picks < 0)[..., None], 0)
         every = torch.arange(tokens.projected.shape[1], device=picks.device)
-        return cls(projected, picks[..., None] == every)
+        return cls(gather_slots(tokens.projected, picks), picks[..., None] == every)
 
 
 @dataclass(frozen=True)
