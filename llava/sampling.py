@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from llava.model.generation_settings import unusable_settings
+from llava.model.generation import unusable_settings
 from llava.utils import UserInputError
 
 # Answers are greedy long before this; logits divided by much less are no numbers any more.

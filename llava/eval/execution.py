@@ -17,9 +17,9 @@ from llava.eval.records import failed_items
 from llava.eval.results import SCHEMA_VERSION, Record, RunFolder, exclusive
 from llava.eval.runner import Runner
 from llava.eval.sharding import Processes
-from llava.eval.subject import Subject, load_subject
 from llava.eval.summary import settings
 from llava.eval.tasks.base import Benchmark
+from llava.model.loaded import Subject, load_subject
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 

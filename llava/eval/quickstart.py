@@ -35,10 +35,10 @@ from llava.eval.results import (
     write_atomically,
 )
 from llava.eval.runner import Runner
-from llava.eval.subject import Subject, load_subject
 from llava.eval.tables import render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.checkpoint import local_checkpoint
+from llava.model.loaded import Subject, load_subject
 from llava.pruning import PruningError, get_method, list_methods
 from llava.sampling import Sampling
 from llava.shipped import LLAVA_TINY

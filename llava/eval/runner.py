@@ -20,12 +20,12 @@ from llava.eval.image_loading import ImageSource, LoadedImages
 from llava.eval.plan import Plan, other_images
 from llava.eval.prompts import prompt_ids, question_prompt
 from llava.eval.records import Outcome, Record, answer_id, failure, kept_digests
-from llava.eval.subject import Subject
 from llava.eval.tasks.base import Benchmark, Item
-from llava.model.instruction import asking, needed_of_question
 from llava.model.llava_arch import padding_side
-from llava.model.needs import add_prompts
+from llava.model.loaded import Subject
+from llava.model.prompt_inputs import asking, needed_of_question
 from llava.model.splice import unpadded
+from llava.model.vision_inputs import add_prompts
 from llava.pruning import VisualTokens, get_method, prune
 from llava.sampling import Sampling
 from llava.utils import UserInputError

@@ -16,6 +16,7 @@ from llava.constants import (
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
+from llava.model.adapters import PartialCheckpoint, read_partial
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.model.config_check import check_config
 from llava.model.finite import check_weights
@@ -27,7 +28,6 @@ from llava.model.language_model.llava_llama import (
     native_config,
 )
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
-from llava.model.partial import PartialCheckpoint, read_partial
 from llava.model.quantization import quantization_config
 from llava.model.tokenizer import LlamaTokenizer
 from llava.pruning.config import PruningConfig

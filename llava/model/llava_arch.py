@@ -18,14 +18,13 @@ from transformers import PretrainedConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import SPATIAL_PROTOCOLS, next_protocol, unpad_image
+from llava.model.call_context import step_runner
+from llava.model.checks import check_ids, check_images, check_prompt, check_sizes
 from llava.model.finite import check_projected
-from llava.model.inputs import check_ids, check_images, check_prompt, check_sizes
 from llava.model.layouts import blank_patches, layouts_for, padding_mask, tile_grid
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
-from llava.model.needs import add_prompts, add_questions, encode_tiles, for_projector
-from llava.model.observe import step_runner
 from llava.model.splice import (
     count_marks,
     pad_rows,
@@ -35,6 +34,7 @@ from llava.model.splice import (
     unpadded,
 )
 from llava.model.tiles import Images, flatten_tiles
+from llava.model.vision_inputs import add_prompts, add_questions, encode_tiles, for_projector
 from llava.pruning.active import Prunable, prune
 from llava.pruning.config import PruningConfig
 from llava.pruning.layout import ImageLayout

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llava.model.generation_settings import effective
-from llava.model.inputs import check_sizes
-from llava.model.instruction import check_questions
+from llava.model.checks import check_sizes
+from llava.model.generation import effective
+from llava.model.prompt_inputs import check_questions
 from llava.model.splice import count_marks, share_images, unpadded
 from llava.model.tiles import Images
 from llava.pruning.active import prune

@@ -8,7 +8,7 @@ import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import SPATIAL_PROTOCOLS, Size, next_protocol
-from llava.model.inputs import check_sizes
+from llava.model.checks import check_sizes
 from llava.model.layouts import layouts_for, padding_mask, tile_grid
 from llava.model.tiles import Images, flatten_tiles
 from llava.pruning.budget import image_budgets

@@ -18,7 +18,7 @@ from llava.conversation import conv_templates
 from llava.eval.loading import Loaded
 from llava.eval.prompts import image_mark
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.observe import steps_run_by
+from llava.model.call_context import steps_run_by
 from llava.model.prompt_length import (
     Limit,
     PromptLength,

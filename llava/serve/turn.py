@@ -108,7 +108,7 @@ class PipelineClock:
         self.tokens: dict[str, VisualTokens] = {}
 
     def run(self, name: str, step: Callable[..., VisualTokens], *arguments: Any) -> VisualTokens:
-        """Run a step of the pipeline and time it; see `llava.model.observe`."""
+        """Run a step of the pipeline and time it; see `llava.model.call_context`."""
         start = self._now()
         self.tokens[name] = step(*arguments)
         self.seconds[name] += self._now() - start

@@ -20,8 +20,8 @@ from llava.model.builder import load_tokenizer, model_class
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.model.config_check import check_config
 from llava.model.hugging_face import native_form
-from llava.model.instruction import needed_of_question
 from llava.model.language_model.llava_llama import LlavaCausalLM
+from llava.model.prompt_inputs import needed_of_question
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,

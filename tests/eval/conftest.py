@@ -12,8 +12,8 @@ from tiny_llava import build_benchmark, build_checkpoint
 from llava.eval.__main__ import main
 from llava.eval.plan import Plan
 from llava.eval.runner import Runner
-from llava.eval.subject import Subject, load_subject
 from llava.eval.tasks.question_file import QuestionFile
+from llava.model.loaded import Subject, load_subject
 from llava.sampling import Sampling
 
 

@@ -16,10 +16,10 @@ from llava.eval.generation import Decoded, decode, end_tokens, row_seed, until_e
 from llava.eval.plan import Plan
 from llava.eval.prompts import question_prompt
 from llava.eval.runner import Runner
-from llava.eval.subject import Subject
 from llava.eval.tasks.base import Item
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.llava_arch import padding_side
+from llava.model.loaded import Subject
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 

@@ -20,9 +20,9 @@ from llava.eval.generation import row_seed
 from llava.eval.plan import Plan
 from llava.eval.prompts import question_prompt
 from llava.eval.runner import Runner
-from llava.eval.subject import Subject, load_subject
 from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.loaded import Subject, load_subject
 from llava.pruning import prune
 from llava.sampling import Sampling
 from llava.utils import UserInputError

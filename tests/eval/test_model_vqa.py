@@ -15,10 +15,10 @@ from tiny_llava import write_lines
 from llava.eval import execution
 from llava.eval.model_vqa_mmbench import MMBench
 from llava.eval.prompts import question_prompt
-from llava.eval.subject import Subject, load_subject
 from llava.eval.vqa import build_parser
 from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.loaded import Subject, load_subject
 from llava.pruning import prune
 
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -20,11 +20,11 @@ from llava.conversation import conv_templates
 from llava.eval import loading, model_vqa_loader, model_vqa_mmbench, run_llava
 from llava.eval.__main__ import main
 from llava.eval.image_loading import ImageSource
-from llava.eval.subject import Subject
 from llava.eval.tasks.base import get_benchmark
 from llava.eval.tasks.question_file import QuestionFile
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_tokenizer
+from llava.model.loaded import Subject
 from llava.serve import cli
 from llava.train.arguments import DataArguments
 from llava.train.data import SupervisedDataset

@@ -20,9 +20,9 @@ from llava.eval import provenance
 from llava.eval import quickstart as command
 from llava.eval.__main__ import main
 from llava.eval.quickstart import FILES, PICTURES, describe
-from llava.eval.subject import load_subject
 from llava.eval.tables import full_section, render
 from llava.eval.tasks.question_file import QuestionFile
+from llava.model.loaded import load_subject
 from llava.pruning import list_methods
 from llava.pruning.catalogue import figures
 

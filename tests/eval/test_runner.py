@@ -12,7 +12,7 @@ from llava.eval.overlays import save_overlays
 from llava.eval.plan import other_images
 from llava.eval.results import Record
 from llava.eval.runner import Runner
-from llava.model import instruction
+from llava.model import prompt_inputs as instruction
 from llava.model.multimodal_encoder.readings import TowerReader
 from llava.pruning import list_methods, register, registry
 from llava.pruning.methods.fastervlm import FasterVLM

@@ -15,9 +15,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from llava.eval.arms import UNPRUNED, Arm
 from llava.eval.plan import Plan
 from llava.eval.runner import Runner
-from llava.eval.subject import load_subject
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.loaded import load_subject
 from llava.sampling import Sampling
 
 WIDTH = 32

@@ -10,8 +10,8 @@ import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
+from llava.model.checks import check_sizes
 from llava.model.finite import all_finite
-from llava.model.inputs import check_sizes
 from llava.utils import UserInputError
 
 IMG = IMAGE_TOKEN_INDEX

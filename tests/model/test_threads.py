@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.observe import step_runner, steps_run_by
+from llava.model.call_context import step_runner, steps_run_by
 from llava.pruning import PruningConfig, prune
 from llava.serve.turn import PipelineClock
 

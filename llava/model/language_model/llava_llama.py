@@ -27,11 +27,10 @@ from llava.model.checkpoint import (
     name_in_memory,
     read_config,
 )
+from llava.model.checks import check_images, check_prompt
 from llava.model.config_values import build_config, choose_dtype
-from llava.model.generation_settings import check_length, check_settings, read_generation_config
+from llava.model.generation import check_length, check_settings, read_generation_config
 from llava.model.hugging_face import native_form
-from llava.model.inputs import check_images, check_prompt
-from llava.model.instruction import asking
 from llava.model.layouts import MERGE_TYPES
 from llava.model.llava_arch import (
     LlavaMetaForCausalLM,
@@ -45,6 +44,7 @@ from llava.model.multimodal_encoder.builder import (
     resolve_vision_tower,
 )
 from llava.model.one_by_one import generate_rows
+from llava.model.prompt_inputs import asking
 from llava.model.tiles import Images
 from llava.utils import UserInputError
 from llava.value_rules import one_line

@@ -74,7 +74,7 @@ def asked(rows: int, method: str) -> Sequence[str]:
         raise UserInputError(
             f"pruning method {method!r} reads the question, and a prompt does not say which part "
             "of it that is: pass questions=[...] to generate, one text for each prompt without "
-            "template and system text (elsewhere: `with llava.model.instruction.asking([...])`)"
+            "template and system text (elsewhere: `with llava.model.prompt_inputs.asking([...])`)"
         )
     check_questions(questions, rows, "prompts")
     return questions

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from llava.model.instruction import asked, needed_of_question, read_questions
 from llava.model.multimodal_encoder.readings import CLASS_FEATURE, TowerReader
+from llava.model.prompt_inputs import asked, needed_of_question, read_questions
 from llava.model.splice import count_marks, image_positions, share_images
 from llava.model.tiles import tile_digest
 from llava.pruning.config import PruningConfig
