@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_images import png_claiming
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.anyres import select_filled_resolution
 from llava.mm_utils import (
     KeywordsStoppingCriteria,
     divide_to_patches,
@@ -25,7 +26,6 @@ from llava.mm_utils import (
     process_images,
     resize_and_pad_image,
     select_best_resolution,
-    select_filled_resolution,
     tokenizer_image_token,
     unpad_image,
 )

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llava.anyres import NEXT_PROTOCOLS
 from llava.command_line import check_conv_mode, device_name
 from llava.conversation import conv_mode_for
 from llava.eval.arm_words import arm_of, arms_from, preset_of, saved_pruning
@@ -27,7 +28,7 @@ from llava.eval.results import Record, RunFolder
 from llava.eval.sharding import processes
 from llava.eval.summary import settings, summarise
 from llava.eval.tasks.base import Benchmark, get_benchmark
-from llava.mm_utils import NEXT_PROTOCOLS, get_model_name_from_path
+from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoint import checkpoint_here, local_checkpoint, read_config
 from llava.pixels import PIXELS, PIXELS_HELP
 from llava.pruning.flags import add_pruning_flags

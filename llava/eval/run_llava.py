@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava.anyres import Size
 from llava.command_line import OneLineParser, one_line_errors
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.eval.loading import add_model_flags, load_from_flags
 from llava.eval.prompts import image_mark
 from llava.images import load_image
-from llava.mm_utils import Size, process_images, tokenizer_image_token
+from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.prompt_length import describe_overflow, exceeded_limits, prompt_length
-from llava.model.tiles import Images
+from llava.model.types import Images
 from llava.pixels import VIEWER
 from llava.sampling import Sampling
 from llava.utils import UserInputError

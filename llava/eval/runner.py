@@ -21,11 +21,10 @@ from llava.eval.plan import Plan, other_images
 from llava.eval.prompts import prompt_ids, question_prompt
 from llava.eval.records import Outcome, Record, answer_id, failure, kept_digests
 from llava.eval.tasks.base import Benchmark, Item
-from llava.model.llava_arch import padding_side
+from llava.model.call_context import asking, padding_side
 from llava.model.loaded import Subject
-from llava.model.prompt_inputs import asking, needed_of_question
+from llava.model.prompt_inputs import add_prompts, needed_of_question
 from llava.model.splice import unpadded
-from llava.model.vision_inputs import add_prompts
 from llava.pruning import VisualTokens, get_method, prune
 from llava.sampling import Sampling
 from llava.utils import UserInputError

@@ -18,15 +18,10 @@ from llava.constants import (
 )
 from llava.model.adapters import PartialCheckpoint, read_partial
 from llava.model.checkpoint import local_checkpoint, read_config
-from llava.model.config_check import check_config
-from llava.model.finite import check_weights
+from llava.model.checks import check_config, check_weights
 from llava.model.hugging_face import native_form
-from llava.model.language_model.llava_llama import (
-    LlavaCausalLM,
-    LlavaLlamaForCausalLM,
-    describes,
-    native_config,
-)
+from llava.model.language_model.llava_causal_lm import LlavaCausalLM, describes, native_config
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.quantization import quantization_config
 from llava.model.tokenizer import LlamaTokenizer
@@ -59,7 +54,7 @@ def load_pretrained_model(
     """Load a LLaVA: a whole checkpoint, or a LoRA or projector-only folder over a base model.
 
     What a folder holds is read from its files, never guessed from its name: LLaVA's own format,
-    Hugging Face's (``llava-hf/...``, turned into LLaVA's), an adapter (merged), a projector.
+    Hugging Face's (`llava-hf/...`, turned into LLaVA's), an adapter (merged), a projector.
 
     Args:
         model_path: checkpoint folder or hub name.
@@ -68,14 +63,14 @@ def load_pretrained_model(
         model_name: accepted for LLaVA's signature.
         load_8bit: quantize the language model to 8 bits; needs bitsandbytes and CUDA.
         load_4bit: the same with 4 bits (NF4).
-        device_map: as in transformers; used while ``device`` is CUDA.
-        device: ``"cuda"``, ``"cpu"``, ``"mps"``, ... or ``"auto"``. Without CUDA, ``"cuda"`` and
-            ``"auto"`` mean the CPU.
+        device_map: as in transformers; used while `device` is CUDA.
+        device: `"cuda"`, `"cpu"`, `"mps"`, ... or `"auto"`. Without CUDA, `"cuda"` and
+            `"auto"` mean the CPU.
         use_flash_attn: use flash attention 2 in the language model.
         pruning: settings that override those saved in the checkpoint; None keeps the saved ones.
-        **kwargs: for ``from_pretrained``, such as ``attn_implementation``; ``dtype``, one of
+        **kwargs: for `from_pretrained`, such as `attn_implementation`; `dtype`, one of
             torch's or its name, is float16, on the CPU float32, by default, and "auto" is the
-            checkpoint's own. Keys of the config override it, such as ``mm_next_protocol``.
+            checkpoint's own. Keys of the config override it, such as `mm_next_protocol`.
 
     Returns:
         (tokenizer, model, image_processor, context_len). The tokenizer is None if the folder
@@ -123,7 +118,7 @@ def load_pretrained_model(
 def model_class(config: Mapping[str, Any]) -> type[LlavaCausalLM]:
     """The class that a config.json in LLaVA's form asks for.
 
-    A config that describes none of ``MODEL_CLASSES`` goes to the Llama, which says what is wrong.
+    A config that describes none of `MODEL_CLASSES` goes to the Llama, which says what is wrong.
     """
     return next((cls for cls in MODEL_CLASSES if describes(config, cls)), LlavaLlamaForCausalLM)
 
@@ -131,7 +126,7 @@ def model_class(config: Mapping[str, Any]) -> type[LlavaCausalLM]:
 def _load_model(
     folder: Path, base: Path, part: PartialCheckpoint | None, **kwargs: Any
 ) -> LlavaCausalLM:
-    """The model on its device with its tower loaded, and with what ``part`` adds to ``base``."""
+    """The model on its device with its tower loaded, and with what `part` adds to `base`."""
     raw = native_form(read_config(folder), str(folder))
     if "mm_vision_tower" not in raw and raw.get("model_type") in ("llama", "mistral"):
         raise UserInputError(
@@ -196,7 +191,7 @@ def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
 
 
 def _device_type(device: str) -> str:
-    """``cpu``, ``cuda``, ... of a device that this machine has.
+    """`cpu`, `cuda`, ... of a device that this machine has.
 
     Raises:
         UserInputError: no name of a device, or one that is not here.
@@ -230,7 +225,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint folder; None if the folder holds no tokenizer file.
 
     The class is chosen from tokenizer_config.json alone. transformers' AutoTokenizer also looks at
-    config.json, takes the ``llava`` of released checkpoints for its own model, and then splits
+    config.json, takes the `llava` of released checkpoints for its own model, and then splits
     words in another way than the checkpoint was trained with.
 
     Raises:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from llava.model.finite import check_weights
+from llava.model.checks import check_weights
 from llava.shipped import shipped_checkpoint
 from llava.utils import UserInputError, user_path
 from llava.value_rules import TEXT, list_of, one_line, read_values

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llava.mm_utils import NEXT_PROTOCOLS
+from llava.anyres import NEXT_PROTOCOLS
 from llava.utils import UserInputError
 from llava.value_rules import (
     FLAG,

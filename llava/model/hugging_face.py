@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, SiglipVis
 from transformers import LlavaConfig as HuggingFaceLlavaConfig
 from transformers import LlavaNextConfig as HuggingFaceLlavaNextConfig
 
-from llava.mm_utils import parse_pinpoints
+from llava.anyres import parse_pinpoints
 from llava.model.config_values import build_config, clean_values
 from llava.utils import UserInputError
 from llava.value_rules import shown

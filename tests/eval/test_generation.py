@@ -18,7 +18,7 @@ from llava.eval.prompts import question_prompt
 from llava.eval.runner import Runner
 from llava.eval.tasks.base import Item
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.llava_arch import padding_side
+from llava.model.call_context import padding_side
 from llava.model.loaded import Subject
 from llava.sampling import Sampling
 from llava.utils import UserInputError

@@ -9,9 +9,7 @@ class token's query is the mean over all queries: attention received.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -120,9 +118,6 @@ READINGS = {
 CLASS_FEATURE = "cls_feature"
 
 
-active_reader: ContextVar[TowerReader | None] = ContextVar("active_reader", default=None)
-
-
 class TowerReader:
     """Collects the named readings of every tile that passes through the tower.
 
@@ -134,15 +129,6 @@ class TowerReader:
     def __init__(self, names: Iterable[str]) -> None:
         self.features: list[Tensor] = []
         self.found: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """The towers that run inside are read; other threads do not see it."""
-        token = active_reader.set(self)
-        try:
-            yield
-        finally:
-            active_reader.reset(token)
 
     @torch.compiler.disable
     @outside_autocast()

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
+from llava.model.call_context import call_context
 from llava.model.checkpoint import read_json_object
 from llava.model.config_values import build_config
 from llava.model.multimodal_encoder.preprocessor import make_processor
-from llava.model.multimodal_encoder.readings import active_reader
 from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line, unfit
 
@@ -162,20 +162,20 @@ class VisionTower(nn.Module):
             )
         hidden = self.embed(pixels.to(self.device, self.dtype))
         layers, used = self.vision_tower.encoder.layers, self.num_layers_used
-        reader = active_reader.get()
+        reader = call_context().tower_reader
         # Methods weigh patches; where the class token is one of the tokens they have no reading.
         only_patches = self.select_feature == "patch" or not self.has_class_token
-        read = reader is not None and bool(reader.found) and only_patches
+        reads = reader if reader is not None and reader.found and only_patches else None
         first = int(self.has_class_token)
         # Later blocks cannot change the result, so they are not run.
         for index, layer in enumerate(layers[:used]):
-            if read:
-                reader.read_block(index, used, layers, hidden, first)
+            if reads is not None:
+                reads.read_block(index, used, layers, hidden, first)
             hidden = layer(hidden, None)
-        if read:
+        if reads is not None:
             if used < len(layers):
-                reader.read_block(used, used, layers, hidden, first)
-            reader.read_output(hidden)
+                reads.read_block(used, used, layers, hidden, first)
+            reads.read_output(hidden)
         features = self.feature_select(hidden).to(pixels.dtype)
         if reader is not None:
             reader.features.append(features)

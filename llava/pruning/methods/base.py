@@ -139,7 +139,7 @@ class PruningMethod:
 
     @property
     def keyword_rule(self) -> str:
-        """Which words of a question become `question_embeddings`: see `llava.model.prompt_inputs`."""
+        """Which words of a question become `question_embeddings`: see `llava.model.instruction`."""
         return "release"
 
     def set_needs(self, *needs: str, wants: tuple[str, ...] = ()) -> None:
