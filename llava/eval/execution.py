@@ -19,14 +19,14 @@ from llava.eval.runner import Runner
 from llava.eval.sharding import Processes
 from llava.eval.summary import settings
 from llava.eval.tasks.base import Benchmark
-from llava.model.loaded import Subject, load_subject
+from llava.model.loaded import LoadedModel, load_model
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint and how it is loaded and prompted; `loading` as in `load_subject`."""
+    """A checkpoint and how it is loaded and prompted; `loading` as in `load_model`."""
 
     path: str
     base: str | None
@@ -34,10 +34,10 @@ class Model:
     template: str
     loading: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self, group: Processes) -> Subject:
+    def load(self, group: Processes) -> LoadedModel:
         """The model, on this process's device."""
         device = group.device(self.device)
-        return load_subject(
+        return load_model(
             self.path, device, base=self.base, conv_mode=self.template, **self.loading
         )
 
@@ -57,7 +57,7 @@ class Job:
     identity: Mapping[str, Any]
     command: str
 
-    def runner(self, subject: Subject) -> Runner:
+    def runner(self, subject: LoadedModel) -> Runner:
         """The loop over this job."""
         return Runner(
             subject,

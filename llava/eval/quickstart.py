@@ -38,7 +38,7 @@ from llava.eval.runner import Runner
 from llava.eval.tables import render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.checkpoint import local_checkpoint
-from llava.model.loaded import Subject, load_subject
+from llava.model.loaded import LoadedModel, load_model
 from llava.pruning import PruningError, get_method, list_methods
 from llava.sampling import Sampling
 from llava.shipped import LLAVA_TINY
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     root = args.benchmark or args.model_path / "benchmark"
     benchmark = QuestionFile(root, image_folder=args.image_folder)
     questions = Plan.of(benchmark.items()[: args.limit or None], args.batch_size)
-    subject = load_subject(str(args.model_path), args.device)
+    subject = load_model(str(args.model_path), args.device)
     identity = describe(args, subject, benchmark)
     runner = Runner(
         subject,
@@ -109,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if result["run"]["failed_items"] else 0
 
 
-def describe(args: argparse.Namespace, subject: Subject, benchmark: QuestionFile) -> dict[str, Any]:
+def describe(
+    args: argparse.Namespace, subject: LoadedModel, benchmark: QuestionFile
+) -> dict[str, Any]:
     """Everything that decides an answer, and its hash: the run key."""
     identity = {
         "config": {

@@ -15,8 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava.anyres import NEXT_PROTOCOLS
-from llava.command_line import check_conv_mode, device_name
+from llava.command_line import add_model_flags, check_conv_mode
 from llava.conversation import conv_mode_for
 from llava.eval.arm_words import arm_of, arms_from, preset_of, saved_pruning
 from llava.eval.arms import Arm
@@ -30,14 +29,12 @@ from llava.eval.summary import settings, summarise
 from llava.eval.tasks.base import Benchmark, get_benchmark
 from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoint import checkpoint_here, local_checkpoint, read_config
-from llava.pixels import PIXELS, PIXELS_HELP
-from llava.pruning.flags import add_pruning_flags
+from llava.model.loaded import loading_from
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
 FILES = ("run.json", "answers.jsonl", "metrics.json", "timings.jsonl")
 SUBMISSIONS = "submissions"
-DTYPES = ("float16", "bfloat16", "float32")
 # LLaVA's evaluation scripts ask the checkpoints of its demo with a template of their own.
 EVALUATION_TEMPLATES = {"llava_v1": "vicuna_v1"}
 
@@ -46,11 +43,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     """Add the `run` command to the parser of `python -m llava.eval`."""
     parser = commands.add_parser("run", help="run a benchmark under one or more pruning settings")
     add = parser.add_argument
-    add_model_flags(parser)
+    add_answering_flags(parser)
     add("--task", required=True, help="benchmark, such as pope")
     add("--protocol", help="prompt protocol of the task; by default its first")
     add("--data-root", type=Path, help="LLaVA's data layout; by default playground/data/eval")
-    add_pruning_flags(parser)
     add(
         "--arm",
         action="append",
@@ -70,21 +66,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of everything that answers questions: which model, how it is loaded and prompted."""
+def add_answering_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of everything that answers questions: the model's, and how answers are made."""
+    add_model_flags(parser, template="that of LLaVA's evaluation")
     add = parser.add_argument
-    add("--model-path", required=True, help="checkpoint folder or hub name")
-    add("--model-base", help="base model of a LoRA or projector-only checkpoint")
-    add("--conv-mode", help="conversation template; by default that of LLaVA's evaluation")
-    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--dtype", choices=DTYPES, help="by default float16, float32 on the CPU")
-    precision.add_argument("--load-8bit", action="store_true")
-    precision.add_argument("--load-4bit", action="store_true")
-    add("--mm-next-protocol", choices=NEXT_PROTOCOLS, help="how LLaVA-1.6 counts tokens")
     add("--seed", type=int, default=0, help="of methods and decoding that draw at random")
     add("--workers", type=int, default=4, help="processes that read images ahead; 0 for none")
-    add("--pixels", choices=PIXELS, help=f"{PIXELS_HELP}; by default what the benchmark's are")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -173,13 +160,7 @@ def model_of(args: argparse.Namespace, preset: Any = None) -> Model:
     config = read_config(folder) if folder.is_dir() else None
     own = conv_mode_for(get_model_name_from_path(args.model_path), config)
     template = args.conv_mode or EVALUATION_TEMPLATES.get(own, own)
-    loading: dict[str, Any] = {"load_8bit": args.load_8bit, "load_4bit": args.load_4bit}
-    dtype = args.dtype or (preset and preset.dtype)
-    if dtype and not (args.load_8bit or args.load_4bit):
-        loading["dtype"] = dtype
-    reading = args.mm_next_protocol or (preset and preset.mm_next_protocol)
-    if reading and reading != "native":
-        loading["mm_next_protocol"] = reading
+    loading = loading_from(args, preset and preset.dtype, preset and preset.mm_next_protocol)
     return Model(args.model_path, args.model_base, args.device, template, loading)
 
 

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from llava.anyres import Size
-from llava.command_line import OneLineParser, one_line_errors
+from llava.command_line import OneLineParser, add_model_flags, one_line_errors
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.eval.loading import add_model_flags, load_from_flags
 from llava.eval.prompts import image_mark
 from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.loaded import load_from_flags
 from llava.model.prompt_length import describe_overflow, exceeded_limits, prompt_length
 from llava.model.types import Images
 from llava.pixels import VIEWER
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """LLaVA's flags (some with underscores, as there) and the pruning flags."""
     parser = OneLineParser(prog="llava.eval.run_llava", description=__doc__.splitlines()[0])
+    add_model_flags(parser, pixels=VIEWER)
     add = parser.add_argument
-    add("--model-path", required=True, help="checkpoint folder or hub name")
     add("--image-file", required=True, help="paths or http(s) URLs, separated by --sep")
     add("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} marks an image in it")
     add("--sep", default=",", help="what separates several image files")
@@ -53,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, help="sample from the likeliest tokens of this total probability")
     add("--num_beams", type=int, default=1)
     add("--max_new_tokens", type=int, default=512)
-    add_model_flags(parser)
     return parser
 
 
@@ -79,12 +78,12 @@ def eval_model(args: Any) -> str:
         raise UserInputError(
             f"the query {args.query!r} asks nothing; write the question, such as 'What is this?'"
         )
-    loaded, template = load_from_flags(args, args.model_name)
+    loaded = load_from_flags(args, args.model_name)
     tokenizer, model = loaded.tokenizer, loaded.model
-    prompt = build_prompt(args.query, len(images), template, image_mark(model.config))
+    prompt = build_prompt(args.query, len(images), loaded.template, image_mark(model.config))
     ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
     ids = ids[None].to(model.device)
-    pixels = process_images(images, loaded.processor, model.config)
+    pixels = process_images(images, loaded.image_processor, model.config)
     sizes = [image.size for image in images]
     check_length(model, ids[0], pixels, sizes)
     with torch.inference_mode():

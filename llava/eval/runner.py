@@ -22,7 +22,7 @@ from llava.eval.prompts import prompt_ids, question_prompt
 from llava.eval.records import Outcome, Record, answer_id, failure, kept_digests
 from llava.eval.tasks.base import Benchmark, Item
 from llava.model.call_context import asking, padding_side
-from llava.model.loaded import Subject
+from llava.model.loaded import LoadedModel
 from llava.model.prompt_inputs import add_prompts, needed_of_question
 from llava.model.splice import unpadded
 from llava.pruning import VisualTokens, get_method, prune
@@ -47,7 +47,7 @@ class Runner:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: LoadedModel,
         benchmark: Benchmark,
         plan: Plan,
         *,

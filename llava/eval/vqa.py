@@ -28,14 +28,14 @@ from llava.eval.identity import identity
 from llava.eval.plan import Plan, chunk_of
 from llava.eval.prompts import bare_question, has_inner_marks
 from llava.eval.results import Record, RunFolder, dump_lines, write_atomically
-from llava.eval.run import add_model_flags, describe, find_models, model_of
+from llava.eval.run import add_answering_flags, describe, find_models, model_of
 from llava.eval.sharding import processes
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
 from llava.eval.tasks.files import image_names, is_file, numbered_jsonl, read_bytes
 from llava.images import open_image
 from llava.mm_utils import get_model_name_from_path
 from llava.pixels import VIEWER
-from llava.pruning.flags import add_pruning_flags, pruning_from
+from llava.pruning.flags import pruning_from
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
@@ -121,7 +121,7 @@ class Program:
 def build_parser(program: Program) -> argparse.ArgumentParser:
     """LLaVA's flags (some with underscores, as there), pruning flags and ours."""
     parser = OneLineParser(prog=f"llava.eval.{program.name}", description=program.description)
-    add_model_flags(parser)
+    add_answering_flags(parser)
     add = parser.add_argument
     add("--image-folder", type=Path, default=Path(), help="where images are found by name")
     add("--question-file", type=Path, required=True)
@@ -132,7 +132,6 @@ def build_parser(program: Program) -> argparse.ArgumentParser:
     add("--top_p", type=float, help="sample from the likeliest tokens of this total probability")
     add("--num_beams", type=int, default=1)
     add("--batch-size", type=int, default=1, help="questions per batch")
-    add_pruning_flags(parser)
     add("--visual_token_num", type=int, help="other name of --keep-tokens, as in CDPruner's code")
     program.add_flags(parser)
     return parser

@@ -15,10 +15,10 @@ from PIL import Image
 from llava.command_line import check_chat_template
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.eval.loading import Loaded
 from llava.eval.prompts import image_mark
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.call_context import steps_run_by
+from llava.model.loaded import LoadedModel
 from llava.model.prompt_length import (
     Limit,
     PromptLength,
@@ -43,7 +43,6 @@ class Session:
 
     Args:
         loaded: the model and what belongs to it; `loaded.model.pruning` is the active setting.
-        template: key of `conv_templates`.
         image: what the chat is about.
         sampling: how answers are drawn.
         debug: print every prompt on stderr.
@@ -55,17 +54,15 @@ class Session:
 
     def __init__(
         self,
-        loaded: Loaded,
-        template: str,
+        loaded: LoadedModel,
         image: Image.Image,
         sampling: Sampling,
         debug: bool = False,
         reading: str = VIEWER,
     ) -> None:
-        check_chat_template(template)
+        check_chat_template(loaded.template)
         sampling.check_model(loaded.model)
         self.loaded = loaded
-        self.template = template
         self.sampling = sampling
         self.debug = debug
         self.reading = reading
@@ -79,13 +76,13 @@ class Session:
 
     def show(self, image: Image.Image) -> None:
         """Change the image; the chat starts again, because the image stands in its first turn."""
-        self.pixels = process_images([image], self.loaded.processor, self.model.config)
+        self.pixels = process_images([image], self.loaded.image_processor, self.model.config)
         self.image = image
         self.reset()
 
     def reset(self) -> None:
         """Forget all turns; image and settings stay."""
-        self.chat = conv_templates[self.template].copy()
+        self.chat = conv_templates[self.loaded.template].copy()
         self.last: Turn | None = None
         self._last_prompt = self._last_question = ""
 

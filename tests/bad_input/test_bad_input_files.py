@@ -115,7 +115,7 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "tokenizer": (
         lambda f: (f / "tokenizer.model").unlink(),
         0,
-        r"mute holds no tokenizer, .*; put the tokenizer\.model or",
+        r"mute has no tokenizer, .*; put the tokenizer\.model or",
     ),
     "tower": (without_tower, 2, r"mute is not a LLaVA model: it has no vision tower; give"),
 }
@@ -156,7 +156,7 @@ def test_models_that_write_captions_are_not_asked(
         ),
         capsys,
     )
-    assert re.search(r"template 'plain' holds captions, no chat; use another --conv-mode", line)
+    assert re.search(r"template 'plain' is for captions, not for a chat; use another --conv-mode", line)
 
 
 # --- benchmarks ---

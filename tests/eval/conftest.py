@@ -13,7 +13,7 @@ from llava.eval.__main__ import main
 from llava.eval.plan import Plan
 from llava.eval.runner import Runner
 from llava.eval.tasks.question_file import QuestionFile
-from llava.model.loaded import Subject, load_subject
+from llava.model.loaded import LoadedModel, load_model
 from llava.sampling import Sampling
 
 
@@ -34,12 +34,12 @@ def benchmark_folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path)
 
 
 @pytest.fixture(scope="session")
-def subject(checkpoint: Path) -> Subject:
-    return load_subject(str(checkpoint), "cpu")
+def subject(checkpoint: Path) -> LoadedModel:
+    return load_model(str(checkpoint), "cpu")
 
 
 @pytest.fixture
-def make_runner(subject: Subject, benchmark_folder: Path) -> Callable[..., Runner]:
+def make_runner(subject: LoadedModel, benchmark_folder: Path) -> Callable[..., Runner]:
     benchmark = QuestionFile(benchmark_folder)
 
     def make(batch_size: int = 4, sampling: Sampling | None = None) -> Runner:

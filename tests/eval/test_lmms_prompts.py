@@ -13,7 +13,7 @@ from llava.conversation import conv_templates
 from llava.eval.plugins.lmms_arguments import batch_size_of, device_of, dtype_of
 from llava.eval.plugins.lmms_prompts import Prompt, join, pictures_of, read_messages
 from llava.mm_utils import tokenizer_image_token
-from llava.model.loaded import Subject
+from llava.model.loaded import LoadedModel
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
@@ -109,7 +109,7 @@ def test_a_history_and_a_system_message(template: str, rendered: str) -> None:
     assert conv_templates[template].get_prompt() == own, "the template itself was changed"
 
 
-def test_a_mark_that_somebody_wrote_is_text(subject: Subject) -> None:
+def test_a_mark_that_somebody_wrote_is_text(subject: LoadedModel) -> None:
     """In messages everywhere; in a simple request where there is no picture to stand for."""
     written = "What does <image> mean"
     talk = [

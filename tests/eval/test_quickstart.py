@@ -22,7 +22,7 @@ from llava.eval.__main__ import main
 from llava.eval.quickstart import FILES, PICTURES, describe
 from llava.eval.tables import full_section, render
 from llava.eval.tasks.question_file import QuestionFile
-from llava.model.loaded import load_subject
+from llava.model.loaded import load_model
 from llava.pruning import list_methods
 from llava.pruning.catalogue import figures
 
@@ -168,7 +168,7 @@ def test_every_setting_has_its_own_key(
 ) -> None:
     parser = argparse.ArgumentParser()
     command.add_command(parser.add_subparsers())
-    subject = load_subject(str(checkpoint), "cpu")
+    subject = load_model(str(checkpoint), "cpu")
 
     def key(*extra: str, model: Path = checkpoint, data: Path = benchmark_folder) -> str:
         args = parser.parse_args(arguments(tmp_path, *extra, model=model))

@@ -14,7 +14,7 @@ from tiny_llava import draw_picture
 from transformers import GenerationConfig
 
 from llava.constants import IMAGE_PLACEHOLDER
-from llava.eval import loading, run_llava
+from llava.eval import run_llava
 from llava.eval.run_llava import build_parser, build_prompt, eval_model, image_parser, load_images
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -51,7 +51,7 @@ def cached(loaded: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> list[tup
         calls.append((args, kwargs))
         return loaded
 
-    monkeypatch.setattr(loading, "load_pretrained_model", load)
+    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", load)
     return calls
 
 

@@ -20,7 +20,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from llava.command_line import check_complete, check_conv_mode
+from llava.command_line import check_conv_mode
 from llava.conversation import conv_templates
 from llava.eval.generation import end_tokens, until_end
 from llava.eval.plugins.lmms_arguments import batch_size_of, device_of, dtype_of
@@ -28,6 +28,7 @@ from llava.eval.plugins.lmms_prompts import Prompt, pictures_of, read_messages
 from llava.eval.presets import get_preset
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model
+from llava.model.loaded import check_complete
 from llava.pruning import PruningConfig
 from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
