@@ -16,9 +16,9 @@ import torch
 
 from llava.command_line import OneLineParser
 from llava.eval import provenance
-from llava.eval.results import dump_json, write_atomically
 from llava.model.builder import load_pretrained_model
 from llava.pruning import select
+from llava.storage import dump_json, write_atomically
 from llava.train.patch_labels import SIGN, patch_labels
 from llava.world import render, scene
 from llava.world.shapes import COLORS

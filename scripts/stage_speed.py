@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from llava.eval import provenance
-from llava.eval.results import dump_json, write_atomically
 from llava.pruning import PruningConfig, VisualTokens, prune_visual_tokens
+from llava.storage import dump_json, write_atomically
 
 METHODS = ("random", "norm", "least-sensitive", "divprune", "zoo-exact", "zoo")
 BUDGETS = (64, 128, 192)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import read_answers
-from llava.eval.results import write_atomically
 from llava.eval.scorers.science_qa import LETTERS, evaluate, image_accuracy
 from llava.eval.tasks.files import check_ids
 from llava.eval.tasks.scienceqa import read_split
+from llava.storage import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:

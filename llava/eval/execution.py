@@ -14,13 +14,14 @@ from llava.eval.arms import Arm, without_impossible
 from llava.eval.plan import Plan
 from llava.eval.progress import answer_batches
 from llava.eval.records import failed_items
-from llava.eval.results import SCHEMA_VERSION, Record, RunFolder, exclusive
+from llava.eval.results import SCHEMA_VERSION, Record, RunFolder
 from llava.eval.runner import Runner
 from llava.eval.sharding import Processes
 from llava.eval.summary import settings
 from llava.eval.tasks.base import Benchmark
 from llava.model.loaded import LoadedModel, load_model
 from llava.sampling import Sampling
+from llava.storage import exclusive
 from llava.utils import UserInputError
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
+from llava.registry import unknown
 from llava.utils import UserInputError
 
 _HALF_SCORES = (
@@ -96,6 +96,5 @@ PRESETS = {
 def get_preset(name: str) -> Preset:
     """The preset called `name`; UserInputError with the closest names for an unknown one."""
     if name not in PRESETS:
-        close = get_close_matches(name, PRESETS, n=3, cutoff=0.4) or list(PRESETS)
-        raise UserInputError(f"unknown preset {name!r}; did you mean {', '.join(close)}?")
+        raise UserInputError(unknown("preset", name, PRESETS))
     return PRESETS[name]

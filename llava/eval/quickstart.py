@@ -26,14 +26,7 @@ from llava.eval.plan import Plan
 from llava.eval.plots import plot_accuracy
 from llava.eval.progress import answer_batches
 from llava.eval.records import failed_items
-from llava.eval.results import (
-    SCHEMA_VERSION,
-    Record,
-    RunFolder,
-    dump_json,
-    exclusive,
-    write_atomically,
-)
+from llava.eval.results import SCHEMA_VERSION, Record, RunFolder
 from llava.eval.runner import Runner
 from llava.eval.tables import render
 from llava.eval.tasks.question_file import QuestionFile
@@ -42,6 +35,7 @@ from llava.model.loaded import LoadedModel, load_model
 from llava.pruning import PruningError, get_method, list_methods
 from llava.sampling import Sampling
 from llava.shipped import LLAVA_TINY
+from llava.storage import dump_json, exclusive, write_atomically
 from llava.utils import UserInputError, user_path
 
 METHODS = ("none", "random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact")

@@ -10,17 +10,24 @@ batch is cut off when its log is opened again. Files for readers are made from t
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from io import FileIO
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from llava.utils import UserInputError
+from llava.storage import (
+    StorageError,
+    cannot_write,
+    dump_json,
+    dump_lines,
+    lock,
+    read_json,
+    write_atomically,
+    write_through,
+)
 
 SCHEMA_VERSION = 1
 RESULT_KEYS = ("questions", "images", "config", "run", "rows")
@@ -28,7 +35,7 @@ RESULT_KEYS = ("questions", "images", "config", "run", "rows")
 Record = dict[str, Any]
 
 
-class ResultError(UserInputError):
+class ResultError(StorageError):
     """A result file cannot be used; the message says why."""
 
 
@@ -36,7 +43,7 @@ class RunFolder:
     """The files of one run, with the log of process `rank` opened for appending.
 
     `batch_sizes[b]` is the number of answer lines of batch b, known from the plan. Only one process
-    may open a log. Raises ResultError if another one has.
+    may open a log. Raises StorageError if another one has.
     """
 
     def __init__(self, path: Path, batch_sizes: Sequence[int], rank: int = 0) -> None:
@@ -45,7 +52,7 @@ class RunFolder:
         self.log = path / "log"
         self.log.mkdir(parents=True, exist_ok=True)
         self._own = self.log / f"answers-{rank}.jsonl"
-        self._lock = _lock(self.log / f".lock-{rank}", f"{self._own}")
+        self._lock = lock(self.log / f".lock-{rank}", f"{self._own}")
         complete = _complete(_read_log(self._own), self.batch_sizes)
         _cut(self._own, [line for lines in complete.values() for line in lines])
         timings = _read_log(_timings_of(self._own))
@@ -86,7 +93,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let go of the log."""
-        self._lock.close()
+        self._lock.release()
 
     def _logs(self) -> list[Path]:
         return sorted(self.log.glob("answers-*.jsonl"))
@@ -106,67 +113,9 @@ def _complete(records: Sequence[Record], batch_sizes: Sequence[int]) -> dict[int
     return found
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone: two writers would interleave their batches.
-
-    Raises ResultError if it cannot be made, or if another process holds it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResultError(
-            f"cannot make the output folder {folder}: {error.strerror}; give another --output"
-        ) from error
-    with _lock(folder / ".lock", f"{folder}"):
-        yield
-
-
-def _lock(path: Path, what: str) -> Any:
-    """An open file that holds `path`; the lock goes with it, also when the process is killed."""
-    handle = path.open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.close()
-        raise ResultError(
-            f"another process is writing to {what}; wait for it, or give another --output"
-        ) from error
-    return handle
-
-
-def dump_json(content: Mapping[str, Any]) -> str:
-    """JSON text of a file that people read and diff."""
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def dump_lines(records: Sequence[Record]) -> str:
-    """JSONL text, one record a line."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` so that a reader, or a crash, sees the old or the new text and no mixture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb", buffering=0) as handle:
-            _write(handle, text.encode())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise _cannot_write(path, error) from error
-
-
 def read_result(path: Path) -> Record:
     """A result JSON written by `--save-result`."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ResultError(f"{path} is not JSON: {error}") from error
+    result = read_json(path, error=ResultError)
     if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
         raise ResultError(f"{path} is not a result file of schema version {SCHEMA_VERSION}")
     missing = [key for key in RESULT_KEYS if key not in result]
@@ -179,26 +128,11 @@ def _append(path: Path, records: Sequence[Record]) -> None:
     with path.open("ab", buffering=0) as handle:
         start = handle.seek(0, os.SEEK_END)
         try:
-            _write(handle, dump_lines(records).encode())
+            write_through(handle, dump_lines(records).encode())
         except OSError as error:
             with suppress(OSError):  # what is torn is also cut when the log is next opened
                 os.truncate(path, start)
-            raise _cannot_write(path, error) from error
-
-
-def _write(handle: FileIO, data: bytes) -> None:
-    """Put `data` on disk. No buffer is left that would be written again when the file closes."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[handle.write(rest) :]
-    os.fsync(handle.fileno())
-
-
-def _cannot_write(path: Path, error: OSError) -> ResultError:
-    return ResultError(
-        f"cannot write {path}: {error.strerror}; every answer that was given before is kept: make "
-        "room and run the same command again"
-    )
+            raise cannot_write(path, error) from error
 
 
 def _timings_of(log: Path) -> Path:

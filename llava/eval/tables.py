@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.arms import UNPRUNED
-from llava.eval.results import Record, read_result, write_atomically
+from llava.eval.results import Record, read_result
 from llava.generated import fill_sections, read_markdown
+from llava.storage import write_atomically
 from llava.utils import UserInputError
 
 # Rows of the README's table: baselines, the paper's method and its relatives, one of every family.

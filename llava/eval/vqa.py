@@ -27,7 +27,7 @@ from llava.eval.execution import Job, execute
 from llava.eval.identity import identity
 from llava.eval.plan import Plan, chunk_of
 from llava.eval.prompts import bare_question, has_inner_marks
-from llava.eval.results import Record, RunFolder, dump_lines, write_atomically
+from llava.eval.results import Record, RunFolder
 from llava.eval.run import add_answering_flags, describe, find_models, model_of
 from llava.eval.sharding import processes
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError
@@ -37,6 +37,7 @@ from llava.mm_utils import get_model_name_from_path
 from llava.pixels import VIEWER
 from llava.pruning.flags import pruning_from
 from llava.sampling import Sampling
+from llava.storage import dump_lines, write_atomically
 from llava.utils import UserInputError
 
 

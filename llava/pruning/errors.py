@@ -1,10 +1,10 @@
-"""The one exception type of this package, and the "did you mean" wording it shares."""
+"""The one exception type of this package."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
+from llava import registry
 from llava.utils import UserInputError
 
 
@@ -14,10 +14,4 @@ class PruningError(UserInputError):
 
 def unknown(kind: str, word: str, known: Iterable[str]) -> PruningError:
     """Error for an unknown `kind` of name, naming the nearest valid ones, or all of them."""
-    names = sorted(known)
-    near = difflib.get_close_matches(str(word), names, n=3, cutoff=0.5)
-    if near:
-        hint = "did you mean " + " or ".join(repr(name) for name in near) + "?"
-    else:
-        hint = "valid: " + (", ".join(names) if names else "none")
-    return PruningError(f"unknown {kind} {word!r}; {hint}")
+    return PruningError(registry.unknown(kind, word, known))

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava.pruning.errors import PruningError, unknown
-from llava.utils import once
+from llava.registry import Registry
 
 if TYPE_CHECKING:
     from llava.pruning.methods.base import PruningMethod
 
-ENTRY_POINT_GROUP = "llava.pruners"
-
 Method = TypeVar("Method", bound="type[PruningMethod]")
 
-_methods: dict[str, type[PruningMethod]] = {}
+METHODS: Registry[PruningMethod] = Registry(
+    "pruning method", "llava.pruning.methods", group="llava.pruners", error=PruningError
+)
 
 
 def register(cls: Method) -> Method:
@@ -28,25 +24,13 @@ def register(cls: Method) -> Method:
 
     Raises PruningError if the class has no name or the name belongs to another class.
     """
-    name = getattr(cls, "name", "")
-    if not name:
-        raise PruningError(f"{cls.__name__} needs a class attribute `name` to be registered")
-    taken = _methods.get(name)
-    if taken is not None and (taken.__module__, taken.__qualname__) != (
-        cls.__module__,
-        cls.__qualname__,
-    ):
-        raise PruningError(f"pruning method {name!r} is already {taken.__module__}")
-    _methods[name] = cls
+    METHODS.register(cls)
     return cls
 
 
 def get_method(name: str) -> type[PruningMethod]:
     """The class registered as `name`; PruningError naming the nearest names otherwise."""
-    _load()
-    if not isinstance(name, str) or name not in _methods:
-        raise unknown("pruning method", name, _methods)
-    return _methods[name]
+    return METHODS.get(name)
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> PruningMethod:
@@ -61,23 +45,5 @@ def make_method(name: str, options: Mapping[str, Any]) -> PruningMethod:
 
 def list_methods() -> list[str]:
     """Registered names in alphabetical order, control methods last."""
-    _load()
-    return sorted(_methods, key=lambda name: (_methods[name].control, name))
-
-
-@once
-def _load() -> None:
-    """Import the built-in method files and the installed plug-ins."""
-    package = importlib.import_module("llava.pruning.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        _load_plugin(point.name, point.load)
-
-
-def _load_plugin(name: str, load: Callable[[], type[PruningMethod]]) -> None:
-    # A broken plug-in must not take the built-in methods down with it.
-    try:
-        register(load())
-    except Exception as error:
-        warnings.warn(f"pruning plug-in {name!r} is not available: {error}", stacklevel=2)
+    methods = METHODS.entries()
+    return sorted(methods, key=lambda name: (methods[name].control, name))

@@ -156,7 +156,8 @@ def test_models_that_write_captions_are_not_asked(
         ),
         capsys,
     )
-    assert re.search(r"template 'plain' is for captions, not for a chat; use another --conv-mode", line)
+    wanted = r"template 'plain' is for captions, not for a chat; use another --conv-mode"
+    assert re.search(wanted, line)
 
 
 # --- benchmarks ---

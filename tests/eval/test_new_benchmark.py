@@ -25,11 +25,11 @@ def name(tmp_path: Path) -> Iterator[str]:
     spec = importlib.util.spec_from_file_location("toy", file)
     assert spec is not None and spec.loader is not None
     base.list_benchmarks()  # built-in ones first
-    before = set(base._BENCHMARKS)
+    before = set(base._BENCHMARKS._entries)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    (added,) = set(base._BENCHMARKS) - before
+    (added,) = set(base._BENCHMARKS._entries) - before
     yield added
-    del base._BENCHMARKS[added]
+    del base._BENCHMARKS._entries[added]
 
 
 def test_it_runs(

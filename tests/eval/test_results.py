@@ -7,13 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.results import (
-    ResultError,
-    RunFolder,
-    exclusive,
-    read_result,
-    write_atomically,
-)
+from llava.eval.results import RunFolder, read_result
+from llava.storage import StorageError, exclusive, write_atomically
 
 SIZES = [2, 2, 1]
 
@@ -106,9 +101,9 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
     try:
-        with pytest.raises(ResultError, match=r"answers-0\.jsonl.*make room"):
+        with pytest.raises(StorageError, match=r"answers-0\.jsonl.*make room"):
             folder.append(lines(1), [])
-        with pytest.raises(ResultError, match=r"metrics\.json.*make room"):
+        with pytest.raises(StorageError, match=r"metrics\.json.*make room"):
             folder.write_json("metrics.json", {"text": "x" * 1000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -120,7 +115,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_log_has_one_writer(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, SIZES)
-    with pytest.raises(ResultError, match="another process"):
+    with pytest.raises(StorageError, match="another process"):
         RunFolder(tmp_path, SIZES)
     folder.close()
     RunFolder(tmp_path, SIZES).close()
@@ -129,7 +124,7 @@ def test_a_log_has_one_writer(tmp_path: Path) -> None:
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
     with (
         exclusive(tmp_path),
-        pytest.raises(ResultError, match="another process"),
+        pytest.raises(StorageError, match="another process"),
         exclusive(tmp_path),
     ):
         pass
@@ -147,5 +142,5 @@ def test_writing_leaves_no_other_file(tmp_path: Path) -> None:
 def test_other_files_are_no_results(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "r.json").write_text(content)
-    with pytest.raises(ResultError, match=r"r\.json"):
+    with pytest.raises(StorageError, match=r"r\.json"):
         read_result(tmp_path / "r.json")

@@ -14,10 +14,10 @@ import pytest
 from llava.eval import execution
 from llava.eval.__main__ import main
 from llava.eval.compare import mcnemar, paired_bootstrap
-from llava.eval.results import exclusive
 from llava.eval.run import FILES
 from llava.eval.stats import mean_estimate
 from llava.model.multimodal_encoder.readings import TowerReader
+from llava.storage import exclusive
 from llava.utils import UserInputError
 
 Run = Callable[..., int]
@@ -210,7 +210,7 @@ def test_unreadable_images_are_counted(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--task", "lava-tiny"], "did you mean llava-tiny"),
+        (["--task", "lava-tiny"], "did you mean 'llava-tiny'"),
         (["--protocol", "other"], "has no protocol 'other'"),
         (["--data-root", "/nowhere"], "/nowhere"),
         (["--model-path", "/nowhere"], "/nowhere"),
@@ -223,7 +223,7 @@ def test_unreadable_images_are_counted(
         (["--arm", "pool@31"], "31"),
         (["--mm-next-protocol", "fixed2880"], "image_aspect_ratio"),
         (["--keep-tokens", "3"], "give a method too"),
-        (["--preset", "papre", "--keep-tokens", "3"], "did you mean paper"),
+        (["--preset", "papre", "--keep-tokens", "3"], "did you mean 'paper'"),
         (["--preset", "paper", "--pruner", "zoo"], "--preset"),
         (["--conv-mode", "vicuna"], "unknown --conv-mode"),
         (["--limit", "-1"], "--limit"),

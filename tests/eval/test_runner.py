@@ -232,7 +232,7 @@ def test_a_method_that_needs_what_the_model_lacks_is_unavailable(make_runner, mo
         seen = {record["arm"] for batch, _ in runner.run(arms.values()) for record in batch}
         assert seen == {"none", "norm@64", "least-sensitive@64", "shuffled-image", "no-image"}
     finally:
-        del registry._methods["blind"]
+        del registry.METHODS._entries["blind"]
 
 
 def _by_name(runner: Runner, methods: list[str]) -> dict[str, Arm]:

@@ -27,9 +27,9 @@ from llava.eval.paper_tables.pictures import rows_to_draw
 from llava.eval.paper_tables.plan import plan, published_budget, setting_of
 from llava.eval.paper_tables.render import budget_text, to_csv
 from llava.eval.paper_tables.spec import Row, Table, TableError, list_tables
-from llava.eval.results import dump_json
 from llava.eval.summary import settings
 from llava.pruning import PruningConfig
+from llava.storage import dump_json
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """

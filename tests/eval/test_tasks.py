@@ -68,7 +68,7 @@ def test_chunks_are_consecutive_and_the_last_may_be_empty(benchmark_folder: Path
 
 def test_tasks_are_found_by_name() -> None:
     assert get_benchmark("llava-tiny") is QuestionFile
-    with pytest.raises(TaskError, match="did you mean llava-tiny"):
+    with pytest.raises(TaskError, match="did you mean 'llava-tiny'"):
         get_benchmark("lava-tiny")
 
 

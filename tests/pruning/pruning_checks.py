@@ -40,7 +40,7 @@ def registered(cls: type) -> Iterator[str]:
     try:
         yield cls.name
     finally:
-        del registry._methods[cls.name]
+        del registry.METHODS._entries[cls.name]
 
 
 def chosen(out: VisualTokens, image: int) -> set[Any]:

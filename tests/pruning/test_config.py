@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import llava.registry
 from llava.pruning import (
     PruningConfig,
     PruningError,
@@ -20,9 +21,9 @@ from llava.pruning import (
     list_methods,
     parse_options,
     register,
-    registry,
 )
 from llava.pruning.methods.base import PruningMethod
+from llava.pruning.registry import METHODS
 from llava.utils import once
 
 
@@ -169,13 +170,13 @@ class Point:
 @pytest.fixture
 def own_registry(monkeypatch):
     list_methods()
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
 
 
 def test_entry_points(own_registry, monkeypatch) -> None:
     points = [Point("broken", ImportError("no such module")), Point("plugin", Plugin)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    monkeypatch.setattr(registry, "_load", once(registry._load.__wrapped__))
+    monkeypatch.setattr(llava.registry, "entry_points", lambda group: points)
+    monkeypatch.setattr(METHODS, "_load", once(METHODS._load.__wrapped__))
     with pytest.warns(UserWarning, match="'broken' is not available: no such module"):
         assert "plugin" in list_methods()
     assert get_method("plugin") is Plugin

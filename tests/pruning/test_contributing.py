@@ -26,11 +26,11 @@ def name(tmp_path: Path) -> Iterator[str]:
     spec = importlib.util.spec_from_file_location("peak", file)
     assert spec is not None and spec.loader is not None
     registry.list_methods()  # built-in methods first
-    before = set(registry._methods)
+    before = set(registry.METHODS._entries)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    (added,) = set(registry._methods) - before
+    (added,) = set(registry.METHODS._entries) - before
     yield added
-    del registry._methods[added]
+    del registry.METHODS._entries[added]
 
 
 @pytest.mark.parametrize("check", checks.PROMISES, ids=lambda check: check.__name__)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.results import write_atomically
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import check_fields, index_by, read_bytes, read_jsonl
+from llava.storage import write_atomically
 
 Row = dict[str, Any]
 

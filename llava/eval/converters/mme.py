@@ -8,10 +8,10 @@ from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import Row
-from llava.eval.results import write_atomically
 from llava.eval.scorers.mme import Key, question_key
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import read_bytes, read_jsonl
+from llava.storage import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import read_answers
-from llava.eval.results import write_atomically
+from llava.storage import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:

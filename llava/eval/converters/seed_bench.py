@@ -9,10 +9,10 @@ from typing import Any
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval.converters.answers import question_key, read_answers
-from llava.eval.results import write_atomically
 from llava.eval.scorers.seed_bench import Tally, by_type, is_correct, total
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import check_ids, check_listed, is_id, read_json
+from llava.storage import write_atomically
 
 TEXTS = ("data_type", "answer")
 DATA_TYPES = ("image", "video")

@@ -34,10 +34,11 @@ from llava.eval.paper_tables.plots import plot
 from llava.eval.paper_tables.render import to_csv, to_json, to_latex, to_markdown
 from llava.eval.paper_tables.report import to_html
 from llava.eval.paper_tables.spec import Table, TableError, list_tables, load_table
-from llava.eval.results import Record, exclusive, write_atomically
+from llava.eval.results import Record
 from llava.eval.tasks.base import get_benchmark
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.shipped import LLAVA_TINY
+from llava.storage import exclusive, write_atomically
 from llava.utils import UserInputError
 
 DEMO_TOKENS = 576

@@ -10,8 +10,9 @@ from typing import Any
 from llava.eval.arm_words import spell_options
 from llava.eval.paper_tables.collect import Cell, Filled, FilledRow, Measured
 from llava.eval.paper_tables.spec import AVERAGE, Column, Published
-from llava.eval.results import Record, dump_json
+from llava.eval.results import Record
 from llava.eval.tables import markdown
+from llava.storage import dump_json
 
 NONE = "n/a"
 DEMO = (

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.eval.results import dump_lines, write_atomically
 from llava.eval.tasks.base import TaskError
+from llava.storage import dump_lines, write_atomically
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,7 @@ class Layout:
 
     def write(self, path: str, content: bytes) -> None:
         """Write a file so that it is complete as soon as it has its name."""
-        target = self._below(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(self._below(path), content)
 
     def _below(self, path: str) -> Path:
         """The place of a name that somebody else chose. Raises TaskError outside the root."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 
 from llava.pixels import ORIGINAL
-from llava.utils import UserInputError, once
+from llava.registry import Registry
+from llava.utils import UserInputError
 
 
 class TaskError(UserInputError):
@@ -128,35 +126,12 @@ class Benchmark(ABC):
         return []
 
 
-_BENCHMARKS: dict[str, type[Benchmark]] = {}
+_BENCHMARKS: Registry[Benchmark] = Registry("task", "llava.eval.tasks", error=TaskError)
 
-
-def register_benchmark(cls: type[Benchmark]) -> type[Benchmark]:
-    """Class decorator: make the benchmark known by its name."""
-    if cls.name in _BENCHMARKS:
-        raise ValueError(f"a benchmark named {cls.name!r} is registered already")
-    _BENCHMARKS[cls.name] = cls
-    return cls
+register_benchmark = _BENCHMARKS.register
+get_benchmark = _BENCHMARKS.get
 
 
 def list_benchmarks() -> list[str]:
     """Names of all benchmarks, sorted."""
-    _load()
-    return sorted(_BENCHMARKS)
-
-
-def get_benchmark(name: str) -> type[Benchmark]:
-    """The benchmark called `name`; TaskError with the closest names for an unknown one."""
-    _load()
-    if name not in _BENCHMARKS:
-        close = get_close_matches(name, _BENCHMARKS, n=3, cutoff=0.5) or list_benchmarks()
-        raise TaskError(f"unknown task {name!r}; did you mean {', '.join(close)}?")
-    return _BENCHMARKS[name]
-
-
-@once
-def _load() -> None:
-    """Import every module beside this one: each registers its benchmarks."""
-    package = importlib.import_module("llava.eval.tasks")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    return sorted(_BENCHMARKS.entries())

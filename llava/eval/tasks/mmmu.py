@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from llava.eval.results import dump_json, write_atomically
 from llava.eval.scorers.mmmu import open_is_correct, parse_choice, parse_open
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
@@ -25,6 +24,7 @@ from llava.eval.tasks.files import (
     read_jsonl,
     shown,
 )
+from llava.storage import dump_json, write_atomically
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DOMAINS: dict[str, tuple[str, ...]] = {

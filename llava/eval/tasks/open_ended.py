@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.eval.converters.mmvet import submission
-from llava.eval.results import dump_lines, write_atomically
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
 from llava.eval.tasks.files import shown
 from llava.eval.tasks.published import PublishedQuestions, Row
+from llava.storage import dump_lines, write_atomically
 
 
 class GradedElsewhere(PublishedQuestions):

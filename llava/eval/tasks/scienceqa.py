@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from llava.eval.results import dump_lines, write_atomically
 from llava.eval.scorers.science_qa import judge
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
@@ -24,6 +23,7 @@ from llava.eval.tasks.files import (
     index_by,
     read_json,
 )
+from llava.storage import dump_lines, write_atomically
 
 
 @register_benchmark

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from llava.eval.converters.answers import question_key
 from llava.eval.converters.seed_bench import read_annotations, upload
-from llava.eval.results import write_atomically
 from llava.eval.scorers.seed_bench import is_correct
 from llava.eval.stats import metric_of
 from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
 from llava.eval.tasks.files import OPTION_LETTER, check_ids
 from llava.eval.tasks.published import PublishedQuestions, Row
+from llava.storage import write_atomically
 
 
 @register_benchmark
