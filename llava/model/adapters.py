@@ -1,5 +1,12 @@
-"""Folders that hold a part of a model: a LoRA adapter, or a projector. They need a base model."""
+"""Folders that have a part of a model, a LoRA adapter or a projector, and need a base model.
 
+A merged weight is W + s B A with s = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA
+(arXiv 2106.09685, 2312.03732). Modules are found by their full names, so that adapters which also
+hit the vision tower (leaf names such as `q_proj` fit CLIP too) end up where they were trained.
+"""
+
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +15,55 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.model import lora
-from llava.model.checkpoint import TOWER_PREFIX, has_weights, name_in_memory, read_weights
+from llava.model.checkpoint import (
+    TOWER_PREFIX,
+    has_weights,
+    name_in_memory,
+    read_json_object,
+    read_weights,
+)
 from llava.utils import UserInputError
 
 _PROJECTOR = "mm_projector"
 _PROJECTOR_PREFIX = f"model.{_PROJECTOR}."
 _REST = "non_lora_trainables"
+CONFIG_FILE = "adapter_config.json"
+_STEM = "adapter_model"
+# PEFT wraps the model twice and may write the adapter's name into the keys.
+_WRAPPER = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_WRAPPED_PART = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+# Start values of A and B that leave the base weights alone; others (PiSSA, OLoRA, LoftQ, ...)
+# change them, and the adapter belongs to the changed ones.
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+# Variants that are more than W + s B A. The weights of most would be refused as unknown too.
+_VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter as its folder holds it, weights under the names the model has in memory.
+
+    Attributes:
+        factors: name of a weight [out, in] -> (A [r, in], B [out, r]).
+        scales: name of that weight -> s.
+        whole: weights that were trained as they are (biases, PEFT's `modules_to_save`).
+        targets: every linear layer of the language model whose name ends in one of these has
+            factors; empty where the settings choose layers by another rule.
+    """
+
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    scales: Mapping[str, float]
+    whole: Mapping[str, torch.Tensor]
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,7 +78,7 @@ class PartialCheckpoint:
 
     folder: Path
     weights: Mapping[str, torch.Tensor]
-    adapter: lora.LoraAdapter | None
+    adapter: LoraAdapter | None
 
     @torch.no_grad()
     def apply(self, model: Any) -> None:
@@ -46,7 +95,7 @@ class PartialCheckpoint:
             state[name].copy_(value)
         changed = set(self.weights)
         if self.adapter is not None:
-            lora.merge_adapter(model, self.adapter, str(self.folder))
+            merge_adapter(model, self.adapter, str(self.folder))
             changed |= set(self.adapter.factors)
         if any(name.startswith(TOWER_PREFIX) for name in changed):
             # The tower is no longer the one its name says: it must be saved with the model.
@@ -78,12 +127,12 @@ class PartialCheckpoint:
 
 
 def read_partial(folder: Path, model_base: str | None) -> PartialCheckpoint | None:
-    """What a folder adds to ``model_base``, found by its files; None for a complete checkpoint.
+    """What a folder adds to `model_base`, found by its files; None for a complete checkpoint.
 
     Raises:
-        UserInputError: ``model_base`` is missing or superfluous, or files are damaged.
+        UserInputError: `model_base` is missing or superfluous, or files are damaged.
     """
-    is_lora = (folder / lora.CONFIG_FILE).is_file()
+    is_lora = (folder / CONFIG_FILE).is_file()
     complete = has_weights(folder)
     stems = [folder / f"{_PROJECTOR}.{suffix}" for suffix in ("safetensors", "bin")]
     is_projector = not is_lora and not complete and any(file.is_file() for file in stems)
@@ -91,14 +140,14 @@ def read_partial(folder: Path, model_base: str | None) -> PartialCheckpoint | No
         if model_base is not None:
             raise UserInputError(
                 f"{str(folder)!r} is neither a LoRA nor a projector-only folder (it holds neither "
-                f"{lora.CONFIG_FILE} nor {_PROJECTOR}.bin alone), so it needs no model_base; "
+                f"{CONFIG_FILE} nor {_PROJECTOR}.bin alone), so it needs no model_base; "
                 "leave model_base out"
             )
         return None
     if model_base is None:
         raise UserInputError(_ask_for_base(folder, is_lora, complete))
     if is_lora:
-        adapter = lora.read_adapter(folder)
+        adapter = read_adapter(folder)
         return PartialCheckpoint(folder, {**_rest(folder), **adapter.whole}, adapter)
     return PartialCheckpoint(folder, _projector(folder), None)
 
@@ -114,7 +163,7 @@ def _ask_for_base(folder: Path, is_lora: bool, complete: bool) -> str:
             f"{str(folder)!r} holds a LoRA adapter and the weights of a whole model; give a "
             "model_base to use the adapter, or move adapter_config.json away to use the weights"
         )
-    trained_on = lora.read_adapter_config(folder).get("base_model_name_or_path")
+    trained_on = read_adapter_config(folder).get("base_model_name_or_path")
     hint = f", which was {str(trained_on)!r}" if trained_on else ""
     return (
         f"{str(folder)!r} holds a LoRA adapter; give the model it was trained on as model_base"
@@ -132,7 +181,7 @@ def _rest(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _projector(folder: Path) -> dict[str, torch.Tensor]:
-    """``model.mm_projector.*``, whatever stands before it, and a table of embeddings if any."""
+    """`model.mm_projector.*`, whatever stands before it, and a table of embeddings if any."""
     weights: dict[str, torch.Tensor] = {}
     for key, value in (read_weights(folder, _PROJECTOR) or {}).items():
         part = next((p for p in (f"{_PROJECTOR}.", "embed_tokens.") if p in key), None)
@@ -147,3 +196,170 @@ def _projector(folder: Path) -> dict[str, torch.Tensor]:
             )
         weights[name] = value
     return weights
+
+
+def read_adapter(folder: Path) -> LoraAdapter:
+    """Read `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
+
+    Raises:
+        UserInputError: files missing or damaged, or a variant of LoRA that cannot be merged.
+    """
+    config = read_adapter_config(folder)
+    weights = read_weights(folder, _STEM)
+    if weights is None:
+        raise UserInputError(
+            f"{str(folder)!r} holds {CONFIG_FILE} but neither {_STEM}.safetensors nor {_STEM}.bin; "
+            "download or save the adapter again"
+        )
+    sides: dict[str, dict[str, torch.Tensor]] = {"A": {}, "B": {}}
+    scales, whole = {}, {}
+    for key, value in weights.items():
+        key = key.removeprefix(_WRAPPER)
+        factor = _FACTOR.fullmatch(key)
+        if factor is not None:
+            name = name_in_memory(f"{_WRAPPED_PART.sub('', factor['module'])}.weight")
+            _check_factor(folder, key, value, known=name in sides[factor["side"]])
+            sides[factor["side"]][name] = value
+            if factor["side"] == "A":
+                scales[name] = _scale(config, factor["module"], value.shape[0])
+        elif "lora_" in key:
+            raise UserInputError(
+                f"the adapter in {str(folder)!r} holds {key!r}, which is not part of a plain LoRA "
+                "of linear layers; merge it with PEFT and give the merged folder"
+            )
+        else:
+            whole[name_in_memory(_WRAPPED_PART.sub("", key))] = value
+    halves = sorted(set(sides["A"]) ^ set(sides["B"]))
+    if halves:
+        raise UserInputError(
+            f"the adapter in {str(folder)!r} holds only one of the two factors of {halves[0]!r}; "
+            "download or save it again"
+        )
+    if not scales:
+        raise UserInputError(
+            f"the adapter in {str(folder)!r} holds no factors (lora_A, lora_B), so it changes "
+            "nothing; download or save it again"
+        )
+    factors = {name: (a, sides["B"][name]) for name, a in sides["A"].items()}
+    return LoraAdapter(factors, scales, whole, _target_names(config))
+
+
+def _check_factor(folder: Path, key: str, value: torch.Tensor, known: bool) -> None:
+    fault = None
+    if value.ndim != 2 or 0 in value.shape:
+        fault = f"of shape {list(value.shape)}, where a matrix with a rank of at least 1 belongs"
+    elif not value.is_floating_point():
+        fault = f"of type {str(value.dtype).removeprefix('torch.')}, where numbers belong"
+    elif known:
+        fault = "twice, with and without the adapter's name"
+    if fault is not None:
+        raise UserInputError(
+            f"the adapter in {str(folder)!r} holds {key!r} {fault}; download or save it again"
+        )
+
+
+def _target_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names that every module called so was trained under; none where the rule is another."""
+    names = config.get("target_modules")
+    partial = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
+    return () if partial or not isinstance(names, list) else tuple(map(str, names))
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json`, checked.
+
+    Raises:
+        UserInputError: unreadable, no LoRA, or a variant of it that cannot be merged.
+    """
+    file = folder / CONFIG_FILE
+    config = read_json_object(file)
+    if "lora_alpha" not in config:
+        raise UserInputError(
+            f"{str(file)!r} does not describe a LoRA (lora_alpha is missing); download or save it "
+            "again"
+        )
+    alpha, kind = config["lora_alpha"], config.get("peft_type", "LORA")
+    odd = [f"{key}={config[key]!r}" for key in _VARIANTS if config.get(key)]
+    if kind != "LORA":
+        odd.append(f"peft_type={kind!r}")
+    start = config.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        odd.append(f"init_lora_weights={start!r}")
+    if not _is_number(alpha):
+        odd.append(f"lora_alpha={alpha!r}")
+    patterns = config.get("alpha_pattern") or {}
+    readable = isinstance(patterns, dict) and all(map(_is_pattern, patterns))
+    if not (readable and all(map(_is_number, patterns.values()))):
+        odd.append(f"alpha_pattern={patterns!r}")
+    if odd:
+        raise UserInputError(
+            f"the adapter in {str(folder)!r} is more than a plain LoRA ({', '.join(odd)}), which "
+            "cannot be merged here; merge it with PEFT and give the merged folder"
+        )
+    return config
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """s of one module. The rank is that of the factors, so `rank_pattern` needs no reading."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        # PEFT's rule: a pattern fits the end of a module's name, from a dot on.
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module, adapter: LoraAdapter, where: str) -> None:
+    """Add every B A to its weight in place; one weight at a time is held twice.
+
+    Products are taken in float32 (float64 for float64 weights) and rounded once, to the weight's
+    own dtype. PEFT's `fan_in_fan_out` means nothing here, as in PEFT: only layers that are not
+    `nn.Linear` store their weights transposed, and LLaVA has none.
+
+    Raises:
+        UserInputError: a module the model lacks or the adapter does, or another shape.
+    """
+    parameters = dict(model.named_parameters())
+    linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    _check_targets(linear, adapter, where)
+    for name, (a, b) in adapter.factors.items():
+        if name not in linear:
+            raise UserInputError(
+                f"the adapter in {where!r} changes {name!r}, which is not a linear layer of the "
+                "model; give the model_base and the config.json it was trained with"
+            )
+        weight = parameters[name]
+        if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
+            raise UserInputError(
+                f"the adapter in {where!r} has factors {list(a.shape)} and {list(b.shape)} for "
+                f"{name!r} of shape {list(weight.shape)}; give the model_base it was trained on"
+            )
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        a, b = a.to(weight.device, dtype), b.to(weight.device, dtype)
+        weight.copy_(torch.addmm(weight.to(dtype), b, a, alpha=adapter.scales[name]))
+
+
+def _check_targets(linear: set[str], adapter: LoraAdapter, where: str) -> None:
+    """Refuse an adapter that lost factors: what it trained would be half there."""
+    ends = tuple(f".{name}.weight" for name in adapter.targets)
+    trained = {name for name in linear if name.startswith("model.layers.") and name.endswith(ends)}
+    lost = sorted(trained - set(adapter.factors)) if ends else []
+    if lost:
+        raise UserInputError(
+            f"the adapter in {where!r} lacks the factors of {len(lost)} layers that its "
+            f"target_modules name, for example {lost[0]!r}; download or save it again"
+        )

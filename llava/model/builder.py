@@ -1,13 +1,13 @@
 """Load a LLaVA model the way LLaVA users do."""
 
-import json
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
@@ -17,13 +17,12 @@ from llava.constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
 from llava.model.adapters import PartialCheckpoint, read_partial
-from llava.model.checkpoint import local_checkpoint, read_config
+from llava.model.checkpoint import local_checkpoint, read_config, read_json_object
 from llava.model.checks import check_config, check_weights
 from llava.model.hugging_face import native_form
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM, describes, native_config
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
-from llava.model.quantization import quantization_config
 from llava.model.tokenizer import LlamaTokenizer
 from llava.pruning.config import PruningConfig
 from llava.utils import UserInputError
@@ -34,6 +33,9 @@ logger = logging.getLogger(__name__)
 MODEL_CLASSES: tuple[type[LlavaCausalLM], ...] = (LlavaLlamaForCausalLM, LlavaMistralForCausalLM)
 # What LLaVA reports when the config does not say; released checkpoints rely on it.
 DEFAULT_CONTEXT_LENGTH = 2048
+# Full names of what stays as it is. Names are matched from their start (or as a suffix), so that
+# "mm_projector" alone would miss "model.mm_projector.0". Pruning also needs the projector in full.
+KEPT_MODULES = ("model.mm_projector", "model.vision_tower", "lm_head")
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _TOKENIZER_SETTINGS = "tokenizer_config.json"
 
@@ -100,7 +102,7 @@ def load_pretrained_model(
         kwargs["quantization_config"] = quantization
     model = _load_model(folder, base, part, device_map=placement, **kwargs)
     if pruning is not None:
-        model.pruning = pruning
+        model.pruning = PruningConfig.read(pruning)
     check_config(model)
 
     tokenizer = load_tokenizer(base)
@@ -160,6 +162,48 @@ def _check_projector(model: LlavaCausalLM, folder: Path) -> None:
         if name.startswith(("mm_projector.", "image_newline"))
     }
     check_weights(small, repr(str(folder)))
+
+
+def quantization_config(
+    load_8bit: bool, load_4bit: bool, device: str = "cuda"
+) -> BitsAndBytesConfig | None:
+    """What `from_pretrained` needs to quantize as LLaVA does; None if nothing was asked for.
+
+    4-bit is NF4 with double quantization that computes in float16. Only linear layers of the
+    language model are quantized; projector, vision tower and output layer keep their precision.
+
+    Raises:
+        UserInputError: both were asked for, or bitsandbytes or CUDA is missing.
+    """
+    if not (load_8bit or load_4bit):
+        return None
+    if load_8bit and load_4bit:
+        raise UserInputError("load_8bit and load_4bit exclude each other; choose one of them")
+    if find_spec("bitsandbytes") is None:
+        raise UserInputError(
+            "8-bit and 4-bit loading need bitsandbytes, which is not installed; run "
+            "pip install bitsandbytes, or load without load_8bit and load_4bit"
+        )
+    on_cuda = device == "auto" or torch.device(device).type == "cuda"
+    if not (on_cuda and torch.cuda.is_available()):
+        raise UserInputError(
+            "8-bit and 4-bit loading need a CUDA device; use one, or load without load_8bit and "
+            "load_4bit"
+        )
+    return bits_and_bytes(4 if load_4bit else 8)
+
+
+def bits_and_bytes(bits: int) -> BitsAndBytesConfig:
+    """The settings for 4 or 8 bits, whether or not this machine can use them."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_MODULES))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=list(KEPT_MODULES),
+    )
 
 
 def _check_attention(implementation: str | None) -> None:
@@ -240,11 +284,11 @@ def load_tokenizer(folder: Path) -> Any:
             )
         return None
     try:
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings = read_json_object(file) if file.is_file() else {}
         if settings.get("tokenizer_class") not in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
             return AutoTokenizer.from_pretrained(str(folder), use_fast=False)
         # LLaVA's prompts begin with BOS also where the file does not say so.
-        bos = {} if "add_bos_token" in settings else {"add_bos_token": True}
+        bos: dict[str, Any] = {} if "add_bos_token" in settings else {"add_bos_token": True}
         return LlamaTokenizer.from_pretrained(str(folder), use_fast=False, **bos)
     except Exception as error:  # readers of model files raise errors without a common base
         raise UserInputError(

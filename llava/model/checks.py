@@ -76,8 +76,8 @@ def _check_squares(config: Any, processor: Any) -> None:
         )
 
 
-def check_ids(input_ids: Any) -> None:
-    """Check that ids are an int64 (or int32) tensor [B, L]; their values are not looked at.
+def check_ids(input_ids: Any) -> torch.Tensor:
+    """Return ids if they are an int64 (or int32) tensor [B, L]; their values are not looked at.
 
     Raises:
         UserInputError: names what was given instead.
@@ -90,6 +90,7 @@ def check_ids(input_ids: Any) -> None:
             f"inputs must be token ids, an int64 tensor [B, L]; got {describe_value(input_ids)}; "
             "make them with tokenizer_image_token(prompt, tokenizer, return_tensors='pt')[None]"
         )
+    return input_ids
 
 
 def check_prompt(input_ids: Any, attention_mask: Any, vocabulary: int, **others: Any) -> None:

@@ -13,7 +13,7 @@ from llava.model.checkpoint import read_json_object
 from llava.model.checks import check_questions, check_sizes
 from llava.model.config_values import TOKENS, known_tokens
 from llava.model.splice import share_images, unpadded
-from llava.model.types import Images, VisualModel
+from llava.model.types import GenerativeModel, Images, VisualModel
 from llava.pruning.active import prune
 from llava.utils import UserInputError
 from llava.value_rules import (
@@ -162,8 +162,8 @@ class PublishedGenerationConfig(GenerationConfig):
     Vicuna's has a temperature without do_sample, which transformers would not save.
     """
 
-    def validate(self, strict: bool = False, **kwargs: Any) -> None:
-        super().validate(strict=False, **kwargs)
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        super().validate(strict=False, user_set_attributes=user_set_attributes)
 
 
 def read_generation_config(
@@ -180,9 +180,9 @@ def read_generation_config(
         UserInputError: the file is damaged, or a value cannot be used.
     """
     file = folder / GENERATION_FILE
-    try:
+    if file.is_file():
         values, place = read_json_object(file), f"in {str(file)!r}"
-    except FileNotFoundError:
+    else:
         place = f"in {str(folder / 'config.json')!r}"
         values = {name: raw_config[name] for name in RULES if name in raw_config}
         values["_from_model_config"] = True
@@ -212,7 +212,7 @@ def check_settings(model: VisualModel, arguments: Mapping[str, Any]) -> dict[str
     """
     given = {k: v for k, v in arguments.items() if v is not None or k not in _UNSET}
     read = read_values(given, {**RULES, **_OBJECTS}, "of generate")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_model().embed_tokens.num_embeddings
     for name in _TOKENS:
         if read.get(name) is not None:
             read[name] = known_tokens(name, read[name], vocabulary, "of generate")
@@ -288,7 +288,7 @@ def check_length(model: VisualModel, arguments: Mapping[str, Any], prompt: int) 
 
 
 def generate_rows(
-    model: VisualModel,
+    model: GenerativeModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     images: Images | None,
@@ -327,7 +327,7 @@ def generate_rows(
             own = slice(share.start, share.stop)
             output = model.generate(
                 rows[number][None],
-                images=images[own] if len(share) else None,
+                images=images[own] if images is not None and len(share) else None,
                 image_sizes=None if sizes is None else sizes[own],
                 questions=None if questions is None else [questions[number]],
                 **kwargs,

@@ -125,10 +125,10 @@ class TileGeometry(NamedTuple):
         # CLIP's own preprocessing: the shorter side becomes `side`, then the centre is cut out.
         short = min(size)
         scaled = [self.side if s == short else int(self.side * s / short) for s in size]
-        left, top = (
+        x, y = (
             (s - self.side) // 2 * original / s for s, original in zip(scaled, size, strict=True)
         )
-        return left, top, left + self.side * width / scaled[0], top + self.side * height / scaled[1]
+        return x, y, x + self.side * width / scaled[0], y + self.side * height / scaled[1]
 
 
 def _canvas_box(size: Size, canvas: Size) -> Box:

@@ -246,8 +246,8 @@ class LlavaMetaForCausalLM(Prunable):
         merged = splice_prompts(visual, rows, unpadded(targets, attention_mask), embed)
         config = self.config
         merged = cut_rows(merged, rows, getattr(config, "tokenizer_model_max_length", None))
-        side = call_context().padding_side or getattr(config, "tokenizer_padding_side", "right")
-        batch = pad_rows(merged, side)
+        own_side = getattr(config, "tokenizer_padding_side", "right")
+        batch = pad_rows(merged, call_context().padding_side or own_side)
         original = visual is not None and visual.original_positions
         positions: torch.Tensor | None = batch.positions
         mask: torch.Tensor | None = batch.mask
@@ -261,7 +261,7 @@ class LlavaMetaForCausalLM(Prunable):
 
     def prepare_inputs_labels_for_multimodal(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         past_key_values: Any,
@@ -282,7 +282,7 @@ class LlavaMetaForCausalLM(Prunable):
             UserInputError: image marks without images, another number of images than marks, or
                 tensors of the wrong kind.
         """
-        check_ids(input_ids)
+        input_ids = check_ids(input_ids)
         decoding = input_ids.shape[1] == 1 and not bool((input_ids == IMAGE_TOKEN_INDEX).any())
         if self.get_vision_tower() is None or images is None or decoding:
             if not decoding and bool((input_ids == IMAGE_TOKEN_INDEX).any()):

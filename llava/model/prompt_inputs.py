@@ -159,7 +159,7 @@ def _word_embeddings(model: VisualModel, words: str) -> torch.Tensor:
             "model.text_tokenizer"
         )
     ids = model.text_tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-    embed = model.get_input_embeddings()
+    embed = model.get_model().embed_tokens
     return embed(torch.tensor(ids, dtype=torch.long, device=embed.weight.device)).detach()
 
 

@@ -79,7 +79,9 @@ def prompt_length(
     config = model.pruning
     count = visual.num_images
     totals = [visual.sequence(image).total for image in range(count)]
-    budgets = [None] * count if config is None else image_budgets(visual, config)
+    budgets: list[int | None] = [None] * count
+    if config is not None:
+        budgets = image_budgets(visual, config)
     limit = getattr(model.config, "tokenizer_model_max_length", None)
     if give_way and limit is not None:
         prompt = Prompt(tuple(range(count)), text, limit)
@@ -97,13 +99,10 @@ def context_limits(config: Any) -> list[Limit]:
     A prompt of more than `tokenizer_model_max_length` tokens is cut. Prompt and answer share
     `max_position_embeddings`: beyond them are positions that the model does not know.
     """
-    named = [
-        Limit("tokenizer_model_max_length", getattr(config, "tokenizer_model_max_length", None), 0),
-        Limit("max_position_embeddings", getattr(config, "max_position_embeddings", None), 1),
-    ]
-    return sorted(
-        (limit for limit in named if limit.tokens is not None), key=lambda limit: limit.tokens
-    )
+    answers = {"tokenizer_model_max_length": 0, "max_position_embeddings": 1}
+    named = {name: getattr(config, name, None) for name in answers}
+    limits = [Limit(name, most, answers[name]) for name, most in named.items() if most is not None]
+    return sorted(limits, key=lambda limit: limit.tokens)
 
 
 def exceeded_limits(config: Any, length: PromptLength) -> list[Limit]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
 from llava.pruning.config import PruningConfig
-from llava.pruning.tokens import VisualTokens
 
 if TYPE_CHECKING:
     from llava.model.multimodal_encoder.vision_tower import VisionTower
@@ -31,8 +29,7 @@ class VisualModel(Protocol):
     text_tokenizer: Any
     generation_config: Any
 
-    @property
-    def device(self) -> torch.device: ...
+    device: torch.device
 
     @property
     def pruning(self) -> PruningConfig | None: ...
@@ -42,13 +39,13 @@ class VisualModel(Protocol):
 
     def get_vision_tower(self) -> VisionTower | None: ...
 
-    def get_input_embeddings(self) -> nn.Module: ...
-
     def encode_images(self, images: torch.Tensor) -> torch.Tensor: ...
 
     def own_encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Do what `encode_images` does where nothing has replaced it."""
 
-    def prune_visual_tokens(self, visual: VisualTokens) -> VisualTokens: ...
+
+class GenerativeModel(VisualModel, Protocol):
+    """A model that also answers."""
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any: ...

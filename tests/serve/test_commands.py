@@ -420,8 +420,8 @@ def test_loading_flags_reach_the_loader(picture: Path, monkeypatch: pytest.Monke
     flags = ["--model-path", "a/llava-v1.5-7b-lora", "--model-base", "vicuna", "--load-4bit"]
     with pytest.raises(SystemExit):  # this loader returns no vision model
         cli.main([*flags, "--image-file", str(picture), "--device", "cpu"])
-    expected = ("a/llava-v1.5-7b-lora", "vicuna", "llava-v1.5-7b-lora", False, True)
-    assert calls == [(expected, {"device": "cpu"})]
+    expected = ("a/llava-v1.5-7b-lora", "vicuna", "llava-v1.5-7b-lora")
+    assert calls == [(expected, {"device": "cpu", "load_8bit": False, "load_4bit": True})]
 
 
 def test_control_tokens_of_a_role_are_not_shown() -> None:

@@ -38,6 +38,7 @@ from llava.model.multimodal_encoder.builder import (
     read_tower_config,
     resolve_vision_tower,
 )
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.types import Images
 from llava.utils import UserInputError
 from llava.value_rules import one_line
@@ -45,7 +46,11 @@ from llava.value_rules import one_line
 logger = logging.getLogger(__name__)
 
 
-class LlavaConfigMixin:
+# transformers' own class of a language model or its config follows among the bases of a whole one.
+_Transformers: Any = object
+
+
+class LlavaConfigMixin(_Transformers):
     """LLaVA's `mm_*` keys in a language model's config: they are kept as they are."""
 
     # Known to the class, so that it can be given when a checkpoint is loaded.
@@ -58,7 +63,7 @@ class LlavaConfigMixin:
         return data if theta is None else {**data, "rope_theta": theta}
 
 
-class LlavaCausalLM(LlavaMetaForCausalLM):
+class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
     """What every language model that reads images does; stands before transformers' class.
 
     Weights on disk carry the names of LLaVA's own files, whatever they are called in memory.
@@ -71,7 +76,6 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
     base_type: ClassVar[str]
     inner_class: ClassVar[type[LlavaMetaModel]]
-    config_class: ClassVar[type[PretrainedConfig]]
     undivided: ClassVar[tuple[str, ...]] = tuple(tower.__name__ for tower in TOWER_CLASSES)
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -152,13 +156,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         relative to the checkpoint and would not be found from the new folder; a folder with the
         tower's description is then written beside them.
         """
-        tower = self.get_vision_tower()
-        with_tower = tower is not None and tower.is_loaded and self._owns_tower()
+        tower = self._tower_to_save()
         state = self.state_dict() if state_dict is None else state_dict
         named = {}
         for key, value in state.items():
             if key.startswith(TOWER_PREFIX):
-                if not with_tower:
+                if tower is None:
                     continue
                 inner = key.removeprefix(TOWER_PREFIX).removeprefix(TOWER_INNER)
                 key = TOWER_PREFIX + TOWER_INNER + inner
@@ -171,13 +174,16 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             save_original_format=False,
             **kwargs,
         )
-        if with_tower and is_main_process and not is_portable(tower):
+        if tower is not None and is_main_process and not is_portable(tower):
             tower.save_description(Path(save_directory) / tower.vision_tower_name)
 
-    def _owns_tower(self) -> bool:
+    def _tower_to_save(self) -> VisionTower | None:
+        """Return the tower, if its weights belong into a saved model."""
         tower = self.get_vision_tower()
+        if tower is None or not tower.is_loaded:
+            return None
         unfrozen = bool(getattr(self.config, "unfreeze_mm_vision_tower", False))
-        return tower.from_checkpoint or unfrozen or not is_portable(tower)
+        return tower if tower.from_checkpoint or unfrozen or not is_portable(tower) else None
 
     def forward(
         self,

@@ -24,7 +24,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     config_class = LlavaConfig
 
 
-class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
+class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):  # type: ignore[misc]
     """A Llama that reads images."""
 
     config_class = LlavaConfig

@@ -24,7 +24,7 @@ class LlavaMistralModel(LlavaMetaModel, MistralModel):
     config_class = LlavaMistralConfig
 
 
-class LlavaMistralForCausalLM(LlavaCausalLM, MistralForCausalLM):
+class LlavaMistralForCausalLM(LlavaCausalLM, MistralForCausalLM):  # type: ignore[misc]
     """A Mistral that reads images."""
 
     config_class = LlavaMistralConfig

@@ -37,7 +37,8 @@ class CLIPTextTower:
         self.text_projection = model.text_projection
         self.visual_projection = model.visual_projection
         self.tokenizer = tokenizer
-        self.segment_length = model.config.text_config.max_position_embeddings
+        text_config: Any = model.config.text_config
+        self.segment_length = text_config.max_position_embeddings
         for module in (self.text_model, self.text_projection, self.visual_projection):
             module.requires_grad_(False).eval()
 
@@ -108,9 +109,10 @@ def _load(tower: VisionTower) -> CLIPTextTower:
             "setting that reads no question, such as cdpruner with relevance=none"
         )
     try:
-        model, info = CLIPModel.from_pretrained(
+        loaded: Any = CLIPModel.from_pretrained(
             tower.source, dtype=tower.dtype, output_loading_info=True
         )
+        model, info = loaded
         tokenizer = CLIPTokenizer.from_pretrained(tower.source)
     except Exception as error:  # readers of model files raise errors without a common base
         raise UserInputError(

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.pruning.precision import outside_autocast
 from llava.utils import UserInputError
 
 
-def attention_from_class(attention: nn.Module, x: Tensor, first: int) -> Tensor:
+def attention_from_class(attention: Any, x: Tensor, first: int) -> Tensor:
     """[B, N]: what the class token gives every patch, after softmax, summed over heads."""
     if not first:
         return attention_received(attention, x, first)
@@ -27,7 +27,7 @@ def attention_from_class(attention: nn.Module, x: Tensor, first: int) -> Tensor:
     return scores.softmax(dim=-1).sum(dim=1)[:, 0, 1:]
 
 
-def attention_received(attention: nn.Module, x: Tensor, first: int) -> Tensor:
+def attention_received(attention: Any, x: Tensor, first: int) -> Tensor:
     """[B, N]: what every patch is given, summed over heads, mean over all queries, class included.
 
     One tile at a time: a tile's attention is heads x S x S numbers.
@@ -40,12 +40,12 @@ def attention_received(attention: nn.Module, x: Tensor, first: int) -> Tensor:
     return torch.stack(rows)
 
 
-def mean_attention_from_class(attention: nn.Module, x: Tensor, first: int) -> Tensor:
+def mean_attention_from_class(attention: Any, x: Tensor, first: int) -> Tensor:
     """[B, N]: `attention_from_class`, mean over heads: with the class token's own share, 1."""
     return attention_from_class(attention, x, first) / attention.num_heads
 
 
-def single_head_attention(attention: nn.Module, x: Tensor, first: int) -> Tensor:
+def single_head_attention(attention: Any, x: Tensor, first: int) -> Tensor:
     """[B, N]: softmax(q K^T / sqrt(C)) of the class token, all heads taken for one.
 
     No attention the tower computes: PruMerge's released code does.
@@ -60,23 +60,23 @@ def single_head_attention(attention: nn.Module, x: Tensor, first: int) -> Tensor
     return torch.cat(rows)
 
 
-def mean_keys(attention: nn.Module, x: Tensor, first: int) -> Tensor:
+def mean_keys(attention: Any, x: Tensor, first: int) -> Tensor:
     """[B, N, C / heads]: the patches' keys, mean over heads."""
     return _heads(attention, _widen(attention.k_proj(x[:, first:]))).mean(dim=1)
 
 
-def whole_keys(attention: nn.Module, x: Tensor, first: int) -> Tensor:
+def whole_keys(attention: Any, x: Tensor, first: int) -> Tensor:
     """[B, N, C]: the patches' keys, heads side by side."""
     return _widen(attention.k_proj(x[:, first:]))
 
 
-def _scores(attention: nn.Module, query: Tensor, keys: Tensor) -> Tensor:
+def _scores(attention: Any, query: Tensor, keys: Tensor) -> Tensor:
     """[B, heads, queries, S] before softmax, at least float32."""
     query, keys = (_heads(attention, _widen(t)) for t in (query, keys))
     return query @ keys.transpose(2, 3) * attention.head_dim**-0.5
 
 
-def _heads(attention: nn.Module, tokens: Tensor) -> Tensor:
+def _heads(attention: Any, tokens: Tensor) -> Tensor:
     """[B, S, C] -> [B, heads, S, C / heads]."""
     return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
@@ -102,7 +102,7 @@ class _Reading(NamedTuple):
     """Which block is read, from (blocks that run, blocks there are), and what of it."""
 
     block: Callable[[int, int], int]
-    value: Callable[[nn.Module, Tensor, int], Tensor]
+    value: Callable[[Any, Tensor, int], Tensor]
 
 
 # By the name that methods put into `needs`; `cls_feature` is no reading of a block.
@@ -132,9 +132,7 @@ class TowerReader:
 
     @torch.compiler.disable
     @outside_autocast()
-    def read_block(
-        self, index: int, used: int, layers: nn.ModuleList, hidden: Tensor, first: int
-    ) -> None:
+    def read_block(self, index: int, used: int, layers: Any, hidden: Tensor, first: int) -> None:
         """Read block `index`, whose input is `hidden` [B, S, C]; `used` blocks run in all.
 
         Patches begin at token `first`.
