@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria
 
-from llava.anyres import (
+from llava.anyres import (  # noqa: F401 - LLaVA's import path of these
     divide_to_patches,
     expand2square,
     get_anyres_image_grid_shape,
@@ -25,22 +25,7 @@ from llava.anyres import (
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.images import decode_base64
 from llava.utils import UserInputError, user_path
-
-__all__ = [
-    "KeywordsStoppingCriteria",
-    "divide_to_patches",
-    "expand2square",
-    "get_anyres_image_grid_shape",
-    "get_model_name_from_path",
-    "load_image_from_base64",
-    "process_anyres_image",
-    "process_images",
-    "resize_and_pad_image",
-    "select_best_resolution",
-    "tokenize_pieces",
-    "tokenizer_image_token",
-    "unpad_image",
-]
+from llava.value_rules import check_characters
 
 
 def load_image_from_base64(image: str) -> Image.Image:
@@ -95,13 +80,7 @@ def tokenize_pieces(
     Raises:
         UserInputError: a piece is not valid text.
     """
-    try:
-        DEFAULT_IMAGE_TOKEN.join(pieces).encode()
-    except UnicodeEncodeError as error:
-        raise UserInputError(
-            f"the prompt holds {error.object[error.start]!r} at place {error.start}, which is not "
-            "a character; write it in UTF-8"
-        ) from error
+    check_characters(DEFAULT_IMAGE_TOKEN.join(pieces), "the prompt")
     bos = tokenizer.bos_token_id
     chunks = [tokenizer(piece).input_ids for piece in pieces]
     starts_with_bos = bool(chunks[0]) and bos is not None and chunks[0][0] == bos

@@ -67,6 +67,25 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def check_characters(text: str, name: str) -> None:
+    """Refuse text that was not decoded properly: no tokenizer and no file takes it.
+
+    Args:
+        text: any text.
+        name: what errors call it.
+
+    Raises:
+        UserInputError: says what is no character, and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserInputError(
+            f"{name} has {text[error.start]!r} at place {error.start}, which is not a character; "
+            "write it in UTF-8"
+        ) from error
+
+
 def whole(low: int, high: int | None = None) -> Rule:
     """A whole number within bounds."""
 

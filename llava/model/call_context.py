@@ -75,8 +75,3 @@ def tower_from_checkpoint(config: Any) -> AbstractContextManager[None]:
 def call_context() -> _CallContext:
     """Return what counts for the caller."""
     return _context.get()
-
-
-def step_runner() -> StepRunner:
-    """Return what runs the caller's steps."""
-    return _context.get().run_step

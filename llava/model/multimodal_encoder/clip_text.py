@@ -1,16 +1,15 @@
 """The text half of the CLIP model whose other half is the vision tower."""
 
-from pathlib import Path
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-from transformers.utils import cached_file
+from transformers import CLIPModel, CLIPTokenizer
 
-from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.checkpoint import read_json_object
+from llava.model.multimodal_encoder.vision_tower import CONFIG_FILE, VisionTower, find_file
 from llava.utils import UserInputError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -80,11 +79,12 @@ def has_text_tower(tower: VisionTower) -> bool:
 
 
 def _is_complete(tower: VisionTower) -> bool:
-    try:
-        raw, _ = CLIPConfig.get_config_dict(tower.source)
-    except (OSError, ValueError):
-        return False
-    return raw.get("model_type") == "clip" and any(_found(tower, name) for name in _TOKENIZER_FILES)
+    config = find_file(tower.source, CONFIG_FILE)
+    return (
+        config is not None
+        and read_json_object(config).get("model_type") == "clip"
+        and any(find_file(tower.source, name) for name in _TOKENIZER_FILES)
+    )
 
 
 def text_tower_of(tower: VisionTower) -> CLIPTextTower:
@@ -129,15 +129,3 @@ def _load(tower: VisionTower) -> CLIPTextTower:
         )
     model.vision_model = nn.Identity()  # the tower itself is there already
     return CLIPTextTower(model.to(tower.device), tokenizer)
-
-
-def _found(tower: VisionTower, file: str) -> bool:
-    if Path(tower.source).is_dir():
-        return (Path(tower.source) / file).is_file()
-    found = cached_file(
-        tower.source,
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return found is not None
