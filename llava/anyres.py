@@ -78,7 +78,7 @@ def _select_canvas(
 
 
 def fit_size(original_size: Size, canvas: Size) -> Size:
-    """(width, height) of an image after it was fitted into a canvas without distortion."""
+    """Return (width, height) of an image after it was fitted into a canvas without distortion."""
     width, height = original_size
     target_w, target_h = canvas
     scale_w, scale_h = target_w / width, target_h / height
@@ -109,7 +109,7 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 def get_anyres_image_grid_shape(
     image_size: Size, grid_pinpoints: str | Sequence[Size], patch_size: int
 ) -> Size:
-    """Tiles of an image's best canvas as (columns, rows).
+    """Return the tiles of an image's best canvas as (columns, rows).
 
     Args:
         image_size: (width, height) of the image.
@@ -121,7 +121,7 @@ def get_anyres_image_grid_shape(
 
 
 def parse_pinpoints(grid_pinpoints: str | Sequence[Size]) -> list[Size]:
-    """Canvases as (width, height), from a list or from a string that holds it as Python text.
+    """Read canvases as (width, height), from a list or a string with its Python text.
 
     Raises:
         UserInputError: the value is neither.
@@ -140,7 +140,7 @@ def parse_pinpoints(grid_pinpoints: str | Sequence[Size]) -> list[Size]:
 
 
 def next_protocol(model_cfg: Any) -> str:
-    """`mm_next_protocol` of a model: how LLaVA-1.6 counts the tokens of an image.
+    """Read `mm_next_protocol` of a model: how LLaVA-1.6 counts the tokens of an image.
 
     `native`: as the checkpoint was trained. `fixed2880`: every image on a canvas of 2 x 2
     tiles, no unpadding and no newlines, as several papers count. `zoo-release`: native, pruned
@@ -150,7 +150,7 @@ def next_protocol(model_cfg: Any) -> str:
     `spatial-filled`: the same on the canvas that the image fills best, as FasterVLM was.
 
     Raises:
-        UserInputError: another word, or a model whose images are no tiles.
+        UserInputError: another word, or a model that does not cut images into tiles.
     """
     protocol = getattr(model_cfg, "mm_next_protocol", None) or "native"
     if protocol not in NEXT_PROTOCOLS:
@@ -167,13 +167,13 @@ def next_protocol(model_cfg: Any) -> str:
 
 
 def canvas_rule(model_cfg: Any) -> Callable[[Size, Sequence[Size]], Size]:
-    """How a model chooses among canvases: `select_best_resolution`, or as its protocol says."""
+    """Return how a model chooses a canvas: `select_best_resolution`, or as its protocol says."""
     filled = next_protocol(model_cfg) == "spatial-filled"
     return select_filled_resolution if filled else select_best_resolution
 
 
 def canvas_choices(model_cfg: Any, tile_side: int) -> list[Size]:
-    """The canvases, (width, height) in pixels, that an image may be fitted into.
+    """Return the canvases, (width, height) in pixels, that an image may be fitted into.
 
     `image_grid_pinpoints`; where the config has none, those of the released LLaVA-1.6
     checkpoints for this side of a tile.
@@ -189,7 +189,7 @@ def canvas_choices(model_cfg: Any, tile_side: int) -> list[Size]:
     canvases = parse_pinpoints(pinpoints)
     if any(side % tile_side for canvas in canvases for side in canvas):
         raise UserInputError(
-            f"image_grid_pinpoints {canvases} holds sides that are no multiples of the vision "
+            f"image_grid_pinpoints {canvases} has sides that are not multiples of the vision "
             f"tower's {tile_side} pixels; correct it in config.json"
         )
     return canvases
@@ -210,7 +210,7 @@ def unpad_image(tensor: torch.Tensor, original_size: Size) -> torch.Tensor:
 
 
 def unpad_window(height: int, width: int, original_size: Size) -> tuple[int, int, int, int]:
-    """(top, left, rows, cols): what `unpad_image` leaves of a map of height x width."""
+    """Return (top, left, rows, cols): what `unpad_image` leaves of a map of height x width."""
     original_w, original_h = original_size
     if original_w / original_h > width / height:
         padding = (height - int(original_h * (width / original_w))) // 2
@@ -236,7 +236,7 @@ def process_anyres_image(
     grid_pinpoints: str | Sequence[Size],
     choose: Callable[[Size, Sequence[Size]], Size] = select_best_resolution,
 ) -> torch.Tensor:
-    """An image as LLaVA-1.6 sees it: the whole image first, then the tiles of its best canvas.
+    """Show an image as LLaVA-1.6 sees it: first whole, then the tiles of its best canvas.
 
     Args:
         image: an RGB image.
@@ -259,7 +259,7 @@ def process_anyres_image(
 
 
 def tile_side(processor: Any) -> int:
-    """Side in pixels of the squares that a tower's processor makes: it crops, or only resizes."""
+    """Return the side in pixels of the squares that a processor makes, cropped or resized."""
     return (getattr(processor, "crop_size", None) or processor.size)["height"]
 
 

@@ -24,7 +24,7 @@ CORRECTABLE = (UserInputError, OSError, torch.OutOfMemoryError)
 
 
 def explain(error: Exception) -> str:
-    """One line for an error of `CORRECTABLE`: what is wrong and what to do."""
+    """Say in one line what is wrong and what to do about an error of `CORRECTABLE`."""
     text = one_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         return (
@@ -91,9 +91,9 @@ def add_model_flags(
 
 
 def device_name(name: str) -> str:
-    """`name` if it is `auto`, or a device that torch can use here."""
+    """Return `name` if it is `auto`, or a device that torch can use here."""
     try:
-        # Read back, because a tensor on `meta` holds no numbers.
+        # Read back, because a tensor on `meta` has no numbers.
         torch.zeros(1, device="cpu" if name in ("auto", "cuda") else name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise argparse.ArgumentTypeError(

@@ -93,7 +93,7 @@ def tokenize_pieces(
 
 
 def get_model_name_from_path(model_path: str | Path) -> str:
-    """Last part of a path; `parent_checkpoint-N` for a step checkpoint of a training run.
+    """Return the last part of a path; `parent_checkpoint-N` for a step checkpoint of a training.
 
     A folder in the hub's cache is called as the model on the hub, `.` as the folder it stands
     for.
@@ -133,7 +133,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
 
     def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> bool:
-        """True when every row of int64 [B, L] ends with a keyword."""
+        """Whether every row of int64 [B, L] ends with a keyword."""
         return all(self._row_stops(row) for row in self._new_tokens(output_ids))
 
     def _new_tokens(self, output_ids: torch.Tensor) -> torch.Tensor:

@@ -197,7 +197,7 @@ def test_anyres_tiles(processor: CLIPImageProcessorPil) -> None:
         ({"image_aspect_ratio": "anyres_max_9"}, "models after LLaVA-1.6"),
         ({"image_grid_pinpoints": []}, "image_grid_pinpoints is"),
         ({"image_grid_pinpoints": "[(336,"}, "image_grid_pinpoints is"),
-        ({"image_grid_pinpoints": [[336, 400]]}, "no multiples of the vision tower's 336"),
+        ({"image_grid_pinpoints": [[336, 400]]}, "not multiples of the vision tower's 336"),
         ({"mm_next_protocol": "fixed"}, "use one of native, fixed2880, zoo-release"),
         ({"mm_next_protocol": "fixed2880", "image_aspect_ratio": "pad"}, "use 'native'"),
     ],

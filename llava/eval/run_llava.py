@@ -1,6 +1,6 @@
 """Ask one question about one or more images: `python -m llava.eval.run_llava --query ...`.
 
-LLaVA's flags and its `eval_model(args)`, plus visual token pruning. Several files stand in one
+LLaVA's flags and its `eval_model(args)`, plus visual token pruning. Several files are one
 argument, separated by `--sep`.
 """
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """LLaVA's flags (some with underscores, as there) and the pruning flags."""
+    """Define LLaVA's flags (some with underscores, as there) and the pruning flags."""
     parser = OneLineParser(prog="llava.eval.run_llava", description=__doc__.splitlines()[0])
     add_model_flags(parser, pixels=VIEWER)
     add = parser.add_argument
@@ -123,19 +123,19 @@ def check_length(model: Any, ids: torch.Tensor, pixels: Images, sizes: Sequence[
 
 
 def image_parser(args: Any) -> list[str]:
-    """The single locations in `args.image_file`, split at `args.sep`."""
+    """Return the single locations in `args.image_file`, split at `args.sep`."""
     if not args.sep:
         raise UserInputError("--sep is empty; give the text that separates image files, such as ,")
     return args.image_file.split(args.sep)
 
 
 def load_images(image_files: Sequence[str], pixels: str = VIEWER) -> list[Image.Image]:
-    """All pictures, see `llava.images.open_image`."""
+    """Open all pictures, see `llava.images.open_image`."""
     return [load_image(file, pixels) for file in image_files]
 
 
 def build_prompt(query: str, images: int, template: str, mark: str) -> str:
-    """One user turn, open for the answer.
+    """Render one user turn, open for the answer.
 
     Placeholders become image marks where they stand. A query without any gets one mark and a
     newline for each image in front.
@@ -144,9 +144,10 @@ def build_prompt(query: str, images: int, template: str, mark: str) -> str:
         query: the question; `<image-placeholder>` or `<image>` marks an image in it.
         images: how many images are shown.
         template: key of `conv_templates`.
-        mark: what stands for an image at the start of a turn, with its newline.
+        mark: the text that marks an image at the start of a turn, with its newline.
 
-    Raises UserInputError if the query marks another number of images.
+    Raises:
+        UserInputError: the query marks another number of images.
     """
     if count_marks(query, images):
         question = query.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
@@ -160,7 +161,11 @@ def build_prompt(query: str, images: int, template: str, mark: str) -> str:
 
 
 def count_marks(query: str, images: int) -> int:
-    """How many images a query marks: all of them or none. Raises UserInputError otherwise."""
+    """Count the images that a query marks: all of them or none.
+
+    Raises:
+        UserInputError: it marks another number.
+    """
     marked = query.count(IMAGE_PLACEHOLDER) + query.count(DEFAULT_IMAGE_TOKEN)
     if marked not in (0, images):
         raise UserInputError(
@@ -171,14 +176,14 @@ def count_marks(query: str, images: int) -> int:
 
 
 def _words(query: str) -> str:
-    """The query without marks of images."""
+    """Return the query without marks of images."""
     for mark in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER):
         query = query.replace(mark, " ")
     return query.strip()
 
 
 def _complete(args: Any) -> argparse.Namespace:
-    """`args` with a flag's default for every attribute that is missing."""
+    """Fill in a flag's default for every attribute that is missing."""
     required = []
     for name in ("model_path", "image_file", "query"):
         value = getattr(args, name, None)

@@ -98,12 +98,12 @@ class PartialCheckpoint:
             merge_adapter(model, self.adapter, str(self.folder))
             changed |= set(self.adapter.factors)
         if any(name.startswith(TOWER_PREFIX) for name in changed):
-            # The tower is no longer the one its name says: it must be saved with the model.
+            # The tower has changed, so it must be saved with the model.
             model.get_vision_tower().from_checkpoint = True
             model.config.unfreeze_mm_vision_tower = True
 
     def _check_projector(self, state: Mapping[str, torch.Tensor]) -> None:
-        """A projector of two trainings is none: where one tensor comes along, all have to."""
+        """Refuse parts of a projector: mixed with another training's it would be useless."""
         own = {name for name in state if name.startswith(_PROJECTOR_PREFIX)}
         lost = sorted(own - set(self.weights))
         if lost and (self.adapter is None or len(lost) < len(own)):
@@ -127,7 +127,7 @@ class PartialCheckpoint:
 
 
 def read_partial(folder: Path, model_base: str | None) -> PartialCheckpoint | None:
-    """What a folder adds to `model_base`, found by its files; None for a complete checkpoint.
+    """Read what a folder adds to `model_base`, by its files; None for a complete checkpoint.
 
     Raises:
         UserInputError: `model_base` is missing or superfluous, or files are damaged.
@@ -172,7 +172,7 @@ def _ask_for_base(folder: Path, is_lora: bool, complete: bool) -> str:
 
 
 def _rest(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights that were trained beside the adapter; none if the projector was not."""
+    """Read weights that were trained with the adapter; none if the projector was not."""
     weights = read_weights(folder, _REST) or {}
     weights = {key.removeprefix("base_model."): value for key, value in weights.items()}
     if any(key.startswith("model.model.") for key in weights):
@@ -181,7 +181,7 @@ def _rest(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _projector(folder: Path) -> dict[str, torch.Tensor]:
-    """`model.mm_projector.*`, whatever stands before it, and a table of embeddings if any."""
+    """Read `model.mm_projector.*`, whatever its prefix, and a table of embeddings if any."""
     weights: dict[str, torch.Tensor] = {}
     for key, value in (read_weights(folder, _PROJECTOR) or {}).items():
         part = next((p for p in (f"{_PROJECTOR}.", "embed_tokens.") if p in key), None)
@@ -237,7 +237,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
         )
     if not scales:
         raise UserInputError(
-            f"the adapter in {str(folder)!r} holds no factors (lora_A, lora_B), so it changes "
+            f"the adapter in {str(folder)!r} has no factors (lora_A, lora_B), so it changes "
             "nothing; download or save it again"
         )
     factors = {name: (a, sides["B"][name]) for name, a in sides["A"].items()}
@@ -259,14 +259,14 @@ def _check_factor(folder: Path, key: str, value: torch.Tensor, known: bool) -> N
 
 
 def _target_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names that every module called so was trained under; none where the rule is another."""
+    """Return names of which every module was trained; none where the rule is another."""
     names = config.get("target_modules")
     partial = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
     return () if partial or not isinstance(names, list) else tuple(map(str, names))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json`, checked.
+    """Read `adapter_config.json` and check it.
 
     Raises:
         UserInputError: unreadable, no LoRA, or a variant of it that cannot be merged.
@@ -312,7 +312,7 @@ def _is_pattern(text: str) -> bool:
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """s of one module. The rank is that of the factors, so `rank_pattern` needs no reading."""
+    """Return s of one module. The rank is that of its factors, whatever `rank_pattern` says."""
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         # PEFT's rule: a pattern fits the end of a module's name, from a dot on.
@@ -324,7 +324,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, adapter: LoraAdapter, where: str) -> None:
-    """Add every B A to its weight in place; one weight at a time is held twice.
+    """Add every B A to its weight in place; one weight at a time is in memory twice.
 
     Products are taken in float32 (float64 for float64 weights) and rounded once, to the weight's
     own dtype. PEFT's `fan_in_fan_out` means nothing here, as in PEFT: only layers that are not

@@ -76,7 +76,7 @@ def load_pretrained_model(
 
     Returns:
         (tokenizer, model, image_processor, context_len). The tokenizer is None if the folder
-        holds no tokenizer file; the image processor is None for a model without a vision tower.
+        has no tokenizer file; the image processor is None for a model without a vision tower.
 
     Raises:
         UserInputError: names what is wrong and what to do.
@@ -118,7 +118,7 @@ def load_pretrained_model(
 
 
 def model_class(config: Mapping[str, Any]) -> type[LlavaCausalLM]:
-    """The class that a config.json in LLaVA's form asks for.
+    """Return the class that a config.json in LLaVA's form asks for.
 
     A config that describes none of `MODEL_CLASSES` goes to the Llama, which says what is wrong.
     """
@@ -128,7 +128,7 @@ def model_class(config: Mapping[str, Any]) -> type[LlavaCausalLM]:
 def _load_model(
     folder: Path, base: Path, part: PartialCheckpoint | None, **kwargs: Any
 ) -> LlavaCausalLM:
-    """The model on its device with its tower loaded, and with what `part` adds to `base`."""
+    """Load the model to its device, its tower, and what `part` adds to `base`."""
     raw = native_form(read_config(folder), str(folder))
     if "mm_vision_tower" not in raw and raw.get("model_type") in ("llama", "mistral"):
         raise UserInputError(
@@ -167,7 +167,7 @@ def _check_projector(model: LlavaCausalLM, folder: Path) -> None:
 def quantization_config(
     load_8bit: bool, load_4bit: bool, device: str = "cuda"
 ) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` needs to quantize as LLaVA does; None if nothing was asked for.
+    """Return what `from_pretrained` needs to quantize as LLaVA does; None if nothing was asked for.
 
     4-bit is NF4 with double quantization that computes in float16. Only linear layers of the
     language model are quantized; projector, vision tower and output layer keep their precision.
@@ -194,7 +194,7 @@ def quantization_config(
 
 
 def bits_and_bytes(bits: int) -> BitsAndBytesConfig:
-    """The settings for 4 or 8 bits, whether or not this machine can use them."""
+    """Return the settings for 4 or 8 bits, whether or not this machine can use them."""
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_MODULES))
     return BitsAndBytesConfig(
@@ -222,7 +222,7 @@ def _check_attention(implementation: str | None) -> None:
 
 
 def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
-    """Device map and default dtype for a requested device."""
+    """Return device map and default dtype for a requested device."""
     if device in ("auto", "cuda") and not torch.cuda.is_available():
         if device == "cuda":
             logger.warning("CUDA is not available; the model is loaded on the CPU in float32")
@@ -235,7 +235,7 @@ def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
 
 
 def _device_type(device: str) -> str:
-    """`cpu`, `cuda`, ... of a device that this machine has.
+    """Return `cpu`, `cuda`, ... of a device that this machine has.
 
     Raises:
         UserInputError: no name of a device, or one that is not here.
@@ -266,7 +266,7 @@ def _device_type(device: str) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder; None if the folder holds no tokenizer file.
+    """Load the tokenizer of a checkpoint folder; None if the folder has no tokenizer file.
 
     The class is chosen from tokenizer_config.json alone. transformers' AutoTokenizer also looks at
     config.json, takes the `llava` of released checkpoints for its own model, and then splits

@@ -196,7 +196,7 @@ def _indexed_weights(index: Path) -> dict[str, torch.Tensor]:
     weight_map = read_json_object(index).get("weight_map")
     if not (isinstance(weight_map, dict) and all(_is_plain(name) for name in weight_map.values())):
         raise UserInputError(
-            f"{str(index)!r} is damaged (weight_map does not name files beside it); download or "
+            f"{str(index)!r} is damaged (weight_map does not name files next to it); download or "
             "save the checkpoint again"
         )
     present: dict[str, torch.Tensor] = {}
@@ -254,7 +254,7 @@ def _file_weights(file: Path) -> dict[str, torch.Tensor]:
             with safe_open(file, framework="pt") as handle:
                 return {name: _on_meta(handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
         # Mapped and on the meta device: only names and shapes are read. Files of old versions
-        # of torch are no archives and cannot be mapped.
+        # of torch are not archives and cannot be mapped.
         mapped = zipfile.is_zipfile(file)
         weights = torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
         return {name: value for name, value in weights.items() if torch.is_tensor(value)}
@@ -276,7 +276,7 @@ def _readable(file: Path) -> Iterator[None]:
         raise UserInputError(
             f"the weight file {str(file)!r} is damaged ({reason}); download or save it again"
         ) from error
-    except Exception as error:  # unpickling errors share no base class
+    except Exception as error:  # unpickling errors have no common base class
         raise UserInputError(
             f"the weight file {str(file)!r} is not a plain weight file ({type(error).__name__}); "
             "use a safetensors file or a .bin file that holds tensors only"

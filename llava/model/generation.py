@@ -88,7 +88,7 @@ _ASSISTED = "assisted decoding is not supported"
 _GONE = "transformers no longer decodes in this way"
 _READS_IDS = "it reads the ids of a prompt, and a prompt with images is made of embeddings"
 # What cannot be done with prompts of embeddings, and would in part leave the model changed: the
-# setting, whether its value asks for that beside the other settings, and why.
+# setting, whether its value asks for that with the other settings, and why.
 _UNUSABLE: tuple[tuple[str, Callable[[Any, _Settings], bool], str], ...] = (
     ("assistant_model", lambda value, _: True, _ASSISTED),
     ("prompt_lookup_num_tokens", lambda value, _: True, _ASSISTED),
@@ -125,7 +125,7 @@ _UNUSABLE: tuple[tuple[str, Callable[[Any, _Settings], bool], str], ...] = (
 
 
 def _that(wanted: str, fits: Callable[[Any], bool]) -> Rule:
-    """An object that `fits`, taken as it is."""
+    """Make a rule for an object that `fits`, taken as it is."""
 
     def read(value: Any) -> Any:
         if not fits(value):
@@ -169,7 +169,7 @@ class PublishedGenerationConfig(GenerationConfig):
 def read_generation_config(
     folder: Path, config: Any, raw_config: Mapping[str, Any]
 ) -> GenerationConfig:
-    """How a checkpoint answers: from generation_config.json, else from what config.json says.
+    """Read how a checkpoint answers: from generation_config.json, else from config.json.
 
     Args:
         folder: of the checkpoint.
@@ -201,7 +201,7 @@ def read_generation_config(
 
 
 def check_settings(model: VisualModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` with the values they mean.
+    """Return arguments of `generate` with the values they mean.
 
     Args:
         model: its generation config says what the arguments do not.
@@ -232,7 +232,7 @@ def check_settings(model: VisualModel, arguments: Mapping[str, Any]) -> dict[str
 
 
 def unusable_settings(settings: _Settings, device: str) -> Iterator[tuple[str, str]]:
-    """The settings that cannot be carried out for prompts with images, and why.
+    """Find the settings that cannot be carried out for prompts with images, and say why.
 
     Args:
         settings: of a call by name, `num_beams`, `do_sample` and `top_k` among them.
@@ -258,7 +258,7 @@ def _contrastive(call: _Settings) -> bool:
 
 
 def effective(model: VisualModel, arguments: Mapping[str, Any], name: str) -> Any:
-    """What `generate` uses: the argument, else its generation_config, else the model's."""
+    """Return what `generate` uses: the argument, else its generation_config, else the model's."""
     if arguments.get(name) is not None:
         return arguments[name]
     own = getattr(arguments.get("generation_config"), name, None)
@@ -337,7 +337,7 @@ def generate_rows(
 
 
 def _padding(model: VisualModel, kwargs: dict[str, Any]) -> int:
-    """What `generate` fills up rows with that have ended."""
+    """Return what `generate` fills up rows with that have ended."""
     for name in ("pad_token_id", "eos_token_id"):
         value = kwargs[name] if name in kwargs else effective(model, kwargs, name)
         if value is not None:

@@ -65,7 +65,7 @@ class TileGeometry(NamedTuple):
         return cls(grid, side, aspect, merge, tuple(canvases), crops_centre, choose)
 
     def layout(self, tiles: int, size: Size | None, stacked: bool) -> ImageLayout:
-        """The layout of one image.
+        """Make the layout of one image.
 
         Args:
             tiles: how many tiles the image was given as.
@@ -111,7 +111,7 @@ class TileGeometry(NamedTuple):
         )
 
     def _base_box(self, size: Size | None) -> Box | None:
-        """The part of the image that its base view, or its only tile, shows."""
+        """Return the part of the image that its base view, or its only tile, shows."""
         # Tokens that form no square (the class token is among them) have no place in the image.
         if size is None or self.grid[0] != self.grid[1]:
             return None
@@ -132,7 +132,7 @@ class TileGeometry(NamedTuple):
 
 
 def _canvas_box(size: Size, canvas: Size) -> Box:
-    """The canvas in pixels of the image that was fitted into its centre."""
+    """Return the canvas in pixels of the image that was fitted into its centre."""
     fitted = fit_size(size, canvas)
     sides = []
     for original, inner, outer in zip(size, fitted, canvas, strict=True):
@@ -149,7 +149,7 @@ def image_layouts(
     sizes: Sequence[Size] | None,
     stacked: bool,
 ) -> tuple[ImageLayout, ...]:
-    """One layout for each image.
+    """Make one layout for each image.
 
     Args:
         geometry: the model's settings.
@@ -164,7 +164,7 @@ def image_layouts(
 
 
 def tile_grid(tower: Any, tokens: int) -> tuple[int, int]:
-    """(rows, columns) of the `tokens` that `tower` makes of a tile."""
+    """Return (rows, columns) of the `tokens` that `tower` makes of a tile."""
     side = tower.num_patches_per_side
     # With the class token among them, the tokens of a tile form no square.
     return (side, side) if tokens == side * side else (1, tokens)
@@ -176,7 +176,7 @@ def blank_patches(
     tiles: Sequence[int],
     sizes: Sequence[Size] | None,
 ) -> torch.Tensor | None:
-    """BoolTensor [T, N] over all tiles, True where nothing but the padding of a square is seen.
+    """Return BoolTensor [T, N] over all tiles, True where only the padding of a square is seen.
 
     Only `image_aspect_ratio="pad"` (LLaVA-1.5) pads to squares that are read whole.
 
@@ -203,7 +203,7 @@ def blank_patches(
 
 
 def _outside(cells: int, side: int, length: int) -> torch.Tensor:
-    """BoolTensor [cells]: equal parts of `side` without any of the `length` in its centre.
+    """Mark in BoolTensor [cells] equal parts of `side` with none of the `length` in its centre.
 
     An odd rest is halved, as MMTok's released code does, though the image is a whole pixel off.
     """
@@ -212,7 +212,7 @@ def _outside(cells: int, side: int, length: int) -> torch.Tensor:
 
 
 def padding_mask(layouts: Sequence[ImageLayout]) -> torch.Tensor | None:
-    """BoolTensor [T, N] over all tiles, False for padding; None without any padding."""
+    """Return BoolTensor [T, N] over all tiles, False for padding; None without any padding."""
     if all(size == layout.patches for layout in layouts for size in layout.tile_sizes):
         return None
     masks = []

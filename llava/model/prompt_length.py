@@ -94,7 +94,7 @@ def prompt_length(
 
 
 def context_limits(config: Any) -> list[Limit]:
-    """The limits that a model's config names, the lowest first.
+    """Return the limits that a model's config names, the lowest first.
 
     A prompt of more than `tokenizer_model_max_length` tokens is cut. Prompt and answer share
     `max_position_embeddings`: beyond them are positions that the model does not know.
@@ -106,18 +106,18 @@ def context_limits(config: Any) -> list[Limit]:
 
 
 def exceeded_limits(config: Any, length: PromptLength) -> list[Limit]:
-    """The limits of the model that a prompt exceeds, the lowest first."""
+    """Return the limits of the model that a prompt exceeds, the lowest first."""
     return [limit for limit in context_limits(config) if limit.exceeded_by(length)]
 
 
 def visual_room(config: Any, text: int) -> int | None:
-    """Visual tokens that fit beside `text` tokens; None where the model names no limit."""
+    """Return how many visual tokens fit next to `text` tokens; None without a limit."""
     rooms = [limit.tokens - limit.answer - text for limit in context_limits(config)]
     return min(rooms, default=None)
 
 
 def answer_room(config: Any, length: PromptLength) -> int | None:
-    """Tokens that the answer may have; None where the model names no limit."""
+    """Return how many tokens the answer may have; None without a limit."""
     positions = getattr(config, "max_position_embeddings", None)
     return None if positions is None else positions - length.positions
 

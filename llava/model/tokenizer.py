@@ -125,9 +125,9 @@ class _Splitter:
                 )
 
     def pieces(self, section: str, first: bool) -> list[tuple[int, int, int]]:
-        """(id, start, end) of every piece of a section; places are characters of the section.
+        """Return (id, start, end) of every piece of a section; places are characters of it.
 
-        What stands for no character of its own gets the character after it (a leading space) or
+        What has no character of its own gets the character after it (a leading space) or
         the one that it is part of (the bytes of a character outside the vocabulary).
 
         Args:
@@ -177,7 +177,7 @@ class _Backend:
         is_pretokenized: bool = False,
         add_special_tokens: bool = True,
     ) -> Encoding:
-        """One text, or two, as `tokenizers.Tokenizer.encode` returns it."""
+        """Encode one text, or two, as `tokenizers.Tokenizer.encode` does."""
         texts = [sequence] if pair is None else [sequence, pair]
         read: Callable[[Any], Encoding] = self._words if is_pretokenized else self._text
         return self._tokenizer.post_process(
@@ -187,7 +187,7 @@ class _Backend:
     def encode_batch(
         self, input: Sequence[Any], is_pretokenized: bool = False, add_special_tokens: bool = True
     ) -> list[Encoding]:
-        """Texts, or pairs of texts, padded to one length if padding is on."""
+        """Encode texts, or pairs of texts, padded to one length if padding is on."""
         encodings = []
         for item in input:
             # A text, or the words of one, or a pair of either.
@@ -209,7 +209,7 @@ class _Backend:
         )
 
     def _text(self, text: str, word: int | None = None) -> Encoding:
-        """A text without the special tokens around it."""
+        """Encode a text without the special tokens around it."""
         place = list(_byte_places(text))  # tokenizers counts bytes here, and makes them characters
         tokens = [
             Token(index, self._tokenizer.id_to_token(index), (place[start], place[end]))
@@ -220,7 +220,7 @@ class _Backend:
         return split.to_encoding(word_idx=word)
 
     def _split(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(id, start, end) of every token; places are characters."""
+        """Return (id, start, end) of every token; places are characters."""
         known = self._tokenizer.get_added_tokens_decoder()
         if self._tokenizer.encode_special_tokens:
             known = {index: token for index, token in known.items() if not token.special}
@@ -247,12 +247,12 @@ class _Backend:
 
 
 def _byte_places(text: str) -> Iterator[int]:
-    """Where every character of `text` starts in UTF-8, and where the last one ends."""
+    """Return where every character of `text` starts in UTF-8, and where the last one ends."""
     return accumulate((len(character.encode()) for character in text), initial=0)
 
 
 def _pattern(tokens: Any) -> re.Pattern[str]:
-    """Finds added tokens, the longest first; a group for each holds its text."""
+    """Make a pattern that finds added tokens, the longest first, with a group for each."""
     parts = []
     for token in sorted(tokens, key=lambda token: -len(token.content)):
         part = f"({re.escape(token.content)})"

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "llava.serve.cli") -> in
 
 
 def build_parser(prog: str = "llava.serve.cli") -> argparse.ArgumentParser:
-    """LLaVA's flags and the pruning flags."""
+    """Define LLaVA's flags and the pruning flags."""
     parser = OneLineParser(prog=prog, description=__doc__.splitlines()[0])
     add_model_flags(parser, model=LLAVA_TINY, pixels=VIEWER)
     add = parser.add_argument
@@ -59,7 +59,11 @@ def build_parser(prog: str = "llava.serve.cli") -> argparse.ArgumentParser:
 
 
 def open_session(args: argparse.Namespace) -> Session:
-    """Load image and model. Raises UserInputError for flags that cannot be used, and for both."""
+    """Load image and model.
+
+    Raises:
+        UserInputError: flags that cannot be used, an image or a model that cannot be loaded.
+    """
     sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens)
     image = open_image(args.image_file, args.pixels)
     return Session(load_from_flags(args), image, sampling, args.debug, args.pixels)
@@ -100,7 +104,7 @@ def respond(session: Session, line: str, overlay: Path | None) -> None:
     try:
         turn = session.ask(line)
     except UserInputError:
-        print()  # the error stands on a line of its own
+        print()  # the error gets a line of its own
         raise
     print(turn.status(), flush=True)
     if overlay is not None and turn is session.last:  # not if it was stopped before a word
@@ -108,9 +112,10 @@ def respond(session: Session, line: str, overlay: Path | None) -> None:
 
 
 def read_line(role: str) -> str:
-    """One line of stdin; empty at its end. Ctrl-C only drops the line typed so far.
+    """Read one line of stdin; empty at its end. Ctrl-C only drops the line typed so far.
 
-    Raises UserInputError for bytes that are not text.
+    Raises:
+        UserInputError: bytes that are not text.
     """
     while True:
         try:
@@ -125,7 +130,7 @@ def read_line(role: str) -> str:
 
 
 def spoken(role: str) -> str:
-    """A role as people read it: some templates wrap it in control tokens."""
+    """Return a role as people read it: some templates wrap it in control tokens."""
     return re.sub(r"<\|.*?\|>", "", role).strip()
 
 

@@ -48,8 +48,9 @@ class Session:
         debug: print every prompt on stderr.
         reading: how `/image` reads pictures, see `llava.pixels`.
 
-    Raises UserInputError for a template that cannot hold a chat, and for a generation_config that
-    cannot be carried out.
+    Raises:
+        UserInputError: a template that cannot hold a chat, or a generation_config that cannot be
+            carried out.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Session:
         return self.loaded.model
 
     def show(self, image: Image.Image) -> None:
-        """Change the image; the chat starts again, because the image stands in its first turn."""
+        """Change the image; the chat starts again, because the image is part of its first turn."""
         self.pixels = process_images([image], self.loaded.image_processor, self.model.config)
         self.image = image
         self.reset()
@@ -92,7 +93,8 @@ class Session:
         Choices in use that do not go with the method must not keep anyone from it: they are the
         defaults again. Returns what was changed so, and why, or None.
 
-        Raises UserInputError for unknown names, and without any budget.
+        Raises:
+            UserInputError: unknown names, or no budget at all.
         """
         options = dict(options)
         budget = {key: options.pop(key) for key in BUDGETS if key in options} or self.budget
@@ -113,7 +115,11 @@ class Session:
         return note
 
     def use_choices(self, choices: dict[str, Any]) -> None:
-        """Change settings named in CHOICES. Raises UserInputError for others and their values."""
+        """Change settings named in CHOICES.
+
+        Raises:
+            UserInputError: other names, or values that they cannot have.
+        """
         for name in choices:
             if name not in CHOICES:
                 raise unknown("setting", name, CHOICES)
@@ -133,9 +139,10 @@ class Session:
 
         The answer also ends where the model has no more positions (`Turn.full`).
 
-        Raises UserInputError for an image mark in the question, for an impossible budget, and,
-        before anything is computed, for a question that does not fit the model's context together
-        with the image and the turns so far.
+        Raises:
+            UserInputError: an image mark in the question, an impossible budget, or, before anything is
+                computed, a question that does not fit the model's context together with the image
+                and the turns so far.
         """
         if DEFAULT_IMAGE_TOKEN in question:
             raise UserInputError(
@@ -165,7 +172,8 @@ class Session:
     def ask_unpruned(self) -> Turn:
         """Answer the last turn again with all visual tokens, silently; the chat is not changed.
 
-        Raises UserInputError where they do not fit the model's context.
+        Raises:
+            UserInputError: they do not fit the model's context.
         """
         with prune(self.model):
             ids = self._ids(self._last_prompt)
@@ -180,7 +188,8 @@ class Session:
     def save_overlay(self, path: Path) -> None:
         """Save the image with the patches dimmed that the last turn removed.
 
-        Raises UserInputError without a turn, for merged tokens, and if it cannot be written.
+        Raises:
+            UserInputError: there is no turn, tokens were merged, or it cannot be written.
         """
         visual = self.last.visual if self.last is not None else None
         if visual is None:
@@ -199,7 +208,7 @@ class Session:
             ) from error
 
     def _ids(self, prompt: str) -> torch.Tensor:
-        """The prompt's ids, int64 [1, L]."""
+        """Tokenise the prompt: int64 [1, L]."""
         if self.debug:
             print(f"\n{prompt!r}", file=sys.stderr)
         tokenizer = self.loaded.tokenizer
@@ -207,12 +216,12 @@ class Session:
         return ids[None].to(self.model.device)
 
     def _measure(self, ids: torch.Tensor) -> tuple[PromptLength, list[Limit]]:
-        """The length of a prompt [1, L] and the limits that it exceeds, the lowest first."""
+        """Measure a prompt [1, L]: its length and the limits that it exceeds, the lowest first."""
         length = prompt_length(self.model, ids[0], self.pixels, [self.image.size])
         return length, exceeded_limits(self.model.config, length)
 
     def _ways_out(self, length: PromptLength, exceeded: list[Limit], first: bool) -> str:
-        """What the user can do about a question that does not fit; each alone is enough."""
+        """Return what the user can do about a question that does not fit; each alone is enough."""
         ways = ["ask a shorter question"]
         config, room = self.model.pruning, visual_room(self.model.config, length.text)
         compact = length._replace(positions=length.total)
@@ -264,14 +273,14 @@ class Session:
 
 
 def budget_of(config: PruningConfig | None) -> dict[str, Any]:
-    """The budget of a setting as keyword arguments; empty if it has none."""
+    """Return the budget of a setting as keyword arguments; empty if it has none."""
     return {
         name: getattr(config, name) for name in BUDGETS if getattr(config, name, None) is not None
     }
 
 
 def describe(config: PruningConfig | None) -> str:
-    """A setting in a few words, such as `zoo, 64 tokens, directions=8, newline=keep`."""
+    """Describe a setting in a few words, such as `zoo, 64 tokens, directions=8, newline=keep`."""
     if config is None:
         return "unpruned"
     parts = [config.method, describe_budget(budget_of(config)), _listed(config.options)]
@@ -281,7 +290,7 @@ def describe(config: PruningConfig | None) -> str:
 
 
 def describe_budget(budget: Mapping[str, Any]) -> str:
-    """`64 tokens` or `ratio 0.1`; empty without a budget."""
+    """Return `64 tokens` or `ratio 0.1`; empty without a budget."""
     words = {"keep_tokens": "{} tokens", "keep_ratio": "ratio {:g}"}
     return "".join(words[name].format(value) for name, value in budget.items())
 

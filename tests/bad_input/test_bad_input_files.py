@@ -88,7 +88,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "canvas sides": (
         config(image_aspect_ratio="anyres", image_grid_pinpoints=[[336, 500]]),
-        r"image_grid_pinpoints .* no multiples of .* 336 pixels",
+        r"image_grid_pinpoints .* not multiples of .* 336 pixels",
     ),
     "protocol": (config(mm_next_protocol="fixed"), r"mm_next_protocol is 'fixed'; use one of"),
     "layer": (config(mm_vision_select_layer=-4), r"mm_vision_select_layer -4 does not exist"),

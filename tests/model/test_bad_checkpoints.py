@@ -135,7 +135,7 @@ COMPLETE: dict[str, tuple[Damage, str]] = {
     ),
     "index that leaves the folder": (
         _in_turn(_remove(WEIGHTS), _write(INDEX, '{"weight_map": {"a": "../a.safetensors"}}')),
-        "weight_map does not name files beside it",
+        "weight_map does not name files next to it",
     ),
     "truncated bin": (
         _in_turn(_as_bin, _truncate("pytorch_model.bin")),
@@ -279,10 +279,10 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
         ),
         "holds 'model.mm_projector.0.bias' of shape [31], the model has [32]",
     ),
-    "empty": (_adapter_weights(lambda w: w.clear()), "holds no factors (lora_A, lora_B)"),
+    "empty": (_adapter_weights(lambda w: w.clear()), "has no factors (lora_A, lora_B)"),
     "factors lost": (
         _adapter_weights(lambda w: (w.clear(), w.update({NORM: torch.ones(32)}))),
-        "holds no factors (lora_A, lora_B)",
+        "has no factors (lora_A, lora_B)",
     ),
     "only B": (_adapter_weights(lambda w: w.pop(A)), "only one of the two factors of"),
     "rank 0": (

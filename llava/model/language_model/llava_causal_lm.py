@@ -57,14 +57,14 @@ class LlavaConfigMixin(_Transformers):
     mm_next_protocol = "native"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with `rope_theta` also where older readers of config.json look for it."""
+        """Return plain data, with `rope_theta` also where older readers of config.json look."""
         data = super().to_dict()
         theta = (data.get("rope_parameters") or {}).get("rope_theta")
         return data if theta is None else {**data, "rope_theta": theta}
 
 
 class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
-    """What every language model that reads images does; stands before transformers' class.
+    """What every language model that reads images does; comes before transformers' class.
 
     Weights on disk carry the names of LLaVA's own files, whatever they are called in memory.
 
@@ -154,7 +154,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
         The vision tower's weights are written where they came with the checkpoint, where
         `config.unfreeze_mm_vision_tower` says they may have changed, or where the tower was found
         relative to the checkpoint and would not be found from the new folder; a folder with the
-        tower's description is then written beside them.
+        tower's description is then written next to them.
         """
         tower = self._tower_to_save()
         state = self.state_dict() if state_dict is None else state_dict
@@ -306,10 +306,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
             ) from error
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """transformers' processors, with `repetition_penalty` on every new token of a row.
+        """Return transformers' processors, with `repetition_penalty` on every new token of a row.
 
         transformers leaves out as many tokens of a row as it has padding. That is meant for prompts
-        of ids, which stand in front of the new tokens; prompts of embeddings do not.
+        of ids, which come before the new tokens; prompts of embeddings do not.
         """
         processors = super()._get_logits_processor(*args, **kwargs)
         for processor in processors:
@@ -319,7 +319,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
 
 
 def _held_tower(config: Any, weights: Collection[str], folder: Path) -> Any:
-    """The config of the tower whose weights are among those of a checkpoint; None without any."""
+    """Read the config of the tower that a checkpoint has weights of; None without any."""
     name = getattr(config, "mm_vision_tower", None)
     held = {k.removeprefix(TOWER_PREFIX) for k in weights if k.startswith(TOWER_PREFIX)}
     if not name or not held:
@@ -330,7 +330,7 @@ def _held_tower(config: Any, weights: Collection[str], folder: Path) -> Any:
 def native_config(
     folder: Path, model_class: type[LlavaCausalLM], **kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The config of a folder that `model_class` can hold, with the type corrected.
+    """Read the config of a folder for `model_class`, with the type corrected.
 
     Released checkpoints call their type `llava`, which transformers takes for its own class, so
     the architecture decides and the type is corrected.

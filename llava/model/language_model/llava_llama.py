@@ -13,7 +13,7 @@ from llava.model.llava_arch import LlavaMetaModel
 
 
 class LlavaConfig(LlavaConfigMixin, LlamaConfig):
-    """Llama's config plus LLaVA's ``mm_*`` keys."""
+    """Llama's config plus LLaVA's `mm_*` keys."""
 
     model_type = "llava_llama"
 

@@ -13,7 +13,7 @@ from llava.model.llava_arch import LlavaMetaModel
 
 
 class LlavaMistralConfig(LlavaConfigMixin, MistralConfig):
-    """Mistral's config plus LLaVA's ``mm_*`` keys."""
+    """Mistral's config plus LLaVA's `mm_*` keys."""
 
     model_type = "llava_mistral"
 

@@ -40,7 +40,7 @@ def build_vision_tower(config: Any, delay_load: bool = False) -> VisionTower:
 
 
 def read_tower_config(source: str, name: str, weights: Collection[str]) -> Any:
-    """transformers' config of a tower whose weights a checkpoint holds.
+    """Read transformers' config of a tower whose weights are in a checkpoint.
 
     Args:
         source: folder or hub name that describes the tower.
@@ -66,7 +66,7 @@ def _tower_class(raw: dict[str, Any], name: str) -> type[VisionTower]:
 
 
 def resolve_vision_tower(name: str, checkpoint: str | None) -> str:
-    """Where a tower is read from.
+    """Find out where a tower is read from.
 
     `~` is the home folder, and a slash at the end makes no difference. A relative name is looked
     up in the checkpoint folder, then in its parent. A checkpoint in

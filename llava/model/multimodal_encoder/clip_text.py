@@ -43,7 +43,7 @@ class CLIPTextTower:
 
     @torch.no_grad()
     def encode(self, text: str) -> torch.Tensor:
-        """[m, E]: the segments of a text.
+        """Embed the segments of a text: [m, E].
 
         A text of more ids than CLIP reads is cut into consecutive segments, wherever they end, as
         CDPruner does; only the first begins with CLIP's start token.
@@ -60,7 +60,7 @@ class CLIPTextTower:
 
     @torch.no_grad()
     def embed_patches(self, tower: VisionTower, features: torch.Tensor) -> torch.Tensor:
-        """[N, E] of a tile's features [N, Dv], through the tower's last norm and CLIP's projection.
+        """Embed a tile's features [N, Dv] by the tower's last norm and CLIP's projection: [N, E].
 
         CLIP trained both for the class token; CDPruner puts the patches through them.
         """
@@ -88,7 +88,7 @@ def _is_complete(tower: VisionTower) -> bool:
 
 
 def text_tower_of(tower: VisionTower) -> CLIPTextTower:
-    """The text tower that belongs to a vision tower: loaded at the first call, then kept.
+    """Return the text tower that belongs to a vision tower: loaded at the first call, then kept.
 
     Raises:
         UserInputError: it has none, or it cannot be loaded.
@@ -104,7 +104,7 @@ def _load(tower: VisionTower) -> CLIPTextTower:
     name = tower.vision_tower_name
     if not has_text_tower(tower):
         raise UserInputError(
-            f"the vision tower {name!r} comes without a text tower: {tower.source!r} is no "
+            f"the vision tower {name!r} comes without a text tower: {tower.source!r} is not a "
             "complete CLIP model with its tokenizer. Set mm_vision_tower to one, or choose a "
             "setting that reads no question, such as cdpruner with relevance=none"
         )

@@ -20,7 +20,7 @@ from llava.utils import UserInputError
 
 
 def attention_from_class(attention: Any, x: Tensor, first: int) -> Tensor:
-    """[B, N]: what the class token gives every patch, after softmax, summed over heads."""
+    """Return [B, N]: what the class token gives every patch, after softmax, summed over heads."""
     if not first:
         return attention_received(attention, x, first)
     scores = _scores(attention, attention.q_proj(x[:, :1]), attention.k_proj(x))
@@ -28,7 +28,7 @@ def attention_from_class(attention: Any, x: Tensor, first: int) -> Tensor:
 
 
 def attention_received(attention: Any, x: Tensor, first: int) -> Tensor:
-    """[B, N]: what every patch is given, summed over heads, mean over all queries, class included.
+    """Return [B, N]: what every patch is given, summed over heads, mean over all queries.
 
     One tile at a time: a tile's attention is heads x S x S numbers.
     """
@@ -41,12 +41,12 @@ def attention_received(attention: Any, x: Tensor, first: int) -> Tensor:
 
 
 def mean_attention_from_class(attention: Any, x: Tensor, first: int) -> Tensor:
-    """[B, N]: `attention_from_class`, mean over heads: with the class token's own share, 1."""
+    """Return [B, N]: `attention_from_class`, mean over heads; 1 with what the class keeps."""
     return attention_from_class(attention, x, first) / attention.num_heads
 
 
 def single_head_attention(attention: Any, x: Tensor, first: int) -> Tensor:
-    """[B, N]: softmax(q K^T / sqrt(C)) of the class token, all heads taken for one.
+    """Return [B, N]: softmax(q K^T / sqrt(C)) of the class token, all heads taken for one.
 
     No attention the tower computes: PruMerge's released code does.
     """
@@ -61,23 +61,23 @@ def single_head_attention(attention: Any, x: Tensor, first: int) -> Tensor:
 
 
 def mean_keys(attention: Any, x: Tensor, first: int) -> Tensor:
-    """[B, N, C / heads]: the patches' keys, mean over heads."""
+    """Return [B, N, C / heads]: the patches' keys, mean over heads."""
     return _heads(attention, _widen(attention.k_proj(x[:, first:]))).mean(dim=1)
 
 
 def whole_keys(attention: Any, x: Tensor, first: int) -> Tensor:
-    """[B, N, C]: the patches' keys, heads side by side."""
+    """Return [B, N, C]: the patches' keys, heads side by side."""
     return _widen(attention.k_proj(x[:, first:]))
 
 
 def _scores(attention: Any, query: Tensor, keys: Tensor) -> Tensor:
-    """[B, heads, queries, S] before softmax, at least float32."""
+    """Return [B, heads, queries, S] before softmax, at least float32."""
     query, keys = (_heads(attention, _widen(t)) for t in (query, keys))
     return query @ keys.transpose(2, 3) * attention.head_dim**-0.5
 
 
 def _heads(attention: Any, tokens: Tensor) -> Tensor:
-    """[B, S, C] -> [B, heads, S, C / heads]."""
+    """Split the heads: [B, S, C] -> [B, heads, S, C / heads]."""
     return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
@@ -105,7 +105,7 @@ class _Reading(NamedTuple):
     value: Callable[[Any, Tensor, int], Tensor]
 
 
-# By the name that methods put into `needs`; `cls_feature` is no reading of a block.
+# By the name that methods put into `needs`; `cls_feature` is not read from a block.
 READINGS = {
     "cls_attention": _Reading(_feature_block, attention_from_class),
     "received_attention": _Reading(_feature_block, attention_received),
@@ -155,7 +155,7 @@ class TowerReader:
             self.found[CLASS_FEATURE].append(hidden[:, 0])
 
     def extras(self, tiles: int) -> dict[str, list[Tensor]]:
-        """Per name one tensor a tile.
+        """Return one tensor a tile for each name.
 
         Raises:
             UserInputError: the tower was not run on these tiles, or has no such block.

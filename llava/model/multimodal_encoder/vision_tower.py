@@ -41,7 +41,7 @@ class VisionTower(nn.Module):
         family: what users call it.
         kinds: `model_type` of the configs it reads.
         model_class, config_class, processor_class: transformers' own.
-        has_class_token: whether a class token stands before the patches.
+        has_class_token: whether a class token comes before the patches.
         crops_centre: whether its processor cuts the longer side of an image off, rather than
             squeezing the whole image into a square.
     """
@@ -70,7 +70,7 @@ class VisionTower(nn.Module):
             self.load_model()
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, S, C] before the first block, of pixels in the tower's precision."""
+        """Compute hidden states [B, S, C] before the first block, in the tower's precision."""
         raise NotImplementedError
 
     def load_model(self, device_map: Any = None, dtype: torch.dtype = torch.float32) -> None:
@@ -129,7 +129,7 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> Any:
-        """Features of the selected layer.
+        """Compute the features of the selected layer.
 
         Args:
             images: pixels [B, 3, H, W], or a list of [3, H, W] that are run one by one.
@@ -182,7 +182,7 @@ class VisionTower(nn.Module):
         return features
 
     def feature_select(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, S, C] without the class token, if there is one, unless `cls_patch` keeps it."""
+        """Drop the class token of [B, S, C], if there is one and `cls_patch` does not keep it."""
         self.check_selection()
         drops = self.has_class_token and self.select_feature == "patch"
         return hidden[:, 1:] if drops else hidden
@@ -219,7 +219,7 @@ class VisionTower(nn.Module):
 
     @classmethod
     def parse_config(cls, raw: dict[str, Any], name: str) -> Any:
-        """transformers' config from what `read_vision_config` found for the tower `name`.
+        """Make transformers' config of what `read_vision_config` found for the tower `name`.
 
         Raises:
             UserInputError: it describes another kind of model.
@@ -243,7 +243,7 @@ class VisionTower(nn.Module):
         return self._image_processor
 
     def _processor_settings(self) -> tuple[str, dict[str, Any]]:
-        """The file that describes the image processor, and what it says; nothing without one."""
+        """Find the file that describes the image processor, and read it; {} without one."""
         for file, key in (("processor_config.json", "image_processor"), (PROCESSOR_FILE, None)):
             found = find_file(self.source, file)
             if found is None:
@@ -300,7 +300,7 @@ class VisionTower(nn.Module):
 
 
 def read_vision_config(source: str, name: str) -> dict[str, Any]:
-    """What config.json of a folder or hub model says of its vision tower, as plain data.
+    """Read what config.json of a folder or hub model says of its vision tower, as plain data.
 
     The folder may hold a tower, a model of images and texts, or a LLaVA in Hugging Face's format;
     `model_type` is the tower's.
@@ -342,5 +342,5 @@ def find_file(source: str, file: str) -> Path | None:
 
 
 def _place(file: str, tower: str) -> str:
-    """What errors about a value in a file of a tower say after its name."""
+    """Return what errors about a value in a file of a tower say after its name."""
     return f"in {file} of the vision tower {tower!r}"
