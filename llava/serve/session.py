@@ -140,9 +140,9 @@ class Session:
         The answer also ends where the model has no more positions (`Turn.full`).
 
         Raises:
-            UserInputError: an image mark in the question, an impossible budget, or, before anything is
-                computed, a question that does not fit the model's context together with the image
-                and the turns so far.
+            UserInputError: an image mark in the question, an impossible budget, or, before anything
+                is computed, a question that does not fit the model's context together with the
+                image and the turns so far.
         """
         if DEFAULT_IMAGE_TOKEN in question:
             raise UserInputError(
