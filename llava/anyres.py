@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava.images import PictureError
 from llava.utils import UserInputError
-from llava.value_rules import list_of, shown, whole
+from llava.value_rules import list_of, short_repr, whole
 
 Size = tuple[int, int]
 
@@ -133,7 +133,7 @@ def parse_pinpoints(grid_pinpoints: str | Sequence[Size]) -> list[Size]:
         return [(width, height) for width, height in _CANVASES.read(given)]
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserInputError(
-            f"image_grid_pinpoints is {shown(grid_pinpoints)}; give canvases as "
+            f"image_grid_pinpoints is {short_repr(grid_pinpoints)}; give canvases as "
             "[[width, height], ...], such as "
             "[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]"
         ) from error

@@ -53,10 +53,10 @@ def read_values(
 
 def unfit(name: str, value: Any, place: str, remedy: str) -> UserInputError:
     """Make the one-line error about a value that cannot be used."""
-    return UserInputError(f"{name} {place} is {shown(value)}; {remedy}")
+    return UserInputError(f"{name} {place} is {short_repr(value)}; {remedy}")
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return `repr(value)` on one line, cut where it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

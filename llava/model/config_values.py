@@ -27,7 +27,7 @@ from llava.value_rules import (
     one_line,
     one_of,
     read_values,
-    shown,
+    short_repr,
     unfit,
     whole,
 )
@@ -240,8 +240,8 @@ def known_tokens(name: str, value: Any, vocabulary: int, place: str) -> Any:
     known = [i for i in ids if 0 <= i < vocabulary]
     if len(known) < len(ids) and any(i >= vocabulary for i in ids):
         logger.warning(
-            f"{name} {place} is {shown(value)}, which is beyond the vocabulary of {vocabulary} "
-            "tokens and left out"
+            f"{name} {place} is {short_repr(value)}, which is beyond the vocabulary of "
+            f"{vocabulary} tokens and left out"
         )
     if not known:
         return None
@@ -294,7 +294,7 @@ def choose_dtype(given: Any, config: Any, stored: Iterable[torch.dtype]) -> torc
     dtype = as_dtype(given)
     if dtype is None:
         raise UserInputError(
-            f"unknown dtype {shown(given)}; use 'auto' for the checkpoint's own, or one of "
+            f"unknown dtype {short_repr(given)}; use 'auto' for the checkpoint's own, or one of "
             f"{', '.join(DTYPES)}"
         )
     return dtype

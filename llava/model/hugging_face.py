@@ -14,7 +14,7 @@ from transformers import LlavaNextConfig as HuggingFaceLlavaNextConfig
 from llava.anyres import parse_pinpoints
 from llava.model.config_values import build_config, clean_values
 from llava.utils import UserInputError
-from llava.value_rules import shown
+from llava.value_rules import short_repr
 
 _READERS = {"llava": HuggingFaceLlavaConfig, "llava_next": HuggingFaceLlavaNextConfig}
 # Part of the config -> model type -> class of its settings; the first one where no type is given.
@@ -98,8 +98,8 @@ def _clean(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         given = config[part]
         if not isinstance(given, dict):
             raise UserInputError(
-                f"config.json of {where!r} cannot be understood ({part} is {shown(given)}, not the "
-                "settings of a model); download it again"
+                f"config.json of {where!r} cannot be understood ({part} is {short_repr(given)}, "
+                "not the settings of a model); download it again"
             )
         kind = given.get("model_type")
         if kind is None:

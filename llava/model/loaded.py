@@ -61,7 +61,7 @@ def load_model(
     tokenizer, model, processor, _ = load_pretrained_model(
         path, base, name, device=device, **loading
     )
-    check_complete(path, tokenizer, processor)
+    _check_complete(path, tokenizer, processor)
     own, model.pruning = model.pruning, None
     template = conv_mode or conv_mode_for(name, model.config)
     check_chat_template(template)
@@ -118,7 +118,7 @@ def loading_from(
     return loading
 
 
-def check_complete(path: str, tokenizer: Any, processor: Any) -> None:
+def _check_complete(path: str, tokenizer: Any, processor: Any) -> None:
     """Refuse a model that nobody can ask about a picture.
 
     Args:

@@ -100,7 +100,7 @@ def respond(session: Session, line: str, overlay: Path | None) -> None:
     if is_command(line):
         print(run_command(session, line), flush=True)
         return
-    print(f"{spoken(session.chat.roles[1])}: ", end="", flush=True)
+    print(f"{plain_role(session.chat.roles[1])}: ", end="", flush=True)
     try:
         turn = session.ask(line)
     except UserInputError:
@@ -119,7 +119,7 @@ def read_line(role: str) -> str:
     """
     while True:
         try:
-            return input(f"{spoken(role)}: ").strip()
+            return input(f"{plain_role(role)}: ").strip()
         except EOFError:
             print()
             return ""
@@ -129,7 +129,7 @@ def read_line(role: str) -> str:
             raise UserInputError(f"the input is not {error.encoding} text; convert it") from error
 
 
-def spoken(role: str) -> str:
+def plain_role(role: str) -> str:
     """Return a role as people read it: some templates wrap it in control tokens."""
     return re.sub(r"<\|.*?\|>", "", role).strip()
 

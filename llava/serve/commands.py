@@ -157,7 +157,7 @@ COST_ROWS: dict[str, Callable[[Any], str]] = {
 
 def save_overlay(session: Session, argument: str) -> str:
     try:
-        path = Path(unquoted(argument)).expanduser()
+        path = Path(strip_quotes(argument)).expanduser()
     except RuntimeError as error:  # no such home folder
         raise UserInputError(f"cannot save {argument}: {error}; give another path") from error
     session.save_overlay(path)
@@ -176,12 +176,12 @@ def summary_of(method: str) -> str:
 
 
 def change_image(session: Session, argument: str) -> str:
-    image = open_image(unquoted(argument), session.reading)
+    image = open_image(strip_quotes(argument), session.reading)
     session.show(image)
     return f"[{image.width} x {image.height} pixels; the chat starts again]"
 
 
-def unquoted(text: str) -> str:
+def strip_quotes(text: str) -> str:
     """Return a path as terminals paste it, without its quotes."""
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1] if quoted else text

@@ -109,7 +109,7 @@ class Session:
             config = PruningConfig(name, **budget, options=options, **(before | chosen))
         except PruningError as error:  # of what is in use, or of what was typed
             config = PruningConfig(name, **budget, options=options, **chosen)
-            note = f"no longer {_listed(before)}: {error}"
+            note = f"no longer {join_settings(before)}: {error}"
         self.model.pruning = config
         self.budget = budget_of(config) or self.budget
         return note
@@ -283,10 +283,10 @@ def describe(config: PruningConfig | None) -> str:
     """Describe a setting in a few words, such as `zoo, 64 tokens, directions=8, newline=keep`."""
     if config is None:
         return "unpruned"
-    parts = [config.method, describe_budget(budget_of(config)), _listed(config.options)]
+    parts = [config.method, describe_budget(budget_of(config)), join_settings(config.options)]
     if config.method == "none":
         parts = ["unpruned"]
-    return ", ".join(part for part in [*parts, _listed(config.choices)] if part)
+    return ", ".join(part for part in [*parts, join_settings(config.choices)] if part)
 
 
 def describe_budget(budget: Mapping[str, Any]) -> str:
@@ -295,5 +295,5 @@ def describe_budget(budget: Mapping[str, Any]) -> str:
     return "".join(words[name].format(value) for name, value in budget.items())
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
+def join_settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings.items())

@@ -425,5 +425,5 @@ def test_loading_flags_reach_the_loader(picture: Path, monkeypatch: pytest.Monke
 
 
 def test_control_tokens_of_a_role_are_not_shown() -> None:
-    assert cli.spoken(conv_templates["chatml_direct"].roles[1]) == "assistant"
-    assert cli.spoken("USER") == "USER"
+    assert cli.plain_role(conv_templates["chatml_direct"].roles[1]) == "assistant"
+    assert cli.plain_role("USER") == "USER"
