@@ -39,6 +39,7 @@ def run(
 def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
     import torch
 
+    from llava import storage
     from llava.eval import results
     from llava.eval.__main__ import main
 
@@ -47,7 +48,7 @@ def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
     os.dup2(output, 2)
     torch.set_num_threads(1)
     left = after_bytes
-    real = results._write
+    real = storage.write_through
 
     def counted(handle: FileIO, data: bytes) -> None:
         nonlocal left
@@ -58,6 +59,6 @@ def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
             left -= len(data)
         real(handle, data)
 
-    results._write = counted
+    storage.write_through = results.write_through = counted
     began.set()
     sys.exit(main(argv))
