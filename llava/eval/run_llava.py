@@ -24,7 +24,7 @@ from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.loaded import load_from_flags
 from llava.model.prompt_length import describe_overflow, exceeded_limits, prompt_length
-from llava.model.types import Images
+from llava.model.types import Images, VisualModel
 from llava.pixels import VIEWER
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -100,7 +100,9 @@ def eval_model(args: Any) -> str:
     return answer
 
 
-def check_length(model: Any, ids: torch.Tensor, pixels: Images, sizes: Sequence[Size]) -> None:
+def check_length(
+    model: VisualModel, ids: torch.Tensor, pixels: Images, sizes: Sequence[Size]
+) -> None:
     """Refuse a prompt whose end, where the question stands, would be cut off.
 
     Pruned images may still give way to the text, as in `generate`.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from llava.model.checkpoint import (
     read_weights,
 )
 from llava.utils import UserInputError
+
+if TYPE_CHECKING:
+    from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 
 _PROJECTOR = "mm_projector"
 _PROJECTOR_PREFIX = f"model.{_PROJECTOR}."
@@ -81,7 +84,7 @@ class PartialCheckpoint:
     adapter: LoraAdapter | None
 
     @torch.no_grad()
-    def apply(self, model: Any) -> None:
+    def apply(self, model: "LlavaCausalLM") -> None:
         """Bring the folder's weights into a model that holds those of the base.
 
         Raises:
@@ -97,9 +100,10 @@ class PartialCheckpoint:
         if self.adapter is not None:
             merge_adapter(model, self.adapter, str(self.folder))
             changed |= set(self.adapter.factors)
-        if any(name.startswith(TOWER_PREFIX) for name in changed):
+        tower = model.get_vision_tower()
+        if tower is not None and any(name.startswith(TOWER_PREFIX) for name in changed):
             # The tower has changed, so it must be saved with the model.
-            model.get_vision_tower().from_checkpoint = True
+            tower.from_checkpoint = True
             model.config.unfreeze_mm_vision_tower = True
 
     def _check_projector(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -296,7 +296,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _match_tokenizer(model: Any, tokenizer: Any) -> None:
+def _match_tokenizer(model: LlavaCausalLM, tokenizer: Any) -> None:
     """Add the image tokens the config asks for and give every token a row of embeddings."""
     if getattr(model.config, "mm_use_im_patch_token", True):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)

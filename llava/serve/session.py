@@ -18,6 +18,7 @@ from llava.conversation import conv_templates
 from llava.eval.prompts import image_mark
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.call_context import steps_run_by
+from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.model.loaded import LoadedModel
 from llava.model.prompt_length import (
     Limit,
@@ -72,7 +73,7 @@ class Session:
         self.show(image)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> LlavaCausalLM:
         return self.loaded.model
 
     def show(self, image: Image.Image) -> None:
