@@ -19,14 +19,10 @@ if TYPE_CHECKING:
 StepRunner = Callable[..., Any]
 
 
-def _just_run(name: str, step: Callable[..., Any], *arguments: Any) -> Any:
-    return step(*arguments)
-
-
 class _CallContext(NamedTuple):
     questions: Sequence[str] | None = None
     padding_side: str | None = None
-    run_step: StepRunner = _just_run
+    run_step: StepRunner | None = None
     tower_reader: TowerReader | None = None
     tower_config: Any = None
 

@@ -5,7 +5,7 @@
 Each step is a method that may be called, replaced or patched alone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,11 @@ class LlavaMetaForCausalLM(Prunable):
             labels=labels,
             position_ids=position_ids,
         )
-        run = call_context().run_step
+        runner = call_context().run_step
+
+        def run(name: str, step: Callable[..., Any], *arguments: Any) -> Any:
+            return step(*arguments) if runner is None else runner(name, step, *arguments)
+
         # One setting for all steps, also if another thread changes the model's default meanwhile.
         with prune(self, self.pruning):
             visual = run("encode", self.encode_visual_tokens, images, image_sizes)
