@@ -1,9 +1,8 @@
-"""What the commands of this package share: one-line errors, and what flags of one name mean."""
+"""What the commands of this package share: one-line errors, and the flags that choose a model."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +10,21 @@ from typing import Any, NoReturn
 
 import torch
 
-from llava.conversation import SeparatorStyle, conv_mode_for, conv_templates
+from llava.anyres import NEXT_PROTOCOLS
+from llava.conversation import SeparatorStyle, conv_templates
+from llava.pixels import PIXELS, PIXELS_HELP
+from llava.pruning.flags import add_pruning_flags
 from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line
+
+DTYPES = ("float16", "bfloat16", "float32")
 
 # What the user can correct; anything else that is raised is a bug of ours and keeps its traceback.
 CORRECTABLE = (UserInputError, OSError, torch.OutOfMemoryError)
 
 
 def explain(error: Exception) -> str:
-    """One line for an error of `CORRECTABLE`: what is wrong and what to do."""
+    """Say in one line what is wrong and what to do about an error of `CORRECTABLE`."""
     text = one_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         return (
@@ -55,10 +59,41 @@ def one_line_errors(parser: argparse.ArgumentParser, debug: bool = False) -> Ite
         parser.error(explain(error))
 
 
+def add_model_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    model: str | None = None,
+    template: str = "the model's own",
+    pixels: str | None = None,
+) -> None:
+    """Add the flags of every command that asks a model: which, how it is loaded, prompted, pruned.
+
+    Args:
+        parser: of the command.
+        model: default of `--model-path`; without one the flag is required.
+        template: what `--conv-mode` is by default, in words.
+        pixels: default of `--pixels`; without one the benchmark's reading counts.
+    """
+    add = parser.add_argument
+    kinds = "checkpoint folder or hub name" if model is None else f"checkpoint, hub name or {model}"
+    add("--model-path", required=model is None, default=model, help=kinds)
+    add("--model-base", help="base model of a LoRA or projector-only checkpoint")
+    add("--conv-mode", help=f"conversation template; by default {template}")
+    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--dtype", choices=DTYPES, help="by default float16, float32 on the CPU")
+    precision.add_argument("--load-8bit", action="store_true")
+    precision.add_argument("--load-4bit", action="store_true")
+    add("--mm-next-protocol", choices=NEXT_PROTOCOLS, help="how LLaVA-1.6 counts tokens")
+    reading = "by default what the benchmark's are" if pixels is None else f"default: {pixels}"
+    add("--pixels", choices=PIXELS, default=pixels, help=f"{PIXELS_HELP}; {reading}")
+    add_pruning_flags(parser)
+
+
 def device_name(name: str) -> str:
-    """`name` if it is `auto`, or a device that torch can use here."""
+    """Return `name` if it is `auto`, or a device that torch can use here."""
     try:
-        # Read back, because a tensor on `meta` holds no numbers.
+        # Read back, because a tensor on `meta` has no numbers.
         torch.zeros(1, device="cpu" if name in ("auto", "cuda") else name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise argparse.ArgumentTypeError(
@@ -67,24 +102,12 @@ def device_name(name: str) -> str:
     return name
 
 
-def check_complete(path: str | Path, tokenizer: Any, processor: Any) -> None:
-    """Refuse a model that nobody can ask about an image. Raises UserInputError.
-
-    Args:
-        path: where it was loaded from.
-        tokenizer, processor: what `load_pretrained_model` returned; None for what is missing.
-    """
-    if processor is None:
-        raise UserInputError(f"{path} is not a LLaVA model: it has no vision tower; give a LLaVA")
-    if tokenizer is None:
-        raise UserInputError(
-            f"{path} holds no tokenizer, so it cannot read a question; put the tokenizer.model or "
-            "tokenizer.json of its language model into the folder"
-        )
-
-
 def check_conv_mode(mode: str | None) -> None:
-    """Refuse a useless template before a model is loaded for nothing. Raises UserInputError."""
+    """Refuse a template that cannot be used before a model is loaded for nothing.
+
+    Raises:
+        UserInputError: it does not exist, or has no turns.
+    """
     if mode is None:
         return
     if mode not in conv_templates:
@@ -94,22 +117,12 @@ def check_conv_mode(mode: str | None) -> None:
 
 
 def check_chat_template(template: str) -> None:
-    """Raise UserInputError for a template without turns, in which nothing can be asked."""
+    """Refuse a template without turns, in which nothing can be asked.
+
+    Raises:
+        UserInputError: names the template.
+    """
     if conv_templates[template].sep_style is SeparatorStyle.PLAIN:
         raise UserInputError(
-            f"template {template!r} holds captions, no chat; use another --conv-mode"
+            f"template {template!r} is for captions, not for a chat; use another --conv-mode"
         )
-
-
-def choose_conv_mode(mode: str | None, model_name: str, config: Any) -> str:
-    """The template asked for, else the model's; says on stderr when both exist and differ.
-
-    Raises UserInputError for one that does not exist or holds no chat.
-    """
-    check_conv_mode(mode)
-    own = conv_mode_for(model_name, config)
-    if mode is not None and mode != own:
-        print(f"note: --conv-mode {mode} replaces {own}, this model's own", file=sys.stderr)
-    chosen = mode or own
-    check_chat_template(chosen)
-    return chosen

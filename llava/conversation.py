@@ -1,7 +1,7 @@
 """Prompt templates of LLaVA.
 
 Checkpoints were trained on exactly these strings, so every template renders byte for byte what
-LLaVA renders (checked against recorded prompts in ``tests/goldens/llava/conversation``).
+LLaVA renders (checked against recorded prompts in `tests/goldens/llava/conversation`).
 """
 
 import base64
@@ -22,7 +22,7 @@ MAX_IMAGE_SIDE = 1344
 
 
 class SeparatorStyle(Enum):
-    """How turns are joined; see ``Conversation.get_prompt``."""
+    """How turns are joined; see `Conversation.get_prompt`."""
 
     SINGLE = auto()
     TWO = auto()
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     """A stretch of a prompt, and whose words it is.
 
     Attributes:
-        text: as it stands in the prompt.
+        text: as it is in the prompt.
         message: index of the message whose words these are, with the mark that ends them (the
             exchange that a template may put before an image message counts); None for what the
             template says by itself: system text and speakers' names.
@@ -49,9 +49,9 @@ class Piece(NamedTuple):
 class Conversation:
     """A prompt template together with the messages said so far.
 
-    ``messages`` holds ``[role, message]`` pairs. A message is a string, ``None`` for the turn that
-    the model is to write, or a tuple ``(text, PIL image, mode)`` with mode ``Pad``, ``Default``,
-    ``Crop`` or ``Resize``. Messages before ``offset`` are the template's own example dialogue.
+    `messages` holds `[role, message]` pairs. A message is a string, `None` for the turn that
+    the model is to write, or a tuple `(text, PIL image, mode)` with mode `Pad`, `Default`,
+    `Crop` or `Resize`. Messages before `offset` are the template's own example dialogue.
     """
 
     system: str
@@ -65,7 +65,7 @@ class Conversation:
     skip_next: bool = False
 
     def append_message(self, role: str, message: Any) -> None:
-        """Add one turn; ``None`` opens the turn the model is to write."""
+        """Add one turn; `None` opens the turn the model is to write."""
         self.messages = [*self.messages, [role, message]]
 
     def copy(self) -> "Conversation":
@@ -76,9 +76,9 @@ class Conversation:
         """Render the conversation.
 
         Raises:
-            TypeError: an answered turn under a ``PLAIN`` template without a second separator (as
+            TypeError: an answered turn under a `PLAIN` template without a second separator (as
                 LLaVA does).
-            UserInputError: a ``LLAMA_2`` conversation that does not open with a user message.
+            UserInputError: a `LLAMA_2` conversation that does not open with a user message.
         """
         return "".join(piece.text for piece in self.pieces())
 
@@ -89,7 +89,7 @@ class Conversation:
         where the prompt of the open turn would end. A message without text has no piece.
 
         Raises:
-            TypeError, UserInputError: as ``get_prompt``.
+            TypeError, UserInputError: as `get_prompt`.
         """
         turns = [(role, _text(message)) for role, message in self._with_image_first()]
         match self.sep_style:
@@ -174,7 +174,7 @@ class Conversation:
         return images
 
     def to_gradio_chatbot(self) -> list[list[str | None]]:
-        """``[user, assistant]`` pairs for a chat widget, images embedded as data URLs."""
+        """`[user, assistant]` pairs for a chat widget, images embedded as data URLs."""
         pairs: list[list[str | None]] = []
         for i, (_, message) in enumerate(self.messages[self.offset :]):
             if isinstance(message, tuple):
@@ -353,14 +353,14 @@ default_conversation = conv_vicuna_v1
 def conv_mode_for(model_name: str, config: Any = None) -> str:
     """Choose the template key for a model.
 
-    ``mm_conv_mode`` of the config wins; otherwise the name decides by LLaVA's rules.
+    `mm_conv_mode` of the config wins; otherwise the name decides by LLaVA's rules.
 
     Args:
-        model_name: the name as ``get_model_name_from_path`` gives it.
+        model_name: the name as `get_model_name_from_path` gives it.
         config: the model's config, as an object or a dict; may be None.
 
     Raises:
-        UserInputError: ``mm_conv_mode`` names no template.
+        UserInputError: `mm_conv_mode` names no template.
     """
     if isinstance(config, Mapping):
         chosen = config.get("mm_conv_mode")

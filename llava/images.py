@@ -31,7 +31,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 MAX_PIXELS = 80_000_000  # 240 MB as RGB; Pillow itself starts to warn a little later
 MAX_BYTES = 64 * 2**20  # of a download
 SILENCE_SECONDS = 15.0  # a server that says nothing for so long has gone
-DOWNLOAD_SECONDS = 60.0  # for the whole body, however steadily it drips
+DOWNLOAD_SECONDS = 60.0  # for the whole body, however steadily it arrives
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(data):", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
@@ -44,7 +44,7 @@ class PictureError(UserInputError):
 
 
 def open_image(location: str | Path, pixels: str = VIEWER) -> Image.Image:
-    """The picture at a path or an http(s) URL, as RGB; of an animation the first frame.
+    """Open the picture at a path or an http(s) URL, as RGB; of an animation the first frame.
 
     Logs one line for a picture that the two readings show differently.
 
@@ -72,13 +72,13 @@ load_image = open_image  # LLaVA's name for it
 
 
 def decode_image(content: bytes, name: str, pixels: str = VIEWER) -> Image.Image:
-    """The picture whose file has these bytes, as `open_image` gives it; errors call it `name`."""
+    """Decode the bytes of a picture's file, as `open_image` does; errors call it `name`."""
     check_pixels(pixels)
     return _decode(BytesIO(content), name, pixels)
 
 
 def decode_base64(text: str | bytes, name: str, pixels: str = VIEWER) -> Image.Image:
-    """The picture whose file is written as base64 text, as `open_image` gives it.
+    """Decode a picture whose file is written as base64 text, as `open_image` does.
 
     Args:
         text: base64, perhaps as a data URL; white space in it is skipped.
@@ -148,7 +148,7 @@ def _decode(source: Path | BytesIO, name: str, pixels: str) -> Image.Image:
 
 
 def _readable() -> list[str]:
-    """Those of FORMATS that this build of Pillow knows."""
+    """List those of FORMATS that this build of Pillow knows."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -169,7 +169,7 @@ def _too_large(name: str, size: str) -> UserInputError:
 
 
 def _download(url: str) -> bytes:
-    """The body of a URL, within the limits of size and time."""
+    """Download the body of a URL, within the limits of size and time."""
     request = urllib.request.Request(url, headers={"User-Agent": "llava", "Accept": "image/*"})
     try:
         with _opener().open(request, timeout=SILENCE_SECONDS) as response:
@@ -191,7 +191,7 @@ def _download(url: str) -> bytes:
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """An opener that can speak http and https only, so that no redirect leads anywhere else."""
+    """Make an opener that speaks http and https only, so that no redirect leads elsewhere."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,

@@ -1,12 +1,10 @@
-"""Images and prompts on their way into a LLaVA model.
+"""Images and prompts on their way into a LLaVA model, under the names that LLaVA's users import.
 
-The geometry of the multi-tile ("anyres") scheme lives here as pure functions of sizes.
+How pictures become pixels is in `llava.anyres`.
 """
 
-import ast
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,321 +12,20 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria
 
+from llava.anyres import (  # noqa: F401 - LLaVA's import path of these
+    divide_to_patches,
+    expand2square,
+    get_anyres_image_grid_shape,
+    process_anyres_image,
+    process_images,
+    resize_and_pad_image,
+    select_best_resolution,
+    unpad_image,
+)
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.images import PictureError, decode_base64
+from llava.images import decode_base64
 from llava.utils import UserInputError, user_path
-from llava.value_rules import list_of, shown, whole
-
-Size = tuple[int, int]
-
-# Those that read the canvas whole: its padding stays, and rows have no newlines.
-SPATIAL_PROTOCOLS = ("spatial", "spatial-filled")
-NEXT_PROTOCOLS = ("native", "fixed2880", "zoo-release", *SPATIAL_PROTOCOLS)
-# (columns, rows) of tiles of the canvases in all released LLaVA-1.6 checkpoints, in their order.
-RELEASED_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-
-
-# Sides in pixels.
-_CANVASES = list_of(list_of(whole(1, 2**14), length=2))
-
-# Of a padded picture, or one scaled until its shorter side fills a tile: 1 GB as RGB.
-MAX_ENLARGED_PIXELS = 320_000_000
-
-
-def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
-    """Choose the canvas that keeps the most of an image's pixels.
-
-    Args:
-        original_size: (width, height) of the image.
-        possible_resolutions: canvases as (width, height).
-
-    Returns:
-        The canvas with the most effective pixels, then the least waste; the first one wins a tie.
-    """
-    width, height = original_size
-    best: Size | None = None
-    best_rank = (-1, 0)
-    for canvas_w, canvas_h in possible_resolutions:
-        scale = min(canvas_w / width, canvas_h / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        rank = (effective, effective - canvas_w * canvas_h)
-        if best is None or rank > best_rank:
-            best, best_rank = (canvas_w, canvas_h), rank
-    if best is None:
-        raise UserInputError("no canvas to choose from: image_grid_pinpoints is empty")
-    return best
-
-
-def select_filled_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
-    """Choose the canvas that an image fills best, however much it is enlarged for that.
-
-    FasterVLM's released code does so. Arguments and result as in ``select_best_resolution``; of
-    equal shares the smallest canvas wins, then the first.
-    """
-    width, height = original_size
-    best: Size | None = None
-    best_rank = (-1.0, 0)
-    for canvas_w, canvas_h in possible_resolutions:
-        scale = min(canvas_w / width, canvas_h / height)
-        share = int(width * scale) * int(height * scale) / (canvas_w * canvas_h)
-        rank = (share, -canvas_w * canvas_h)
-        if best is None or rank > best_rank:
-            best, best_rank = (canvas_w, canvas_h), rank
-    if best is None:
-        raise UserInputError("no canvas to choose from: image_grid_pinpoints is empty")
-    return best
-
-
-def fit_size(original_size: Size, canvas: Size) -> Size:
-    """(width, height) of an image after it was fitted into a canvas without distortion."""
-    width, height = original_size
-    target_w, target_h = canvas
-    scale_w, scale_h = target_w / width, target_h / height
-    if scale_w < scale_h:
-        return target_w, min(math.ceil(height * scale_w), target_h)
-    return min(math.ceil(width * scale_h), target_w), target_h
-
-
-def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
-    """Fit an image into (width, height) without distortion, centred on black."""
-    target_w, target_h = target_resolution
-    new_w, new_h = fit_size(image.size, target_resolution)
-    canvas = Image.new("RGB", (target_w, target_h), (0, 0, 0))
-    canvas.paste(image.resize((new_w, new_h)), ((target_w - new_w) // 2, (target_h - new_h) // 2))
-    return canvas
-
-
-def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """Cut an image into square tiles of ``patch_size``, row by row."""
-    width, height = image.size
-    return [
-        image.crop((left, top, left + patch_size, top + patch_size))
-        for top in range(0, height, patch_size)
-        for left in range(0, width, patch_size)
-    ]
-
-
-def get_anyres_image_grid_shape(
-    image_size: Size, grid_pinpoints: str | Sequence[Size], patch_size: int
-) -> Size:
-    """Tiles of an image's best canvas as (columns, rows).
-
-    Args:
-        image_size: (width, height) of the image.
-        grid_pinpoints: canvases as (width, height), or a string holding that Python list.
-        patch_size: side of a tile in pixels.
-    """
-    width, height = select_best_resolution(image_size, parse_pinpoints(grid_pinpoints))
-    return width // patch_size, height // patch_size
-
-
-def parse_pinpoints(grid_pinpoints: str | Sequence[Size]) -> list[Size]:
-    """Canvases as (width, height), from a list or from a string that holds it as Python text.
-
-    Raises:
-        UserInputError: the value is neither.
-    """
-    given = grid_pinpoints
-    try:
-        if isinstance(given, str):
-            given = ast.literal_eval(given)
-        return [(width, height) for width, height in _CANVASES.read(given)]
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise UserInputError(
-            f"image_grid_pinpoints is {shown(grid_pinpoints)}; give canvases as "
-            "[[width, height], ...], such as "
-            "[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]"
-        ) from error
-
-
-def next_protocol(model_cfg: Any) -> str:
-    """``mm_next_protocol`` of a model: how LLaVA-1.6 counts the tokens of an image.
-
-    ``native``: as the checkpoint was trained. ``fixed2880``: every image on a canvas of 2 x 2
-    tiles, no unpadding and no newlines, as several papers count. ``zoo-release``: native, pruned
-    as ZOO-Prune's released code does, see ``llava.pruning.allocation``. ``spatial``: the canvas of
-    ``native``, no unpadding and no newlines, and budgets counted tile by tile, as FasterVLM,
-    HiPrune, SCOPE, MMTok and VisionZip were released.
-    ``spatial-filled``: the same on the canvas that the image fills best, as FasterVLM was.
-
-    Raises:
-        UserInputError: another word, or a model whose images are no tiles.
-    """
-    protocol = getattr(model_cfg, "mm_next_protocol", None) or "native"
-    if protocol not in NEXT_PROTOCOLS:
-        raise UserInputError(
-            f"mm_next_protocol is {protocol!r}; use one of {', '.join(NEXT_PROTOCOLS)}"
-        )
-    aspect = getattr(model_cfg, "image_aspect_ratio", None)
-    if protocol != "native" and aspect != "anyres":
-        raise UserInputError(
-            f"mm_next_protocol {protocol!r} is about images in tiles (image_aspect_ratio "
-            f"'anyres'), but this model has image_aspect_ratio {aspect!r}; use 'native'"
-        )
-    return protocol
-
-
-def canvas_rule(model_cfg: Any) -> Callable[[Size, Sequence[Size]], Size]:
-    """How a model chooses among canvases: ``select_best_resolution``, or as its protocol says."""
-    filled = next_protocol(model_cfg) == "spatial-filled"
-    return select_filled_resolution if filled else select_best_resolution
-
-
-def canvas_choices(model_cfg: Any, tile_side: int) -> list[Size]:
-    """The canvases, (width, height) in pixels, that an image may be fitted into.
-
-    ``image_grid_pinpoints``; where the config has none, those of the released LLaVA-1.6
-    checkpoints for this side of a tile.
-
-    Raises:
-        UserInputError: canvases that tiles of ``tile_side`` pixels do not fill.
-    """
-    if next_protocol(model_cfg) == "fixed2880":
-        return [(2 * tile_side, 2 * tile_side)]
-    pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
-    if pinpoints is None:
-        return [(cols * tile_side, rows * tile_side) for cols, rows in RELEASED_GRIDS]
-    canvases = parse_pinpoints(pinpoints)
-    if any(side % tile_side for canvas in canvases for side in canvas):
-        raise UserInputError(
-            f"image_grid_pinpoints {canvases} holds sides that are no multiples of the vision "
-            f"tower's {tile_side} pixels; correct it in config.json"
-        )
-    return canvases
-
-
-def unpad_image(tensor: torch.Tensor, original_size: Size) -> torch.Tensor:
-    """Cut away what fitting an image into a canvas had padded.
-
-    Args:
-        tensor: [C, H, W] on the canvas.
-        original_size: (width, height) of the image before it was fitted.
-
-    Returns:
-        [C, rows, cols], a view.
-    """
-    top, left, rows, cols = unpad_window(tensor.shape[1], tensor.shape[2], original_size)
-    return tensor[:, top : top + rows, left : left + cols]
-
-
-def unpad_window(height: int, width: int, original_size: Size) -> tuple[int, int, int, int]:
-    """(top, left, rows, cols): what ``unpad_image`` leaves of a map of height x width."""
-    original_w, original_h = original_size
-    if original_w / original_h > width / height:
-        padding = (height - int(original_h * (width / original_w))) // 2
-        return padding, 0, height - 2 * padding, width
-    padding = (width - int(original_w * (height / original_h))) // 2
-    return 0, padding, height, width - 2 * padding
-
-
-def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
-    """Pad an image to a square, centred; a square image is returned as it is (same object)."""
-    width, height = pil_img.size
-    if width == height:
-        return pil_img
-    side = max(width, height)
-    canvas = Image.new(pil_img.mode, (side, side), background_color)
-    canvas.paste(pil_img, ((side - width) // 2, (side - height) // 2))
-    return canvas
-
-
-def process_anyres_image(
-    image: Image.Image,
-    processor: Any,
-    grid_pinpoints: str | Sequence[Size],
-    choose: Callable[[Size, Sequence[Size]], Size] = select_best_resolution,
-) -> torch.Tensor:
-    """An image as LLaVA-1.6 sees it: the whole image first, then the tiles of its best canvas.
-
-    Args:
-        image: an RGB image.
-        processor: the tower's processor.
-        grid_pinpoints: canvases as (width, height), or a string holding that Python list.
-        choose: which of them an image of a size gets.
-
-    Returns:
-        float32 [1 + tiles, 3, H, W]; tiles row by row. The whole image is resized to a square
-        without regard to its aspect.
-    """
-    canvas = choose(image.size, parse_pinpoints(grid_pinpoints))
-    tile = tile_side(processor)
-    side = processor.size.get("shortest_edge") or tile
-    views = [image.resize((side, side))]
-    views += divide_to_patches(resize_and_pad_image(image, canvas), tile)
-    return torch.stack(
-        [processor.preprocess(view, return_tensors="pt")["pixel_values"][0] for view in views]
-    )
-
-
-def tile_side(processor: Any) -> int:
-    """Side in pixels of the squares that a tower's processor makes: it crops, or only resizes."""
-    return (getattr(processor, "crop_size", None) or processor.size)["height"]
-
-
-def process_images(
-    images: Sequence[Image.Image], image_processor: Any, model_cfg: Any
-) -> torch.Tensor | list[torch.Tensor]:
-    """Turn PIL images into the pixels a model was trained on.
-
-    ``model_cfg.image_aspect_ratio`` decides: ``"pad"`` pads to a square with the processor's mean
-    colour; ``"anyres"`` makes tiles, see ``process_anyres_image``; None or anything else leaves the
-    image to the processor: CLIP's resizes the shorter side and crops the centre, SigLIP's squeezes
-    the whole image into a square.
-
-    Args:
-        images: PIL images of any mode; they are converted to RGB.
-        image_processor: the tower's processor.
-        model_cfg: the model's config.
-
-    Returns:
-        float32 [B, 3, H, W] (anyres: [B, T, 3, H, W]), or a list where the shapes differ.
-
-    Raises:
-        UserInputError: a kind of tiles that LLaVA-1.6 does not have.
-        PictureError: a picture so long and thin that the way to its tile takes more than
-            ``MAX_ENLARGED_PIXELS``.
-    """
-    aspect = getattr(model_cfg, "image_aspect_ratio", None)
-    if isinstance(aspect, str) and aspect.startswith("anyres") and aspect != "anyres":
-        raise UserInputError(
-            f"image_aspect_ratio {aspect!r} belongs to models after LLaVA-1.6, which this version "
-            "does not process; use a LLaVA-1.5 or 1.6 checkpoint"
-        )
-    next_protocol(model_cfg)  # refuses one that has no effect on these images
-    images = [image.convert("RGB") for image in images]
-    if aspect == "anyres":
-        canvases = canvas_choices(model_cfg, tile_side(image_processor))
-        choose = canvas_rule(model_cfg)
-        tiles = [process_anyres_image(image, image_processor, canvases, choose) for image in images]
-        same = all(t.shape == tiles[0].shape for t in tiles)
-        return torch.stack(tiles) if same else tiles
-    for image in images:
-        _refuse_strip(image.size, aspect, image_processor)
-    if aspect == "pad":
-        background = tuple(int(mean * 255) for mean in image_processor.image_mean)
-        images = [expand2square(image, background) for image in images]
-    pixels = [
-        image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
-        for image in images
-    ]
-    if all(p.shape == pixels[0].shape for p in pixels):
-        return torch.stack(pixels)
-    return pixels
-
-
-def _refuse_strip(size: Size, aspect: str | None, processor: Any) -> None:
-    """Raise PictureError for a picture that would fill the memory on its way to a square."""
-    short, long = sorted(size)
-    if aspect == "pad":
-        enlarged = long * long
-    else:  # a processor without a shortest edge squeezes, and makes nothing larger than its tile
-        edge = processor.size.get("shortest_edge") or 0
-        enlarged = edge * edge * long // max(short, 1)
-    if enlarged > MAX_ENLARGED_PIXELS:
-        raise PictureError(
-            f"a picture of {size[0]} x {size[1]} pixels is too long and thin: made a square, it "
-            f"would take {enlarged / 1e6:.0f} million pixels; cut it into parts, or scale it down"
-        )
+from llava.value_rules import check_characters
 
 
 def load_image_from_base64(image: str) -> Image.Image:
@@ -351,17 +48,17 @@ def tokenizer_image_token(
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
 ) -> list[int] | torch.Tensor:
-    """Tokenise a prompt that holds ``<image>`` marks.
+    """Tokenise a prompt that holds `<image>` marks.
 
     The text between marks is tokenised piece by piece, as LLaVA did in training, so a piece may
     begin with a space token that tokenising the whole text would not give.
 
     Returns:
-        Token ids with ``image_token_index`` at every mark and one BOS at the front if the
-        tokenizer writes one; a list, or int64 [L] for ``return_tensors="pt"``.
+        Token ids with `image_token_index` at every mark and one BOS at the front if the
+        tokenizer writes one; a list, or int64 [L] for `return_tensors="pt"`.
 
     Raises:
-        ValueError: another value of ``return_tensors``.
+        ValueError: another value of `return_tensors`.
         UserInputError: the prompt is not valid text, as after bytes that could not be decoded.
     """
     ids = tokenize_pieces(prompt.split(DEFAULT_IMAGE_TOKEN), tokenizer, image_token_index)
@@ -375,21 +72,15 @@ def tokenizer_image_token(
 def tokenize_pieces(
     pieces: Sequence[str], tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX
 ) -> list[int]:
-    """Tokenise the texts between the image marks of a prompt, see ``tokenizer_image_token``.
+    """Tokenise the texts between the image marks of a prompt, see `tokenizer_image_token`.
 
     Args:
-        pieces: one text more than there are images; an ``<image>`` in a piece is text.
+        pieces: one text more than there are images; an `<image>` in a piece is text.
 
     Raises:
         UserInputError: a piece is not valid text.
     """
-    try:
-        DEFAULT_IMAGE_TOKEN.join(pieces).encode()
-    except UnicodeEncodeError as error:
-        raise UserInputError(
-            f"the prompt holds {error.object[error.start]!r} at place {error.start}, which is not "
-            "a character; write it in UTF-8"
-        ) from error
+    check_characters(DEFAULT_IMAGE_TOKEN.join(pieces), "the prompt")
     bos = tokenizer.bos_token_id
     chunks = [tokenizer(piece).input_ids for piece in pieces]
     starts_with_bos = bool(chunks[0]) and bos is not None and chunks[0][0] == bos
@@ -402,9 +93,9 @@ def tokenize_pieces(
 
 
 def get_model_name_from_path(model_path: str | Path) -> str:
-    """Last part of a path; ``parent_checkpoint-N`` for a step checkpoint of a training run.
+    """Return the last part of a path; `parent_checkpoint-N` for a step checkpoint of a training.
 
-    A folder in the hub's cache is called as the model on the hub, ``.`` as the folder it stands
+    A folder in the hub's cache is called as the model on the hub, `.` as the folder it stands
     for.
     """
     parts = str(model_path).strip("/").split("/")
@@ -442,7 +133,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
 
     def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> bool:
-        """True when every row of int64 [B, L] ends with a keyword."""
+        """Whether every row of int64 [B, L] ends with a keyword."""
         return all(self._row_stops(row) for row in self._new_tokens(output_ids))
 
     def _new_tokens(self, output_ids: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,11 @@ def _viewer(
 
 
 def _original(image: Image.Image) -> Image.Image:
-    """LLaVA's reading. Raises ValueError for the few modes that Pillow cannot convert."""
+    """Read as LLaVA does.
+
+    Raises:
+        ValueError: one of the few modes that Pillow cannot convert.
+    """
     if "transparency" in image.info:  # it changes no pixel, and Pillow would warn about it
         image = image.copy()
         del image.info["transparency"]
@@ -141,7 +145,7 @@ def _equal(one: Image.Image, other: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The orientation in the picture's EXIF data, 1 to 8; 1 where these cannot be read."""
+    """Return the orientation in the picture's EXIF data, 1 to 8; 1 where these cannot be read."""
     try:
         with warnings_as("ignore", UserWarning):
             found = image.getexif().get(_ORIENTATION, 1)
@@ -151,7 +155,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _frame(image: Image.Image) -> tuple[int, ...] | None:
-    """Where the first frame of a GIF lies, if it does not cover the picture."""
+    """Return where the first frame of a GIF lies, if it does not cover the picture."""
     if image.format != "GIF" or not getattr(image, "tile", None):
         return None
     box = tuple(image.tile[0][1])  # type: ignore[attr-defined]
@@ -159,7 +163,7 @@ def _frame(image: Image.Image) -> tuple[int, ...] | None:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the samples of a PNG lie in the file, such as `RGB;16B`; else empty."""
+    """Return how the samples of a PNG lie in the file, such as `RGB;16B`; else empty."""
     tiles = getattr(image, "tile", None) if image.format == "PNG" else None
     return str(tiles[0][3]) if tiles else ""
 
@@ -170,7 +174,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _over_white(image: Image.Image, raw_mode: str) -> Image.Image:
-    """A picture with transparency on a white ground, RGB."""
+    """Put a picture with transparency on a white ground, RGB."""
     key = image.info.get("transparency")
     if image.mode in ("L", "RGB") and key is not None:
         # A PNG writes the transparent colour in its own depth, its pixels are in 8 bits by now.
@@ -193,7 +197,7 @@ def _over_white(image: Image.Image, raw_mode: str) -> Image.Image:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """Deep grey in 8 bits.
+    """Scale deep grey to 8 bits.
 
     16 bits are scaled by their full range (a TIFF's 12 by theirs). 32-bit integers and floats have
     no agreed white. Floats within [0, 1] are scaled by that. Whole numbers are scaled by the
@@ -222,7 +226,7 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:
-    """The values that stand for black and white, by the rules of `_grey`."""
+    """Return the values that stand for black and white, by the rules of `_grey`."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
@@ -238,7 +242,7 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
 
 
 def _scaled(values: np.ndarray, black: float, white: float) -> np.ndarray:
-    """uint8 [H, W]: 0 at and below `black`, 255 at and above `white`."""
+    """Scale to uint8 [H, W]: 0 at and below `black`, 255 at and above `white`."""
     share = (values.astype(np.float64) - black) / (white - black or 1.0)
     return np.rint(np.clip(np.nan_to_num(share, nan=0.0), 0, 1) * 255).astype(np.uint8)
 

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from llava.model.generation_settings import unusable_settings
+from llava.model.generation import unusable_settings
+from llava.model.types import VisualModel
 from llava.utils import UserInputError
 
-# Answers are greedy long before this; logits divided by much less are no numbers any more.
+# Answers are greedy long before this; logits divided by much less become inf or NaN.
 LOWEST_TEMPERATURE = 1e-6
 
 # Settings by which the rows of a batch would depend on each other: they end by more than an end
@@ -27,7 +28,8 @@ class Sampling:
         num_beams: beams of the search, at least 1.
         max_new_tokens: longest answer, at least 1.
 
-    Raises UserInputError for values outside.
+    Raises:
+        UserInputError: values outside.
     """
 
     temperature: float = 0.2
@@ -48,7 +50,7 @@ class Sampling:
             _check(name, getattr(self, name), "a whole number of at least 1", int, 1, math.inf)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `generate`; they go before the model's own generation_config."""
+        """Return keyword arguments of `generate`; they go before the model's generation_config."""
         sampled = self.temperature > 0
         return {
             "do_sample": sampled,
@@ -56,14 +58,15 @@ class Sampling:
             "top_p": self.top_p if sampled else None,
             "num_beams": self.num_beams,
             "max_new_tokens": self.max_new_tokens,
-            "max_length": None,  # beside `max_new_tokens` it would only be warned about
+            "max_length": None,  # with `max_new_tokens` it would only cause a warning
             "use_cache": True,
         }
 
-    def arguments_for(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        """`arguments`, with what the generation_config of `model` needs to be carried out.
+    def arguments_for(self, model: VisualModel, tokenizer: Any) -> dict[str, Any]:
+        """Return `arguments`, with what the generation_config of `model` needs to be carried out.
 
-        Raises UserInputError as `check_model` does.
+        Raises:
+            UserInputError: as `check_model`.
         """
         self.check_model(model)
         return {
@@ -72,11 +75,14 @@ class Sampling:
             "tokenizer": tokenizer,  # for `stop_strings`
         }
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: VisualModel) -> None:
         """Refuse a generation_config of `model` that cannot be carried out with these settings.
 
         Such a one asks for several answers to a prompt, or for a way of decoding that does not
-        exist for prompts with images. Raises UserInputError naming the setting.
+        exist for prompts with images.
+
+        Raises:
+            UserInputError: names the setting.
         """
         config = model.generation_config
         settings = {**vars(config), **self.arguments()}

@@ -19,14 +19,14 @@ class UserInputError(ValueError):
 
 
 def describe_value(value: Any) -> str:
-    """What was given instead of a tensor of the right kind: `int64 tensor [4]`, or a type."""
+    """Say what was given instead of a tensor of the right kind: `int64 tensor [4]`, or a type."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)}"
     return type(value).__name__
 
 
 def user_path(path: str | Path) -> Path:
-    """A path with `~` at its start replaced by the home folder.
+    """Replace a `~` at the start of a path by the home folder.
 
     A shell does so only for words that begin with `~`: not in `--flag=~/x`, in a notebook or in a
     config file. A home folder that does not exist is left as it is written.
@@ -35,7 +35,7 @@ def user_path(path: str | Path) -> Path:
 
 
 def once(function: Callable[[], None]) -> Callable[[], None]:
-    """Decorator: run a function at its first call and never again.
+    """Run the decorated function at its first call and never again.
 
     Other threads that call it meanwhile wait until it is done; a call from inside itself returns
     at once. If it raises, the next call tries again.

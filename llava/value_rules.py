@@ -30,7 +30,7 @@ class Rule(NamedTuple):
 def read_values(
     values: Mapping[str, Any], rules: Mapping[str, Rule], place: str, advice: str = ""
 ) -> dict[str, Any]:
-    """A copy of `values` in which those that `rules` name are as they are used; None stays None.
+    """Copy `values`, with those that `rules` name read as they are used; None stays None.
 
     Args:
         values: settings by name; names without a rule are kept as they are.
@@ -52,23 +52,42 @@ def read_values(
 
 
 def unfit(name: str, value: Any, place: str, remedy: str) -> UserInputError:
-    """The one line about a value that cannot be used."""
-    return UserInputError(f"{name} {place} is {shown(value)}; {remedy}")
+    """Make the one-line error about a value that cannot be used."""
+    return UserInputError(f"{name} {place} is {short_repr(value)}; {remedy}")
 
 
-def shown(value: Any) -> str:
-    """`repr(value)` on one line, cut where it is long."""
+def short_repr(value: Any) -> str:
+    """Return `repr(value)` on one line, cut where it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of a library says, on one line; its type where it says nothing."""
+    """Return what an error of a library says, on one line; its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def check_characters(text: str, name: str) -> None:
+    """Refuse text that was not decoded properly: no tokenizer and no file takes it.
+
+    Args:
+        text: any text.
+        name: what errors call it.
+
+    Raises:
+        UserInputError: says what is no character, and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserInputError(
+            f"{name} has {text[error.start]!r} at place {error.start}, which is not a character; "
+            "write it in UTF-8"
+        ) from error
+
+
 def whole(low: int, high: int | None = None) -> Rule:
-    """A whole number within bounds."""
+    """Make a rule for a whole number within bounds."""
 
     def read(value: Any) -> int:
         if isinstance(value, bool):
@@ -84,7 +103,7 @@ def whole(low: int, high: int | None = None) -> Rule:
 
 
 def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
-    """A finite number from `low` to `high`; `above` excludes `low` itself."""
+    """Make a rule for a finite number from `low` to `high`; `above` excludes `low` itself."""
 
     def read(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -99,7 +118,7 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
 
 
 def list_of(rule: Rule, length: int | None = None, empty: bool = False) -> Rule:
-    """A list of values that `rule` reads; `empty` allows one without values."""
+    """Make a rule for a list of values that `rule` reads; `empty` allows one without values."""
 
     def read(value: Any) -> list[Any]:
         if not isinstance(value, list | tuple) or length not in (None, len(value)):
@@ -113,7 +132,7 @@ def list_of(rule: Rule, length: int | None = None, empty: bool = False) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-    """What one of the rules reads; the first that fits is taken."""
+    """Make a rule that takes what one of the rules reads, the first that fits."""
 
     def read(value: Any) -> Any:
         for rule in rules:
@@ -127,7 +146,7 @@ def either(*rules: Rule) -> Rule:
 
 
 def one_of(values: Collection[str]) -> Rule:
-    """One of a few words."""
+    """Make a rule for one of a few words."""
 
     def read(value: Any) -> str:
         if not isinstance(value, str) or value not in values:

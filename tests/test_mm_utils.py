@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_images import png_claiming
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.anyres import select_filled_resolution
 from llava.mm_utils import (
     KeywordsStoppingCriteria,
     divide_to_patches,
@@ -25,7 +26,6 @@ from llava.mm_utils import (
     process_images,
     resize_and_pad_image,
     select_best_resolution,
-    select_filled_resolution,
     tokenizer_image_token,
     unpad_image,
 )
@@ -197,7 +197,7 @@ def test_anyres_tiles(processor: CLIPImageProcessorPil) -> None:
         ({"image_aspect_ratio": "anyres_max_9"}, "models after LLaVA-1.6"),
         ({"image_grid_pinpoints": []}, "image_grid_pinpoints is"),
         ({"image_grid_pinpoints": "[(336,"}, "image_grid_pinpoints is"),
-        ({"image_grid_pinpoints": [[336, 400]]}, "no multiples of the vision tower's 336"),
+        ({"image_grid_pinpoints": [[336, 400]]}, "not multiples of the vision tower's 336"),
         ({"mm_next_protocol": "fixed"}, "use one of native, fixed2880, zoo-release"),
         ({"mm_next_protocol": "fixed2880", "image_aspect_ratio": "pad"}, "use 'native'"),
     ],

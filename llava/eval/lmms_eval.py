@@ -20,7 +20,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from llava.command_line import check_complete, check_conv_mode
+from llava.command_line import check_conv_mode
 from llava.conversation import conv_templates
 from llava.eval.engine.decode import end_tokens, until_end
 from llava.eval.lmms_inputs import (
@@ -32,8 +32,8 @@ from llava.eval.lmms_inputs import (
     read_messages,
 )
 from llava.eval.presets import get_preset
-from llava.mm_utils import get_model_name_from_path, process_images
-from llava.model.builder import load_pretrained_model
+from llava.mm_utils import process_images
+from llava.model.loaded import load_model
 from llava.pruning import PruningConfig
 from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
@@ -115,17 +115,10 @@ class LlavaPruned(lmms):
             loading["dtype"] = getattr(torch, dtype)
         if mm_next_protocol not in (None, "native"):
             loading["mm_next_protocol"] = mm_next_protocol
-        self.tokenizer, self.model, self.processor, _ = load_pretrained_model(
-            pretrained,
-            model_base,
-            get_model_name_from_path(pretrained),
-            device=device,
-            **loading,
-        )
-        check_complete(pretrained, self.tokenizer, self.processor)
-        if pruning is not None:
-            self.model.pruning = pruning
-        self.model.eval()
+        loaded = load_model(pretrained, device, base=model_base, conv_mode=conv_template, **loading)
+        self.tokenizer, self.model = loaded.tokenizer, loaded.model
+        self.processor = loaded.image_processor
+        self.model.pruning = loaded.own_pruning if pruning is None else pruning
         self.conv_template = conv_template
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

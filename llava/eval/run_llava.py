@@ -1,6 +1,6 @@
 """Ask one question about one or more images: `python -m llava.eval.run_llava --query ...`.
 
-LLaVA's flags and its `eval_model(args)`, plus visual token pruning. Several files stand in one
+LLaVA's flags and its `eval_model(args)`, plus visual token pruning. Several files are one
 argument, separated by `--sep`.
 """
 
@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.command_line import OneLineParser, one_line_errors
+from llava.anyres import Size
+from llava.command_line import OneLineParser, add_model_flags, one_line_errors
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.eval.loading import add_model_flags, load_from_flags
 from llava.eval.prompts import image_mark
 from llava.images import load_image
-from llava.mm_utils import Size, process_images, tokenizer_image_token
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.loaded import load_from_flags
 from llava.model.prompt_length import describe_overflow, exceeded_limits, prompt_length
-from llava.model.tiles import Images
+from llava.model.types import Images, VisualModel
 from llava.pixels import VIEWER
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -41,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """LLaVA's flags (some with underscores, as there) and the pruning flags."""
+    """Define LLaVA's flags (some with underscores, as there) and the pruning flags."""
     parser = OneLineParser(prog="llava.eval.run_llava", description=__doc__.splitlines()[0])
+    add_model_flags(parser, pixels=VIEWER)
     add = parser.add_argument
-    add("--model-path", required=True, help="checkpoint folder or hub name")
     add("--image-file", required=True, help="paths or http(s) URLs, separated by --sep")
     add("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} marks an image in it")
     add("--sep", default=",", help="what separates several image files")
@@ -52,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, help="sample from the likeliest tokens of this total probability")
     add("--num_beams", type=int, default=1)
     add("--max_new_tokens", type=int, default=512)
-    add_model_flags(parser)
     return parser
 
 
@@ -78,12 +78,12 @@ def eval_model(args: Any) -> str:
         raise UserInputError(
             f"the query {args.query!r} asks nothing; write the question, such as 'What is this?'"
         )
-    loaded, template = load_from_flags(args, args.model_name)
+    loaded = load_from_flags(args, args.model_name)
     tokenizer, model = loaded.tokenizer, loaded.model
-    prompt = build_prompt(args.query, len(images), template, image_mark(model.config))
+    prompt = build_prompt(args.query, len(images), loaded.template, image_mark(model.config))
     ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
     ids = ids[None].to(model.device)
-    pixels = process_images(images, loaded.processor, model.config)
+    pixels = process_images(images, loaded.image_processor, model.config)
     sizes = [image.size for image in images]
     check_length(model, ids[0], pixels, sizes)
     with torch.inference_mode():
@@ -100,7 +100,9 @@ def eval_model(args: Any) -> str:
     return answer
 
 
-def check_length(model: Any, ids: torch.Tensor, pixels: Images, sizes: Sequence[Size]) -> None:
+def check_length(
+    model: VisualModel, ids: torch.Tensor, pixels: Images, sizes: Sequence[Size]
+) -> None:
     """Refuse a prompt whose end, where the question stands, would be cut off.
 
     Pruned images may still give way to the text, as in `generate`.
@@ -123,19 +125,19 @@ def check_length(model: Any, ids: torch.Tensor, pixels: Images, sizes: Sequence[
 
 
 def image_parser(args: Any) -> list[str]:
-    """The single locations in `args.image_file`, split at `args.sep`."""
+    """Return the single locations in `args.image_file`, split at `args.sep`."""
     if not args.sep:
         raise UserInputError("--sep is empty; give the text that separates image files, such as ,")
     return args.image_file.split(args.sep)
 
 
 def load_images(image_files: Sequence[str], pixels: str = VIEWER) -> list[Image.Image]:
-    """All pictures, see `llava.images.open_image`."""
+    """Open all pictures, see `llava.images.open_image`."""
     return [load_image(file, pixels) for file in image_files]
 
 
 def build_prompt(query: str, images: int, template: str, mark: str) -> str:
-    """One user turn, open for the answer.
+    """Render one user turn, open for the answer.
 
     Placeholders become image marks where they stand. A query without any gets one mark and a
     newline for each image in front.
@@ -144,9 +146,10 @@ def build_prompt(query: str, images: int, template: str, mark: str) -> str:
         query: the question; `<image-placeholder>` or `<image>` marks an image in it.
         images: how many images are shown.
         template: key of `conv_templates`.
-        mark: what stands for an image at the start of a turn, with its newline.
+        mark: the text that marks an image at the start of a turn, with its newline.
 
-    Raises UserInputError if the query marks another number of images.
+    Raises:
+        UserInputError: the query marks another number of images.
     """
     if count_marks(query, images):
         question = query.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
@@ -160,7 +163,11 @@ def build_prompt(query: str, images: int, template: str, mark: str) -> str:
 
 
 def count_marks(query: str, images: int) -> int:
-    """How many images a query marks: all of them or none. Raises UserInputError otherwise."""
+    """Count the images that a query marks: all of them or none.
+
+    Raises:
+        UserInputError: it marks another number.
+    """
     marked = query.count(IMAGE_PLACEHOLDER) + query.count(DEFAULT_IMAGE_TOKEN)
     if marked not in (0, images):
         raise UserInputError(
@@ -171,14 +178,14 @@ def count_marks(query: str, images: int) -> int:
 
 
 def _words(query: str) -> str:
-    """The query without marks of images."""
+    """Return the query without marks of images."""
     for mark in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER):
         query = query.replace(mark, " ")
     return query.strip()
 
 
 def _complete(args: Any) -> argparse.Namespace:
-    """`args` with a flag's default for every attribute that is missing."""
+    """Fill in a flag's default for every attribute that is missing."""
     required = []
     for name in ("model_path", "image_file", "query"):
         value = getattr(args, name, None)

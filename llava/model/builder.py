@@ -1,13 +1,13 @@
 """Load a LLaVA model the way LLaVA users do."""
 
-import json
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
@@ -16,19 +16,13 @@ from llava.constants import (
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
-from llava.model.checkpoint import local_checkpoint, read_config
-from llava.model.config_check import check_config
-from llava.model.finite import check_weights
+from llava.model.adapters import PartialCheckpoint, read_partial
+from llava.model.checkpoint import local_checkpoint, read_config, read_json_object
+from llava.model.checks import check_config, check_weights
 from llava.model.hugging_face import native_form
-from llava.model.language_model.llava_llama import (
-    LlavaCausalLM,
-    LlavaLlamaForCausalLM,
-    describes,
-    native_config,
-)
+from llava.model.language_model.llava_causal_lm import LlavaCausalLM, describes, native_config
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
-from llava.model.partial import PartialCheckpoint, read_partial
-from llava.model.quantization import quantization_config
 from llava.model.tokenizer import LlamaTokenizer
 from llava.pruning.config import PruningConfig
 from llava.utils import UserInputError
@@ -39,6 +33,9 @@ logger = logging.getLogger(__name__)
 MODEL_CLASSES: tuple[type[LlavaCausalLM], ...] = (LlavaLlamaForCausalLM, LlavaMistralForCausalLM)
 # What LLaVA reports when the config does not say; released checkpoints rely on it.
 DEFAULT_CONTEXT_LENGTH = 2048
+# Full names of what stays as it is. Names are matched from their start (or as a suffix), so that
+# "mm_projector" alone would miss "model.mm_projector.0". Pruning also needs the projector in full.
+KEPT_MODULES = ("model.mm_projector", "model.vision_tower", "lm_head")
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _TOKENIZER_SETTINGS = "tokenizer_config.json"
 
@@ -59,7 +56,7 @@ def load_pretrained_model(
     """Load a LLaVA: a whole checkpoint, or a LoRA or projector-only folder over a base model.
 
     What a folder holds is read from its files, never guessed from its name: LLaVA's own format,
-    Hugging Face's (``llava-hf/...``, turned into LLaVA's), an adapter (merged), a projector.
+    Hugging Face's (`llava-hf/...`, turned into LLaVA's), an adapter (merged), a projector.
 
     Args:
         model_path: checkpoint folder or hub name.
@@ -68,18 +65,18 @@ def load_pretrained_model(
         model_name: accepted for LLaVA's signature.
         load_8bit: quantize the language model to 8 bits; needs bitsandbytes and CUDA.
         load_4bit: the same with 4 bits (NF4).
-        device_map: as in transformers; used while ``device`` is CUDA.
-        device: ``"cuda"``, ``"cpu"``, ``"mps"``, ... or ``"auto"``. Without CUDA, ``"cuda"`` and
-            ``"auto"`` mean the CPU.
+        device_map: as in transformers; used while `device` is CUDA.
+        device: `"cuda"`, `"cpu"`, `"mps"`, ... or `"auto"`. Without CUDA, `"cuda"` and
+            `"auto"` mean the CPU.
         use_flash_attn: use flash attention 2 in the language model.
         pruning: settings that override those saved in the checkpoint; None keeps the saved ones.
-        **kwargs: for ``from_pretrained``, such as ``attn_implementation``; ``dtype``, one of
+        **kwargs: for `from_pretrained`, such as `attn_implementation`; `dtype`, one of
             torch's or its name, is float16, on the CPU float32, by default, and "auto" is the
-            checkpoint's own. Keys of the config override it, such as ``mm_next_protocol``.
+            checkpoint's own. Keys of the config override it, such as `mm_next_protocol`.
 
     Returns:
         (tokenizer, model, image_processor, context_len). The tokenizer is None if the folder
-        holds no tokenizer file; the image processor is None for a model without a vision tower.
+        has no tokenizer file; the image processor is None for a model without a vision tower.
 
     Raises:
         UserInputError: names what is wrong and what to do.
@@ -105,7 +102,7 @@ def load_pretrained_model(
         kwargs["quantization_config"] = quantization
     model = _load_model(folder, base, part, device_map=placement, **kwargs)
     if pruning is not None:
-        model.pruning = pruning
+        model.pruning = PruningConfig.read(pruning)
     check_config(model)
 
     tokenizer = load_tokenizer(base)
@@ -121,9 +118,9 @@ def load_pretrained_model(
 
 
 def model_class(config: Mapping[str, Any]) -> type[LlavaCausalLM]:
-    """The class that a config.json in LLaVA's form asks for.
+    """Return the class that a config.json in LLaVA's form asks for.
 
-    A config that describes none of ``MODEL_CLASSES`` goes to the Llama, which says what is wrong.
+    A config that describes none of `MODEL_CLASSES` goes to the Llama, which says what is wrong.
     """
     return next((cls for cls in MODEL_CLASSES if describes(config, cls)), LlavaLlamaForCausalLM)
 
@@ -131,7 +128,7 @@ def model_class(config: Mapping[str, Any]) -> type[LlavaCausalLM]:
 def _load_model(
     folder: Path, base: Path, part: PartialCheckpoint | None, **kwargs: Any
 ) -> LlavaCausalLM:
-    """The model on its device with its tower loaded, and with what ``part`` adds to ``base``."""
+    """Load the model to its device, its tower, and what `part` adds to `base`."""
     raw = native_form(read_config(folder), str(folder))
     if "mm_vision_tower" not in raw and raw.get("model_type") in ("llama", "mistral"):
         raise UserInputError(
@@ -167,6 +164,48 @@ def _check_projector(model: LlavaCausalLM, folder: Path) -> None:
     check_weights(small, repr(str(folder)))
 
 
+def quantization_config(
+    load_8bit: bool, load_4bit: bool, device: str = "cuda"
+) -> BitsAndBytesConfig | None:
+    """Return what `from_pretrained` needs to quantize as LLaVA does; None if nothing was asked for.
+
+    4-bit is NF4 with double quantization that computes in float16. Only linear layers of the
+    language model are quantized; projector, vision tower and output layer keep their precision.
+
+    Raises:
+        UserInputError: both were asked for, or bitsandbytes or CUDA is missing.
+    """
+    if not (load_8bit or load_4bit):
+        return None
+    if load_8bit and load_4bit:
+        raise UserInputError("load_8bit and load_4bit exclude each other; choose one of them")
+    if find_spec("bitsandbytes") is None:
+        raise UserInputError(
+            "8-bit and 4-bit loading need bitsandbytes, which is not installed; run "
+            "pip install bitsandbytes, or load without load_8bit and load_4bit"
+        )
+    on_cuda = device == "auto" or torch.device(device).type == "cuda"
+    if not (on_cuda and torch.cuda.is_available()):
+        raise UserInputError(
+            "8-bit and 4-bit loading need a CUDA device; use one, or load without load_8bit and "
+            "load_4bit"
+        )
+    return bits_and_bytes(4 if load_4bit else 8)
+
+
+def bits_and_bytes(bits: int) -> BitsAndBytesConfig:
+    """Return the settings for 4 or 8 bits, whether or not this machine can use them."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_MODULES))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=list(KEPT_MODULES),
+    )
+
+
 def _check_attention(implementation: str | None) -> None:
     if implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserInputError(
@@ -183,7 +222,7 @@ def _check_attention(implementation: str | None) -> None:
 
 
 def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
-    """Device map and default dtype for a requested device."""
+    """Return device map and default dtype for a requested device."""
     if device in ("auto", "cuda") and not torch.cuda.is_available():
         if device == "cuda":
             logger.warning("CUDA is not available; the model is loaded on the CPU in float32")
@@ -196,7 +235,7 @@ def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
 
 
 def _device_type(device: str) -> str:
-    """``cpu``, ``cuda``, ... of a device that this machine has.
+    """Return `cpu`, `cuda`, ... of a device that this machine has.
 
     Raises:
         UserInputError: no name of a device, or one that is not here.
@@ -227,10 +266,10 @@ def _device_type(device: str) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder; None if the folder holds no tokenizer file.
+    """Load the tokenizer of a checkpoint folder; None if the folder has no tokenizer file.
 
     The class is chosen from tokenizer_config.json alone. transformers' AutoTokenizer also looks at
-    config.json, takes the ``llava`` of released checkpoints for its own model, and then splits
+    config.json, takes the `llava` of released checkpoints for its own model, and then splits
     words in another way than the checkpoint was trained with.
 
     Raises:
@@ -245,11 +284,11 @@ def load_tokenizer(folder: Path) -> Any:
             )
         return None
     try:
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings = read_json_object(file) if file.is_file() else {}
         if settings.get("tokenizer_class") not in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
             return AutoTokenizer.from_pretrained(str(folder), use_fast=False)
         # LLaVA's prompts begin with BOS also where the file does not say so.
-        bos = {} if "add_bos_token" in settings else {"add_bos_token": True}
+        bos: dict[str, Any] = {} if "add_bos_token" in settings else {"add_bos_token": True}
         return LlamaTokenizer.from_pretrained(str(folder), use_fast=False, **bos)
     except Exception as error:  # readers of model files raise errors without a common base
         raise UserInputError(
@@ -257,7 +296,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _match_tokenizer(model: Any, tokenizer: Any) -> None:
+def _match_tokenizer(model: LlavaCausalLM, tokenizer: Any) -> None:
     """Add the image tokens the config asks for and give every token a row of embeddings."""
     if getattr(model.config, "mm_use_im_patch_token", True):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)

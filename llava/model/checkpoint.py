@@ -1,6 +1,5 @@
 """Reading checkpoint folders: where they are, what they hold, what is wrong with them."""
 
-import json
 import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
@@ -13,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from llava.model.finite import check_weights
+from llava.model.checks import check_weights
 from llava.shipped import shipped_checkpoint
+from llava.storage import read_json
 from llava.utils import UserInputError, user_path
 from llava.value_rules import TEXT, list_of, one_line, read_values
 
@@ -22,8 +22,8 @@ from llava.value_rules import TEXT, list_of, one_line, read_values
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 TOWER_INNER = "vision_model."
 # Names on disk -> names in memory; at most one pattern fits a name. All but the first are those of
-# Hugging Face's LLaVA: in files the language model is a whole of its own, in memory (and in files
-# that were saved from a state dict) everything hangs below ``model.``, and the tower may lack the
+# Hugging Face's LLaVA: in files the language model is a model of its own, in memory (and in files
+# that were saved from a state dict) everything hangs below `model.`, and the tower may lack the
 # inner level.
 KEY_MAPPING = {
     "^" + re.escape(TOWER_PREFIX + TOWER_INNER): TOWER_PREFIX,
@@ -40,15 +40,17 @@ KEY_MAPPING = {
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # How safetensors calls the precisions that models run in.
 _HEADER_TYPES = {
-    **{"F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F32": torch.float32, "F64": torch.float64},
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
 }
 # Buffers that old checkpoints stored and the model computes itself.
 _DERIVED_KEY = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 def name_in_memory(key: str) -> str:
-    """What the model calls the weight that a file calls ``key``."""
+    """Return what the model calls the weight that a file calls `key`."""
     for pattern, name in KEY_MAPPING.items():
         renamed, count = re.subn(pattern, name, key)
         if count:
@@ -57,13 +59,13 @@ def name_in_memory(key: str) -> str:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weights of a whole model, in one file or in shards."""
+    """Whether a folder has weights of a whole model, in one file or in shards."""
     names = [*_WEIGHT_FILES, *(f"{name}.index.json" for name in _WEIGHT_FILES)]
     return any((folder / name).is_file() for name in names)
 
 
 def local_checkpoint(path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint; a hub name is downloaded first.
+    """Return the folder of a checkpoint; a hub name is downloaded first.
 
     The one place that knows what the name of a model may be: a folder, absolute, relative or
     below `~`, the model that comes with the package (`llava-tiny`), or a name on the hub. A folder
@@ -81,7 +83,7 @@ def local_checkpoint(path: str | Path, revision: str | None = None) -> Path:
 
 
 def checkpoint_here(path: str | Path) -> Path | None:
-    """The folder of a checkpoint, or None for a hub name that was not downloaded yet.
+    """Return the folder of a checkpoint, or None for a hub name that was not downloaded yet.
 
     Raises:
         UserInputError: not a text, or neither a folder nor a hub name.
@@ -99,7 +101,7 @@ def checkpoint_here(path: str | Path) -> Path | None:
 
 
 def _folder_or_name(path: str | Path) -> Path | str:
-    """An existing folder, or text that has the form of a hub name."""
+    """Return an existing folder, or text that has the form of a hub name."""
     advice = (
         "give a folder that holds config.json and weights, or a hub name such as "
         "'liuhaotian/llava-v1.5-7b'"
@@ -124,7 +126,7 @@ def _folder_or_name(path: str | Path) -> Path | str:
 
 
 def _snapshot(name: str, revision: str | None, **options: Any) -> Path:
-    """The folder that the hub's cache has for a model, after a download if need be."""
+    """Return the folder that the hub's cache has for a model, after a download if need be."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -139,18 +141,17 @@ def _snapshot(name: str, revision: str | None, **options: Any) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` as plain data: its ``model_type`` would mislead transformers' own reader.
+    """Read `config.json` as plain data: its `model_type` would mislead transformers' own reader.
 
     Raises:
-        UserInputError: the file is missing or no JSON object, or does not say what it describes.
+        UserInputError: the file is missing or not a JSON object, or does not say what it describes.
     """
     file = folder / "config.json"
-    try:
-        config = read_json_object(file)
-    except FileNotFoundError:
+    if not file.is_file():
         raise UserInputError(
-            f"{str(folder)!r} holds no config.json; give the folder of a complete checkpoint"
-        ) from None
+            f"{str(folder)!r} has no config.json; give the folder of a complete checkpoint"
+        )
+    config = read_json_object(file)
     if isinstance(config.get("architectures"), str):
         config["architectures"] = [config["architectures"]]
     return read_values(
@@ -162,27 +163,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The JSON object of a file.
+    """Read the JSON object of a file.
 
     Raises:
-        FileNotFoundError: the file does not exist.
         UserInputError: it cannot be read, or is not a JSON object.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserInputError(
-            f"{str(file)!r} cannot be read ({error}); download or save it again"
-        ) from error
+    data = read_json(file, hint="; download or save it again")
     if not isinstance(data, dict):
         raise UserInputError(f"{str(file)!r} is not a JSON object; download or save it again")
     return data
 
 
 def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Shapes and types of all weights in a folder by name: tensors on the meta device.
+    """Read shapes and types of all weights in a folder by name: tensors on the meta device.
 
     Raises:
         UserInputError: no weights, a missing shard, or a file that is damaged.
@@ -194,21 +187,16 @@ def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
         if index.is_file():
             return _indexed_weights(index)
     raise UserInputError(
-        f"{str(folder)!r} holds no weights (none of {', '.join(_WEIGHT_FILES)} nor their index "
+        f"{str(folder)!r} has no weights (none of {', '.join(_WEIGHT_FILES)} nor their index "
         "files); give the folder of a complete checkpoint"
     )
 
 
 def _indexed_weights(index: Path) -> dict[str, torch.Tensor]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserInputError(
-            f"{str(index)!r} is damaged ({error!r}); download or save the checkpoint again"
-        ) from error
+    weight_map = read_json_object(index).get("weight_map")
     if not (isinstance(weight_map, dict) and all(_is_plain(name) for name in weight_map.values())):
         raise UserInputError(
-            f"{str(index)!r} is damaged (weight_map does not name files beside it); download or "
+            f"{str(index)!r} is damaged (weight_map does not name files next to it); download or "
             "save the checkpoint again"
         )
     present: dict[str, torch.Tensor] = {}
@@ -223,7 +211,7 @@ def _indexed_weights(index: Path) -> dict[str, torch.Tensor]:
     absent = sorted(set(weight_map) - set(present))
     if absent:
         raise UserInputError(
-            f"{index.name} names {len(absent)} weights that no file holds, for example "
+            f"{index.name} names {len(absent)} weights that are in no file, for example "
             f"{absent[0]!r}; download or save the checkpoint again"
         )
     return present
@@ -234,14 +222,14 @@ def _is_plain(name: object) -> bool:
 
 
 def read_weights(folder: Path, stem: str) -> dict[str, torch.Tensor] | None:
-    """Tensors of ``<stem>.safetensors``, else ``<stem>.bin``; None without either."""
+    """Read the tensors of `<stem>.safetensors`, else `<stem>.bin`; None without either."""
     files = (folder / f"{stem}{suffix}" for suffix in (".safetensors", ".bin"))
     file = next((file for file in files if file.is_file()), None)
     return None if file is None else read_tensors(file)
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file, or of one that torch saved, on the CPU.
+    """Read the tensors of a safetensors file, or of one that torch saved, to the CPU.
 
     Raises:
         UserInputError: the file is damaged, or holds more than tensors, or NaN or inf.
@@ -266,14 +254,14 @@ def _file_weights(file: Path) -> dict[str, torch.Tensor]:
             with safe_open(file, framework="pt") as handle:
                 return {name: _on_meta(handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
         # Mapped and on the meta device: only names and shapes are read. Files of old versions
-        # of torch are no archives and cannot be mapped.
+        # of torch are not archives and cannot be mapped.
         mapped = zipfile.is_zipfile(file)
         weights = torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
         return {name: value for name, value in weights.items() if torch.is_tensor(value)}
 
 
 def _on_meta(part: Any) -> torch.Tensor:
-    """A tensor of the shape and type that the header of a safetensors file gives."""
+    """Make a tensor of the shape and type that the header of a safetensors file gives."""
     dtype = _HEADER_TYPES.get(part.get_dtype(), torch.uint8)
     return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
@@ -288,7 +276,7 @@ def _readable(file: Path) -> Iterator[None]:
         raise UserInputError(
             f"the weight file {str(file)!r} is damaged ({reason}); download or save it again"
         ) from error
-    except Exception as error:  # unpickling errors share no base class
+    except Exception as error:  # unpickling errors have no common base class
         raise UserInputError(
             f"the weight file {str(file)!r} is not a plain weight file ({type(error).__name__}); "
             "use a safetensors file or a .bin file that holds tensors only"

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llava.mm_utils import NEXT_PROTOCOLS
+from llava.anyres import NEXT_PROTOCOLS
 from llava.utils import UserInputError
 from llava.value_rules import (
     FLAG,
@@ -27,7 +27,7 @@ from llava.value_rules import (
     one_line,
     one_of,
     read_values,
-    shown,
+    short_repr,
     unfit,
     whole,
 )
@@ -67,15 +67,26 @@ _LLAVA_RULES = {
 }
 # Keys of LLaVA for which null means what a missing key does; for others it is a value.
 _LLAVA_DEFAULTS = (
-    *("mm_hidden_size", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"),
-    *("mm_patch_merge_type", "mm_next_protocol", "tokenizer_padding_side", "max_sequence_length"),
+    "mm_hidden_size",
+    "mm_projector_type",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_patch_merge_type",
+    "mm_next_protocol",
+    "tokenizer_padding_side",
+    "max_sequence_length",
 )
 # What the program that saved a checkpoint was told about its own machine and call, and settings of
-# answers (see generation_settings).
-_OF_A_RUN = {
-    *("attn_implementation", "_attn_implementation", "return_dict", "use_return_dict"),
-    *("output_attentions", "output_hidden_states", "torchscript", "transformers_version"),
-    *(set(GenerationConfig().to_dict()) - {"use_cache", *TOKENS}),
+# answers (see `generation`).
+_OF_A_RUN = (set(GenerationConfig().to_dict()) - {"use_cache", *TOKENS}) | {
+    "attn_implementation",
+    "_attn_implementation",
+    "return_dict",
+    "use_return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "torchscript",
+    "transformers_version",
 }
 # What caches read of every model's config, though only some models have such layers.
 _OF_SOME = {"sliding_window", "use_sliding_window", "attention_chunk_size", "layer_types"}
@@ -91,7 +102,7 @@ _ROPE_RULES = {
 def build_config(
     cls: type[PretrainedConfig], raw: Mapping[str, Any], place: str, **kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """A config of transformers from plain data.
+    """Make a config of transformers from plain data.
 
     Args:
         cls: of the language model or the tower.
@@ -116,7 +127,7 @@ def build_config(
             _check_rope(config, place)
     except UserInputError:
         raise
-    except Exception as error:  # validators of transformers share no base class
+    except Exception as error:  # validators of transformers have no common base class
         raise UserInputError(
             f"the settings {place} cannot be used ({one_line(error)}); correct them, or download "
             "the file again"
@@ -125,7 +136,7 @@ def build_config(
 
 
 def clean_values(cls: type[PretrainedConfig], raw: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A copy of `raw` whose values are of the types that `cls` takes.
+    """Copy `raw`, with values of the types that `cls` takes.
 
     null is taken out where `cls` has a default instead, and tokens that no vocabulary holds are no
     tokens.
@@ -165,7 +176,7 @@ def _has_part(name: str, cls: type[PretrainedConfig], is_field: bool) -> bool:
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """The types of a field: `int | None` has two."""
+    """List the types of a field: `int | None` has two."""
     return get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 
@@ -215,7 +226,7 @@ def _clean_tokens(values: dict[str, Any], default_vocabulary: int | None, place:
 
 
 def known_tokens(name: str, value: Any, vocabulary: int, place: str) -> Any:
-    """A token id, or a list of them, without those that are not in the vocabulary; None for none.
+    """Return a token id, or a list of them, without those beyond the vocabulary; None for none.
 
     Raises:
         UserInputError: no id; only ends of an answer can be a list of them.
@@ -229,8 +240,8 @@ def known_tokens(name: str, value: Any, vocabulary: int, place: str) -> Any:
     known = [i for i in ids if 0 <= i < vocabulary]
     if len(known) < len(ids) and any(i >= vocabulary for i in ids):
         logger.warning(
-            "%s %s is %s, which is beyond the vocabulary of %d tokens and left out",
-            *(name, place, shown(value), vocabulary),
+            f"{name} {place} is {short_repr(value)}, which is beyond the vocabulary of "
+            f"{vocabulary} tokens and left out"
         )
     if not known:
         return None
@@ -259,14 +270,14 @@ def _check_rope(config: Any, place: str) -> None:
 
 
 def as_dtype(value: Any) -> torch.dtype | None:
-    """A precision that models run in, from torch's or its name; None for anything else."""
+    """Return a precision that models run in, from torch's or its name; None for anything else."""
     name = str(value).removeprefix("torch.") if isinstance(value, str | torch.dtype) else ""
     dtype = getattr(torch, {"half": "float16", "float": "float32"}.get(name, name), None)
     return dtype if name and str(dtype).removeprefix("torch.") in DTYPES else None
 
 
 def choose_dtype(given: Any, config: Any, stored: Iterable[torch.dtype]) -> torch.dtype:
-    """The precision that a model is loaded in.
+    """Choose the precision that a model is loaded in.
 
     Args:
         given: a dtype or its name; "auto" or None for the checkpoint's own.
@@ -283,7 +294,7 @@ def choose_dtype(given: Any, config: Any, stored: Iterable[torch.dtype]) -> torc
     dtype = as_dtype(given)
     if dtype is None:
         raise UserInputError(
-            f"unknown dtype {shown(given)}; use 'auto' for the checkpoint's own, or one of "
+            f"unknown dtype {short_repr(given)}; use 'auto' for the checkpoint's own, or one of "
             f"{', '.join(DTYPES)}"
         )
     return dtype

@@ -1,7 +1,7 @@
 """Hugging Face's own LLaVA checkpoints (llava-hf): their config in LLaVA's words.
 
-Weights need no translation beyond their names, see ``checkpoint.KEY_MAPPING``. Only
-``config.json`` is read here; the sizes it leaves out are transformers' defaults.
+Weights need no translation beyond their names, see `checkpoint.KEY_MAPPING`. Only
+`config.json` is read here; the sizes it leaves out are transformers' defaults.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, SiglipVis
 from transformers import LlavaConfig as HuggingFaceLlavaConfig
 from transformers import LlavaNextConfig as HuggingFaceLlavaNextConfig
 
-from llava.mm_utils import parse_pinpoints
+from llava.anyres import parse_pinpoints
 from llava.model.config_values import build_config, clean_values
 from llava.utils import UserInputError
-from llava.value_rules import shown
+from llava.value_rules import short_repr
 
 _READERS = {"llava": HuggingFaceLlavaConfig, "llava_next": HuggingFaceLlavaNextConfig}
 # Part of the config -> model type -> class of its settings; the first one where no type is given.
@@ -46,14 +46,14 @@ _NOT_OF_THE_MODEL = ("architectures", "model_type", "_name_or_path", "transforme
 
 
 def is_hugging_face(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is in Hugging Face's form: both calls itself ``llava``."""
+    """Whether a config.json is in Hugging Face's form: both calls itself `llava`."""
     return config.get("model_type") in _READERS and {"text_config", "vision_config"} <= set(config)
 
 
 def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A config.json in LLaVA's form; one that is not Hugging Face's is returned as it is.
+    """Bring a config.json into LLaVA's form; one that is not Hugging Face's stays as it is.
 
-    The vision tower is part of these checkpoints, so ``unfreeze_mm_vision_tower`` is set: whoever
+    The vision tower is part of these checkpoints, so `unfreeze_mm_vision_tower` is set: whoever
     reads a saved model must take the tower's weights from it. Images are padded to a square, as
     LLaVA-1.5 was trained and evaluated; Hugging Face's processor crops them by default.
 
@@ -92,14 +92,14 @@ def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _clean(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The config with the values of both parts read; a part of an unknown kind is left as it is."""
+    """Read the values of both parts of a config; a part of an unknown kind stays as it is."""
     cleaned = dict(config)
     for part, kinds in _PARTS.items():
         given = config[part]
         if not isinstance(given, dict):
             raise UserInputError(
-                f"config.json of {where!r} cannot be understood ({part} is {shown(given)}, not the "
-                "settings of a model); download it again"
+                f"config.json of {where!r} cannot be understood ({part} is {short_repr(given)}, "
+                "not the settings of a model); download it again"
             )
         kind = given.get("model_type")
         if kind is None:

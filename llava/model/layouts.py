@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llava.mm_utils import (
+from llava.anyres import (
     SPATIAL_PROTOCOLS,
     Size,
     canvas_choices,
@@ -15,7 +15,6 @@ from llava.mm_utils import (
     select_best_resolution,
     unpad_window,
 )
-from llava.model.tiles import Images
 from llava.pruning.layout import Box, ImageLayout
 from llava.utils import UserInputError
 
@@ -28,9 +27,9 @@ class TileGeometry(NamedTuple):
     Attributes:
         grid: (rows, columns) of patches in a tile.
         side: of a tile, in pixels.
-        aspect: ``image_aspect_ratio``.
-        merge: ``mm_patch_merge_type``; the protocols ``fixed2880``, ``spatial`` and
-            ``spatial-filled`` neither unpad nor have newlines.
+        aspect: `image_aspect_ratio`.
+        merge: `mm_patch_merge_type`; the protocols `fixed2880`, `spatial` and
+            `spatial-filled` neither unpad nor have newlines.
         canvases: (width, height) of the canvases that crops are cut from; none without anyres.
         crops_centre: whether the tower's own preprocessing cuts the longer side of an image off.
         choose: which of the canvases an image of a size gets.
@@ -66,7 +65,7 @@ class TileGeometry(NamedTuple):
         return cls(grid, side, aspect, merge, tuple(canvases), crops_centre, choose)
 
     def layout(self, tiles: int, size: Size | None, stacked: bool) -> ImageLayout:
-        """The layout of one image.
+        """Make the layout of one image.
 
         Args:
             tiles: how many tiles the image was given as.
@@ -112,7 +111,7 @@ class TileGeometry(NamedTuple):
         )
 
     def _base_box(self, size: Size | None) -> Box | None:
-        """The part of the image that its base view, or its only tile, shows."""
+        """Return the part of the image that its base view, or its only tile, shows."""
         # Tokens that form no square (the class token is among them) have no place in the image.
         if size is None or self.grid[0] != self.grid[1]:
             return None
@@ -126,14 +125,14 @@ class TileGeometry(NamedTuple):
         # CLIP's own preprocessing: the shorter side becomes `side`, then the centre is cut out.
         short = min(size)
         scaled = [self.side if s == short else int(self.side * s / short) for s in size]
-        left, top = (
+        x, y = (
             (s - self.side) // 2 * original / s for s, original in zip(scaled, size, strict=True)
         )
-        return left, top, left + self.side * width / scaled[0], top + self.side * height / scaled[1]
+        return x, y, x + self.side * width / scaled[0], y + self.side * height / scaled[1]
 
 
 def _canvas_box(size: Size, canvas: Size) -> Box:
-    """The canvas in pixels of the image that was fitted into its centre."""
+    """Return the canvas in pixels of the image that was fitted into its centre."""
     fitted = fit_size(size, canvas)
     sides = []
     for original, inner, outer in zip(size, fitted, canvas, strict=True):
@@ -150,13 +149,13 @@ def image_layouts(
     sizes: Sequence[Size] | None,
     stacked: bool,
 ) -> tuple[ImageLayout, ...]:
-    """One layout for each image.
+    """Make one layout for each image.
 
     Args:
         geometry: the model's settings.
         tiles: tiles of every image.
         sizes: original (width, height) of every image; None where they are unknown.
-        stacked: see ``TileGeometry.layout``.
+        stacked: see `TileGeometry.layout`.
     """
     known = [None] * len(tiles) if sizes is None else sizes
     return tuple(
@@ -165,31 +164,10 @@ def image_layouts(
 
 
 def tile_grid(tower: Any, tokens: int) -> tuple[int, int]:
-    """(rows, columns) of the ``tokens`` that ``tower`` makes of a tile."""
+    """Return (rows, columns) of the `tokens` that `tower` makes of a tile."""
     side = tower.num_patches_per_side
     # With the class token among them, the tokens of a tile form no square.
     return (side, side) if tokens == side * side else (1, tokens)
-
-
-def layouts_for(
-    model: Any,
-    grid: tuple[int, int],
-    images: Images,
-    tiles: Sequence[int],
-    sizes: Sequence[Size] | None,
-) -> tuple[ImageLayout, ...]:
-    """One layout for each image, as ``model`` reads it.
-
-    Args:
-        model: a ``LlavaMetaForCausalLM`` with a vision tower.
-        grid: see ``tile_grid``.
-        images: the images, in the form in which they are given to the model.
-        tiles, sizes: see ``image_layouts``.
-    """
-    tower = model.get_vision_tower()
-    geometry = TileGeometry.of(model.config, grid, tower.config.image_size, tower.crops_centre)
-    stacked = not isinstance(images, torch.Tensor) or images.ndim == 5
-    return image_layouts(geometry, tiles, sizes, stacked)
 
 
 def blank_patches(
@@ -198,14 +176,14 @@ def blank_patches(
     tiles: Sequence[int],
     sizes: Sequence[Size] | None,
 ) -> torch.Tensor | None:
-    """BoolTensor [T, N] over all tiles, True where nothing but the padding of a square is seen.
+    """Return BoolTensor [T, N] over all tiles, True where only the padding of a square is seen.
 
-    Only ``image_aspect_ratio="pad"`` (LLaVA-1.5) pads to squares that are read whole.
+    Only `image_aspect_ratio="pad"` (LLaVA-1.5) pads to squares that are read whole.
 
     Args:
-        aspect: ``image_aspect_ratio``.
+        aspect: `image_aspect_ratio`.
         grid: (rows, columns) of patches in a tile.
-        tiles, sizes: see ``image_layouts``.
+        tiles, sizes: see `image_layouts`.
 
     Returns:
         None where it cannot be told: sizes are unknown, or tokens form no square.
@@ -225,7 +203,7 @@ def blank_patches(
 
 
 def _outside(cells: int, side: int, length: int) -> torch.Tensor:
-    """BoolTensor [cells]: equal parts of ``side`` without any of the ``length`` in its centre.
+    """Mark in BoolTensor [cells] equal parts of `side` with none of the `length` in its centre.
 
     An odd rest is halved, as MMTok's released code does, though the image is a whole pixel off.
     """
@@ -234,7 +212,7 @@ def _outside(cells: int, side: int, length: int) -> torch.Tensor:
 
 
 def padding_mask(layouts: Sequence[ImageLayout]) -> torch.Tensor | None:
-    """BoolTensor [T, N] over all tiles, False for padding; None without any padding."""
+    """Return BoolTensor [T, N] over all tiles, False for padding; None without any padding."""
     if all(size == layout.patches for layout in layouts for size in layout.tile_sizes):
         return None
     masks = []

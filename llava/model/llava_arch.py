@@ -5,53 +5,31 @@
 Each step is a method that may be called, replaced or patched alone.
 """
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
+from llava.anyres import unpad_image
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mm_utils import next_protocol, unpad_image
-from llava.model.finite import check_projected
-from llava.model.inputs import check_ids, check_images, check_prompt, check_sizes
-from llava.model.layouts import blank_patches, layouts_for, padding_mask, tile_grid
+from llava.model.call_context import call_context
+from llava.model.checks import check_ids, check_prompt
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
-from llava.model.needs import add_prompts, add_questions, encode_tiles, for_projector
-from llava.model.observe import step_runner
-from llava.model.splice import (
-    count_marks,
-    pad_rows,
-    row_positions,
-    share_images,
-    splice_row,
-    unpadded,
-)
-from llava.model.tiles import Images, flatten_tiles
+from llava.model.prompt_inputs import add_prompts, add_questions
+from llava.model.splice import cut_rows, pad_rows, splice_prompts, unpadded
+from llava.model.types import Images
+from llava.model.vision_inputs import encode, for_projector, tower_of
 from llava.pruning.active import Prunable, prune
 from llava.pruning.config import PruningConfig
-from llava.pruning.layout import ImageLayout
 from llava.pruning.stage import prune_visual_tokens
 from llava.pruning.tokens import ImageTokens, VisualTokens
 from llava.utils import UserInputError
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
-
-logger = logging.getLogger(__name__)
-
-# Set while a checkpoint with tower weights of its own is loading: the constructor then builds the
-# tower, so that the loader fills it. A context variable, because transformers calls it for us.
-_tower_in_checkpoint: ContextVar[PretrainedConfig | None] = ContextVar(
-    "tower_in_checkpoint", default=None
-)
-_padding_side: ContextVar[str | None] = ContextVar("padding_side", default=None)
 
 # What LLaVA takes where neither the arguments nor the model say it.
 _VISION_DEFAULTS = {
@@ -62,34 +40,16 @@ _VISION_DEFAULTS = {
 }
 
 
-@contextmanager
-def tower_from_checkpoint(config: PretrainedConfig | None) -> Iterator[None]:
-    """Models constructed inside build their vision tower from ``config``."""
-    token = _tower_in_checkpoint.set(config)
-    try:
-        yield
-    finally:
-        _tower_in_checkpoint.reset(token)
-
-
-@contextmanager
-def padding_side(side: str) -> Iterator[None]:
-    """Pad merged rows on ``side`` inside, whatever the config says; other threads do not see it."""
-    token = _padding_side.set(side)
-    try:
-        yield
-    finally:
-        _padding_side.reset(token)
-
-
 class LlavaMetaModel:
     """Mixin of the inner model: owns vision tower, projector and LLaVA-1.6's newline."""
 
+    config: Any
+
     def __init__(self, config: Any) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         if getattr(config, "mm_vision_tower", None):
             self.vision_tower = build_vision_tower(config, delay_load=True)
-            tower_config = _tower_in_checkpoint.get()
+            tower_config = call_context().tower_config
             if getattr(config, "mm_hidden_size", None) is None:  # as in early checkpoints
                 config.mm_hidden_size = (tower_config or self.vision_tower).hidden_size
             self.mm_projector = build_vision_projector(config)
@@ -99,7 +59,7 @@ class LlavaMetaModel:
                 self.add_newline()
 
     def add_newline(self) -> None:
-        """Add the embedding that ends a row of patches: ``image_newline`` [D], to be learnt."""
+        """Add the embedding that ends a row of patches: `image_newline` [D], to be learnt."""
         size = self.config.hidden_size
         self.image_newline = nn.Parameter(torch.randn(size) * size**-0.5)
 
@@ -112,9 +72,9 @@ class LlavaMetaModel:
         What is left out, or None, stays as the model has it.
 
         Args:
-            model_args: LLaVA's model arguments: ``vision_tower``, ``mm_vision_select_layer``,
-                ``mm_vision_select_feature``, ``mm_projector_type``, ``mm_patch_merge_type``,
-                ``pretrain_mm_mlp_adapter`` (a file whose keys contain ``mm_projector.``).
+            model_args: LLaVA's model arguments: `vision_tower`, `mm_vision_select_layer`,
+                `mm_vision_select_feature`, `mm_projector_type`, `mm_patch_merge_type`,
+                `pretrain_mm_mlp_adapter` (a file whose keys contain `mm_projector.`).
 
         Raises:
             UserInputError: a projector of another type, or for another tower, than the model has.
@@ -170,6 +130,12 @@ class LlavaMetaForCausalLM(Prunable):
         text_tokenizer: the language model's tokenizer, for methods that read the question.
     """
 
+    # Of transformers' class, which follows this one among the bases.
+    config: Any
+    generation_config: Any
+    device: torch.device
+    model: Any
+
     text_tokenizer: Any = None
 
     def get_model(self) -> Any:
@@ -180,9 +146,9 @@ class LlavaMetaForCausalLM(Prunable):
 
     @property
     def default_pruning(self) -> PruningConfig | None:
-        """The setting ``model.pruning`` outside of ``prune`` blocks: what is saved with the model.
+        """The setting `model.pruning` outside of `prune` blocks: what is saved with the model.
 
-        Stored as plain JSON in ``config.mm_token_pruning``. Accepts a PruningConfig, its dict form,
+        Stored as plain JSON in `config.mm_token_pruning`. Accepts a PruningConfig, its dict form,
         or None for the unpruned model.
         """
         settings = getattr(self.config, "mm_token_pruning", None)
@@ -194,10 +160,15 @@ class LlavaMetaForCausalLM(Prunable):
         self.config.mm_token_pruning = None if config is None else config.to_dict()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 3, H, W] to embeddings [B, N, hidden_size]."""
-        model = self.get_model()
-        features = model.get_vision_tower()(images)
-        return model.mm_projector(for_projector(model.mm_projector, features))
+        """Turn pixels [B, 3, H, W] into embeddings [B, N, hidden_size].
+
+        LLaVA's method, which forks replace: `encode_visual_tokens` then uses theirs.
+        """
+        projector = self.get_model().mm_projector
+        return projector(for_projector(projector, tower_of(self)(images)))
+
+    # Stays LLaVA's own where a fork replaces `encode_images`.
+    own_encode_images = encode_images
 
     def encode_visual_tokens(
         self,
@@ -213,45 +184,20 @@ class LlavaMetaForCausalLM(Prunable):
                 too, as [B, N, mm_hidden_size] or a list of [N, mm_hidden_size]: the tower is
                 frozen, so a trainer may run it once.
             image_sizes: (width, height) of all original images. Tiles are arranged by them
-                (``spatial``, ``spatial_unpad``); images of one tile need them only for pictures of
+                (`spatial`, `spatial_unpad`); images of one tile need them only for pictures of
                 what was kept and for methods that leave the square's padding out.
             needs: what to collect beyond features and embeddings, by the names that methods put
-                into their ``needs``; by default what the active method asks for.
+                into their `needs`; by default what the active method asks for.
 
         Returns:
             VisualTokens, flat over tiles: features [T, N, Dv], projected [T, N, D].
 
         Raises:
-            UserInputError: shapes that are none of these, ``image_sizes`` that are not one pair for
+            UserInputError: shapes that are none of these, `image_sizes` that are not one pair for
                 each image or that the tiles do not fit, features computed before where the
                 method needs more of the tower, and NaN or inf wherever it comes from.
         """
-        check_images(images)
-        tiles, image_index = flatten_tiles(images)
-        tiles_of_images = image_index.bincount().tolist()
-        sizes = check_sizes(image_sizes, len(tiles_of_images))
-        features, projected, extras = encode_tiles(self, tiles, needs)
-        check_projected(self, tiles, projected, image_index)
-        tower = self.get_vision_tower()
-        grid = tile_grid(tower, projected.shape[1])
-        layouts = layouts_for(self, grid, images, tiles_of_images, sizes)
-        valid = padding_mask(layouts)
-        aspect = getattr(self.config, "image_aspect_ratio", None)
-        blank = blank_patches(aspect, grid, tiles_of_images, sizes)
-        return VisualTokens(
-            features=features,
-            projected=projected,
-            projector=self.get_model().mm_projector,
-            image_index=image_index.to(projected.device),
-            grid=grid,
-            valid=None if valid is None else valid.to(projected.device),
-            blank=None if blank is None else blank.to(projected.device),
-            extras=extras,
-            layouts=layouts,
-            class_token=tower.has_class_token,
-            newline=self._newline(layouts),
-            tile_protocol=next_protocol(self.config),
-        )
+        return encode(self, images, image_sizes, needs)
 
     def with_questions(self, visual: VisualTokens, questions: Sequence[str]) -> VisualTokens:
         """Add what the active method reads of a question; nothing else is computed.
@@ -281,8 +227,8 @@ class LlavaMetaForCausalLM(Prunable):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Insert visual tokens at the image marks of a batch.
 
-        Rows are freed of padding, spliced, cut to ``tokenizer_model_max_length`` (with a warning)
-        and padded again with zero embeddings on ``tokenizer_padding_side``.
+        Rows are freed of padding, spliced, cut to `tokenizer_model_max_length` (with a warning)
+        and padded again with zero embeddings on `tokenizer_padding_side`.
 
         Args:
             visual: encoded, perhaps pruned images in the order of the marks; None for text only.
@@ -292,51 +238,30 @@ class LlavaMetaForCausalLM(Prunable):
         Returns:
             position_ids, attention_mask, inputs_embeds [B, L', D], labels; each of the others is
             None where the caller gave None, and the mask keeps the caller's dtype. With
-            ``positions="original"`` position_ids and attention_mask are always returned.
+            `positions="original"` position_ids and attention_mask are always returned.
         """
-        ids = unpadded(input_ids, attention_mask)
+        rows = unpadded(input_ids, attention_mask)
         targets = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
-        targets = unpadded(targets, attention_mask)
-        count = 0 if visual is None else visual.num_images
-        features = [visual.embeddings(i) for i in range(count)]
-        shares = share_images(count_marks(ids), count)
         embed = self.get_model().embed_tokens
-        rows = [
-            splice_row(row, target, [features[i] for i in share], embed)
-            for row, target, share in zip(ids, targets, shares, strict=True)
-        ]
+        merged = splice_prompts(visual, rows, unpadded(targets, attention_mask), embed)
+        config = self.config
+        merged = cut_rows(merged, rows, getattr(config, "tokenizer_model_max_length", None))
+        own_side = getattr(config, "tokenizer_padding_side", "right")
+        batch = pad_rows(merged, call_context().padding_side or own_side)
         original = visual is not None and visual.original_positions
-        if original:
-            rows = [
-                row._replace(positions=row_positions(given, [visual.sequence(i) for i in share]))
-                for row, given, share in zip(rows, ids, shares, strict=True)
-            ]
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
-        if limit is not None:
-            for number, (row, given) in enumerate(zip(rows, ids, strict=True)):
-                if len(row.labels) > limit:
-                    text = int((given != IMAGE_TOKEN_INDEX).sum())
-                    logger.warning(
-                        "row %d has %d tokens (%d of text, %d of images) but "
-                        "tokenizer_model_max_length is %d: its last %d tokens are cut off",
-                        *(number, len(row.labels), text, len(row.labels) - text),
-                        *(limit, len(row.labels) - limit),
-                    )
-            rows = [row.first(limit) for row in rows]
-        side = _padding_side.get() or getattr(self.config, "tokenizer_padding_side", "right")
-        batch = pad_rows(rows, side)
-        positions, mask = batch.positions, batch.mask
+        positions: torch.Tensor | None = batch.positions
+        mask: torch.Tensor | None = batch.mask
         if not original:
-            positions = None if position_ids is None else positions.to(position_ids.dtype)
+            positions = None if position_ids is None else batch.positions.to(position_ids.dtype)
         if attention_mask is not None:
-            mask = mask.to(attention_mask.dtype)
+            mask = batch.mask.to(attention_mask.dtype)
         elif not original:
             mask = None
         return positions, mask, batch.embeds, None if labels is None else batch.labels
 
     def prepare_inputs_labels_for_multimodal(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         past_key_values: Any,
@@ -357,12 +282,12 @@ class LlavaMetaForCausalLM(Prunable):
             UserInputError: image marks without images, another number of images than marks, or
                 tensors of the wrong kind.
         """
-        check_ids(input_ids)
+        input_ids = check_ids(input_ids)
         decoding = input_ids.shape[1] == 1 and not bool((input_ids == IMAGE_TOKEN_INDEX).any())
         if self.get_vision_tower() is None or images is None or decoding:
             if not decoding and bool((input_ids == IMAGE_TOKEN_INDEX).any()):
                 raise UserInputError(
-                    "the prompt holds an <image> mark but no image can be shown: pass images=, and "
+                    "the prompt has an <image> mark but no image can be shown: pass images=, and "
                     "use a model with a vision tower"
                 )
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
@@ -373,7 +298,11 @@ class LlavaMetaForCausalLM(Prunable):
             labels=labels,
             position_ids=position_ids,
         )
-        run = step_runner()
+        runner = call_context().run_step
+
+        def run(name: str, step: Callable[..., Any], *arguments: Any) -> Any:
+            return step(*arguments) if runner is None else runner(name, step, *arguments)
+
         # One setting for all steps, also if another thread changes the model's default meanwhile.
         with prune(self, self.pruning):
             visual = run("encode", self.encode_visual_tokens, images, image_sizes)
@@ -383,16 +312,3 @@ class LlavaMetaForCausalLM(Prunable):
             visual, input_ids, position_ids, attention_mask, labels
         )
         return None, position_ids, attention_mask, past_key_values, inputs_embeds, labels
-
-    def _newline(self, layouts: tuple[ImageLayout, ...]) -> torch.Tensor | None:
-        """The newline's embedding [D], where an image has any."""
-        if not any(layout.newline for layout in layouts):
-            return None
-        newline = getattr(self.get_model(), "image_newline", None)
-        if newline is None:
-            raise UserInputError(
-                "mm_patch_merge_type 'spatial_unpad' ends rows of patches with a newline that this "
-                "model does not have (no image_newline among its weights); use a LLaVA-1.6 "
-                "checkpoint, or mm_patch_merge_type 'spatial' or 'flat'"
-            )
-        return newline

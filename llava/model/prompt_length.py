@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llava.anyres import Size
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import Size, next_protocol
-from llava.model.inputs import check_sizes
-from llava.model.layouts import layouts_for, padding_mask, tile_grid
-from llava.model.tiles import Images, flatten_tiles
+from llava.model.types import Images, VisualModel
+from llava.model.vision_inputs import count_visual_tokens
 from llava.pruning.allocation import image_budgets
 from llava.pruning.allocation.budgets import lower_budgets
-from llava.pruning.tokens import Prompt, VisualTokens
+from llava.pruning.tokens import Prompt
 
 
 class PromptLength(NamedTuple):
@@ -23,8 +22,8 @@ class PromptLength(NamedTuple):
         text: tokens of text.
         visual: visual tokens of all its images after pruning; methods whose count depends on the
             content may keep fewer.
-        positions: positions that the prompt takes up: ``text + visual``, or with
-            ``positions="original"`` those of the unpruned prompt.
+        positions: positions that the prompt takes up: `text + visual`, or with
+            `positions="original"` those of the unpruned prompt.
     """
 
     text: int
@@ -55,7 +54,7 @@ class Limit(NamedTuple):
 
 
 def prompt_length(
-    model: Any,
+    model: VisualModel,
     ids: torch.Tensor,
     images: Images,
     image_sizes: Sequence[Size] | None = None,
@@ -65,22 +64,24 @@ def prompt_length(
     """Count the tokens of one prompt under the model's active pruning settings.
 
     Args:
-        model: a ``LlavaMetaForCausalLM`` with a vision tower.
+        model: a `LlavaMetaForCausalLM` with a vision tower.
         ids: int64 [L] with IMAGE_TOKEN_INDEX at every mark.
-        images, image_sizes: the images of this prompt, see ``encode_visual_tokens``.
-        give_way: count as ``generate`` does, where pruned images keep fewer tokens in a prompt of
-            limited length (``llava.pruning.allocation.budgets``); by default as the settings say.
+        images, image_sizes: the images of this prompt, see `encode_visual_tokens`.
+        give_way: count as `generate` does, where pruned images keep fewer tokens in a prompt of
+            limited length (`llava.pruning.allocation.budgets`); by default as the settings say.
 
     Raises:
         UserInputError: images that do not fit the model.
         PruningError: a budget that the method cannot meet.
     """
     text = int((ids != IMAGE_TOKEN_INDEX).sum())
-    visual = _shapes(model, images, image_sizes)
+    visual = count_visual_tokens(model, images, image_sizes)
     config = model.pruning
     count = visual.num_images
     totals = visual.lengths()
-    budgets = [None] * count if config is None else image_budgets(visual, config)
+    budgets: list[int | None] = [None] * count
+    if config is not None:
+        budgets = image_budgets(visual, config)
     limit = getattr(model.config, "tokenizer_model_max_length", None)
     if give_way and limit is not None:
         prompt = Prompt(tuple(range(count)), text, limit)
@@ -93,39 +94,36 @@ def prompt_length(
 
 
 def context_limits(config: Any) -> list[Limit]:
-    """The limits that a model's config names, the lowest first.
+    """Return the limits that a model's config names, the lowest first.
 
-    A prompt of more than ``tokenizer_model_max_length`` tokens is cut. Prompt and answer share
-    ``max_position_embeddings``: beyond them are positions that the model does not know.
+    A prompt of more than `tokenizer_model_max_length` tokens is cut. Prompt and answer share
+    `max_position_embeddings`: beyond them are positions that the model does not know.
     """
-    named = [
-        Limit("tokenizer_model_max_length", getattr(config, "tokenizer_model_max_length", None), 0),
-        Limit("max_position_embeddings", getattr(config, "max_position_embeddings", None), 1),
-    ]
-    return sorted(
-        (limit for limit in named if limit.tokens is not None), key=lambda limit: limit.tokens
-    )
+    answers = {"tokenizer_model_max_length": 0, "max_position_embeddings": 1}
+    named = {name: getattr(config, name, None) for name in answers}
+    limits = [Limit(name, most, answers[name]) for name, most in named.items() if most is not None]
+    return sorted(limits, key=lambda limit: limit.tokens)
 
 
 def exceeded_limits(config: Any, length: PromptLength) -> list[Limit]:
-    """The limits of the model that a prompt exceeds, the lowest first."""
+    """Return the limits of the model that a prompt exceeds, the lowest first."""
     return [limit for limit in context_limits(config) if limit.exceeded_by(length)]
 
 
 def visual_room(config: Any, text: int) -> int | None:
-    """Visual tokens that fit beside ``text`` tokens; None where the model names no limit."""
+    """Return how many visual tokens fit next to `text` tokens; None without a limit."""
     rooms = [limit.tokens - limit.answer - text for limit in context_limits(config)]
     return min(rooms, default=None)
 
 
 def answer_room(config: Any, length: PromptLength) -> int | None:
-    """Tokens that the answer may have; None where the model names no limit."""
+    """Return how many tokens the answer may have; None without a limit."""
     positions = getattr(config, "max_position_embeddings", None)
     return None if positions is None else positions - length.positions
 
 
 def describe_overflow(length: PromptLength, limit: Limit) -> str:
-    """Say in numbers why a prompt does not fit, as ``900 tokens of text + ... = ..., but ...``."""
+    """Say in numbers why a prompt does not fit, as `900 tokens of text + ... = ..., but ...`."""
     parts, total = [f"{length.text} tokens of text", f"{length.visual} visual tokens"], length.total
     if limit.answer:
         removed = length.positions - length.total
@@ -133,23 +131,3 @@ def describe_overflow(length: PromptLength, limit: Limit) -> str:
         parts.append(f"at least {limit.answer} of the answer")
         total = length.positions + limit.answer
     return f"{' + '.join(parts)} = {total}, but {limit.name} is {limit.tokens}"
-
-
-def _shapes(model: Any, images: Images, image_sizes: Sequence[Size] | None) -> VisualTokens:
-    """What ``encode_visual_tokens`` returns, with embeddings of width 0."""
-    tiles, image_index = flatten_tiles(images)
-    counts = image_index.bincount().tolist()
-    tower = model.get_vision_tower()
-    tokens = tower.num_tokens if tiles.ndim == 4 else tiles.shape[1]
-    grid = tile_grid(tower, tokens)
-    layouts = layouts_for(model, grid, images, counts, check_sizes(image_sizes, len(counts)))
-    return VisualTokens(
-        features=torch.zeros(len(tiles), tokens, 0),
-        projected=torch.zeros(len(tiles), tokens, 0),
-        projector=model.get_model().mm_projector,
-        image_index=image_index,
-        grid=grid,
-        valid=padding_mask(layouts),
-        layouts=layouts,
-        tile_protocol=next_protocol(model.config),
-    )

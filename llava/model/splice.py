@@ -1,13 +1,18 @@
-"""Putting visual embeddings into rows of text, and rows into a batch."""
+"""Put visual embeddings into rows of text, and rows into a batch."""
 
+import logging
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.pruning.tokens import TokenSequence
+from llava.pruning.tokens import ImageTokens, TokenSequence
 from llava.utils import UserInputError
+
+logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -18,8 +23,9 @@ class Row(NamedTuple):
     positions: torch.Tensor | None = None
 
     def first(self, length: int) -> "Row":
-        """The row cut to its first tokens."""
-        return Row(*(None if part is None else part[:length] for part in self))
+        """Cut the row to its first tokens."""
+        positions = None if self.positions is None else self.positions[:length]
+        return Row(self.embeds[:length], self.labels[:length], positions)
 
 
 class Batch(NamedTuple):
@@ -32,19 +38,14 @@ class Batch(NamedTuple):
 
 
 def unpadded(rows: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """Rows of [B, L] without their padding, wherever it is; without a mask all tokens count."""
+    """Free the rows of [B, L] of padding, wherever it is; without a mask all tokens count."""
     if mask is None:
         return list(rows)
     return [row[keep] for row, keep in zip(rows, mask.bool(), strict=True)]
 
 
-def count_marks(rows: list[torch.Tensor]) -> list[int]:
-    """How many image marks every row of ids has."""
-    return [int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows]
-
-
-def share_images(marks: list[int], num_images: int) -> list[range]:
-    """Which images belong to which row.
+def share_images(rows: Sequence[torch.Tensor], num_images: int) -> list[range]:
+    """Say which images belong to which row of ids, padding removed.
 
     Rows take images in order. A row without a mark takes one image that is not shown: batches of
     LLaVA carry a dummy image there. A batch may also leave all dummies out.
@@ -52,27 +53,62 @@ def share_images(marks: list[int], num_images: int) -> list[range]:
     Raises:
         UserInputError: the number of images fits neither reading.
     """
-    with_dummies = [max(1, k) for k in marks]
-    if num_images == sum(with_dummies):
-        takes = with_dummies
-    elif num_images == sum(marks):
-        takes = marks
-    else:
+    marks = [int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows]
+    with_dummies = [max(1, count) for count in marks]
+    if num_images not in (sum(marks), sum(with_dummies)):
         raise UserInputError(
-            f"the prompts hold {sum(marks)} <image> marks but {num_images} images were given; "
+            f"the prompts have {sum(marks)} <image> marks but {num_images} images were given; "
             "give one image for each mark (rows without a mark may carry one dummy image each)"
         )
-    shares, start = [], 0
-    for k in takes:
-        shares.append(range(start, start + k))
-        start += k
-    return shares
+    takes = with_dummies if num_images == sum(with_dummies) else marks
+    ends = list(accumulate(takes, initial=0))
+    return [range(start, end) for start, end in pairwise(ends)]
 
 
-def image_positions(rows: list[torch.Tensor], num_images: int) -> list[int]:
-    """For every image, how many images of its own prompt come before it."""
-    shares = share_images(count_marks(rows), num_images)
-    return [position for share in shares for position in range(len(share))]
+def splice_prompts(
+    visual: ImageTokens | None,
+    rows: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    embed: nn.Module,
+) -> list[Row]:
+    """Replace every image mark of every prompt by the embeddings of its image.
+
+    Args:
+        visual: encoded, perhaps pruned images in the order of the marks; None for text only.
+        rows, labels: int64 [L] of every prompt, padding removed.
+        embed: the language model's embedding table.
+    """
+    count = 0 if visual is None else visual.num_images
+    merged = []
+    for ids, targets, share in zip(rows, labels, share_images(rows, count), strict=True):
+        images = [] if visual is None else [visual.embeddings(image) for image in share]
+        row = splice_row(ids, targets, images, embed)
+        if visual is not None and visual.original_positions:
+            places = row_positions(ids, [visual.sequence(image) for image in share])
+            row = row._replace(positions=places)
+        merged.append(row)
+    return merged
+
+
+def cut_rows(merged: Sequence[Row], rows: Sequence[torch.Tensor], limit: int | None) -> list[Row]:
+    """Cut merged rows to their first `limit` tokens, with a warning for each that loses some.
+
+    Args:
+        merged: prompts with their images.
+        rows: their ids, padding removed.
+        limit: `tokenizer_model_max_length`; None cuts nothing.
+    """
+    if limit is None:
+        return list(merged)
+    for number, (row, ids) in enumerate(zip(merged, rows, strict=True)):
+        length, text = len(row.labels), int((ids != IMAGE_TOKEN_INDEX).sum())
+        if length > limit:
+            logger.warning(
+                f"row {number} has {length} tokens ({text} of text, {length - text} of images) "
+                f"but tokenizer_model_max_length is {limit}: its last {length - limit} tokens are "
+                "cut off"
+            )
+    return [row.first(limit) for row in merged]
 
 
 def splice_row(
@@ -102,7 +138,7 @@ def splice_row(
 
 
 def row_positions(ids: torch.Tensor, images: list[TokenSequence]) -> torch.Tensor:
-    """Where each token of a merged row stands in the unpruned row.
+    """Return the place that each token of a merged row has in the unpruned row.
 
     Args:
         ids: int64 [L] of the row, padding removed.
@@ -132,7 +168,7 @@ def pad_rows(rows: list[Row], side: str) -> Batch:
 
     Args:
         rows: merged sequences.
-        side: ``"left"`` or ``"right"``: where the padding goes.
+        side: "left" or "right": where the padding goes.
 
     Raises:
         UserInputError: another side.

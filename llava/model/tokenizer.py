@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class LlamaTokenizer(transformers.LlamaTokenizer):
         ValueError: `tokenizer.json` and `tokenizer.model` give an id to different tokens.
     """
 
+    _tokenizer: Any
+
     def __init__(
         self,
         *args: Any,
@@ -47,13 +49,8 @@ class LlamaTokenizer(transformers.LlamaTokenizer):
     ) -> None:
         if legacy is None:
             legacy = vocab_file is not None
-        super().__init__(
-            *args,
-            vocab_file=vocab_file,
-            legacy=legacy,
-            add_prefix_space=add_prefix_space,
-            **kwargs,
-        )
+        kwargs |= {"legacy": legacy, "add_prefix_space": add_prefix_space}
+        super().__init__(*args, vocab_file=vocab_file, **kwargs)
         self.init_kwargs["legacy"] = legacy  # transformers forgets to save it
         self.sentencepiece_model: bytes | None = None
         if vocab_file is not None:
@@ -65,7 +62,9 @@ class LlamaTokenizer(transformers.LlamaTokenizer):
             self._tokenizer = _Backend(self._tokenizer, splitter)
 
     @classmethod
-    def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
+    def convert_to_native_format(  # type: ignore[override]
+        cls, **kwargs: Any
+    ) -> dict[str, Any]:
         """Leave the symbols that sentencepiece knows to sentencepiece.
 
         transformers would make them special tokens, at which a text is cut into two.
@@ -105,7 +104,7 @@ class _Splitter:
     def __init__(self, model: bytes, unk: str, legacy: bool, prefix: bool) -> None:
         self.model, self.unk, self.legacy, self.prefix = model, unk, legacy, prefix
         self.by_model = legacy and prefix
-        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
         self.strips = proto.normalizer_spec.remove_extra_whitespaces
         if not self.by_model:
             proto.normalizer_spec.add_dummy_prefix = False
@@ -126,9 +125,9 @@ class _Splitter:
                 )
 
     def pieces(self, section: str, first: bool) -> list[tuple[int, int, int]]:
-        """(id, start, end) of every piece of a section; places are characters of the section.
+        """Return (id, start, end) of every piece of a section; places are characters of it.
 
-        What stands for no character of its own gets the character after it (a leading space) or
+        What has no character of its own gets the character after it (a leading space) or
         the one that it is part of (the bytes of a character outside the vocabulary).
 
         Args:
@@ -144,7 +143,8 @@ class _Splitter:
                 lead, skipped = self.unk + lead, self.unk_pieces
         fed = lead + section
         encoded = self.processor.encode(fed, out_type="serialized_proto")
-        found = sentencepiece_pb2.SentencePieceText.FromString(encoded).pieces[skipped:]
+        text = sentencepiece_pb2.SentencePieceText.FromString(encoded)  # type: ignore[attr-defined]
+        found = text.pieces[skipped:]
         place = {byte: index for index, byte in enumerate(_byte_places(fed))}
         pieces = []
         for piece in found:
@@ -177,9 +177,9 @@ class _Backend:
         is_pretokenized: bool = False,
         add_special_tokens: bool = True,
     ) -> Encoding:
-        """One text, or two, as `tokenizers.Tokenizer.encode` returns it."""
+        """Encode one text, or two, as `tokenizers.Tokenizer.encode` does."""
         texts = [sequence] if pair is None else [sequence, pair]
-        read = self._words if is_pretokenized else self._text
+        read: Callable[[Any], Encoding] = self._words if is_pretokenized else self._text
         return self._tokenizer.post_process(
             *(read(text) for text in texts), add_special_tokens=add_special_tokens
         )
@@ -187,17 +187,14 @@ class _Backend:
     def encode_batch(
         self, input: Sequence[Any], is_pretokenized: bool = False, add_special_tokens: bool = True
     ) -> list[Encoding]:
-        """Texts, or pairs of texts, padded to one length if padding is on."""
+        """Encode texts, or pairs of texts, padded to one length if padding is on."""
         encodings = []
         for item in input:
             # A text, or the words of one, or a pair of either.
             single = isinstance(item[0] if is_pretokenized and item else item, str)
             given = [item] if single or not item else item
-            encodings.append(
-                self.encode(
-                    *given, is_pretokenized=is_pretokenized, add_special_tokens=add_special_tokens
-                )
-            )
+            pair = given[1] if len(given) > 1 else None
+            encodings.append(self.encode(given[0], pair, is_pretokenized, add_special_tokens))
         padding = self._tokenizer.padding
         if padding is not None:
             names = ("direction", "pad_id", "pad_type_id", "pad_token")
@@ -212,7 +209,7 @@ class _Backend:
         )
 
     def _text(self, text: str, word: int | None = None) -> Encoding:
-        """A text without the special tokens around it."""
+        """Encode a text without the special tokens around it."""
         place = list(_byte_places(text))  # tokenizers counts bytes here, and makes them characters
         tokens = [
             Token(index, self._tokenizer.id_to_token(index), (place[start], place[end]))
@@ -223,7 +220,7 @@ class _Backend:
         return split.to_encoding(word_idx=word)
 
     def _split(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(id, start, end) of every token; places are characters."""
+        """Return (id, start, end) of every token; places are characters."""
         known = self._tokenizer.get_added_tokens_decoder()
         if self._tokenizer.encode_special_tokens:
             known = {index: token for index, token in known.items() if not token.special}
@@ -250,12 +247,12 @@ class _Backend:
 
 
 def _byte_places(text: str) -> Iterator[int]:
-    """Where every character of `text` starts in UTF-8, and where the last one ends."""
+    """Return where every character of `text` starts in UTF-8, and where the last one ends."""
     return accumulate((len(character.encode()) for character in text), initial=0)
 
 
 def _pattern(tokens: Any) -> re.Pattern[str]:
-    """Finds added tokens, the longest first; a group for each holds its text."""
+    """Make a pattern that finds added tokens, the longest first, with a group for each."""
     parts = []
     for token in sorted(tokens, key=lambda token: -len(token.content)):
         part = f"({re.escape(token.content)})"

@@ -45,7 +45,7 @@ class PruningMethod:
             something else and says so in its `label`.
         query_aware: whether the text of the prompt changes the selection.
         keyword_rule: which words of a question become `question_embeddings`, see
-            `llava.model.instruction`.
+            `llava.model.prompt_inputs`.
         merges: whether outputs are new vectors rather than some of the inputs.
         compares: whether it selects by how similar `Rows.z` are, times `Rows.weight`, so that
             others may wrap it (`cen-prune`).
@@ -55,8 +55,8 @@ class PruningMethod:
             as one.
         fixed_count: whether the number of kept tokens is `num_kept`, whatever the content.
         budgeted: whether a budget must be given.
-        shares_budget: where LLaVA-1.6 is read and counted as released (`tile_budgets`), whether the
-            budget is divided among the tiles an image has, rather than among five.
+        shares_budget: where LLaVA-1.6 is read and counted as released (`tile_protocol`), whether
+            the budget is divided among the tiles an image has, rather than among five.
         stage: `pre_llm` or `decoder`.
         fidelity: `golden` (equals stored outputs of the official code), `vectors` (equals an
             independent reference of the published formulas), `reconstructed` (something had to be

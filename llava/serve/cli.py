@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from llava.command_line import OneLineParser, one_line_errors
-from llava.eval.loading import add_model_flags, load_from_flags
+from llava.command_line import OneLineParser, add_model_flags, one_line_errors
 from llava.images import open_image
+from llava.model.loaded import load_from_flags
+from llava.pixels import VIEWER
 from llava.sampling import Sampling
 from llava.serve.commands import Leave, is_command, run_command
 from llava.serve.session import Session
@@ -45,25 +46,27 @@ def main(argv: Sequence[str] | None = None, prog: str = "llava.serve.cli") -> in
 
 
 def build_parser(prog: str = "llava.serve.cli") -> argparse.ArgumentParser:
-    """LLaVA's flags and the pruning flags."""
+    """Define LLaVA's flags and the pruning flags."""
     parser = OneLineParser(prog=prog, description=__doc__.splitlines()[0])
+    add_model_flags(parser, model=LLAVA_TINY, pixels=VIEWER)
     add = parser.add_argument
-    add("--model-path", default=LLAVA_TINY, help="checkpoint folder, hub name or llava-tiny")
     add("--image-file", help="path or http(s) URL of the image; llava-tiny has an example")
     add("--temperature", type=float, default=0.2, help="0 is greedy")
     add("--max-new-tokens", type=int, default=512)
     add("--debug", action="store_true", help="show prompts, and tracebacks of errors")
-    add_model_flags(parser)
     add("--save-overlay", type=Path, metavar="PATH", help="save a picture of the kept tokens")
     return parser
 
 
 def open_session(args: argparse.Namespace) -> Session:
-    """Load image and model. Raises UserInputError for flags that cannot be used, and for both."""
+    """Load image and model.
+
+    Raises:
+        UserInputError: flags that cannot be used, an image or a model that cannot be loaded.
+    """
     sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens)
     image = open_image(args.image_file, args.pixels)
-    loaded, template = load_from_flags(args)
-    return Session(loaded, template, image, sampling, args.debug, args.pixels)
+    return Session(load_from_flags(args), image, sampling, args.debug, args.pixels)
 
 
 def chat(session: Session, overlay: Path | None = None) -> None:
@@ -97,11 +100,11 @@ def respond(session: Session, line: str, overlay: Path | None) -> None:
     if is_command(line):
         print(run_command(session, line), flush=True)
         return
-    print(f"{spoken(session.chat.roles[1])}: ", end="", flush=True)
+    print(f"{plain_role(session.chat.roles[1])}: ", end="", flush=True)
     try:
         turn = session.ask(line)
     except UserInputError:
-        print()  # the error stands on a line of its own
+        print()  # the error gets a line of its own
         raise
     print(turn.status(), flush=True)
     if overlay is not None and turn is session.last:  # not if it was stopped before a word
@@ -109,13 +112,14 @@ def respond(session: Session, line: str, overlay: Path | None) -> None:
 
 
 def read_line(role: str) -> str:
-    """One line of stdin; empty at its end. Ctrl-C only drops the line typed so far.
+    """Read one line of stdin; empty at its end. Ctrl-C only drops the line typed so far.
 
-    Raises UserInputError for bytes that are not text.
+    Raises:
+        UserInputError: bytes that are not text.
     """
     while True:
         try:
-            return input(f"{spoken(role)}: ").strip()
+            return input(f"{plain_role(role)}: ").strip()
         except EOFError:
             print()
             return ""
@@ -125,8 +129,8 @@ def read_line(role: str) -> str:
             raise UserInputError(f"the input is not {error.encoding} text; convert it") from error
 
 
-def spoken(role: str) -> str:
-    """A role as people read it: some templates wrap it in control tokens."""
+def plain_role(role: str) -> str:
+    """Return a role as people read it: some templates wrap it in control tokens."""
     return re.sub(r"<\|.*?\|>", "", role).strip()
 
 

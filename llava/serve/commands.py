@@ -87,7 +87,11 @@ def set_choices(session: Session, argument: str) -> str:
 
 
 def parse_budget(text: str) -> dict[str, Any]:
-    """`64` is a number of tokens, `0.1` a share of them. Raises UserInputError."""
+    """Read `64` as a number of tokens, `0.1` as a share of them.
+
+    Raises:
+        UserInputError: the text is neither.
+    """
     for name, kind in (("keep_tokens", int), ("keep_ratio", float)):
         try:
             return {name: kind(text)}
@@ -121,7 +125,7 @@ def compare(session: Session, _: str) -> str:
 
 
 def side_by_side(turns: Sequence[Turn], width: int) -> str:
-    """Answers in columns that fit `width`, token counts and times in rows below."""
+    """Lay out answers in columns that fit `width`, token counts and times in rows below."""
     column = max(20, (width - 12) // len(turns) - 2)
     answers = [textwrap.wrap(turn.answer, column) or ["(nothing)"] for turn in turns]
     lines = [["", *(turn.setting[:column] for turn in turns)]]
@@ -153,7 +157,7 @@ COST_ROWS: dict[str, Callable[[Any], str]] = {
 
 def save_overlay(session: Session, argument: str) -> str:
     try:
-        path = Path(unquoted(argument)).expanduser()
+        path = Path(strip_quotes(argument)).expanduser()
     except RuntimeError as error:  # no such home folder
         raise UserInputError(f"cannot save {argument}: {error}; give another path") from error
     session.save_overlay(path)
@@ -167,18 +171,18 @@ def show_methods(session: Session, _: str) -> str:
 
 
 def summary_of(method: str) -> str:
-    """The first line of a method's docstring."""
+    """Return the first line of a method's docstring."""
     return (get_method(method).__doc__ or "").strip().partition("\n")[0]
 
 
 def change_image(session: Session, argument: str) -> str:
-    image = open_image(unquoted(argument), session.reading)
+    image = open_image(strip_quotes(argument), session.reading)
     session.show(image)
     return f"[{image.width} x {image.height} pixels; the chat starts again]"
 
 
-def unquoted(text: str) -> str:
-    """A path as terminals paste it, without its quotes."""
+def strip_quotes(text: str) -> str:
+    """Return a path as terminals paste it, without its quotes."""
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1] if quoted else text
 

@@ -15,10 +15,11 @@ from PIL import Image
 from llava.command_line import check_chat_template
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.eval.loading import Loaded
 from llava.eval.prompts import image_mark
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.observe import steps_run_by
+from llava.model.call_context import steps_run_by
+from llava.model.language_model.llava_causal_lm import LlavaCausalLM
+from llava.model.loaded import LoadedModel
 from llava.model.prompt_length import (
     Limit,
     PromptLength,
@@ -43,29 +44,27 @@ class Session:
 
     Args:
         loaded: the model and what belongs to it; `loaded.model.pruning` is the active setting.
-        template: key of `conv_templates`.
         image: what the chat is about.
         sampling: how answers are drawn.
         debug: print every prompt on stderr.
         reading: how `/image` reads pictures, see `llava.pixels`.
 
-    Raises UserInputError for a template that cannot hold a chat, and for a generation_config that
-    cannot be carried out.
+    Raises:
+        UserInputError: a template that cannot hold a chat, or a generation_config that cannot be
+            carried out.
     """
 
     def __init__(
         self,
-        loaded: Loaded,
-        template: str,
+        loaded: LoadedModel,
         image: Image.Image,
         sampling: Sampling,
         debug: bool = False,
         reading: str = VIEWER,
     ) -> None:
-        check_chat_template(template)
+        check_chat_template(loaded.template)
         sampling.check_model(loaded.model)
         self.loaded = loaded
-        self.template = template
         self.sampling = sampling
         self.debug = debug
         self.reading = reading
@@ -74,18 +73,18 @@ class Session:
         self.show(image)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> LlavaCausalLM:
         return self.loaded.model
 
     def show(self, image: Image.Image) -> None:
-        """Change the image; the chat starts again, because the image stands in its first turn."""
-        self.pixels = process_images([image], self.loaded.processor, self.model.config)
+        """Change the image; the chat starts again, because the image is part of its first turn."""
+        self.pixels = process_images([image], self.loaded.image_processor, self.model.config)
         self.image = image
         self.reset()
 
     def reset(self) -> None:
         """Forget all turns; image and settings stay."""
-        self.chat = conv_templates[self.template].copy()
+        self.chat = conv_templates[self.loaded.template].copy()
         self.last: Turn | None = None
         self._last_prompt = self._last_question = ""
 
@@ -95,7 +94,8 @@ class Session:
         Choices in use that do not go with the method must not keep anyone from it: they are the
         defaults again. Returns what was changed so, and why, or None.
 
-        Raises UserInputError for unknown names, and without any budget.
+        Raises:
+            UserInputError: unknown names, or no budget at all.
         """
         options = dict(options)
         budget = {key: options.pop(key) for key in BUDGETS if key in options} or self.budget
@@ -110,13 +110,17 @@ class Session:
             config = PruningConfig(name, **budget, options=options, **(before | chosen))
         except PruningError as error:  # of what is in use, or of what was typed
             config = PruningConfig(name, **budget, options=options, **chosen)
-            note = f"no longer {_listed(before)}: {error}"
+            note = f"no longer {join_settings(before)}: {error}"
         self.model.pruning = config
         self.budget = budget_of(config) or self.budget
         return note
 
     def use_choices(self, choices: dict[str, Any]) -> None:
-        """Change settings named in CHOICES. Raises UserInputError for others and their values."""
+        """Change settings named in CHOICES.
+
+        Raises:
+            UserInputError: other names, or values that they cannot have.
+        """
         for name in choices:
             if name not in CHOICES:
                 raise unknown("setting", name, CHOICES)
@@ -136,9 +140,10 @@ class Session:
 
         The answer also ends where the model has no more positions (`Turn.full`).
 
-        Raises UserInputError for an image mark in the question, for an impossible budget, and,
-        before anything is computed, for a question that does not fit the model's context together
-        with the image and the turns so far.
+        Raises:
+            UserInputError: an image mark in the question, an impossible budget, or, before anything
+                is computed, a question that does not fit the model's context together with the
+                image and the turns so far.
         """
         if DEFAULT_IMAGE_TOKEN in question:
             raise UserInputError(
@@ -168,7 +173,8 @@ class Session:
     def ask_unpruned(self) -> Turn:
         """Answer the last turn again with all visual tokens, silently; the chat is not changed.
 
-        Raises UserInputError where they do not fit the model's context.
+        Raises:
+            UserInputError: they do not fit the model's context.
         """
         with prune(self.model):
             ids = self._ids(self._last_prompt)
@@ -183,7 +189,8 @@ class Session:
     def save_overlay(self, path: Path) -> None:
         """Save the image with the patches dimmed that the last turn removed.
 
-        Raises UserInputError without a turn, for merged tokens, and if it cannot be written.
+        Raises:
+            UserInputError: there is no turn, tokens were merged, or it cannot be written.
         """
         visual = self.last.visual if self.last is not None else None
         if visual is None:
@@ -202,7 +209,7 @@ class Session:
             ) from error
 
     def _ids(self, prompt: str) -> torch.Tensor:
-        """The prompt's ids, int64 [1, L]."""
+        """Tokenise the prompt: int64 [1, L]."""
         if self.debug:
             print(f"\n{prompt!r}", file=sys.stderr)
         tokenizer = self.loaded.tokenizer
@@ -210,12 +217,12 @@ class Session:
         return ids[None].to(self.model.device)
 
     def _measure(self, ids: torch.Tensor) -> tuple[PromptLength, list[Limit]]:
-        """The length of a prompt [1, L] and the limits that it exceeds, the lowest first."""
+        """Measure a prompt [1, L]: its length and the limits that it exceeds, the lowest first."""
         length = prompt_length(self.model, ids[0], self.pixels, [self.image.size])
         return length, exceeded_limits(self.model.config, length)
 
     def _ways_out(self, length: PromptLength, exceeded: list[Limit], first: bool) -> str:
-        """What the user can do about a question that does not fit; each alone is enough."""
+        """Return what the user can do about a question that does not fit; each alone is enough."""
         ways = ["ask a shorter question"]
         config, room = self.model.pruning, visual_room(self.model.config, length.text)
         compact = length._replace(positions=length.total)
@@ -267,27 +274,27 @@ class Session:
 
 
 def budget_of(config: PruningConfig | None) -> dict[str, Any]:
-    """The budget of a setting as keyword arguments; empty if it has none."""
+    """Return the budget of a setting as keyword arguments; empty if it has none."""
     return {
         name: getattr(config, name) for name in BUDGETS if getattr(config, name, None) is not None
     }
 
 
 def describe(config: PruningConfig | None) -> str:
-    """A setting in a few words, such as `zoo, 64 tokens, directions=8, newline=keep`."""
+    """Describe a setting in a few words, such as `zoo, 64 tokens, directions=8, newline=keep`."""
     if config is None:
         return "unpruned"
-    parts = [config.method, describe_budget(budget_of(config)), _listed(config.options)]
+    parts = [config.method, describe_budget(budget_of(config)), join_settings(config.options)]
     if config.method == "none":
         parts = ["unpruned"]
-    return ", ".join(part for part in [*parts, _listed(config.choices)] if part)
+    return ", ".join(part for part in [*parts, join_settings(config.choices)] if part)
 
 
 def describe_budget(budget: Mapping[str, Any]) -> str:
-    """`64 tokens` or `ratio 0.1`; empty without a budget."""
+    """Return `64 tokens` or `ratio 0.1`; empty without a budget."""
     words = {"keep_tokens": "{} tokens", "keep_ratio": "ratio {:g}"}
     return "".join(words[name].format(value) for name, value in budget.items())
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
+def join_settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings.items())

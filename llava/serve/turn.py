@@ -34,7 +34,7 @@ class Cost:
     per_token: float | None
 
     def line(self) -> str:
-        """The status line under an answer."""
+        """Return the status line under an answer."""
         parts = [
             f"{self.before} -> {self.after} tokens ({100 * self.after / self.before:.1f} %)",
             f"encode {self.encode:.0f} ms",
@@ -70,7 +70,7 @@ class Turn:
     full: bool = False
 
     def status(self) -> str:
-        """The line under the answer."""
+        """Return the line under the answer."""
         parts = [self.cost.line()] if self.cost is not None else []
         parts += ["stopped"] if self.stopped else []
         parts += ["the context is full; /reset starts again"] if self.full else []
@@ -108,14 +108,14 @@ class PipelineClock:
         self.tokens: dict[str, VisualTokens] = {}
 
     def run(self, name: str, step: Callable[..., VisualTokens], *arguments: Any) -> VisualTokens:
-        """Run a step of the pipeline and time it; see `llava.model.observe`."""
+        """Run a step of the pipeline and time it; see `llava.model.call_context`."""
         start = self._now()
         self.tokens[name] = step(*arguments)
         self.seconds[name] += self._now() - start
         return self.tokens[name]
 
     def cost(self, start: float, arrivals: Sequence[float]) -> Cost | None:
-        """What the turn that began at `start` cost; `arrivals` are the times of its new tokens."""
+        """Return the cost of the turn that began at `start`; its new tokens came at `arrivals`."""
         if "prune" not in self.tokens:
             return None
         before, after = (self.tokens[step].embeddings(0).shape[0] for step in ("encode", "prune"))

@@ -11,7 +11,7 @@ import transformers
 from transformers.integrations import get_available_reporting_integrations
 
 from llava.conversation import conv_templates
-from llava.model.config_check import ASPECTS
+from llava.model.checks import ASPECTS
 from llava.pixels import PIXELS, PIXELS_HELP, VIEWER
 from llava.train.unbuilt import UnbuiltArguments, check_built
 from llava.utils import UserInputError

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.utils import UserInputError, user_path
+from llava.value_rules import check_characters
 
 _SPEAKERS = ("human", "gpt")
 
@@ -108,7 +109,7 @@ def _turns(said: Any, name: str) -> tuple[str, ...]:
             raise UserInputError(
                 f"{name}: the value of turn {index} is {_kind(text)}; write it as text in quotes"
             )
-        _check_characters(text, f"{name}: turn {index}")
+        check_characters(text, f"{name}: turn {index}")
         if speaker == "gpt" and index and DEFAULT_IMAGE_TOKEN in text:
             raise UserInputError(
                 f"{name}: turn {index} is from 'gpt' and holds an <image> mark; move the mark to a "
@@ -133,18 +134,8 @@ def _images(given: Any, name: str) -> tuple[str, ...]:
                 f"{name}: 'image' is {what}; give a file name, a list of file names, or leave it "
                 "out where there is no image"
             )
-        _check_characters(image, f"{name}: 'image'")
+        check_characters(image, f"{name}: 'image'")
     return tuple(names)
-
-
-def _check_characters(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserInputError(
-            f"{where} holds {text[error.start]!r} at place {error.start}, which is half a "
-            "character; save the data as UTF-8"
-        ) from error
 
 
 def _is_json_lines(text: str) -> bool:

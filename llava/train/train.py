@@ -18,10 +18,10 @@ from llava.command_line import CORRECTABLE, explain
 from llava.conversation import conv_templates
 from llava.model.builder import load_tokenizer, model_class
 from llava.model.checkpoint import local_checkpoint, read_config
-from llava.model.config_check import check_config
+from llava.model.checks import check_config
 from llava.model.hugging_face import native_form
-from llava.model.instruction import needed_of_question
-from llava.model.language_model.llava_llama import LlavaCausalLM
+from llava.model.language_model.llava_causal_lm import LlavaCausalLM
+from llava.model.prompt_inputs import needed_of_question
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,

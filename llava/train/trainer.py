@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
 
 from llava.constants import IGNORE_INDEX
-from llava.model.llava_arch import padding_side
+from llava.model.call_context import padding_side
 from llava.train.data import turn_mask
 from llava.utils import UserInputError
 

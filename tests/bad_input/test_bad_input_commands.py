@@ -17,7 +17,7 @@ from bad_input_checks import World, needed, one_line
 from test_images import png_claiming
 
 from llava.eval import __main__ as eval_command
-from llava.eval import loading, run_llava
+from llava.eval import run_llava
 from llava.pruning import __main__ as pruning_command
 from llava.serve import cli
 
@@ -45,7 +45,7 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (cli, (*CHAT, "--newline", "select"), r"needs allocation='global'"),
     (cli, ("--pruner", "pool", "--keep-tokens", "8", "--positions", "original"), r"makes new tok"),
     (cli, ("--conv-mode", "vicuna"), r"'vicuna'; valid: .*vicuna_v1"),
-    (cli, ("--conv-mode", "plain"), r"'plain' holds captions, no chat; use another"),
+    (cli, ("--conv-mode", "plain"), r"'plain' is for captions, not for a chat; use another"),
     (cli, ("--temperature", "nan"), r"temperature must be a number of at least 0, got nan"),
     (cli, ("--temperature", "warm"), r"--temperature: invalid float value: 'warm'"),
     (cli, ("--temperature", "1e-40"), r"1e-40 is too close to 0 .*; give 0, which is greedy, or"),
@@ -65,7 +65,7 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (run_llava, ("--top_p", "1.5"), r"top_p must be a share in \(0, 1\], got 1.5"),
     (run_llava, ("--num_beams", "0"), r"num_beams must be a whole number of at least 1, got 0"),
     (run_llava, ("--conv-mode", "v2"), r"unknown --conv-mode 'v2'; valid: "),
-    (run_llava, ("--conv-mode", "plain"), r"'plain' holds captions, no chat; use another"),
+    (run_llava, ("--conv-mode", "plain"), r"'plain' is for captions, not for a chat; use another"),
     (run_llava, ("--query", ""), r"query '' asks nothing; write the question, such as"),
     (run_llava, ("--query", " <image>\n"), r"query ' <image>\\n' asks nothing; write the quest"),
     (run_llava, ("--query", "What is \udcff?"), r"not a character; write it in UTF-8"),
@@ -180,7 +180,9 @@ def test_pictures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(loading, "load_pretrained_model", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(
+        "llava.model.loaded.load_pretrained_model", lambda *_, **__: pytest.fail("too late")
+    )
     make, pattern = PICTURES[name]
     flags = ["--model-path", str(world.checkpoint), "--image-file", make(world)]
     flags += ["--query", "What?"] if command is run_llava else []

@@ -12,8 +12,8 @@ from tiny_llava import build_benchmark, build_checkpoint
 from llava.eval.__main__ import main
 from llava.eval.engine.batches import Plan
 from llava.eval.engine.runner import Runner
-from llava.eval.subject import Subject, load_subject
 from llava.eval.tasks.question_file import QuestionFile
+from llava.model.loaded import LoadedModel, load_model
 from llava.sampling import Sampling
 
 
@@ -34,12 +34,12 @@ def benchmark_folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path)
 
 
 @pytest.fixture(scope="session")
-def subject(checkpoint: Path) -> Subject:
-    return load_subject(str(checkpoint), "cpu")
+def subject(checkpoint: Path) -> LoadedModel:
+    return load_model(str(checkpoint), "cpu")
 
 
 @pytest.fixture
-def make_runner(subject: Subject, benchmark_folder: Path) -> Callable[..., Runner]:
+def make_runner(subject: LoadedModel, benchmark_folder: Path) -> Callable[..., Runner]:
     benchmark = QuestionFile(benchmark_folder)
 
     def make(batch_size: int = 4, sampling: Sampling | None = None) -> Runner:

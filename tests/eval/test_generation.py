@@ -16,10 +16,10 @@ from llava.eval.engine.decode import Decoded, decode, end_tokens, row_seed, unti
 from llava.eval.engine.request import Arm
 from llava.eval.engine.runner import Runner
 from llava.eval.prompts import question_prompt
-from llava.eval.subject import Subject
 from llava.eval.tasks.base import Item
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.llava_arch import padding_side
+from llava.model.call_context import padding_side
+from llava.model.loaded import LoadedModel
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
@@ -92,7 +92,7 @@ OF_DRAWS: dict[str, Settings] = {
 
 
 @pytest.fixture
-def configure(subject: Subject) -> Iterator[Callable[[Settings], None]]:
+def configure(subject: LoadedModel) -> Iterator[Callable[[Settings], None]]:
     """Change the model's generation_config, as a generation_config.json would; undone after."""
     model, own = subject.model, copy.deepcopy(subject.model.generation_config)
 
@@ -137,7 +137,7 @@ def questions(runner: Runner) -> list[Item]:
 
 
 @pytest.fixture
-def generated(subject: Subject, make_runner: Callable[..., Runner]) -> Answers:
+def generated(subject: LoadedModel, make_runner: Callable[..., Runner]) -> Answers:
     """The same of `model.generate`, prompt by prompt."""
     model, tokenizer, runner = subject.model, subject.tokenizer, make_runner()
 
@@ -243,7 +243,7 @@ def test_an_end_that_is_no_special_token_is_shown(answers, generated, configure)
 
 @pytest.mark.parametrize("settings", [{}, {"stop_strings": ["zzz"]}])
 def test_every_step_is_timed(
-    settings: Settings, subject: Subject, make_runner: Callable[..., Runner], configure
+    settings: Settings, subject: LoadedModel, make_runner: Callable[..., Runner], configure
 ) -> None:
     """Together or row by row: prefill and a later step of the whole batch, where there is one."""
     configure({"eos_token_id": None, **settings})

@@ -20,9 +20,9 @@ from llava.eval.engine.decode import row_seed
 from llava.eval.engine.request import Arm, parse_arm
 from llava.eval.engine.runner import Runner
 from llava.eval.prompts import question_prompt
-from llava.eval.subject import Subject, load_subject
 from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.loaded import LoadedModel, load_model
 from llava.pruning import prune
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -78,9 +78,9 @@ class Pictures(Benchmark):
 
 
 @pytest.fixture
-def tiles(checkpoint: Path) -> Subject:
+def tiles(checkpoint: Path) -> LoadedModel:
     """The same weights as a LLaVA-1.6: images in tiles, lines that end in newlines."""
-    subject = load_subject(str(checkpoint), "cpu")
+    subject = load_model(str(checkpoint), "cpu")
     model = subject.model
     model.config.image_aspect_ratio = "anyres"
     model.config.mm_patch_merge_type = "spatial_unpad"
@@ -91,7 +91,9 @@ def tiles(checkpoint: Path) -> Subject:
     return subject
 
 
-def runner_of(subject: Subject, benchmark: Benchmark, batch_size: int = 6, **settings) -> Runner:
+def runner_of(
+    subject: LoadedModel, benchmark: Benchmark, batch_size: int = 6, **settings
+) -> Runner:
     settings = {"sampling": GREEDY, "seed": 3} | settings
     return Runner(subject, benchmark, Plan.of(benchmark.items(), batch_size), **settings)
 
@@ -101,7 +103,7 @@ def answers_of(runner: Runner, arms: Sequence[Arm]) -> dict[tuple[str, int], dic
     return {(record["arm"], record["index"]): record for record in records}
 
 
-def generated(subject: Subject, item: Item, arm: Arm, sampling: Sampling = GREEDY) -> str:
+def generated(subject: LoadedModel, item: Item, arm: Arm, sampling: Sampling = GREEDY) -> str:
     """The answer of `model.generate` to one prompt."""
     model = subject.model
     images = [Pictures().load_image(name) for name in item.images]
@@ -120,7 +122,7 @@ def generated(subject: Subject, item: Item, arm: Arm, sampling: Sampling = GREED
     return subject.tokenizer.decode(output[0], skip_special_tokens=True).strip()
 
 
-def check_as_generated(subject: Subject, batch_size: int) -> None:
+def check_as_generated(subject: LoadedModel, batch_size: int) -> None:
     runner = runner_of(subject, Pictures(), batch_size)
     records = answers_of(runner, ARMS)
     assert len(records) == len(ARMS) * len(SHAPES)
@@ -132,7 +134,7 @@ def check_as_generated(subject: Subject, batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 6])
-def test_any_number_of_images(subject: Subject, batch_size: int) -> None:
+def test_any_number_of_images(subject: LoadedModel, batch_size: int) -> None:
     check_as_generated(subject, batch_size)
     tokens = {
         (record["arm"], len(record["images"])): record["tokens_in"]
@@ -143,11 +145,11 @@ def test_any_number_of_images(subject: Subject, batch_size: int) -> None:
     assert tokens["ratio", 1] == 58
 
 
-def test_tiles(tiles: Subject) -> None:
+def test_tiles(tiles: LoadedModel) -> None:
     check_as_generated(tiles, batch_size=4)
 
 
-def test_prompts_without_room_for_their_images(subject: Subject) -> None:
+def test_prompts_without_room_for_their_images(subject: LoadedModel) -> None:
     """Where a prompt is too long for the model, its images share what room there is."""
     subject.model.config.tokenizer_model_max_length = 260  # of which about 160 are text
     try:
@@ -165,7 +167,7 @@ def test_prompts_without_room_for_their_images(subject: Subject) -> None:
         del subject.model.config.tokenizer_model_max_length
 
 
-def test_controls_show_other_images_or_none(subject: Subject) -> None:
+def test_controls_show_other_images_or_none(subject: LoadedModel) -> None:
     runner = runner_of(subject, Pictures())
     arms = [Arm("other", image="other"), Arm("absent", image="absent")]
     records = answers_of(runner, arms)
@@ -180,7 +182,7 @@ def test_controls_show_other_images_or_none(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_fails_its_items_alone(subject: Subject, workers: int) -> None:
+def test_an_unreadable_image_fails_its_items_alone(subject: LoadedModel, workers: int) -> None:
     whole = answers_of(runner_of(subject, Pictures()), ARMS[:2])
     broken = answers_of(
         runner_of(subject, Pictures(broken=["c"]), batch_size=2, workers=workers), ARMS[:2]
@@ -198,7 +200,7 @@ def test_an_unreadable_image_fails_its_items_alone(subject: Subject, workers: in
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_no_model_can_be_shown_fails_alone(subject: Subject, workers: int) -> None:
+def test_a_picture_no_model_can_be_shown_fails_alone(subject: LoadedModel, workers: int) -> None:
     pictures = Pictures(strips=["c"])
     records = answers_of(runner_of(subject, pictures, batch_size=2, workers=workers), ARMS[:1])
     failed = {index: record["error"] for (_, index), record in records.items() if "error" in record}
@@ -207,13 +209,13 @@ def test_a_picture_no_model_can_be_shown_fails_alone(subject: Subject, workers: 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_other_data_end_the_run(subject: Subject, workers: int) -> None:
+def test_other_data_end_the_run(subject: LoadedModel, workers: int) -> None:
     runner = runner_of(subject, Pictures(wrong=["b"]), batch_size=1, workers=workers)
     with pytest.raises(TaskError, match=r"^these are other pictures$"):
         answers_of(runner, ARMS[:1])
 
 
-def test_draws_depend_on_nothing_but_the_seed(subject: Subject) -> None:
+def test_draws_depend_on_nothing_but_the_seed(subject: LoadedModel) -> None:
     """Sampled answers are those of `generate` under the row's seed, in any batch and any order."""
     sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=5)
     arm = ARMS[1]
@@ -234,7 +236,7 @@ def test_draws_depend_on_nothing_but_the_seed(subject: Subject) -> None:
         assert together[arm.name, item.index]["answer"] == generated(subject, item, arm, sampling)
 
 
-def test_beams_are_those_of_generate(subject: Subject) -> None:
+def test_beams_are_those_of_generate(subject: LoadedModel) -> None:
     sampling = Sampling(temperature=0, num_beams=3, max_new_tokens=5)
     records = answers_of(runner_of(subject, Pictures(), sampling=sampling), ARMS[:1])
     for item in Pictures().items():

@@ -19,8 +19,8 @@ from llava.eval.lmms_inputs import (
     pictures_of,
     read_messages,
 )
-from llava.eval.subject import Subject
 from llava.mm_utils import tokenizer_image_token
+from llava.model.loaded import LoadedModel
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
@@ -116,7 +116,7 @@ def test_a_history_and_a_system_message(template: str, rendered: str) -> None:
     assert conv_templates[template].get_prompt() == own, "the template itself was changed"
 
 
-def test_a_mark_that_somebody_wrote_is_text(subject: Subject) -> None:
+def test_a_mark_that_somebody_wrote_is_text(subject: LoadedModel) -> None:
     """In messages everywhere; in a simple request where there is no picture to stand for."""
     written = "What does <image> mean"
     talk = [

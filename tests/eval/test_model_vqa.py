@@ -15,9 +15,9 @@ from tiny_llava import write_lines
 from llava.eval.engine import run as execution
 from llava.eval.llava_scripts.vqa import MMBenchTable
 from llava.eval.prompts import question_prompt
-from llava.eval.subject import Subject, load_subject
 from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.loaded import LoadedModel, load_model
 from llava.pruning import prune
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -66,13 +66,13 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def generated(subject: Subject, image: Path | None, text: str, tokens: int, **setting) -> str:
+def generated(subject: LoadedModel, image: Path | None, text: str, tokens: int, **setting) -> str:
     ids = generated_ids(subject, image, text, tokens, **setting)
     return subject.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def generated_ids(
-    subject: Subject, image: Path | None, text: str, tokens: int, **setting
+    subject: LoadedModel, image: Path | None, text: str, tokens: int, **setting
 ) -> list[int]:
     model = subject.model
     pictures = [load_image(image)] if image else []
@@ -93,7 +93,7 @@ def generated_ids(
 
 
 def test_answer_lines(
-    script: Callable[..., int], questions: Path, images: Path, tmp_path: Path, subject: Subject
+    script: Callable[..., int], questions: Path, images: Path, tmp_path: Path, subject: LoadedModel
 ) -> None:
     assert script("model_vqa_loader", questions) == 0
     asked, answered = lines(questions), lines(tmp_path / "answers.jsonl")
@@ -122,7 +122,7 @@ def test_generation_config_of_the_checkpoint(
     model = ["--model-path", str(folder), "--batch-size", "4"]
     assert script("model_vqa_loader", questions, *model) == 0
     before = [line["text"] for line in lines(tmp_path / "answers.jsonl")]
-    unchanged = load_subject(str(folder), "cpu")
+    unchanged = load_model(str(folder), "cpu")
     first = generated_ids(unchanged, images / "0.png", "Circle 0?" + SHORT, 4)[0]
     settings = {
         "suppress_tokens": [first],
@@ -133,7 +133,7 @@ def test_generation_config_of_the_checkpoint(
     }
     (folder / "generation_config.json").write_text(json.dumps(settings))
     assert script("model_vqa_loader", questions, *model) == 0
-    changed = load_subject(str(folder), "cpu")
+    changed = load_model(str(folder), "cpu")
     answered = lines(tmp_path / "answers.jsonl")
     for row, line in zip(lines(questions), answered, strict=True):
         image = images / row["image"] if "image" in row else None
@@ -148,7 +148,7 @@ def test_generation_config_of_the_checkpoint(
 
 
 def test_pruning_flags(
-    script: Callable[..., int], questions: Path, images: Path, tmp_path: Path, subject: Subject
+    script: Callable[..., int], questions: Path, images: Path, tmp_path: Path, subject: LoadedModel
 ) -> None:
     for answers, extra in (("a", ["--keep-tokens", "40"]), ("b", ["--visual_token_num", "40"])):
         assert (
@@ -238,7 +238,7 @@ def test_science(
     science: Path,
     images: Path,
     tmp_path: Path,
-    subject: Subject,
+    subject: LoadedModel,
     monkeypatch: pytest.MonkeyPatch,
     suffix: str,
 ) -> None:
@@ -276,7 +276,7 @@ def test_mmbench(
     table: Path,
     images: Path,
     tmp_path: Path,
-    subject: Subject,
+    subject: LoadedModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("llava.eval.llava_scripts.vqa.QuestionList.max_new_tokens", 4)

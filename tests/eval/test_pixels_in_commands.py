@@ -17,14 +17,14 @@ from tiny_llava import build_tokenizer, draw_picture, write_lines
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.eval import loading, model_vqa_loader, model_vqa_mmbench, run_llava
+from llava.eval import model_vqa_loader, model_vqa_mmbench, run_llava
 from llava.eval.__main__ import main
 from llava.eval.engine.images import ImageSource
-from llava.eval.subject import Subject
 from llava.eval.tasks.base import get_benchmark
 from llava.eval.tasks.question_file import QuestionFile
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_tokenizer
+from llava.model.loaded import LoadedModel
 from llava.serve import cli
 from llava.train.arguments import DataArguments
 from llava.train.data import SupervisedDataset
@@ -52,7 +52,9 @@ def stored(path: Path) -> Image.Image:
     return Image.open(path).convert("RGB")
 
 
-def said(subject: Subject, *pictures: Image.Image, text: str = QUESTION, tokens: int = 6) -> str:
+def said(
+    subject: LoadedModel, *pictures: Image.Image, text: str = QUESTION, tokens: int = 6
+) -> str:
     model = subject.model
     marks = "" if "<image>" in text else "<image>\n" * len(pictures)
     chat = conv_templates["vicuna_v1"].copy()
@@ -70,20 +72,20 @@ def said(subject: Subject, *pictures: Image.Image, text: str = QUESTION, tokens:
 
 
 @pytest.fixture
-def ready(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def ready(subject: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let chat and `run_llava` use the model that is loaded already."""
     loaded = (subject.tokenizer, subject.model, subject.image_processor, 2048)
-    monkeypatch.setattr(loading, "load_pretrained_model", lambda *_, **__: loaded)
+    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", lambda *_, **__: loaded)
 
 
-def test_the_readings_are_told_apart(subject: Subject, folder: Path) -> None:
+def test_the_readings_are_told_apart(subject: LoadedModel, folder: Path) -> None:
     """Otherwise the tests below would show nothing."""
     upright, turned = stored(folder / "upright.png"), stored(folder / "turned.png")
     assert said(subject, upright) != said(subject, turned)
 
 
 def test_run_llava(
-    ready: None, subject: Subject, folder: Path, capsys: pytest.CaptureFixture[str]
+    ready: None, subject: LoadedModel, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--model-path", "m", "--query", QUESTION, "--temperature", "0", "--device", "cpu"]
     words += ["--max_new_tokens", "6", "--conv-mode", "vicuna_v1"]
@@ -127,7 +129,9 @@ def test_the_chat(
 
 
 @pytest.mark.parametrize(("pixels", "same"), [(None, "upright.png"), ("original", None)])
-def test_training(tmp_path: Path, folder: Path, subject: Subject, pixels: Any, same: Any) -> None:
+def test_training(
+    tmp_path: Path, folder: Path, subject: LoadedModel, pixels: Any, same: Any
+) -> None:
     build_tokenizer(tmp_path)
     samples = [
         {
@@ -174,7 +178,7 @@ def vqa(checkpoint: Path, folder: Path, tmp_path: Path) -> Callable[..., list[di
 
 
 def test_question_files(
-    vqa: Callable[..., list[dict]], subject: Subject, folder: Path, tmp_path: Path
+    vqa: Callable[..., list[dict]], subject: LoadedModel, folder: Path, tmp_path: Path
 ) -> None:
     rows = [{"question_id": 1, "image": "turned.png", "text": QUESTION}]
     upright = said(subject, stored(folder / "upright.png"))
@@ -190,7 +194,7 @@ def test_question_files(
 
 @pytest.mark.parametrize("text", [QUESTION, f"<image>\n<image>\n{QUESTION}", "Is <image> <image>?"])
 def test_several_pictures_in_one_question(
-    vqa: Callable[..., list[dict]], subject: Subject, folder: Path, text: str
+    vqa: Callable[..., list[dict]], subject: LoadedModel, folder: Path, text: str
 ) -> None:
     row = {"question_id": 1, "image": ["turned.png", "clear.png"], "text": text}
     pictures = [stored(folder / name) for name in row["image"]]
@@ -263,7 +267,7 @@ def bench(checkpoint: Path, folder: Path, tmp_path: Path) -> Callable[..., tuple
 
 
 def test_runs_have_a_key_for_each_reading(
-    bench: Callable[..., tuple[str, str]], subject: Subject, folder: Path
+    bench: Callable[..., tuple[str, str]], subject: LoadedModel, folder: Path
 ) -> None:
     upright = said(subject, stored(folder / "upright.png"))
     turned = said(subject, stored(folder / "turned.png"))
@@ -305,7 +309,7 @@ def test_a_reading_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_sizes_of_tiled_pictures_are_those_of_the_upright_one(
-    subject: Subject, folder: Path, tmp_path: Path
+    subject: LoadedModel, folder: Path, tmp_path: Path
 ) -> None:
     """LLaVA-1.6 lays out its tiles by the size of the picture it is shown."""
     benchmark = QuestionFile(tmp_path, image_folder=folder)

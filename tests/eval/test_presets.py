@@ -2,8 +2,8 @@
 
 import pytest
 
+from llava.anyres import NEXT_PROTOCOLS
 from llava.eval.presets import PRESETS, get_preset
-from llava.mm_utils import NEXT_PROTOCOLS
 from llava.pruning import PruningConfig
 from llava.utils import UserInputError
 

@@ -130,7 +130,7 @@ def test_a_dry_run_loads_and_writes_nothing(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a dry run loads no model")
 
-    monkeypatch.setattr(execution, "load_subject", refuse)
+    monkeypatch.setattr(execution, "load_model", refuse)
     output = tmp_path / "output"
     assert run(output, "--arm", "none", "--arm", "zoo@64", "--dry-run") == 0
     plan = capsys.readouterr().out

@@ -14,7 +14,7 @@ from tiny_llava import draw_picture
 from transformers import GenerationConfig
 
 from llava.constants import IMAGE_PLACEHOLDER
-from llava.eval import loading, run_llava
+from llava.eval import run_llava
 from llava.eval.run_llava import build_parser, build_prompt, eval_model, image_parser, load_images
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -51,7 +51,7 @@ def cached(loaded: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> list[tup
         calls.append((args, kwargs))
         return loaded
 
-    monkeypatch.setattr(loading, "load_pretrained_model", load)
+    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", load)
     return calls
 
 
@@ -120,7 +120,8 @@ def test_the_command_prunes(
     flags += ["--temperature", "0", "--max_new_tokens", "6", "--load-8bit", "--device", "cpu"]
     flags += ["--pruner", "zoo", "--keep-tokens", "16", "--pruner-option", "directions=8"]
     assert run_llava.main(flags) == 0
-    assert cached == [((str(checkpoint), None, checkpoint.name, True, False), {"device": "cpu"})]
+    given = {"device": "cpu", "load_8bit": True, "load_4bit": False}
+    assert cached == [((str(checkpoint), None, checkpoint.name), given)]
     model = loaded[1]
     assert model.pruning.to_dict() == {
         "method": "zoo",
@@ -207,8 +208,8 @@ def test_missing_attributes_have_the_defaults_of_the_flags(
     fields = {"model_path": str(checkpoint), "query": "What?", "image_file": pictures[0]}
     assert isinstance(eval_model(type("Args", (), fields | {"max_new_tokens": 1})()), str)
     ((args, kwargs),) = cached
-    assert args == (str(checkpoint), None, checkpoint.name, False, False)
-    assert kwargs == {"device": "auto"}
+    assert args == (str(checkpoint), None, checkpoint.name)
+    assert kwargs == {"device": "auto", "load_8bit": False, "load_4bit": False}
     with pytest.raises(UserInputError, match=r"args\.query"):
         eval_model(type("Args", (), {"model_path": "m", "image_file": "a"})())
 

@@ -14,7 +14,7 @@ from llava.eval.engine.run import mark_unavailable
 from llava.eval.engine.runner import Runner
 from llava.eval.engine.schema import Record
 from llava.eval.report.pictures import save_overlays
-from llava.model import instruction
+from llava.model import prompt_inputs as instruction
 from llava.model.multimodal_encoder.readings import TowerReader
 from llava.pruning import list_methods, register, registry
 from llava.pruning.methods.fastervlm import FasterVLM

@@ -111,7 +111,7 @@ def _qwen(folder: Path) -> None:
 
 _HF = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
 COMPLETE: dict[str, tuple[Damage, str]] = {
-    "no weights": (_remove(WEIGHTS), "holds no weights"),
+    "no weights": (_remove(WEIGHTS), "has no weights"),
     "truncated": (_truncate(WEIGHTS), "model.safetensors' is damaged"),
     "cut in its header": (_truncate(WEIGHTS, by=40_000), "model.safetensors' is damaged"),
     "empty": (_write(WEIGHTS, b""), "model.safetensors' is damaged"),
@@ -127,7 +127,7 @@ COMPLETE: dict[str, tuple[Damage, str]] = {
     "truncated shard": (_in_turn(_shard(), _truncate(SHARD)), f"{SHARD}' is damaged"),
     "index with a weight too many": (
         _shard("model.layers.9.mlp.up_proj.weight"),
-        "names 1 weights that no file holds, for example 'model.layers.9.mlp.up_proj.weight'",
+        "names 1 weights that are in no file, for example 'model.layers.9.mlp.up_proj.weight'",
     ),
     "index without a map": (
         _in_turn(_remove(WEIGHTS), _write(INDEX, "{}")),
@@ -135,7 +135,7 @@ COMPLETE: dict[str, tuple[Damage, str]] = {
     ),
     "index that leaves the folder": (
         _in_turn(_remove(WEIGHTS), _write(INDEX, '{"weight_map": {"a": "../a.safetensors"}}')),
-        "weight_map does not name files beside it",
+        "weight_map does not name files next to it",
     ),
     "truncated bin": (
         _in_turn(_as_bin, _truncate("pytorch_model.bin")),
@@ -171,8 +171,8 @@ COMPLETE: dict[str, tuple[Damage, str]] = {
         _weights(lambda w: w["model.mm_projector.2.bias"].fill_(float("nan"))),
         "'mm_projector.2.bias' of",
     ),
-    "no config": (_remove("config.json"), "holds no config.json"),
-    "bad config": (_write("config.json", "{"), "config.json' cannot be read"),
+    "no config": (_remove("config.json"), "has no config.json"),
+    "bad config": (_write("config.json", "{"), "config.json is damaged, it is not JSON"),
     "list for config": (_write("config.json", "[]"), "config.json' is not a JSON object"),
     "qwen": (_qwen, "holds Qwen2VLForConditionalGeneration (type 'qwen2_vl')"),
     "mpt": (
@@ -243,8 +243,11 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
         lambda folder: torch.save({"a": {"b": 1}}, folder / "non_lora_trainables.bin"),
         "holds more than named tensors",
     ),
-    "bad settings": (_write("adapter_config.json", "{"), "is damaged or describes no LoRA"),
-    "settings without alpha": (_adapter(lora_alpha="absent"), "describes no LoRA"),
+    "bad settings": (
+        _write("adapter_config.json", "{"),
+        "adapter_config.json is damaged, it",
+    ),
+    "settings without alpha": (_adapter(lora_alpha="absent"), "does not describe a LoRA"),
     "prefix tuning": (_adapter(peft_type="PREFIX_TUNING"), "peft_type='PREFIX_TUNING'"),
     "dora": (_adapter(use_dora=True), "more than a plain LoRA (use_dora=True)"),
     "pissa": (_adapter(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
@@ -276,10 +279,10 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
         ),
         "holds 'model.mm_projector.0.bias' of shape [31], the model has [32]",
     ),
-    "empty": (_adapter_weights(lambda w: w.clear()), "holds no factors (lora_A, lora_B)"),
+    "empty": (_adapter_weights(lambda w: w.clear()), "has no factors (lora_A, lora_B)"),
     "factors lost": (
         _adapter_weights(lambda w: (w.clear(), w.update({NORM: torch.ones(32)}))),
-        "holds no factors (lora_A, lora_B)",
+        "has no factors (lora_A, lora_B)",
     ),
     "only B": (_adapter_weights(lambda w: w.pop(A)), "only one of the two factors of"),
     "rank 0": (
@@ -319,7 +322,7 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
         ),
         "holds 1 of the 4 weights of the projector, 'model.mm_projector.0.weight' is missing",
     ),
-    "no config": (_remove("config.json"), "holds no config.json"),
+    "no config": (_remove("config.json"), "has no config.json"),
     "qwen": (_qwen, "holds Qwen2VLForConditionalGeneration"),
     "no base": (lambda folder: None, "as model_base, which was 'lmsys/vicuna-7b-v1.5'"),
     "wrong base": (lambda folder: None, "is not a checkpoint folder"),
@@ -416,7 +419,7 @@ PROJECTORS: dict[str, tuple[Damage, str]] = {
         ),
         "holds 'model.mm_projector.0.bias', a weight it has twice",
     ),
-    "no config": (_remove("config.json"), "holds no config.json"),
+    "no config": (_remove("config.json"), "has no config.json"),
 }
 
 

@@ -10,8 +10,7 @@ import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
-from llava.model.finite import all_finite
-from llava.model.inputs import check_sizes
+from llava.model.checks import all_finite, check_sizes
 from llava.utils import UserInputError
 
 IMG = IMAGE_TOKEN_INDEX
@@ -42,12 +41,15 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a pair for a list": ({"image_sizes": (28, 28)}, r"image_sizes\[0\] is 28"),
     "too few sizes": ({"image_sizes": [(28, 28)]}, "image_sizes has 1 entries for 2 images; give"),
     "too many sizes": ({"image_sizes": [(28, 28)] * 3}, "has 3 entries for 2 images"),
-    "no tiles": ({"images": _pixels(0, 3, 28, 28)}, r"hold no pixel: got shape \[0, 3, 28, 28\]; "),
+    "no tiles": (
+        {"images": _pixels(0, 3, 28, 28)},
+        r"have no pixels: got shape \[0, 3, 28, 28\]; ",
+    ),
     "an image of no tiles": (
         {"images": [_pixels(1, 3, 28, 28), _pixels(0, 3, 28, 28)]},
-        r"hold no pixel: got shape \[0, 3, 28, 28\]; ",
+        r"have no pixels: got shape \[0, 3, 28, 28\]; ",
     ),
-    "stacks of no tiles": ({"images": _pixels(2, 0, 3, 28, 28)}, r"hold no pixel: got shape"),
+    "stacks of no tiles": ({"images": _pixels(2, 0, 3, 28, 28)}, r"have no pixels: got shape"),
     "bytes for pixels": (
         {"images": (_pixels() * 255).byte()},
         r"normalised pixels in floating point; got uint8 tensor \[2, 3, 28, 28\]; .*process_images",

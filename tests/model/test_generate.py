@@ -11,7 +11,7 @@ from transformers.generation import BaseStreamer
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
-from llava.model.llava_arch import padding_side
+from llava.model.call_context import padding_side
 from llava.utils import UserInputError
 
 IMG = IMAGE_TOKEN_INDEX

@@ -26,7 +26,7 @@ from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
 from llava.model.builder import load_pretrained_model, model_class
 from llava.model.checkpoint import name_in_memory
 from llava.model.hugging_face import native_form
-from llava.model.language_model.llava_llama import LlavaCausalLM
+from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.utils import UserInputError
 
 PLACEHOLDER = 60

@@ -17,8 +17,9 @@ from transformers import (
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
-from llava.model.instruction import asking, keywords, without_answer_format
+from llava.model.call_context import asking
 from llava.model.multimodal_encoder import clip_text
+from llava.model.prompt_inputs import keywords, without_answer_format
 from llava.pruning import PruningConfig, PruningError, prune
 from llava.utils import UserInputError
 

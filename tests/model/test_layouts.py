@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from llava.anyres import SPATIAL_PROTOCOLS
 from llava.mm_utils import (
-    SPATIAL_PROTOCOLS,
     divide_to_patches,
     expand2square,
     get_anyres_image_grid_shape,

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from transformers import MistralConfig, MistralForCausalLM
 
+from llava.anyres import NEXT_PROTOCOLS, SPATIAL_PROTOCOLS
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mm_utils import NEXT_PROTOCOLS, SPATIAL_PROTOCOLS, process_images
+from llava.mm_utils import process_images
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, prune, prune_visual_tokens

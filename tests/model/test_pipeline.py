@@ -7,7 +7,7 @@ import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
-from llava.model.tiles import flatten_tiles
+from llava.model.vision_inputs import flatten_tiles
 from llava.pruning import PruningConfig
 from llava.utils import UserInputError
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model.instruction import asking
+from llava.model.call_context import asking
 from llava.model.prompt_length import (
     PromptLength,
     answer_room,

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from llava.model import LlavaLlamaForCausalLM, builder, quantization
+from llava.model import LlavaLlamaForCausalLM, builder
 from llava.model.builder import load_pretrained_model
 from llava.utils import UserInputError
 
@@ -29,13 +29,13 @@ def able(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that could quantize."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(quantization, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(builder, "find_spec", lambda name: SimpleNamespace(name=name))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_only_the_language_model_is_quantized(bits: int, small_model: Make) -> None:
     """Asked of transformers' own rule: names without their ``model.`` would not be kept."""
-    kept = quantization.bits_and_bytes(bits).llm_int8_skip_modules
+    kept = builder.bits_and_bytes(bits).llm_int8_skip_modules
     model = small_model()
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     converted = {name for name in linear if should_convert_module(name, kept)}
@@ -46,11 +46,11 @@ def test_only_the_language_model_is_quantized(bits: int, small_model: Make) -> N
 
 
 def test_settings_are_those_of_llava() -> None:
-    four = quantization.bits_and_bytes(4)
+    four = builder.bits_and_bytes(4)
     assert four.load_in_4bit and not four.load_in_8bit
     assert four.bnb_4bit_quant_type == "nf4" and four.bnb_4bit_use_double_quant
     assert four.bnb_4bit_compute_dtype == torch.float16
-    eight = quantization.bits_and_bytes(8)
+    eight = builder.bits_and_bytes(8)
     assert eight.load_in_8bit and not eight.load_in_4bit
 
 
@@ -91,9 +91,9 @@ def test_refusals_name_what_is_missing(
             load_pretrained_model(str(saved), device=device, **{flag: True})
         return str(caught.value)
 
-    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    monkeypatch.setattr(builder, "find_spec", lambda name: None)
     assert "pip install bitsandbytes" in refusal("cpu")
-    monkeypatch.setattr(quantization, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(builder, "find_spec", lambda name: SimpleNamespace(name=name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("cuda", "auto"):
         assert "need a CUDA device" in refusal(device)

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.observe import step_runner, steps_run_by
+from llava.model.call_context import call_context, steps_run_by
 from llava.pruning import PruningConfig, prune
 from llava.serve.turn import PipelineClock
 
@@ -210,11 +210,11 @@ def test_strict_rows_have_one_setting(world: World, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_clock_stops_with_its_block() -> None:
-    before = step_runner()
+    before = call_context().run_step
     with pytest.raises(KeyError), steps_run_by(PipelineClock(torch.device("cpu")).run):
-        assert step_runner() is not before
+        assert call_context().run_step is not before
         raise KeyError
-    assert step_runner() is before
+    assert call_context().run_step is before
 
 
 def test_no_hook_is_registered_while_encoding(

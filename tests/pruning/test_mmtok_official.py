@@ -11,8 +11,8 @@ import torch
 from official import GOLDENS, Official, cases, given_tiles
 
 from llava.model.builder import load_pretrained_model
-from llava.model.instruction import keywords
 from llava.model.layouts import blank_patches
+from llava.model.prompt_inputs import keywords
 from llava.pruning import PruningConfig, prune_visual_tokens
 
 KEYWORDS = json.loads((GOLDENS / "pruners" / "mmtok" / "keywords" / "case.json").read_text())

@@ -9,7 +9,8 @@ import pytest
 import torch
 from official import Official, cases
 
-from llava.mm_utils import RELEASED_GRIDS, select_best_resolution, select_filled_resolution
+from llava.anyres import RELEASED_GRIDS, select_filled_resolution
+from llava.mm_utils import select_best_resolution
 from llava.pruning import PruningConfig
 
 WRAP = {"wrap_neighbours": True}

@@ -11,7 +11,7 @@ import torch
 from official import Official, cases
 from torch import nn
 
-from llava.mm_utils import unpad_window
+from llava.anyres import unpad_window
 from llava.pruning import PruningConfig, PruningError, VisualTokens, prune_visual_tokens
 from llava.pruning.importance import sensitivity as sensitivity_module
 from llava.pruning.importance.sensitivity import sensitivity

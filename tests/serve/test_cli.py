@@ -134,7 +134,7 @@ def test_without_pruning_all_tokens_are_used(
         (["--device", "toaster"], "toaster"),
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
-        (["--conv-mode", "plain"], "no chat"),
+        (["--conv-mode", "plain"], "not for a chat"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(

@@ -14,14 +14,14 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from llava.conversation import conv_templates
-from llava.eval import loading
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.model.loaded import LoadedModel
 from llava.pruning import list_methods
 from llava.sampling import Sampling
 from llava.serve import cli
 from llava.serve.commands import COMMANDS, run_command
-from llava.serve.session import Loaded, Session
+from llava.serve.session import Session
 from llava.serve.turn import ClockedStreamer
 from llava.utils import UserInputError
 
@@ -36,18 +36,16 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path) -> Loaded:
+def loaded(checkpoint: Path) -> LoadedModel:
     torch.set_num_threads(1)
     tokenizer, model, processor, _ = load_pretrained_model(str(checkpoint), device="cpu")
-    return Loaded(tokenizer, model, processor)
+    return LoadedModel(model, tokenizer, processor, "vicuna_v1")
 
 
 @pytest.fixture
-def session(loaded: Loaded, picture: Path) -> Iterator[Session]:
+def session(loaded: LoadedModel, picture: Path) -> Iterator[Session]:
     loaded.model.pruning = None
-    yield Session(
-        loaded, "vicuna_v1", Image.open(picture), Sampling(temperature=0, max_new_tokens=6)
-    )
+    yield Session(loaded, Image.open(picture), Sampling(temperature=0, max_new_tokens=6))
     assert "prune_visual_tokens" not in vars(loaded.model), "the clock was left on the model"
 
 
@@ -66,7 +64,7 @@ def talk(
 
 
 def answer_by_hand(session: Session, prompt: str, **settings: Any) -> str:
-    pixels = process_images([session.image], session.loaded.processor, session.model.config)
+    pixels = process_images([session.image], session.loaded.image_processor, session.model.config)
     ids = tokenizer_image_token(prompt, session.loaded.tokenizer, return_tensors="pt")[None]
     settings = {"do_sample": False, "max_new_tokens": 6, **settings}
     new = session.model.generate(inputs=ids, images=pixels, **settings)
@@ -93,7 +91,7 @@ def test_generation_config_decides_beside_the_flags(
     assert said != before and said in out
     config.update(num_return_sequences=2, do_sample=True)
     with pytest.raises(UserInputError, match="generation_config sets num_return_sequences to 2"):
-        Session(session.loaded, "vicuna_v1", session.image, session.sampling)
+        Session(session.loaded, session.image, session.sampling)
 
 
 def test_method_and_budget_hold_from_the_next_turn(talk: Callable[..., str]) -> None:
@@ -120,7 +118,7 @@ def test_method_and_budget_hold_from_the_next_turn(talk: Callable[..., str]) -> 
 
 def test_the_flags_of_the_start_are_a_budget_too(session: Session) -> None:
     session.model.pruning = {"method": "zoo", "keep_tokens": 48}
-    again = Session(session.loaded, "vicuna_v1", session.image, session.sampling)
+    again = Session(session.loaded, session.image, session.sampling)
     assert run_command(again, "/method norm") == "[norm, 48 tokens]"
 
 
@@ -147,7 +145,7 @@ def test_choices_hold_across_methods_and_budgets(talk: Callable[..., str]) -> No
 def test_a_saved_choice_keeps_nobody_from_a_method(session: Session) -> None:
     saved = {"method": "zoo", "keep_tokens": 64, "newline": "keep", "positions": "original"}
     session.model.pruning = saved
-    session = Session(session.loaded, "vicuna_v1", session.image, session.sampling)
+    session = Session(session.loaded, session.image, session.sampling)
     said = run_command(session, "/method pool")
     assert said == (
         "[pool, 64 tokens]\n(no longer newline=keep, positions=original: 'pool' makes new tokens, "
@@ -406,7 +404,7 @@ def test_ctrl_c_while_loading_ends_quietly(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "load_pretrained_model", interrupted)
+    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", interrupted)
     assert cli.main(["--image-file", str(picture)]) == 130
     assert capsys.readouterr().err == ""
 
@@ -418,14 +416,14 @@ def test_loading_flags_reach_the_loader(picture: Path, monkeypatch: pytest.Monke
         calls.append((args, kwargs))
         return None, None, None, 2048
 
-    monkeypatch.setattr(loading, "load_pretrained_model", load)
+    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", load)
     flags = ["--model-path", "a/llava-v1.5-7b-lora", "--model-base", "vicuna", "--load-4bit"]
     with pytest.raises(SystemExit):  # this loader returns no vision model
         cli.main([*flags, "--image-file", str(picture), "--device", "cpu"])
-    expected = ("a/llava-v1.5-7b-lora", "vicuna", "llava-v1.5-7b-lora", False, True)
-    assert calls == [(expected, {"device": "cpu"})]
+    expected = ("a/llava-v1.5-7b-lora", "vicuna", "llava-v1.5-7b-lora")
+    assert calls == [(expected, {"device": "cpu", "load_8bit": False, "load_4bit": True})]
 
 
 def test_control_tokens_of_a_role_are_not_shown() -> None:
-    assert cli.spoken(conv_templates["chatml_direct"].roles[1]) == "assistant"
-    assert cli.spoken("USER") == "USER"
+    assert cli.plain_role(conv_templates["chatml_direct"].roles[1]) == "assistant"
+    assert cli.plain_role("USER") == "USER"

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval import loading
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.model.loaded import LoadedModel
 from llava.sampling import Sampling
 from llava.serve import cli
 from llava.serve.commands import run_command
-from llava.serve.session import Loaded, Session
+from llava.serve.session import Session
 from llava.utils import UserInputError
 
 QUESTION = "What colour is it?"
@@ -31,15 +31,15 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path) -> Loaded:
+def loaded(checkpoint: Path) -> LoadedModel:
     torch.set_num_threads(1)
     tokenizer, model, processor, _ = load_pretrained_model(str(checkpoint), device="cpu")
-    return Loaded(tokenizer, model, processor)
+    return LoadedModel(model, tokenizer, processor, "vicuna_v1")
 
 
 @pytest.fixture
 def session(
-    loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Session]]:
     """`session(limit=N)`: a chat with a model of that limit."""
 
@@ -47,7 +47,7 @@ def session(
         for name, value in {LIMITS[0]: None, LIMITS[1]: 4096, **limits}.items():
             monkeypatch.setattr(loaded.model.config, name, value, raising=False)
         sampling = Sampling(temperature=0, max_new_tokens=6)
-        return Session(loaded, "vicuna_v1", Image.open(picture), sampling)
+        return Session(loaded, Image.open(picture), sampling)
 
     loaded.model.pruning = None
     yield make
@@ -255,15 +255,15 @@ def test_a_terminal_loses_nothing(
 
 def test_a_pipe_ends_with_its_reason(
     session: Callable[..., Session],
-    loaded: Loaded,
+    loaded: LoadedModel,
     checkpoint: Path,
     picture: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     session(tokenizer_model_max_length=800)
-    parts = (loaded.tokenizer, loaded.model, loaded.processor, 2048)
-    monkeypatch.setattr(loading, "load_pretrained_model", lambda *_, **__: parts)
+    parts = (loaded.tokenizer, loaded.model, loaded.image_processor, 2048)
+    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", lambda *_, **__: parts)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n" * 30))
     flags = ["--model-path", str(checkpoint), "--image-file", str(picture)]
     with pytest.raises(SystemExit) as stop:

@@ -61,7 +61,7 @@ def test_forms_of_samples(sample: dict[str, Any], wanted: tuple) -> None:
         ({"conversations": [HUMAN, {"from": "gpt"}]}, "value of turn 1 is null"),
         (
             {"conversations": [HUMAN, {**GPT, "value": "a\ud800"}]},
-            "turn 1 holds .* half a character",
+            "turn 1 has .* not a character",
         ),
         ({"conversations": [HUMAN]}, "no answer to learn"),
         ({"conversations": [GPT]}, "no answer to learn"),
@@ -77,7 +77,7 @@ def test_forms_of_samples(sample: dict[str, Any], wanted: tuple) -> None:
         ({"image": ["a", None], "conversations": [SHOWN, GPT]}, "'image' is null"),
         (
             {"image": "\ud800.png", "conversations": [SHOWN, GPT]},
-            "'image' holds .* half a character",
+            "'image' has .* not a character",
         ),
     ],
 )

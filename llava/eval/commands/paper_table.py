@@ -20,7 +20,6 @@ from llava.eval.engine.schema import Record
 from llava.eval.report import paper_table as report
 from llava.eval.report.pictures import draw_kept_tokens
 from llava.eval.report.plots import plot_table
-from llava.eval.subject import load_subject
 from llava.eval.tables.fill import Filled, FilledRow, fill, read_run
 from llava.eval.tables.launch import Launch, RunJob, run_job
 from llava.eval.tables.plan import (
@@ -35,6 +34,7 @@ from llava.eval.tables.plan import (
     unavailable,
 )
 from llava.eval.tables.spec import Row, Table, TableError, list_tables, load_table
+from llava.model.loaded import load_model
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.pruning import PruningConfig
 from llava.registry import unknown
@@ -254,7 +254,7 @@ def draw_overlays(order: Order, filled: Filled, path: Path) -> bool:
         if (setting := order.setting(row.row)) is not None
     }
     name = item.images[0]
-    subject = load_subject(model.path, model.device, base=model.base, **model.loading)
+    subject = load_model(model.path, model.device, base=model.base, **model.loading)
     image = benchmark.load_image(name)
     draw_kept_tokens(subject, image, item.question, settings, path, name)
     return True

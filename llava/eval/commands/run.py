@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from llava.command_line import device_name
+from llava.command_line import add_model_flags
 from llava.eval.engine.processes import processes
 from llava.eval.engine.provenance import identify, kind_of_device
 from llava.eval.engine.request import (
@@ -30,27 +30,23 @@ from llava.eval.engine.request import (
 from llava.eval.engine.run import run as run_request
 from llava.eval.presets import Preset, get_preset
 from llava.eval.tasks.base import get_benchmark
-from llava.mm_utils import NEXT_PROTOCOLS, get_model_name_from_path
+from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoint import checkpoint_here, local_checkpoint
-from llava.pixels import PIXELS, PIXELS_HELP
 from llava.pruning import PruningError, parse_options
 from llava.pruning.config import CHOICES
-from llava.pruning.flags import add_pruning_flags, pruning_from
+from llava.pruning.flags import pruning_from
 from llava.sampling import Sampling
 from llava.utils import UserInputError
-
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Add the `run` command to the parser of `python -m llava.eval`."""
     parser = commands.add_parser("run", help="run a benchmark under one or more pruning settings")
     add = parser.add_argument
-    add_model_flags(parser)
+    add_answering_flags(parser)
     add("--task", required=True, help="benchmark, such as pope")
     add("--protocol", help="prompt protocol of the task; by default its first")
     add("--data-root", type=Path, help="LLaVA's data layout; by default playground/data/eval")
-    add_pruning_flags(parser)
     add(
         "--arm",
         action="append",
@@ -71,21 +67,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of everything that answers questions: the model, its loading and prompts."""
+def add_answering_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of everything that answers questions: the model's, and how answers are made."""
+    add_model_flags(parser, template="that of LLaVA's evaluation")
     add = parser.add_argument
-    add("--model-path", required=True, help="checkpoint folder or hub name")
-    add("--model-base", help="base model of a LoRA or projector-only checkpoint")
-    add("--conv-mode", help="conversation template; by default that of LLaVA's evaluation")
-    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--dtype", choices=DTYPES, help="by default float16, float32 on the CPU")
-    precision.add_argument("--load-8bit", action="store_true")
-    precision.add_argument("--load-4bit", action="store_true")
-    add("--mm-next-protocol", choices=NEXT_PROTOCOLS, help="how LLaVA-1.6 counts tokens")
     add("--seed", type=int, default=0, help="of methods and decoding that draw at random")
     add("--workers", type=int, default=4, help="processes that read images ahead; 0 for none")
-    add("--pixels", choices=PIXELS, help=f"{PIXELS_HELP}; by default what the benchmark's are")
 
 
 def run(args: argparse.Namespace) -> int:

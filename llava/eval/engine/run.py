@@ -21,7 +21,7 @@ from llava.eval.engine.request import Arm, RunRequest
 from llava.eval.engine.run_folder import RunFolder
 from llava.eval.engine.runner import Runner
 from llava.eval.engine.schema import SCHEMA_VERSION, Record
-from llava.eval.subject import load_subject
+from llava.model.loaded import load_model
 from llava.storage import exclusive
 from llava.utils import UserInputError
 
@@ -214,7 +214,7 @@ def _conclude(
 def load_runner(request: RunRequest, plan: Plan, group: Processes, run_key: str) -> Runner:
     """Load the model on this process's device, ready to answer `plan`."""
     model = request.model
-    subject = load_subject(
+    subject = load_model(
         model.path,
         group.device(model.device),
         base=model.base,

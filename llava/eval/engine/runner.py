@@ -21,11 +21,10 @@ from llava.eval.engine.provenance import hash_json
 from llava.eval.engine.request import Arm
 from llava.eval.engine.schema import Record
 from llava.eval.prompts import count_visual_tokens, image_ranges, prompt_ids, question_prompt
-from llava.eval.subject import Subject
 from llava.eval.tasks.base import Benchmark, Item
-from llava.model.instruction import asking, needed_of_question
-from llava.model.llava_arch import padding_side
-from llava.model.needs import add_prompts
+from llava.model.call_context import asking, padding_side
+from llava.model.loaded import LoadedModel
+from llava.model.prompt_inputs import add_prompts, needed_of_question
 from llava.model.splice import unpadded
 from llava.pruning import VisualTokens, prune
 from llava.sampling import Sampling
@@ -81,7 +80,7 @@ class Runner:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: LoadedModel,
         benchmark: Benchmark,
         plan: Plan,
         *,

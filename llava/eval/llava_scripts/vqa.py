@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.commands.run import add_model_flags, find_models, model_from
+from llava.eval.commands.run import add_answering_flags, find_models, model_from
 from llava.eval.engine.processes import processes
 from llava.eval.engine.request import Arm, RunRequest, arm_of, saved_pruning
 from llava.eval.engine.run import Answered, answer
@@ -44,7 +44,7 @@ from llava.eval.tasks.tsv import Table
 from llava.images import decode_base64, open_image
 from llava.mm_utils import get_model_name_from_path
 from llava.pixels import VIEWER
-from llava.pruning.flags import add_pruning_flags, pruning_from
+from llava.pruning.flags import pruning_from
 from llava.sampling import Sampling
 from llava.storage import dump_lines, write_atomically
 from llava.utils import UserInputError
@@ -277,7 +277,7 @@ def answering(
 
 
 COMMON_FLAGS = (
-    add_model_flags,
+    add_answering_flags,
     path_flag("--image-folder", "where images are found by name", required=False, default=Path()),
     path_flag("--question-file"),
     path_flag("--answers-file"),
@@ -287,7 +287,6 @@ COMMON_FLAGS = (
     flag("--top_p", type=float, help="sample from the likeliest tokens of this total probability"),
     flag("--num_beams", type=int, default=1),
     flag("--batch-size", type=int, default=1, help="questions per batch"),
-    add_pruning_flags,
     flag("--visual_token_num", type=int, help="other name of --keep-tokens, as in CDPruner's code"),
 )
 LETTER_FLAG = flag(

@@ -1,6 +1,5 @@
 """LLaVA on a Mistral language model."""
 
-import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -9,12 +8,12 @@ from transformers import (
     MistralModel,
 )
 
-from llava.model.language_model.llava_llama import LlavaCausalLM, LlavaConfigMixin
+from llava.model.language_model.llava_causal_lm import LlavaCausalLM, LlavaConfigMixin
 from llava.model.llava_arch import LlavaMetaModel
 
 
 class LlavaMistralConfig(LlavaConfigMixin, MistralConfig):
-    """Mistral's config plus LLaVA's ``mm_*`` keys."""
+    """Mistral's config plus LLaVA's `mm_*` keys."""
 
     model_type = "llava_mistral"
 
@@ -25,21 +24,13 @@ class LlavaMistralModel(LlavaMetaModel, MistralModel):
     config_class = LlavaMistralConfig
 
 
-class LlavaMistralForCausalLM(LlavaCausalLM, MistralForCausalLM):
+class LlavaMistralForCausalLM(LlavaCausalLM, MistralForCausalLM):  # type: ignore[misc]
     """A Mistral that reads images."""
 
     config_class = LlavaMistralConfig
     base_type = "mistral"
-    _no_split_modules = [  # noqa: RUF012
-        *("MistralDecoderLayer", "CLIPVisionTower", "SiglipVisionTower")
-    ]
-
-    def __init__(self, config: LlavaMistralConfig) -> None:
-        super(MistralForCausalLM, self).__init__(config)
-        self.model = LlavaMistralModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    inner_class = LlavaMistralModel
+    _no_split_modules = ["MistralDecoderLayer", *LlavaCausalLM.undivided]  # noqa: RUF012
 
 
 AutoConfig.register(LlavaMistralConfig.model_type, LlavaMistralConfig)

@@ -1,10 +1,10 @@
 """Find and build the vision tower a config names."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from llava.model.checkpoint import read_json_object
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower, without_unheld_head
 from llava.model.multimodal_encoder.vision_tower import VisionTower, read_vision_config
@@ -15,18 +15,18 @@ TOWER_CLASSES: tuple[type[VisionTower], ...] = (CLIPVisionTower, SiglipVisionTow
 
 
 def build_vision_tower(config: Any, delay_load: bool = False) -> VisionTower:
-    """Build the tower that ``config.mm_vision_tower`` (or ``vision_tower``) names.
+    """Build the tower that `config.mm_vision_tower` (or `vision_tower`) names.
 
     Its kind is what its config.json says, never what its name looks like.
 
     Args:
-        config: a model config or training arguments. ``name_or_path`` is the checkpoint folder
+        config: a model config or training arguments. `name_or_path` is the checkpoint folder
             that a relative tower name refers to.
         delay_load: build without weights. A tower that cannot be found yet may still be found when
             it is loaded, as CLIP.
 
     Raises:
-        UserInputError: without ``delay_load``: a tower that is not found, or of an unknown kind.
+        UserInputError: without `delay_load`: a tower that is not found, or of an unknown kind.
     """
     name = getattr(config, "mm_vision_tower", None) or config.vision_tower
     source = resolve_vision_tower(name, getattr(config, "name_or_path", None))
@@ -40,7 +40,7 @@ def build_vision_tower(config: Any, delay_load: bool = False) -> VisionTower:
 
 
 def read_tower_config(source: str, name: str, weights: Collection[str]) -> Any:
-    """transformers' config of a tower whose weights a checkpoint holds.
+    """Read transformers' config of a tower whose weights are in a checkpoint.
 
     Args:
         source: folder or hub name that describes the tower.
@@ -66,15 +66,15 @@ def _tower_class(raw: dict[str, Any], name: str) -> type[VisionTower]:
 
 
 def resolve_vision_tower(name: str, checkpoint: str | None) -> str:
-    """Where a tower is read from.
+    """Find out where a tower is read from.
 
-    ``~`` is the home folder, and a slash at the end makes no difference. A relative name is looked
+    `~` is the home folder, and a slash at the end makes no difference. A relative name is looked
     up in the checkpoint folder, then in its parent. A checkpoint in
     Hugging Face's format describes its tower in its own config.json. Anything else is left to
     transformers, which knows paths and hub names.
 
     Returns:
-        An existing folder, or ``name``.
+        An existing folder, or `name`.
     """
     name = str(user_path(name))
     if checkpoint and not Path(name).is_absolute():
@@ -88,7 +88,7 @@ def resolve_vision_tower(name: str, checkpoint: str | None) -> str:
 
 
 def _describes_tower(file: Path) -> bool:
-    return file.is_file() and "vision_config" in json.loads(file.read_text(encoding="utf-8"))
+    return file.is_file() and "vision_config" in read_json_object(file)
 
 
 def is_portable(tower: VisionTower) -> bool:

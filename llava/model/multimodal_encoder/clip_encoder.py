@@ -10,7 +10,7 @@ from llava.model.multimodal_encoder.vision_tower import VisionTower
 
 
 class CLIPVisionTower(VisionTower):
-    """CLIP up to the layer whose output LLaVA uses; its class token is no patch."""
+    """CLIP up to the layer whose output LLaVA uses; its class token is not a patch."""
 
     family: ClassVar[str] = "CLIP"
     kinds: ClassVar[tuple[str, ...]] = ("clip", "clip_vision_model")

@@ -1,16 +1,15 @@
 """The text half of the CLIP model whose other half is the vision tower."""
 
-from pathlib import Path
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-from transformers.utils import cached_file
+from transformers import CLIPModel, CLIPTokenizer
 
-from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.checkpoint import read_json_object
+from llava.model.multimodal_encoder.vision_tower import CONFIG_FILE, VisionTower, find_file
 from llava.utils import UserInputError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -37,13 +36,14 @@ class CLIPTextTower:
         self.text_projection = model.text_projection
         self.visual_projection = model.visual_projection
         self.tokenizer = tokenizer
-        self.segment_length = model.config.text_config.max_position_embeddings
+        text_config: Any = model.config.text_config
+        self.segment_length = text_config.max_position_embeddings
         for module in (self.text_model, self.text_projection, self.visual_projection):
             module.requires_grad_(False).eval()
 
     @torch.no_grad()
     def encode(self, text: str) -> torch.Tensor:
-        """[m, E]: the segments of a text.
+        """Embed the segments of a text: [m, E].
 
         A text of more ids than CLIP reads is cut into consecutive segments, wherever they end, as
         CDPruner does; only the first begins with CLIP's start token.
@@ -60,7 +60,7 @@ class CLIPTextTower:
 
     @torch.no_grad()
     def embed_patches(self, tower: VisionTower, features: torch.Tensor) -> torch.Tensor:
-        """[N, E] of a tile's features [N, Dv], through the tower's last norm and CLIP's projection.
+        """Embed a tile's features [N, Dv] by the tower's last norm and CLIP's projection: [N, E].
 
         CLIP trained both for the class token; CDPruner puts the patches through them.
         """
@@ -79,15 +79,16 @@ def has_text_tower(tower: VisionTower) -> bool:
 
 
 def _is_complete(tower: VisionTower) -> bool:
-    try:
-        raw, _ = CLIPConfig.get_config_dict(tower.source)
-    except (OSError, ValueError):
-        return False
-    return raw.get("model_type") == "clip" and any(_found(tower, name) for name in _TOKENIZER_FILES)
+    config = find_file(tower.source, CONFIG_FILE)
+    return (
+        config is not None
+        and read_json_object(config).get("model_type") == "clip"
+        and any(find_file(tower.source, name) for name in _TOKENIZER_FILES)
+    )
 
 
 def text_tower_of(tower: VisionTower) -> CLIPTextTower:
-    """The text tower that belongs to a vision tower: loaded at the first call, then kept.
+    """Return the text tower that belongs to a vision tower: loaded at the first call, then kept.
 
     Raises:
         UserInputError: it has none, or it cannot be loaded.
@@ -103,14 +104,15 @@ def _load(tower: VisionTower) -> CLIPTextTower:
     name = tower.vision_tower_name
     if not has_text_tower(tower):
         raise UserInputError(
-            f"the vision tower {name!r} comes without a text tower: {tower.source!r} is no "
+            f"the vision tower {name!r} comes without a text tower: {tower.source!r} is not a "
             "complete CLIP model with its tokenizer. Set mm_vision_tower to one, or choose a "
             "setting that reads no question, such as cdpruner with relevance=none"
         )
     try:
-        model, info = CLIPModel.from_pretrained(
+        loaded: Any = CLIPModel.from_pretrained(
             tower.source, dtype=tower.dtype, output_loading_info=True
         )
+        model, info = loaded
         tokenizer = CLIPTokenizer.from_pretrained(tower.source)
     except Exception as error:  # readers of model files raise errors without a common base
         raise UserInputError(
@@ -127,15 +129,3 @@ def _load(tower: VisionTower) -> CLIPTextTower:
         )
     model.vision_model = nn.Identity()  # the tower itself is there already
     return CLIPTextTower(model.to(tower.device), tokenizer)
-
-
-def _found(tower: VisionTower, file: str) -> bool:
-    if Path(tower.source).is_dir():
-        return (Path(tower.source) / file).is_file()
-    found = cached_file(
-        tower.source,
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return found is not None

@@ -21,7 +21,7 @@ _SIDE = whole(1, _MAX_SIDE)
 
 
 def _read_sides(value: Any) -> dict[str, int]:
-    """`{"square": n}` of a bare number, as old files have it, else the sides by their names."""
+    """Read `{"square": n}` of a bare number, as in old files, else the sides by their names."""
     if isinstance(value, list | tuple):
         value = dict(zip(("height", "width"), value, strict=True))
     if not isinstance(value, Mapping):
@@ -48,7 +48,7 @@ _RULES = {
 
 
 def make_processor(raw: Mapping[str, Any], cls: Any, side: int, place: str) -> Any:
-    """An image processor of class `cls` for a tower of `side` x `side` pixels.
+    """Make an image processor of class `cls` for a tower of `side` x `side` pixels.
 
     A key that is null or missing has the value that the class gives it; sizes have the tower's.
 

@@ -9,28 +9,26 @@ class token's query is the mean over all queries: attention received.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.pruning.precision import outside_autocast
 from llava.utils import UserInputError
 
 
-def attention_from_class(attention: nn.Module, x: Tensor, first: int) -> Tensor:
-    """[B, N]: what the class token gives every patch, after softmax, summed over heads."""
+def attention_from_class(attention: Any, x: Tensor, first: int) -> Tensor:
+    """Return [B, N]: what the class token gives every patch, after softmax, summed over heads."""
     if not first:
         return attention_received(attention, x, first)
     scores = _scores(attention, attention.q_proj(x[:, :1]), attention.k_proj(x))
     return scores.softmax(dim=-1).sum(dim=1)[:, 0, 1:]
 
 
-def attention_received(attention: nn.Module, x: Tensor, first: int) -> Tensor:
-    """[B, N]: what every patch is given, summed over heads, mean over all queries, class included.
+def attention_received(attention: Any, x: Tensor, first: int) -> Tensor:
+    """Return [B, N]: what every patch is given, summed over heads, mean over all queries.
 
     One tile at a time: a tile's attention is heads x S x S numbers.
     """
@@ -42,13 +40,13 @@ def attention_received(attention: nn.Module, x: Tensor, first: int) -> Tensor:
     return torch.stack(rows)
 
 
-def mean_attention_from_class(attention: nn.Module, x: Tensor, first: int) -> Tensor:
-    """[B, N]: `attention_from_class`, mean over heads: with the class token's own share, 1."""
+def mean_attention_from_class(attention: Any, x: Tensor, first: int) -> Tensor:
+    """Return [B, N]: `attention_from_class`, mean over heads; 1 with what the class keeps."""
     return attention_from_class(attention, x, first) / attention.num_heads
 
 
-def single_head_attention(attention: nn.Module, x: Tensor, first: int) -> Tensor:
-    """[B, N]: softmax(q K^T / sqrt(C)) of the class token, all heads taken for one.
+def single_head_attention(attention: Any, x: Tensor, first: int) -> Tensor:
+    """Return [B, N]: softmax(q K^T / sqrt(C)) of the class token, all heads taken for one.
 
     No attention the tower computes: PruMerge's released code does.
     """
@@ -62,24 +60,24 @@ def single_head_attention(attention: nn.Module, x: Tensor, first: int) -> Tensor
     return torch.cat(rows)
 
 
-def mean_keys(attention: nn.Module, x: Tensor, first: int) -> Tensor:
-    """[B, N, C / heads]: the patches' keys, mean over heads."""
+def mean_keys(attention: Any, x: Tensor, first: int) -> Tensor:
+    """Return [B, N, C / heads]: the patches' keys, mean over heads."""
     return _heads(attention, _widen(attention.k_proj(x[:, first:]))).mean(dim=1)
 
 
-def whole_keys(attention: nn.Module, x: Tensor, first: int) -> Tensor:
-    """[B, N, C]: the patches' keys, heads side by side."""
+def whole_keys(attention: Any, x: Tensor, first: int) -> Tensor:
+    """Return [B, N, C]: the patches' keys, heads side by side."""
     return _widen(attention.k_proj(x[:, first:]))
 
 
-def _scores(attention: nn.Module, query: Tensor, keys: Tensor) -> Tensor:
-    """[B, heads, queries, S] before softmax, at least float32."""
+def _scores(attention: Any, query: Tensor, keys: Tensor) -> Tensor:
+    """Return [B, heads, queries, S] before softmax, at least float32."""
     query, keys = (_heads(attention, _widen(t)) for t in (query, keys))
     return query @ keys.transpose(2, 3) * attention.head_dim**-0.5
 
 
-def _heads(attention: nn.Module, tokens: Tensor) -> Tensor:
-    """[B, S, C] -> [B, heads, S, C / heads]."""
+def _heads(attention: Any, tokens: Tensor) -> Tensor:
+    """Split the heads: [B, S, C] -> [B, heads, S, C / heads]."""
     return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
@@ -104,10 +102,10 @@ class _Reading(NamedTuple):
     """Which block is read, from (blocks that run, blocks there are), and what of it."""
 
     block: Callable[[int, int], int]
-    value: Callable[[nn.Module, Tensor, int], Tensor]
+    value: Callable[[Any, Tensor, int], Tensor]
 
 
-# By the name that methods put into `needs`; `cls_feature` is no reading of a block.
+# By the name that methods put into `needs`; `cls_feature` is not read from a block.
 READINGS = {
     "cls_attention": _Reading(_feature_block, attention_from_class),
     "received_attention": _Reading(_feature_block, attention_received),
@@ -118,9 +116,6 @@ READINGS = {
     "next_keys": _Reading(_next_block, whole_keys),
 }
 CLASS_FEATURE = "cls_feature"
-
-
-active_reader: ContextVar[TowerReader | None] = ContextVar("active_reader", default=None)
 
 
 class TowerReader:
@@ -135,20 +130,9 @@ class TowerReader:
         self.features: list[Tensor] = []
         self.found: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """The towers that run inside are read; other threads do not see it."""
-        token = active_reader.set(self)
-        try:
-            yield
-        finally:
-            active_reader.reset(token)
-
     @torch.compiler.disable
     @outside_autocast()
-    def read_block(
-        self, index: int, used: int, layers: nn.ModuleList, hidden: Tensor, first: int
-    ) -> None:
+    def read_block(self, index: int, used: int, layers: Any, hidden: Tensor, first: int) -> None:
         """Read block `index`, whose input is `hidden` [B, S, C]; `used` blocks run in all.
 
         Patches begin at token `first`.
@@ -171,7 +155,7 @@ class TowerReader:
             self.found[CLASS_FEATURE].append(hidden[:, 0])
 
     def extras(self, tiles: int) -> dict[str, list[Tensor]]:
-        """Per name one tensor a tile.
+        """Return one tensor a tile for each name.
 
         Raises:
             UserInputError: the tower was not run on these tiles, or has no such block.

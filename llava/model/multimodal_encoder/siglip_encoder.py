@@ -13,8 +13,8 @@ from llava.model.multimodal_encoder.vision_tower import VisionTower
 class SiglipVisionTower(VisionTower):
     """SigLIP up to the layer whose output LLaVA uses. It has no class token: all are patches.
 
-    So ``mm_vision_select_feature`` changes nothing, and methods that ask for the attention of the
-    class token get the attention that patches receive, see ``readings``.
+    So `mm_vision_select_feature` changes nothing, and methods that ask for the attention of the
+    class token get the attention that patches receive, see `readings`.
     """
 
     family: ClassVar[str] = "SigLIP"
@@ -30,7 +30,7 @@ class SiglipVisionTower(VisionTower):
 
 
 def without_unheld_head(config: Any, weights: Collection[str]) -> Any:
-    """``config`` of a tower whose weights are ``weights``: no LLaVA runs SigLIP's pooling head.
+    """Take SigLIP's pooling head out of the config of a tower without it: no LLaVA runs it.
 
     Checkpoints that hold the tower's weights may therefore lack the head's.
     """

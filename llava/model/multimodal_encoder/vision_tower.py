@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
+from llava.model.call_context import call_context
 from llava.model.checkpoint import read_json_object
 from llava.model.config_values import build_config
 from llava.model.multimodal_encoder.preprocessor import make_processor
-from llava.model.multimodal_encoder.readings import active_reader
 from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line, unfit
 
@@ -27,21 +27,21 @@ _VISION_BLOCK = re.compile(r"(vision_model\.)?encoder\.layers\.")
 class VisionTower(nn.Module):
     """A vision transformer up to the layer whose output LLaVA uses.
 
-    The model inside is ``self.vision_tower``; it exists once the tower is loaded, so that a
+    The model inside is `self.vision_tower`; it exists once the tower is loaded, so that a
     checkpoint without tower weights can be loaded first. A kind of tower says what it is in the
-    class attributes and defines ``embed``.
+    class attributes and defines `embed`.
 
     Args:
         vision_tower: the name as the config gives it.
-        args: config with ``mm_vision_select_layer`` and ``mm_vision_select_feature``.
-        delay_load: build without weights; ``load_model`` or ``build`` follows.
+        args: config with `mm_vision_select_layer` and `mm_vision_select_feature`.
+        delay_load: build without weights; `load_model` or `build` follows.
         source: folder or hub name the tower is read from; the name itself by default.
 
     Attributes:
         family: what users call it.
-        kinds: ``model_type`` of the configs it reads.
+        kinds: `model_type` of the configs it reads.
         model_class, config_class, processor_class: transformers' own.
-        has_class_token: whether a class token stands before the patches.
+        has_class_token: whether a class token comes before the patches.
         crops_centre: whether its processor cuts the longer side of an image off, rather than
             squeezing the whole image into a square.
     """
@@ -70,11 +70,11 @@ class VisionTower(nn.Module):
             self.load_model()
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, S, C] before the first block, of pixels in the tower's precision."""
+        """Compute hidden states [B, S, C] before the first block, in the tower's precision."""
         raise NotImplementedError
 
     def load_model(self, device_map: Any = None, dtype: torch.dtype = torch.float32) -> None:
-        """Load the tower's own weights from ``source``; does nothing if it is loaded.
+        """Load the tower's own weights from `source`; does nothing if it is loaded.
 
         Raises:
             UserInputError: the tower cannot be found or its weights are incomplete.
@@ -129,14 +129,14 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> Any:
-        """Features of the selected layer.
+        """Compute the features of the selected layer.
 
         Args:
             images: pixels [B, 3, H, W], or a list of [3, H, W] that are run one by one.
 
         Returns:
             [B, N, hidden_size] in the dtype of the input (a list of [1, N, hidden_size] for a
-            list); N counts the patches, plus the class token for ``cls_patch`` where there is one.
+            list); N counts the patches, plus the class token for `cls_patch` where there is one.
 
         Raises:
             UserInputError: the tower is not loaded, or the pixels have another size.
@@ -162,27 +162,27 @@ class VisionTower(nn.Module):
             )
         hidden = self.embed(pixels.to(self.device, self.dtype))
         layers, used = self.vision_tower.encoder.layers, self.num_layers_used
-        reader = active_reader.get()
+        reader = call_context().tower_reader
         # Methods weigh patches; where the class token is one of the tokens they have no reading.
         only_patches = self.select_feature == "patch" or not self.has_class_token
-        read = reader is not None and bool(reader.found) and only_patches
+        reads = reader if reader is not None and reader.found and only_patches else None
         first = int(self.has_class_token)
         # Later blocks cannot change the result, so they are not run.
         for index, layer in enumerate(layers[:used]):
-            if read:
-                reader.read_block(index, used, layers, hidden, first)
+            if reads is not None:
+                reads.read_block(index, used, layers, hidden, first)
             hidden = layer(hidden, None)
-        if read:
+        if reads is not None:
             if used < len(layers):
-                reader.read_block(used, used, layers, hidden, first)
-            reader.read_output(hidden)
+                reads.read_block(used, used, layers, hidden, first)
+            reads.read_output(hidden)
         features = self.feature_select(hidden).to(pixels.dtype)
         if reader is not None:
             reader.features.append(features)
         return features
 
     def feature_select(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, S, C] without the class token, if there is one, unless ``cls_patch`` keeps it."""
+        """Drop the class token of [B, S, C], if there is one and `cls_patch` does not keep it."""
         self.check_selection()
         drops = self.has_class_token and self.select_feature == "patch"
         return hidden[:, 1:] if drops else hidden
@@ -203,7 +203,7 @@ class VisionTower(nn.Module):
 
     @property
     def num_layers_used(self) -> int:
-        """Blocks that run: ``select_layer`` counts hidden states, the embeddings being the 0th."""
+        """Blocks that run: `select_layer` counts hidden states, the embeddings being the 0th."""
         self.check_selection()
         if self.select_layer >= 0:
             return self.select_layer
@@ -219,7 +219,7 @@ class VisionTower(nn.Module):
 
     @classmethod
     def parse_config(cls, raw: dict[str, Any], name: str) -> Any:
-        """transformers' config from what ``read_vision_config`` found for the tower ``name``.
+        """Make transformers' config of what `read_vision_config` found for the tower `name`.
 
         Raises:
             UserInputError: it describes another kind of model.
@@ -243,9 +243,9 @@ class VisionTower(nn.Module):
         return self._image_processor
 
     def _processor_settings(self) -> tuple[str, dict[str, Any]]:
-        """The file that describes the image processor, and what it says; nothing without one."""
+        """Find the file that describes the image processor, and read it; {} without one."""
         for file, key in (("processor_config.json", "image_processor"), (PROCESSOR_FILE, None)):
-            found = _file_of(self.source, file)
+            found = find_file(self.source, file)
             if found is None:
                 continue
             try:
@@ -289,7 +289,7 @@ class VisionTower(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a tile: the patches, plus the class token where ``cls_patch`` keeps it."""
+        """Tokens of a tile: the patches, plus the class token where `cls_patch` keeps it."""
         keeps_class = self.has_class_token and self.select_feature == "cls_patch"
         return self.num_patches + int(keeps_class)
 
@@ -300,15 +300,15 @@ class VisionTower(nn.Module):
 
 
 def read_vision_config(source: str, name: str) -> dict[str, Any]:
-    """What config.json of a folder or hub model says of its vision tower, as plain data.
+    """Read what config.json of a folder or hub model says of its vision tower, as plain data.
 
     The folder may hold a tower, a model of images and texts, or a LLaVA in Hugging Face's format;
-    ``model_type`` is the tower's.
+    `model_type` is the tower's.
 
     Raises:
         UserInputError: there is no such folder or model.
     """
-    found = _file_of(source, CONFIG_FILE)
+    found = find_file(source, CONFIG_FILE)
     if found is None:
         raise UserInputError(
             f"cannot find the vision tower {name!r}: it is neither a folder in or next to the "
@@ -327,8 +327,8 @@ def read_vision_config(source: str, name: str) -> dict[str, Any]:
     return {**(inner or raw), "model_type": kind}
 
 
-def _file_of(source: str, file: str) -> Path | None:
-    """A file of a folder or hub model; None where it is missing or cannot be asked for."""
+def find_file(source: str, file: str) -> Path | None:
+    """Find a file of a folder or hub model; None where it is missing or cannot be asked for."""
     try:
         found = cached_file(
             source,
@@ -342,5 +342,5 @@ def _file_of(source: str, file: str) -> Path | None:
 
 
 def _place(file: str, tower: str) -> str:
-    """What errors about a value in a file of a tower say after its name."""
+    """Return what errors about a value in a file of a tower say after its name."""
     return f"in {file} of the vision tower {tower!r}"

@@ -23,13 +23,13 @@ class IdentityMap(nn.Module):
 
 
 def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any) -> nn.Module:
-    """Build the projector that ``config.mm_projector_type`` names.
+    """Build the projector that `config.mm_projector_type` names.
 
-    ``linear`` (the default) is one linear layer, ``mlpNx_gelu`` N linear layers with exact GELU
-    between them (weights at the even indices), ``identity`` passes features through.
+    `linear` (the default) is one linear layer, `mlpNx_gelu` N linear layers with exact GELU
+    between them (weights at the even indices), `identity` passes features through.
 
     Args:
-        config: read for ``mm_projector_type``, ``mm_hidden_size`` and ``hidden_size``.
+        config: read for `mm_projector_type`, `mm_hidden_size` and `hidden_size`.
         delay_load: accepted for LLaVA's signature; a projector is always built at once.
 
     Returns:
@@ -56,7 +56,7 @@ def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any)
 
 
 def load_projector(projector: nn.Module, file: str | Path) -> None:
-    """Fill ``projector`` from a file whose keys contain ``mm_projector.``, as LLaVA saves it.
+    """Fill `projector` from a file whose keys contain `mm_projector.`, as LLaVA saves it.
 
     Raises:
         UserInputError: the file is missing or damaged, or does not hold exactly these weights.

@@ -1,26 +1,33 @@
-"""The user's question, for methods that choose tokens by what is asked."""
+"""What prompts say of their images: their room, their places, and what is asked about them.
+
+Methods that choose tokens by the question name what they read of it in `needs` or `wants`; nothing
+else is computed.
+"""
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from llava.constants import OPTION_LETTER, SHORT_ANSWER, UNANSWERABLE
+from llava.constants import IMAGE_TOKEN_INDEX, OPTION_LETTER, SHORT_ANSWER, UNANSWERABLE
+from llava.model.call_context import call_context
+from llava.model.checks import check_questions
 from llava.model.multimodal_encoder.clip_text import has_text_tower, text_tower_of
 from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.splice import share_images
+from llava.model.types import VisualModel
+from llava.model.vision_inputs import tower_of
 from llava.pruning.config import PruningConfig
 from llava.pruning.precision import outside_autocast
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.tokens import Prompt, VisualTokens
 from llava.utils import UserInputError
 
 logger = logging.getLogger(__name__)
 
 # Extras of VisualTokens that come from the question.
-INSTRUCTION_EXTRAS = ("clip_image", "clip_text", "question_embeddings")
+QUESTION_EXTRAS = ("clip_image", "clip_text", "question_embeddings")
 
 # What LLaVA's evaluation prompts say of the form of the answer, not of the image.
 ANSWER_FORMATS = (SHORT_ANSWER, OPTION_LETTER, UNANSWERABLE)
@@ -45,70 +52,83 @@ would you
 """
 RELEASE_STOP_WORDS = frozenset(_RELEASE_STOP_WORDS.split())
 
-_questions: ContextVar[Sequence[str] | None] = ContextVar("questions", default=None)
+
+def add_prompts(
+    model: VisualModel, visual: VisualTokens, rows: Sequence[torch.Tensor]
+) -> VisualTokens:
+    """Add what the prompts say of their images: room, place and, if it is read, the question.
+
+    Args:
+        model: a LLaVA.
+        visual: encoded images in the order of the marks.
+        rows: ids of every prompt, padding removed.
+
+    Raises:
+        UserInputError: another number of images than marks, or questions that are missing.
+    """
+    shares = share_images(rows, visual.num_images)
+    limit = getattr(model.config, "tokenizer_model_max_length", None)
+    texts = [int((row != IMAGE_TOKEN_INDEX).sum()) for row in rows]
+    prompts = [
+        Prompt(tuple(share), text, limit)
+        for row, share, text in zip(rows, shares, texts, strict=True)
+        if limit is not None and text < len(row)
+    ]
+    extras = dict(visual.extras)
+    if extras:
+        extras["image_position"] = [place for share in shares for place in range(len(share))]
+    visual = replace(visual, prompts=tuple(prompts), extras=extras)
+    config = model.pruning
+    if config is None or not needed_of_question(config, tower_of(model)):
+        return visual
+    questions = current_questions(len(rows), config.method)
+    of_images = [questions[row] for row, share in enumerate(shares) for _ in share]
+    return add_questions(model, visual, of_images)
 
 
-@contextmanager
-def asking(questions: Sequence[str] | None) -> Iterator[None]:
-    """Prompts inside ask these questions: the user's words alone, one for each row of the batch."""
-    token = _questions.set(questions)
-    try:
-        yield
-    finally:
-        _questions.reset(token)
-
-
-def asked(rows: int, method: str) -> Sequence[str]:
-    """The questions of ``rows`` prompts.
+def current_questions(rows: int, method: str) -> Sequence[str]:
+    """Return the questions of `rows` prompts that the caller asks.
 
     Raises:
         UserInputError: none were given, or something else than a text that is not blank for each.
     """
-    questions = _questions.get()
+    questions = call_context().questions
     if questions is None:
         raise UserInputError(
             f"pruning method {method!r} reads the question, and a prompt does not say which part "
             "of it that is: pass questions=[...] to generate, one text for each prompt without "
-            "template and system text (elsewhere: `with llava.model.instruction.asking([...])`)"
+            "template and system text (elsewhere: `with llava.model.call_context.asking([...])`)"
         )
     check_questions(questions, rows, "prompts")
     return questions
 
 
-def check_questions(questions: Any, count: int, kind: str) -> None:
-    """Raise UserInputError unless there is a text that is not blank for each of ``count``."""
-    if isinstance(questions, str) or not isinstance(questions, Sequence):
-        raise UserInputError(f"questions must be a list of texts, got {questions!r}")
-    if len(questions) != count:
-        raise UserInputError(f"questions: {len(questions)} texts were given for {count} {kind}")
-    for text in questions:
-        if not isinstance(text, str) or not text.strip():
-            raise UserInputError(f"a question must be a text that is not blank, got {text!r}")
-
-
 def needed_of_question(config: PruningConfig | None, tower: VisionTower) -> set[str]:
-    """Which of INSTRUCTION_EXTRAS a setting reads and can have with this tower."""
+    """Return which of QUESTION_EXTRAS a setting reads and can have with this tower."""
     if config is None:
         return set()
-    needs = set(config.pruner.needs) & set(INSTRUCTION_EXTRAS)
-    wants = set(config.pruner.wants) & set(INSTRUCTION_EXTRAS)
+    needs, wants = (
+        set(names) & set(QUESTION_EXTRAS) for names in (config.pruner.needs, config.pruner.wants)
+    )
     return needs | wants if wants and has_text_tower(tower) else needs
 
 
 @outside_autocast()
-def read_questions(model: Any, visual: VisualTokens, questions: Sequence[str]) -> dict[str, Any]:
-    """The extras that the model's active setting reads of the questions, one for each image.
+def add_questions(
+    model: VisualModel, visual: VisualTokens, questions: Sequence[str]
+) -> VisualTokens:
+    """Add what the active setting reads of the questions, one for each image.
 
     Raises:
         UserInputError: another number of questions than images, or the model lacks the text tower
             or the tokenizer.
     """
-    tower = model.get_vision_tower()
-    needs = needed_of_question(model.pruning, tower)
-    extras: dict[str, Any] = {}
-    if not needs:
-        return extras
+    config, tower = model.pruning, tower_of(model)
+    needs = needed_of_question(config, tower)
+    if config is None or not needs:
+        return visual
     check_questions(questions, visual.num_images, "images")
+    extras = dict(visual.extras)
     if "clip_image" in needs:
         text = text_tower_of(tower)
         extras["clip_image"] = [text.embed_patches(tower, tile) for tile in visual.features]
@@ -118,14 +138,14 @@ def read_questions(model: Any, visual: VisualTokens, questions: Sequence[str]) -
         words = [without_answer_format(question, (SHORT_ANSWER,)) for question in questions]
         extras["clip_text"] = [text.encode(question) for question in words]
     if "question_embeddings" in needs:
-        rule = model.pruning.pruner.keyword_rule
+        rule = config.pruner.keyword_rule
         words = [keywords(question, rule) for question in questions]
         extras["question_embeddings"] = [_word_embeddings(model, text) for text in words]
-    return extras
+    return replace(visual, extras=extras)
 
 
-def _word_embeddings(model: Any, words: str) -> torch.Tensor:
-    """[m, D]: the language model's embeddings of the m tokens of a text."""
+def _word_embeddings(model: VisualModel, words: str) -> torch.Tensor:
+    """Return the language model's embeddings [m, D] of the m tokens of a text."""
     if model.text_tokenizer is None:
         raise UserInputError(
             "the active pruning method reads the question's words and the model knows no "
@@ -133,26 +153,26 @@ def _word_embeddings(model: Any, words: str) -> torch.Tensor:
             "model.text_tokenizer"
         )
     ids = model.text_tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-    embed = model.get_input_embeddings()
+    embed = model.get_model().embed_tokens
     return embed(torch.tensor(ids, dtype=torch.long, device=embed.weight.device)).detach()
 
 
 def without_answer_format(question: str, formats: Sequence[str] = ANSWER_FORMATS) -> str:
-    """The question without sentences about the form of the answer."""
+    """Remove sentences about the form of the answer."""
     for sentence in formats:
         question = question.replace(sentence, "")
     return question.strip()
 
 
 def keywords(question: str, rule: str = "release") -> str:
-    """The words of a question that a picture is searched for, in their order.
+    """Return the words of a question that a picture is searched for, in their order.
 
     Args:
         question: the user's words.
-        rule: ``release``, as in MMTok's code: two sentences about the form of the answer and stop
+        rule: `release`, as in MMTok's code: two sentences about the form of the answer and stop
             words go, words end at apostrophes and hyphens; where nothing is left, the question
-            without those sentences, perhaps "". ``content``: more sentences and far more stop
-            words go, ``cat's`` and ``left-hand`` are words; where nothing is left, all of the
+            without those sentences, perhaps "". `content`: more sentences and far more stop
+            words go, `cat's` and `left-hand` are words; where nothing is left, all of the
             question.
     """
     if rule == "release":

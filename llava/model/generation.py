@@ -1,14 +1,20 @@
-"""Settings of `generate`, from generation_config.json and from arguments, by the same rules."""
+"""What `generate` takes: settings of files and arguments, by the same rules; rows one by one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from llava.model.checkpoint import read_json_object
+from llava.model.checks import check_questions, check_sizes
 from llava.model.config_values import TOKENS, known_tokens
+from llava.model.splice import share_images, unpadded
+from llava.model.types import GenerativeModel, Images, VisualModel
+from llava.pruning.active import prune
 from llava.utils import UserInputError
 from llava.value_rules import (
     FLAG,
@@ -28,8 +34,23 @@ GENERATION_FILE = "generation_config.json"
 _OR_REMOVE = ", or remove it for the default"
 _TOKENS = (*TOKENS, "forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id")
 # What a program asks for; a checkpoint that asks for it would surprise the next program.
-_OF_A_CALL = ("return_dict_in_generate", "output_attentions", "output_hidden_states")
-_OF_A_CALL += ("output_scores", "output_logits", "compile_config", "cache_implementation")
+_OF_A_CALL = (
+    "return_dict_in_generate",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "compile_config",
+    "cache_implementation",
+)
+# Arguments of `generate` that hold all rows, or are told which row they are asked about.
+_OF_A_BATCH = (
+    "streamer",
+    "position_ids",
+    "return_dict_in_generate",
+    "past_key_values",
+    "prefix_allowed_tokens_fn",
+)
 _SHARE = number(0, 1)
 _IDS = list_of(whole(0), empty=True)
 RULES: dict[str, Rule] = {
@@ -65,9 +86,9 @@ _UNSET = set(RULES) - {"temperature", "top_k", "top_p", "min_p", "top_h", "typic
 _Settings = Mapping[str, Any]
 _ASSISTED = "assisted decoding is not supported"
 _GONE = "transformers no longer decodes in this way"
-_IDS = "it reads the ids of a prompt, and a prompt with images is made of embeddings"
+_READS_IDS = "it reads the ids of a prompt, and a prompt with images is made of embeddings"
 # What cannot be done with prompts of embeddings, and would in part leave the model changed: the
-# setting, whether its value asks for that beside the other settings, and why.
+# setting, whether its value asks for that with the other settings, and why.
 _UNUSABLE: tuple[tuple[str, Callable[[Any, _Settings], bool], str], ...] = (
     ("assistant_model", lambda value, _: True, _ASSISTED),
     ("prompt_lookup_num_tokens", lambda value, _: True, _ASSISTED),
@@ -84,9 +105,9 @@ _UNUSABLE: tuple[tuple[str, Callable[[Any, _Settings], bool], str], ...] = (
         _GONE,
     ),
     ("low_memory", lambda value, call: value and call["num_beams"] not in (None, 1), _GONE),
-    ("guidance_scale", lambda value, _: value != 1, _IDS),
-    ("token_healing", lambda value, _: value, _IDS),
-    ("prefill_chunk_size", lambda value, _: True, _IDS),
+    ("guidance_scale", lambda value, _: value != 1, _READS_IDS),
+    ("token_healing", lambda value, _: value, _READS_IDS),
+    ("prefill_chunk_size", lambda value, _: True, _READS_IDS),
     ("custom_generate", lambda value, _: isinstance(value, str), "code from the hub is not run"),
     (
         "cache_implementation",
@@ -104,7 +125,7 @@ _UNUSABLE: tuple[tuple[str, Callable[[Any, _Settings], bool], str], ...] = (
 
 
 def _that(wanted: str, fits: Callable[[Any], bool]) -> Rule:
-    """An object that `fits`, taken as it is."""
+    """Make a rule for an object that `fits`, taken as it is."""
 
     def read(value: Any) -> Any:
         if not fits(value):
@@ -141,14 +162,14 @@ class PublishedGenerationConfig(GenerationConfig):
     Vicuna's has a temperature without do_sample, which transformers would not save.
     """
 
-    def validate(self, strict: bool = False, **kwargs: Any) -> None:
-        super().validate(strict=False, **kwargs)
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        super().validate(strict=False, user_set_attributes=user_set_attributes)
 
 
 def read_generation_config(
     folder: Path, config: Any, raw_config: Mapping[str, Any]
 ) -> GenerationConfig:
-    """How a checkpoint answers: from generation_config.json, else from what config.json says.
+    """Read how a checkpoint answers: from generation_config.json, else from config.json.
 
     Args:
         folder: of the checkpoint.
@@ -159,9 +180,9 @@ def read_generation_config(
         UserInputError: the file is damaged, or a value cannot be used.
     """
     file = folder / GENERATION_FILE
-    try:
+    if file.is_file():
         values, place = read_json_object(file), f"in {str(file)!r}"
-    except FileNotFoundError:
+    else:
         place = f"in {str(folder / 'config.json')!r}"
         values = {name: raw_config[name] for name in RULES if name in raw_config}
         values["_from_model_config"] = True
@@ -179,8 +200,8 @@ def read_generation_config(
         ) from error
 
 
-def check_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` with the values they mean.
+def check_settings(model: VisualModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `generate` with the values they mean.
 
     Args:
         model: its generation config says what the arguments do not.
@@ -191,7 +212,7 @@ def check_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {k: v for k, v in arguments.items() if v is not None or k not in _UNSET}
     read = read_values(given, {**RULES, **_OBJECTS}, "of generate")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_model().embed_tokens.num_embeddings
     for name in _TOKENS:
         if read.get(name) is not None:
             read[name] = known_tokens(name, read[name], vocabulary, "of generate")
@@ -211,7 +232,7 @@ def check_settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unusable_settings(settings: _Settings, device: str) -> Iterator[tuple[str, str]]:
-    """The settings that cannot be carried out for prompts with images, and why.
+    """Find the settings that cannot be carried out for prompts with images, and say why.
 
     Args:
         settings: of a call by name, `num_beams`, `do_sample` and `top_k` among them.
@@ -236,15 +257,15 @@ def _contrastive(call: _Settings) -> bool:
     return alone and (call["top_k"] or 50) > 1
 
 
-def effective(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
-    """What `generate` uses: the argument, else its generation_config, else the model's."""
+def effective(model: VisualModel, arguments: Mapping[str, Any], name: str) -> Any:
+    """Return what `generate` uses: the argument, else its generation_config, else the model's."""
     if arguments.get(name) is not None:
         return arguments[name]
     own = getattr(arguments.get("generation_config"), name, None)
     return own if own is not None else getattr(model.generation_config, name, None)
 
 
-def check_length(model: Any, arguments: Mapping[str, Any], prompt: int) -> None:
+def check_length(model: VisualModel, arguments: Mapping[str, Any], prompt: int) -> None:
     """Refuse a `max_length` that leaves no room for an answer.
 
     Args:
@@ -264,3 +285,61 @@ def check_length(model: Any, arguments: Mapping[str, Any], prompt: int) -> None:
             f"images; give max_new_tokens={longest} for so many new tokens, or a max_length above "
             f"{prompt}"
         )
+
+
+def generate_rows(
+    model: GenerativeModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    images: Images | None,
+    image_sizes: Sequence[tuple[int, int]] | None,
+    questions: Sequence[str] | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Call `model.generate` with one row after the other, each as if it had been alone.
+
+    Products of a batch are rounded in another order than those of a row, so that tokens with nearly
+    equal scores may change places. Here nothing of one row takes part in another.
+
+    Returns:
+        int64 [B, new], rows that ended early padded on the right; several a prompt where
+        `num_return_sequences` asks for them.
+
+    Raises:
+        UserInputError: what belongs to a batch as a whole (a streamer, a cache, ...); images, their
+            sizes or questions that do not match the rows.
+    """
+    for name in _OF_A_BATCH:
+        value = effective(model, kwargs, name)
+        if value is not None and value is not False:
+            raise UserInputError(
+                f"{name} belongs to a batch as a whole, and strict=True runs its rows one by one; "
+                "leave one of the two out"
+            )
+    rows = unpadded(input_ids, attention_mask)
+    if questions is not None:
+        check_questions(questions, len(rows), "prompts")
+    count = 0 if images is None else len(images)
+    sizes = None if images is None else check_sizes(image_sizes, count)
+    new = []
+    with prune(model, model.pruning):  # one setting for all rows
+        for number, share in enumerate(share_images(rows, count)):
+            own = slice(share.start, share.stop)
+            output = model.generate(
+                rows[number][None],
+                images=images[own] if images is not None and len(share) else None,
+                image_sizes=None if sizes is None else sizes[own],
+                questions=None if questions is None else [questions[number]],
+                **kwargs,
+            )
+            new.extend(output)
+    return pad_sequence(new, batch_first=True, padding_value=_padding(model, kwargs))
+
+
+def _padding(model: VisualModel, kwargs: dict[str, Any]) -> int:
+    """Return what `generate` fills up rows with that have ended."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = kwargs[name] if name in kwargs else effective(model, kwargs, name)
+        if value is not None:
+            return value[0] if isinstance(value, list) else int(value)
+    return 0

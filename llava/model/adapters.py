@@ -1,24 +1,35 @@
-"""LoRA adapters: read a folder that PEFT wrote, merge it into the weights it was trained on.
+"""Folders that have a part of a model, a LoRA adapter or a projector, and need a base model.
 
 A merged weight is W + s B A with s = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA
 (arXiv 2106.09685, 2312.03732). Modules are found by their full names, so that adapters which also
-hit the vision tower (leaf names such as ``q_proj`` fit CLIP too) end up where they were trained.
+hit the vision tower (leaf names such as `q_proj` fit CLIP too) end up where they were trained.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from llava.model.checkpoint import name_in_memory, read_weights
+from llava.model.checkpoint import (
+    TOWER_PREFIX,
+    has_weights,
+    name_in_memory,
+    read_json_object,
+    read_weights,
+)
 from llava.utils import UserInputError
 
+if TYPE_CHECKING:
+    from llava.model.language_model.llava_causal_lm import LlavaCausalLM
+
+_PROJECTOR = "mm_projector"
+_PROJECTOR_PREFIX = f"model.{_PROJECTOR}."
+_REST = "non_lora_trainables"
 CONFIG_FILE = "adapter_config.json"
 _STEM = "adapter_model"
 # PEFT wraps the model twice and may write the adapter's name into the keys.
@@ -47,7 +58,7 @@ class LoraAdapter:
     Attributes:
         factors: name of a weight [out, in] -> (A [r, in], B [out, r]).
         scales: name of that weight -> s.
-        whole: weights that were trained as they are (biases, PEFT's ``modules_to_save``).
+        whole: weights that were trained as they are (biases, PEFT's `modules_to_save`).
         targets: every linear layer of the language model whose name ends in one of these has
             factors; empty where the settings choose layers by another rule.
     """
@@ -58,8 +69,141 @@ class LoraAdapter:
     targets: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class PartialCheckpoint:
+    """What a folder adds to a base model.
+
+    Attributes:
+        folder: where it was read.
+        weights: weights that replace those of the base, under the names the model has in memory.
+        adapter: what is merged into weights of the base; None for a projector-only folder.
+    """
+
+    folder: Path
+    weights: Mapping[str, torch.Tensor]
+    adapter: LoraAdapter | None
+
+    @torch.no_grad()
+    def apply(self, model: "LlavaCausalLM") -> None:
+        """Bring the folder's weights into a model that holds those of the base.
+
+        Raises:
+            UserInputError: weights that the model has no place for, of another shape, or of a part
+                of the projector only.
+        """
+        state = model.state_dict(keep_vars=True)
+        self._check_projector(state)
+        for name, value in self.weights.items():
+            self._check(name, value, state.get(name))
+            state[name].copy_(value)
+        changed = set(self.weights)
+        if self.adapter is not None:
+            merge_adapter(model, self.adapter, str(self.folder))
+            changed |= set(self.adapter.factors)
+        tower = model.get_vision_tower()
+        if tower is not None and any(name.startswith(TOWER_PREFIX) for name in changed):
+            # The tower has changed, so it must be saved with the model.
+            tower.from_checkpoint = True
+            model.config.unfreeze_mm_vision_tower = True
+
+    def _check_projector(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Refuse parts of a projector: mixed with another training's it would be useless."""
+        own = {name for name in state if name.startswith(_PROJECTOR_PREFIX)}
+        lost = sorted(own - set(self.weights))
+        if lost and (self.adapter is None or len(lost) < len(own)):
+            raise UserInputError(
+                f"{str(self.folder)!r} holds {len(own) - len(lost)} of the {len(own)} weights of "
+                f"the projector, {lost[0]!r} is missing; download or save it again, with the "
+                "config.json of its training"
+            )
+
+    def _check(self, name: str, value: torch.Tensor, own: nn.Parameter | None) -> None:
+        if own is None:
+            raise UserInputError(
+                f"{str(self.folder)!r} holds {name!r}, for which the model has no place; give the "
+                "config.json that was saved with it"
+            )
+        if own.shape != value.shape:
+            raise UserInputError(
+                f"{str(self.folder)!r} holds {name!r} of shape {list(value.shape)}, the model has "
+                f"{list(own.shape)}; give the model_base and the config.json it was trained with"
+            )
+
+
+def read_partial(folder: Path, model_base: str | None) -> PartialCheckpoint | None:
+    """Read what a folder adds to `model_base`, by its files; None for a complete checkpoint.
+
+    Raises:
+        UserInputError: `model_base` is missing or superfluous, or files are damaged.
+    """
+    is_lora = (folder / CONFIG_FILE).is_file()
+    complete = has_weights(folder)
+    stems = [folder / f"{_PROJECTOR}.{suffix}" for suffix in ("safetensors", "bin")]
+    is_projector = not is_lora and not complete and any(file.is_file() for file in stems)
+    if not (is_lora or is_projector):
+        if model_base is not None:
+            raise UserInputError(
+                f"{str(folder)!r} is neither a LoRA nor a projector-only folder (it holds neither "
+                f"{CONFIG_FILE} nor {_PROJECTOR}.bin alone), so it needs no model_base; "
+                "leave model_base out"
+            )
+        return None
+    if model_base is None:
+        raise UserInputError(_ask_for_base(folder, is_lora, complete))
+    if is_lora:
+        adapter = read_adapter(folder)
+        return PartialCheckpoint(folder, {**_rest(folder), **adapter.whole}, adapter)
+    return PartialCheckpoint(folder, _projector(folder), None)
+
+
+def _ask_for_base(folder: Path, is_lora: bool, complete: bool) -> str:
+    if not is_lora:
+        return (
+            f"{str(folder)!r} holds only a projector; give the language model it was trained with "
+            "as model_base"
+        )
+    if complete:
+        return (
+            f"{str(folder)!r} holds a LoRA adapter and the weights of a whole model; give a "
+            "model_base to use the adapter, or move adapter_config.json away to use the weights"
+        )
+    trained_on = read_adapter_config(folder).get("base_model_name_or_path")
+    hint = f", which was {str(trained_on)!r}" if trained_on else ""
+    return (
+        f"{str(folder)!r} holds a LoRA adapter; give the model it was trained on as model_base"
+        f"{hint}"
+    )
+
+
+def _rest(folder: Path) -> dict[str, torch.Tensor]:
+    """Read weights that were trained with the adapter; none if the projector was not."""
+    weights = read_weights(folder, _REST) or {}
+    weights = {key.removeprefix("base_model."): value for key, value in weights.items()}
+    if any(key.startswith("model.model.") for key in weights):
+        weights = {key.removeprefix("model."): value for key, value in weights.items()}
+    return {name_in_memory(key): value for key, value in weights.items()}
+
+
+def _projector(folder: Path) -> dict[str, torch.Tensor]:
+    """Read `model.mm_projector.*`, whatever its prefix, and a table of embeddings if any."""
+    weights: dict[str, torch.Tensor] = {}
+    for key, value in (read_weights(folder, _PROJECTOR) or {}).items():
+        part = next((p for p in (f"{_PROJECTOR}.", "embed_tokens.") if p in key), None)
+        name = None if part is None else f"model.{part}{key.split(part, 1)[1]}"
+        if name is None or name in weights:
+            fault = (
+                "which is not a weight of a projector" if name is None else "a weight it has twice"
+            )
+            raise UserInputError(
+                f"{_PROJECTOR}.bin in {str(folder)!r} holds {key!r}, {fault}; save the projector "
+                "again"
+            )
+        weights[name] = value
+    return weights
+
+
 def read_adapter(folder: Path) -> LoraAdapter:
-    """Read ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
+    """Read `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
 
     Raises:
         UserInputError: files missing or damaged, or a variant of LoRA that cannot be merged.
@@ -97,7 +241,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
         )
     if not scales:
         raise UserInputError(
-            f"the adapter in {str(folder)!r} holds no factors (lora_A, lora_B), so it changes "
+            f"the adapter in {str(folder)!r} has no factors (lora_A, lora_B), so it changes "
             "nothing; download or save it again"
         )
     factors = {name: (a, sides["B"][name]) for name, a in sides["A"].items()}
@@ -119,26 +263,26 @@ def _check_factor(folder: Path, key: str, value: torch.Tensor, known: bool) -> N
 
 
 def _target_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names that every module called so was trained under; none where the rule is another."""
+    """Return names of which every module was trained; none where the rule is another."""
     names = config.get("target_modules")
     partial = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
     return () if partial or not isinstance(names, list) else tuple(map(str, names))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json``, checked.
+    """Read `adapter_config.json` and check it.
 
     Raises:
         UserInputError: unreadable, no LoRA, or a variant of it that cannot be merged.
     """
     file = folder / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        alpha, kind = config["lora_alpha"], config.get("peft_type", "LORA")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    config = read_json_object(file)
+    if "lora_alpha" not in config:
         raise UserInputError(
-            f"{str(file)!r} is damaged or describes no LoRA ({error!r}); download or save it again"
-        ) from error
+            f"{str(file)!r} does not describe a LoRA (lora_alpha is missing); download or save it "
+            "again"
+        )
+    alpha, kind = config["lora_alpha"], config.get("peft_type", "LORA")
     odd = [f"{key}={config[key]!r}" for key in _VARIANTS if config.get(key)]
     if kind != "LORA":
         odd.append(f"peft_type={kind!r}")
@@ -172,7 +316,7 @@ def _is_pattern(text: str) -> bool:
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """s of one module. The rank is that of the factors, so ``rank_pattern`` needs no reading."""
+    """Return s of one module. The rank is that of its factors, whatever `rank_pattern` says."""
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         # PEFT's rule: a pattern fits the end of a module's name, from a dot on.
@@ -184,11 +328,11 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, adapter: LoraAdapter, where: str) -> None:
-    """Add every B A to its weight in place; one weight at a time is held twice.
+    """Add every B A to its weight in place; one weight at a time is in memory twice.
 
     Products are taken in float32 (float64 for float64 weights) and rounded once, to the weight's
-    own dtype. PEFT's ``fan_in_fan_out`` means nothing here, as in PEFT: only layers that are not
-    ``nn.Linear`` store their weights transposed, and LLaVA has none.
+    own dtype. PEFT's `fan_in_fan_out` means nothing here, as in PEFT: only layers that are not
+    `nn.Linear` store their weights transposed, and LLaVA has none.
 
     Raises:
         UserInputError: a module the model lacks or the adapter does, or another shape.
