@@ -1,8 +1,8 @@
-"""LLaVA's command of this name; see llava/eval/converters/seed_bench.py."""
+"""LLaVA's command of this name; see llava/eval/llava_scripts/convert.py."""
 
 import sys
 
-from llava.eval.converters.seed_bench import main
+from llava.eval.llava_scripts.convert import convert_seed_bench as main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,8 @@
-"""LLaVA's command of this name; see llava/eval/converters/vizwiz.py."""
+"""LLaVA's command of this name; see llava/eval/llava_scripts/convert.py."""
 
 import sys
 
-from llava.eval.converters.vizwiz import main
+from llava.eval.llava_scripts.convert import convert_vizwiz as main
 
 if __name__ == "__main__":
     sys.exit(main())

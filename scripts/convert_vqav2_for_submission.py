@@ -1,8 +1,8 @@
-"""LLaVA's command of this name; see llava/eval/converters/vqav2.py."""
+"""LLaVA's command of this name; see llava/eval/llava_scripts/convert.py."""
 
 import sys
 
-from llava.eval.converters.vqav2 import main
+from llava.eval.llava_scripts.convert import convert_vqav2 as main
 
 if __name__ == "__main__":
     sys.exit(main())

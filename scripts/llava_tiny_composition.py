@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from llava.command_line import OneLineParser
-from llava.eval import provenance
+from llava.eval.engine import provenance
 from llava.model.builder import load_pretrained_model
 from llava.pruning import select
 from llava.storage import dump_json, write_atomically

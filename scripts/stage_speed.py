@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.eval import provenance
+from llava.eval.engine import provenance
 from llava.pruning import PruningConfig, VisualTokens, prune_visual_tokens
 from llava.storage import dump_json, write_atomically
 

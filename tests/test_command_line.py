@@ -7,7 +7,7 @@ import torch
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.eval import __main__ as eval_command
-from llava.eval import table_command
+from llava.eval.commands import table as table_command
 
 SHORTAGE = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a capacity of 8 GiB."
 

@@ -13,8 +13,8 @@ import pytest
 
 import llava
 from llava.cli import COMMANDS, main
-from llava.eval import table_command
 from llava.eval.__main__ import build_parser
+from llava.eval.commands import table as table_command
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("chat", "run", "quickstart", "compare", "table", "paper-table", "prepare", "methods")
@@ -110,4 +110,3 @@ def test_modules_can_still_be_run() -> None:
     (commands,) = [action for action in build_parser()._actions if action.dest == "command"]
     within = {name for name, command in COMMANDS.items() if command.module == "llava.eval.__main__"}
     assert within <= set(commands.choices)
-    assert "selection-speed" in commands.choices

@@ -155,7 +155,7 @@ def test_a_wheel_contains_the_model_and_its_benchmark(wheel: Path) -> None:
         (entry,) = [name for name in names if name.endswith("entry_points.txt")]
         assert "llava = llava.cli:main" in archive.read(entry).decode()
     assert "llava/playground/results/llava-tiny.json" in names
-    assert any(name.startswith("llava/eval/paper_tables/data/") for name in names)
+    assert any(name.startswith("llava/eval/tables/data/") for name in names)
     assert not any(name.startswith(("tests/", "playground/", "setup.py")) for name in names)
     assert wheel.stat().st_size < 6e6
 

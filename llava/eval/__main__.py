@@ -8,9 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from llava.command_line import CORRECTABLE, OneLineParser, explain
-from llava.eval import compare, prepare, quickstart, selection_speed, table_command
-from llava.eval import run as run_command
-from llava.eval.paper_tables import command as paper_table
+from llava.eval.commands import compare, paper_table, prepare, quickstart, run, table
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.eval") -> int:
@@ -33,7 +31,7 @@ def build_parser(prog: str = "python -m llava.eval") -> argparse.ArgumentParser:
     """The parser of all commands of this package."""
     parser = OneLineParser(prog=prog, description="Run comparisons and print what they found.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = (quickstart, run_command, compare, paper_table, table_command, selection_speed)
+    modules = (quickstart, run, compare, paper_table, table)
     for module in (*modules, prepare):
         module.add_command(commands)
     return parser

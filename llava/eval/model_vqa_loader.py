@@ -1,30 +1,8 @@
-"""`python -m llava.eval.model_vqa_loader`: short answers to a question file about images."""
+"""Answer a question file: `python -m llava.eval.model_vqa_loader --question-file ...`."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 
-from llava.eval import vqa
-
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-
-
-PROGRAM = vqa.Program(
-    "model_vqa_loader",
-    "Answer a question file about images.",
-    lambda args: vqa.JsonLines(args.question_file, args.image_folder),
-    _add_flags,
-)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """See `llava.eval.vqa.main`."""
-    return vqa.main(PROGRAM, argv)
-
+from llava.eval.llava_scripts.vqa import model_vqa_loader as main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -50,6 +50,9 @@ class Preset:
     not_expressed: tuple[str, ...] = ()
 
 
+_PAPER: Mapping[str, Any] = {"directions": 64, "step": 0.01}
+_NOT_EXPRESSED = (_HALF_SCORES, _GLOBAL_GENERATOR, _FIRST_IMAGE)
+
 # Source: comparison of the paper (arXiv 2509.24837) with its released code, commit d9fb31f.
 PRESETS = {
     preset.name: preset
@@ -58,36 +61,31 @@ PRESETS = {
             "paper",
             "the paper on LLaVA-1.5: m = 64, h = 0.01, the full projector",
             "zoo",
-            {"directions": 64, "step": 0.01},
+            _PAPER,
         ),
         Preset(
             "paper-next",
             "the paper on LLaVA-NeXT: the same through a projector of rank 128",
             "zoo",
-            {"directions": 64, "step": 0.01, "projector_rank": 128},
+            {**_PAPER, "projector_rank": 128},
         ),
         Preset(
             "release-1.5",
             "the released code on LLaVA-1.5: model in float16",
             "zoo",
-            {"directions": 64, "step": 0.01},
+            _PAPER,
             dtype="float16",
-            not_expressed=(_HALF_SCORES, _GLOBAL_GENERATOR, _FIRST_IMAGE),
+            not_expressed=_NOT_EXPRESSED,
         ),
         Preset(
             "release-next",
             "the released code on LLaVA-NeXT: float16, an untrained projector of rank 128, shares "
             "of 2880, misplaced newlines and the extra tokens they bring",
             "zoo",
-            {
-                "directions": 64,
-                "step": 0.01,
-                "projector_rank": 128,
-                "projector_weights": "untrained",
-            },
+            {**_PAPER, "projector_rank": 128, "projector_weights": "untrained"},
             dtype="float16",
             mm_next_protocol="zoo-release",
-            not_expressed=(_HALF_SCORES, _GLOBAL_GENERATOR, _FIRST_IMAGE),
+            not_expressed=_NOT_EXPRESSED,
         ),
     )
 }

@@ -12,6 +12,7 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
@@ -64,3 +65,27 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     return ids, mask
+
+
+def image_ranges(counts: Sequence[int]) -> list[range]:
+    """Number the images of prompts through the whole batch, from how many each prompt has."""
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def count_visual_tokens(ids: Tensor, images: Sequence[int], length: int) -> int:
+    """Count the tokens of a merged row of `length` that are not text.
+
+    The prompt is `ids` [L], its images have so many tokens each. Only where the row was cut to
+    the model's limit do they matter: some of what was cut may have been text.
+    """
+    text = int((ids != IMAGE_TOKEN_INDEX).sum())
+    if not images or length == text + sum(images):
+        return length - text if images else 0
+    left, place, visual = list(images), 0, 0
+    for token in ids.tolist():
+        size = left.pop(0) if token == IMAGE_TOKEN_INDEX else 1
+        if token == IMAGE_TOKEN_INDEX:
+            visual += max(0, min(size, length - place))
+        place += size
+    return visual

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IMAGE_TOKEN_INDEX, OPTION_LETTER, SHORT_ANSWER, UNANSWERABLE
 from llava.model.call_context import call_context
 from llava.model.checks import check_questions
 from llava.model.multimodal_encoder.clip_text import has_text_tower, text_tower_of
@@ -30,13 +30,7 @@ logger = logging.getLogger(__name__)
 QUESTION_EXTRAS = ("clip_image", "clip_text", "question_embeddings")
 
 # What LLaVA's evaluation prompts say of the form of the answer, not of the image.
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-OPTION_LETTER = "Answer with the option's letter from the given choices directly."
-ANSWER_FORMATS = (
-    SHORT_ANSWER,
-    OPTION_LETTER,
-    "When the provided information is insufficient, respond with 'Unanswerable'.",
-)
+ANSWER_FORMATS = (SHORT_ANSWER, OPTION_LETTER, UNANSWERABLE)
 
 # Our own list: words that name nothing in an image.
 _CONTENT_STOP_WORDS = """

@@ -1,7 +1,5 @@
 """`llava methods`, or `python -m llava.pruning list`: the catalogue of methods."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

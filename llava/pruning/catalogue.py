@@ -1,14 +1,12 @@
 """The catalogue of methods: what the classes say of themselves, what papers and we measured."""
 
-from __future__ import annotations
-
 import json
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from llava.generated import fill_sections, read_markdown
+from llava.markdown import fill_sections, find_drift, table
 from llava.pruning.errors import PruningError
-from llava.pruning.published import KEEP_TOKENS, RETENTION, SOURCES
 from llava.pruning.registry import get_method, list_methods
 from llava.shipped import shipped_path
 
@@ -21,8 +19,33 @@ COLUMNS = (
 MISSING = "n/a"
 
 
+class Source(NamedTuple):
+    """A table of a paper: `where` it is, who ran it (`kind`), and what it `averages`."""
+
+    where: str
+    kind: str
+    averages: str
+
+
+class Retention(NamedTuple):
+    """`percent` of the unpruned score in `source`, a key of SOURCES; `setting`: which options."""
+
+    percent: float
+    source: str
+    setting: str = ""
+
+
+_published = tomllib.loads(Path(__file__).with_name("published.toml").read_text(encoding="utf-8"))
+KEEP_TOKENS: int = _published["keep_tokens"]
+SOURCES = {name: Source(**about) for name, about in _published["sources"].items()}
+RETENTION = {
+    name: tuple(Retention(**figure) for figure in figures)
+    for name, figures in _published["retention"].items()
+}
+
+
 def method_table(measured: dict[str, str] | None = None) -> list[tuple[str, ...]]:
-    """One row per registered method, in the order of COLUMNS; `measured` as of `figures`."""
+    """Return one row per registered method, in the order of COLUMNS; `measured` as of `figures`."""
     rows: list[tuple[str, ...]] = []
     for name in list_methods():
         cls = get_method(name)
@@ -36,7 +59,7 @@ def method_table(measured: dict[str, str] | None = None) -> list[tuple[str, ...]
 
 
 def published(name: str) -> str:
-    """What papers report of a method, each figure with the number of its source; or n/a."""
+    """Return what papers report of a method, each figure with its source's number; or n/a."""
     numbers = {source: number for number, source in enumerate(SOURCES, start=1)}
     cells = [
         f"{figure.percent:.1f} [{numbers[figure.source]}]"
@@ -47,7 +70,7 @@ def published(name: str) -> str:
 
 
 def legend(results: Path | None) -> str:
-    """What the two columns of figures mean, and the sources by number."""
+    """Explain the two columns of figures, and list the sources by number."""
     if results is None:
         ours = f"no result file was read, so it is {MISSING} everywhere"
     else:
@@ -69,15 +92,19 @@ def legend(results: Path | None) -> str:
 
 
 def render(markdown: bool, results: Path | None = None) -> str:
-    """The table as aligned text, or as Markdown with its legend.
+    """Return the table as aligned text, or as Markdown with its legend.
 
-    `results`: result file with our figures, None for none. Raises PruningError if it has none.
+    Args:
+        markdown: which of the two.
+        results: result file with our figures, None for none.
+
+    Raises:
+        PruningError: the file has no figures.
     """
-    rows = [COLUMNS, *method_table(None if results is None else figures(results))]
+    lines = method_table(None if results is None else figures(results))
     if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines.insert(1, "| " + " | ".join("---" for _ in COLUMNS) + " |")
-        return "\n".join([*lines, "", legend(results)])
+        return f"{table(COLUMNS, lines, aligned=False)}\n\n{legend(results)}"
+    rows = [COLUMNS, *lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -86,9 +113,12 @@ def render(markdown: bool, results: Path | None = None) -> str:
 
 
 def figures(results: Path) -> dict[str, str]:
-    """Accuracy at KEEP_TOKENS by method, from a result file of `llava.eval quickstart`.
+    """Read the accuracy at KEEP_TOKENS by method from a result file of `llava quickstart`.
 
-    The unpruned model is there with all its tokens. Raises PruningError for any other file.
+    The unpruned model is there with all its tokens.
+
+    Raises:
+        PruningError: it is another file.
     """
     try:
         rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
@@ -116,7 +146,7 @@ def _figure(row: dict[str, Any], whole: bool) -> str:
 
 
 def tracked_results(file: Path | None = None) -> Path | None:
-    """The result file whose figures the catalogue shows, or None if there is none.
+    """Find the result file whose figures the catalogue shows; None if there is none.
 
     Args:
         file: Markdown file that is checked or updated: the results of its own checkout count.
@@ -130,22 +160,22 @@ def tracked_results(file: Path | None = None) -> Path | None:
 
 
 def drift(file: Path, results: Path | None) -> str | None:
-    """Why the catalogue in `file` is not that of the registered methods, or None.
+    """Say why the catalogue in `file` is not that of the registered methods; None if it is.
 
     Raises:
         UserInputError: the file cannot be read or has no markers.
     """
-    if filled(file, results) == read_markdown(file):
-        return None
-    fix = f"llava methods --update {file}"
-    return f"the methods table in {file} is not that of the registered methods; run {fix}"
+    return find_drift(file, _sections(results), f"llava methods --update {file}")
 
 
 def update(file: Path, results: Path | None) -> None:
-    """Write the catalogue between the markers of `file`. Raises UserInputError as `drift`."""
-    file.write_text(filled(file, results), encoding="utf-8")
+    """Write the catalogue between the markers of `file`.
+
+    Raises:
+        UserInputError: as in `drift`.
+    """
+    file.write_text(fill_sections(file, _sections(results)), encoding="utf-8")
 
 
-def filled(file: Path, results: Path | None) -> str:
-    """The text of `file` with the catalogue as it is now."""
-    return fill_sections(file, {SECTION: lambda: render(markdown=True, results=results)})
+def _sections(results: Path | None) -> dict[str, str]:
+    return {SECTION: render(markdown=True, results=results)}

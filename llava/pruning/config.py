@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llava.pruning.errors import PruningError, unknown
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 from llava.pruning.registry import get_method, make_method
 
 BUDGETS = ("keep_tokens", "keep_ratio")
@@ -238,7 +238,7 @@ def _token_count(value: Any, name: str = "keep_tokens") -> int:
 
 def _share(name: str, value: Any, removed: bool = False) -> float:
     try:
-        share = math.nan if isinstance(value, bool) else float(value)
+        share = math.nan if isinstance(value, bool | str) else float(value)
     except (TypeError, ValueError):
         share = math.nan
     inside = 0.0 <= share < 1.0 if removed else 0.0 < share <= 1.0

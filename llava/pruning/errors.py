@@ -13,5 +13,5 @@ class PruningError(UserInputError):
 
 
 def unknown(kind: str, word: str, known: Iterable[str]) -> PruningError:
-    """Error for an unknown `kind` of name, naming the nearest valid ones, or all of them."""
+    """Return the error for an unknown name, with the nearest valid ones, or all of them."""
     return PruningError(registry.unknown(kind, word, known))

@@ -1,7 +1,5 @@
 """The pruning flags of all commands: `--pruner`, its budget, its options, and CHOICES."""
 
-from __future__ import annotations
-
 import argparse
 
 from llava.pruning.config import CHOICES, PruningConfig, parse_options
@@ -20,7 +18,11 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def pruning_from(args: argparse.Namespace) -> PruningConfig | None:
-    """The setting of the flags; None leaves the model's own in place. Raises PruningError."""
+    """Return the setting of the flags; None leaves the model's own in place.
+
+    Raises:
+        PruningError: the flags are not a valid setting.
+    """
     names = ("keep_tokens", "keep_ratio", "pruner_option", *CHOICES)
     given = [name for name in names if getattr(args, name) not in (None, [])]
     if args.pruner is None:

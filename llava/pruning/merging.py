@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from llava.pruning.budget import tile_counts
 from llava.pruning.config import PruningConfig
 from llava.pruning.layout import NEWLINE
-from llava.pruning.methods.base import Merged, refuse_non_finite
-from llava.pruning.selection.picks import no_choice
-from llava.pruning.tokens import TokenSequence, VisualTokens, raster_slots
+from llava.pruning.selection.rows import Merged, no_choice
+from llava.pruning.tokens import TokenSequence, VisualTokens, raster_slots, refuse_non_finite
 from llava.pruning.trace import PruningTrace
 
 

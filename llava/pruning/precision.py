@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -22,3 +23,8 @@ def outside_autocast() -> Iterator[None]:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32, or as it is if its type is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,40 +1,55 @@
-"""Name -> method class. Built-in files are found by themselves; others through entry points."""
+"""Find method classes by name: built-in files by themselves, others through entry points."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava.pruning.errors import PruningError, unknown
 from llava.registry import Registry
 
 if TYPE_CHECKING:
-    from llava.pruning.methods.base import PruningMethod
+    from llava.pruning.method import PruningMethod
 
 Method = TypeVar("Method", bound="type[PruningMethod]")
 
-METHODS: Registry[PruningMethod] = Registry(
+
+class _Methods(Registry["PruningMethod"]):
+    def register(self, cls: type[PruningMethod]) -> type[PruningMethod]:
+        if "__dataclass_params__" not in vars(cls):
+            dataclass(frozen=True)(cls)
+        return super().register(cls)
+
+
+METHODS = _Methods(
     "pruning method", "llava.pruning.methods", group="llava.pruners", error=PruningError
 )
 
 
 def register(cls: Method) -> Method:
-    """Class decorator: make a `PruningMethod` subclass known under its `name`.
+    """Decorate a `PruningMethod` subclass: make it known under its `name`.
 
-    Raises PruningError if the class has no name or the name belongs to another class.
+    A class that is not a dataclass yet becomes a frozen one, so that its options are fields.
+
+    Raises:
+        PruningError: the class has no name, or the name belongs to another class.
     """
     METHODS.register(cls)
     return cls
 
 
 def get_method(name: str) -> type[PruningMethod]:
-    """The class registered as `name`; PruningError naming the nearest names otherwise."""
+    """Return the class registered as `name`; PruningError naming the nearest names otherwise."""
     return METHODS.get(name)
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> PruningMethod:
-    """The method `name` with `options`; PruningError for one it does not have or take."""
+    """Make the method `name` with `options`.
+
+    Raises:
+        PruningError: the method does not have an option, or does not take its value.
+    """
     cls = get_method(name)
     known = [f.name for f in fields(cls) if f.init]
     for option in options:
@@ -44,6 +59,6 @@ def make_method(name: str, options: Mapping[str, Any]) -> PruningMethod:
 
 
 def list_methods() -> list[str]:
-    """Registered names in alphabetical order, control methods last."""
+    """Return the registered names in alphabetical order, control methods last."""
     methods = METHODS.entries()
     return sorted(methods, key=lambda name: (methods[name].control, name))

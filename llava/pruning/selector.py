@@ -13,9 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE
-from llava.pruning.methods.base import refuse_non_finite
-from llava.pruning.selection.picks import no_choice
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.selection.rows import no_choice
+from llava.pruning.tokens import VisualTokens, refuse_non_finite
 
 
 class Selector:
@@ -87,7 +86,7 @@ class Selector:
             start = time.perf_counter()
             refuse_non_finite(visual)
             with torch.no_grad():
-                self._importance = self.config.pruner.importance(visual)
+                self._importance = self.config.pruner.score(visual)
             self.score_seconds += time.perf_counter() - start
             self._scored = True
         return self._importance
@@ -99,7 +98,7 @@ class Selector:
         self._score()  # guards the tokens also where there is nothing to score
         start = time.perf_counter()
         with torch.no_grad():
-            picks = self.config.pruner.pick(rows, importance, counts)
+            picks = self.config.pruner.checked_select(rows, importance, counts)
         self.select_seconds += time.perf_counter() - start
         self.margins[at, : picks.margins.shape[1]] = picks.margins.to(self.margins.dtype)
         return picks.indices

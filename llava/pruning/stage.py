@@ -241,7 +241,7 @@ def _grid(grid: Any, count: int) -> tuple[int, int]:
 def importance_of(config: PruningConfig, visual: VisualTokens) -> Tensor:
     """[T, N] raw importance a method gives every token; PruningError if it scores none."""
     with torch.no_grad():
-        importance = config.pruner.importance(visual)
+        importance = config.pruner.score(visual)
     if importance is None:
         raise PruningError(f"method {config.method!r} does not score tokens")
     return importance

@@ -291,3 +291,30 @@ def raster_slots(chosen: Tensor) -> Tensor:
     order = torch.arange(count, device=chosen.device).expand_as(chosen)
     order = order.masked_fill(~chosen, count).sort(dim=1).values[:, :width]
     return order.masked_fill(order == count, -1)
+
+
+def refuse_non_finite(visual: VisualTokens) -> None:
+    """Raise PruningError if a valid token holds NaN or inf: every comparison would lie.
+
+    Or what was read of it in the tower, which can overflow where its features do not.
+    """
+    held = {"features": visual.features, "projected": visual.projected}
+    for name in TILE_EXTRAS:
+        values = visual.extras.get(name, ())
+        if len(values) and all(isinstance(value, Tensor) for value in values):
+            held[name] = torch.stack(list(values))
+    for name, values in held.items():
+        of_tokens = name != "cls_feature"
+        bad = ~values.isfinite()
+        if not of_tokens or bad.dim() == 3:
+            bad = bad.any(dim=-1)
+        if visual.valid is not None and of_tokens:
+            bad = bad & visual.valid.to(bad.device)
+        if bad.any():
+            tile, *token = bad.nonzero()[0].tolist()
+            place = f"tile {tile}, token {token[0]}" if token else f"tile {tile}"
+            raise PruningError(
+                f"{name} of {place} is NaN or inf "
+                f"({int(bad.sum())} such {'tokens' if token else 'tiles'}), so pruning would pick "
+                "at random; check the pixels and the weights, or load the model in float32"
+            )

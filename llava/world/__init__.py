@@ -1,4 +1,4 @@
-"""The procedural world of ``llava-tiny``: scenes, questions and disjoint splits (numpy and PIL)."""
+"""The procedural world of `llava-tiny`: scenes, questions and disjoint splits (numpy and PIL)."""
 
 from llava.world.questions import FAMILIES, ask
 from llava.world.scene import Scene, make_scene

@@ -8,7 +8,7 @@ _CELLS = 4
 
 
 def _bilinear_weights(nodes: int) -> np.ndarray:
-    """Integer interpolation weights ``[SIDE, nodes]``; each row sums to 256."""
+    """Return integer interpolation weights `[SIDE, nodes]`; each row sums to 256."""
     position = np.arange(SIDE) * (nodes - 1) * 256 // (SIDE - 1)
     left = np.minimum(position // 256, nodes - 2)
     fraction = position - left * 256
@@ -23,19 +23,19 @@ _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.int32)
 
 
 def _smooth(rng: np.random.RandomState, low: int, high: int) -> np.ndarray:
-    """A smooth int16 field ``[SIDE, SIDE]`` with integer node values in ``[low, high)``."""
+    """Draw a smooth int16 field `[SIDE, SIDE]` with integer node values in `[low, high)`."""
     nodes = rng.randint(low, high, (_NODES, _NODES)).astype(np.float64)
     # float64 holds every partial sum of these integers exactly, so BLAS order cannot change a bit
     return ((_WEIGHTS @ nodes @ _WEIGHTS.T).astype(np.int64) >> 16).astype(np.int16)
 
 
 def grain(rng: np.random.RandomState, reach: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform int16 noise in ``[-reach, reach]``."""
+    """Draw uniform int16 noise in `[-reach, reach]`."""
     return rng.randint(-reach, reach + 1, shape, dtype=np.int8).astype(np.int16)
 
 
 def _texture(rng: np.random.RandomState, box: tuple[slice, slice]) -> np.ndarray:
-    """One of five two-tone patterns over ``box`` as a bool array."""
+    """Draw one of five two-tone patterns over `box` as a bool array."""
     y, x = _Y[box], _X[box]
     y, x = y[:, :1], x[:1]
     kind, period = rng.randint(5), rng.randint(3, 13)
@@ -53,7 +53,7 @@ def _texture(rng: np.random.RandomState, box: tuple[slice, slice]) -> np.ndarray
 
 
 def background(rng: np.random.RandomState) -> np.ndarray:
-    """An int16 image ``[3, SIDE, SIDE]``, muted colours, no two places alike."""
+    """Draw an int16 image `[3, SIDE, SIDE]` in muted colours, different at every place."""
     light = _smooth(rng, 70, 176)
     image = np.stack([light + _smooth(rng, -34, 35) for _ in range(3)])
     inner = np.sort(rng.randint(40, SIDE - 40, (2, _CELLS - 1)), axis=1)

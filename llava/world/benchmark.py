@@ -1,6 +1,6 @@
-"""Write or check the benchmark of llava-tiny: ``python -m llava.world.benchmark [--check] DIR``.
+"""Write or check the benchmark of llava-tiny: `python -m llava.world.benchmark [--check] DIR`.
 
-``questions.jsonl`` is a LLaVA question file, ``answers.jsonl`` its key, ``manifest.json`` the
+`questions.jsonl` is a LLaVA question file, `answers.jsonl` its key, `manifest.json` the
 SHA-256 of every image's raw RGB bytes. Families take turns, so any first part is a fair sample.
 """
 
@@ -20,9 +20,11 @@ QUESTIONS_PER_IMAGE = 3
 
 
 def build(images: int) -> dict[str, str]:
-    """The benchmark over ``images`` test scenes as {file name: content}."""
+    """Make the benchmark over `images` test scenes: {file name: content}."""
     families = list(FAMILIES)
-    questions, answers, hashes = [], [], {}
+    questions: list[dict] = []
+    answers: list[dict] = []
+    hashes: dict[str, str] = {}
     for index in tqdm(range(images), desc="scenes", mininterval=5):
         name = f"test/{index:06d}"
         made = scene(name)

@@ -29,8 +29,9 @@ GLYPHS = {
 
 
 def glyph_mask(char: str, scale: tuple[int, int]) -> np.ndarray:
-    """Ink of ``char`` as a bool array ``[7 * scale[0], 5 * scale[1]]``.
+    """Return the ink of `char` as a bool array `[7 * scale[0], 5 * scale[1]]`.
 
-    Raises ``KeyError`` for a character outside ``ALPHABET``.
+    Raises:
+        KeyError: the character is not in `ALPHABET`.
     """
     return GLYPHS[char].repeat(scale[0], 0).repeat(scale[1], 1)

@@ -27,9 +27,9 @@ _STEP = {"above": (-1, 0), "below": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 @dataclass
 class Item:
-    """A coloured shape of ``size`` pixels with its top left pixel at ``(x, y)``.
+    """A coloured shape of `size` pixels with its top left pixel at `(x, y)`.
 
-    It stands inside the 2 x 2 patches that begin at patch ``(row, column)``.
+    It stands inside the 2 x 2 patches that begin at patch `(row, column)`.
     """
 
     shape: str
@@ -45,7 +45,7 @@ class Item:
 
 @dataclass
 class Sign:
-    """A coloured plate with 3-4 characters; each fills 2 x 1 patches from ``(row, column)`` on."""
+    """A coloured plate with 3-4 characters; each fills 2 x 1 patches from `(row, column)` on."""
 
     color: str
     text: str
@@ -63,17 +63,17 @@ class Scene:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """The image, uint8 ``[336, 336, 3]`` RGB; drawn when first asked for."""
+        """Return the image, uint8 `[336, 336, 3]` RGB; drawn when first asked for."""
         return _draw(deepcopy(self.random_state), self.items, self.signs)
 
     def layout(self) -> tuple:
-        """What makes two scenes the same arrangement: every thing, its place, its look."""
+        """Return what tells arrangements apart: every thing, its place, its look."""
         items = sorted((i.shape, i.color, i.x, i.y, i.size) for i in self.items)
         return tuple(items), tuple(sorted((s.color, s.text, s.row, s.column) for s in self.signs))
 
 
 def _inventory(rng: np.random.RandomState) -> list[str]:
-    """Shapes of 15-22 items: four or five appear once, the others two to four times."""
+    """Draw shapes of 15-22 items: four or five appear once, the others two to four times."""
     kinds = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
     once = 4 + rng.randint(2)
     shapes = kinds[:once]
@@ -85,7 +85,7 @@ def _inventory(rng: np.random.RandomState) -> list[str]:
 
 
 def _varied_inventory(rng: np.random.RandomState) -> list[str]:
-    """Shapes of 3-100 items: up to five appear once, two or three a few times, the rest often."""
+    """Draw shapes of 3-100 items: up to five once, two or three a few times, the rest often."""
     kinds = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
     total = 3 + rng.randint(98)
     once = 4 + rng.randint(2)
@@ -106,7 +106,7 @@ class _Placer:
         self.taken = np.zeros((ROWS + 2, COLUMNS + 2), dtype=bool)
 
     def place(self, rows: int, columns: int) -> tuple[int, int] | None:
-        """Take ``rows`` x ``columns`` free patches and return the first, or None if none fit."""
+        """Take `rows` x `columns` free patches and return the first, or None if none fit."""
         for _ in range(80):
             row = int(self.rng.randint(0, ROWS - rows + 1))
             column = int(self.rng.randint(0, COLUMNS - columns + 1))
@@ -116,7 +116,7 @@ class _Placer:
         return None
 
     def squeeze(self, rows: int, columns: int) -> tuple[int, int] | None:
-        """As `place`, but things may touch, and a spot is found as long as there is one."""
+        """Do as `place`, but let things touch, and find a spot as long as there is one."""
         free = ~self.taken[1:-1, 1:-1]
         fits = np.ones((ROWS - rows + 1, COLUMNS - columns + 1), dtype=bool)
         for down in range(rows):
@@ -181,7 +181,7 @@ def _arrange_items(
 
 
 def _shade(rng: np.random.RandomState, color: str) -> np.ndarray:
-    """The colour as int16 ``[3, 1]``, a little different each time."""
+    """Return the colour as int16 `[3, 1]`, a little different each time."""
     return (np.array(COLORS[color]) + rng.randint(-14, 15, 3)).astype(np.int16)[:, None]
 
 
@@ -206,9 +206,9 @@ def _draw(rng: np.random.RandomState, items: list[Item], signs: list[Sign]) -> n
 
 
 def make_scene(seed: tuple[int, ...]) -> Scene:
-    """The scene of ``seed``, the same bits on every platform.
+    """Make the scene of `seed`, the same bits on every platform.
 
-    Uses ``RandomState``, whose stream numpy guarantees for ever, and integer arithmetic only.
+    Uses `RandomState`, whose stream numpy guarantees, and integer arithmetic only.
     """
     for attempt in range(100):
         rng = np.random.RandomState([*seed, attempt])
@@ -221,7 +221,7 @@ def make_scene(seed: tuple[int, ...]) -> Scene:
 
 
 def make_varied_scene(seed: tuple[int, ...]) -> Scene:
-    """A scene that may be nearly empty or nearly full, where things may touch.
+    """Make a scene that may be nearly empty or nearly full, where things may touch.
 
     Its share of background is about 0.3 to 0.95, a usual scene's about 0.85: what is learnt from
     both cannot lean on the share. Same promises as `make_scene`.

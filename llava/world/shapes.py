@@ -29,9 +29,9 @@ PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SH
 
 @lru_cache(maxsize=1024)
 def shape_mask(shape: str, size: int) -> np.ndarray:
-    """Filled silhouette of ``shape`` as a bool array ``[size, size]``.
+    """Return the filled silhouette of `shape` as a bool array `[size, size]`.
 
-    Coordinates are doubled and centred, so they are exact integers in ``[-size + 1, size - 1]``.
+    Coordinates are doubled and centred, so they are exact integers in `[-size + 1, size - 1]`.
     """
     axis = 2 * np.arange(size) - (size - 1)
     y, x = np.meshgrid(axis, axis, indexing="ij")
@@ -64,7 +64,7 @@ def shape_mask(shape: str, size: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def outline_mask(shape: str, size: int) -> np.ndarray:
-    """The silhouette grown by one pixel on a ``[size + 2, size + 2]`` canvas."""
+    """Return the silhouette grown by one pixel on a `[size + 2, size + 2]` canvas."""
     padded = np.pad(shape_mask(shape, size), 1)
     grown = padded.copy()
     grown[1:] |= padded[:-1]

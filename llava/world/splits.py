@@ -1,4 +1,4 @@
-"""Names of scenes: ``train/000012`` is the 13th training scene, on every machine, for ever."""
+"""Names of scenes: `train/000012` is the 13th training scene, on every machine."""
 
 import re
 
@@ -11,10 +11,12 @@ _NAME = re.compile(r"(train|val|test)/(\d{6})(\.png)?")
 
 
 def scene(name: str) -> Scene:
-    """The scene called ``split/index`` (six digits, an optional ``.png``).
+    """Make the scene called `split/index` (six digits, an optional `.png`).
 
     Splits draw from seeds that no other split uses. Every second training scene is a varied one.
-    Raises ``ValueError`` for another name.
+
+    Raises:
+        ValueError: the name has another form.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -25,5 +27,5 @@ def scene(name: str) -> Scene:
 
 
 def render(name: str) -> Image.Image:
-    """The image of ``scene(name)``: RGB, 336 x 336."""
+    """Draw the image of `scene(name)`: RGB, 336 x 336."""
     return Image.fromarray(scene(name).pixels)

@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: set up .venv, then run every cell of a table and print it.
+# Sourced by the other scripts here: set up .venv, then run every cell of a table and print it.
 #
 #   make_table NAME [options of python -m llava.eval paper-table]
 #

@@ -163,13 +163,13 @@ def test_models_that_write_captions_are_not_asked(
 # --- benchmarks ---
 
 BENCHMARKS: dict[str, tuple[dict[str, str], str]] = {
-    "no questions": ({"questions.jsonl": ""}, r"holds no question"),
+    "no questions": ({"questions.jsonl": ""}, r"has no questions"),
     "no JSON": ({"questions.jsonl": "{question"}, r"line 1 of .*questions\.jsonl is damaged"),
-    "no objects": ({"questions.jsonl": "[1]"}, r"line 1 of .*questions\.jsonl is no JSON object"),
+    "no objects": ({"questions.jsonl": "[1]"}, r"line 1 of .*questions\.jsonl is not a JSON"),
     "no text": ({"questions.jsonl": '{"question_id": 1, "image": "a"}'}, r"line 1 .* lacks text"),
     "no answer": ({"answers.jsonl": ""}, r"has no answer to question 1"),
     "no manifest": ({}, r"cannot read .*manifest\.json"),
-    "odd manifest": ({"manifest.json": "3"}, r"manifest\.json holds no hashes"),
+    "odd manifest": ({"manifest.json": "3"}, r"manifest\.json must list hashes"),
 }
 
 

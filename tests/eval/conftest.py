@@ -10,8 +10,8 @@ import torch
 from tiny_llava import build_benchmark, build_checkpoint
 
 from llava.eval.__main__ import main
-from llava.eval.plan import Plan
-from llava.eval.runner import Runner
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.runner import Runner
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.loaded import LoadedModel, load_model
 from llava.sampling import Sampling

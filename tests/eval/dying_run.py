@@ -12,7 +12,9 @@ from pathlib import Path
 
 # One server imports torch and the package once; every run is a fork of it.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["llava.eval.__main__", "llava.eval.run", "llava.eval.runner"])
+context.set_forkserver_preload(
+    ["llava.eval.__main__", "llava.eval.commands.run", "llava.eval.engine.runner"]
+)
 
 
 def run(
@@ -40,7 +42,6 @@ def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
     import torch
 
     from llava import storage
-    from llava.eval import results
     from llava.eval.__main__ import main
 
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -59,6 +60,6 @@ def _command(argv: list[str], log: str, after_bytes: int | None, began) -> None:
             left -= len(data)
         real(handle, data)
 
-    storage.write_through = results.write_through = counted
+    storage.write_through = counted
     began.set()
     sys.exit(main(argv))

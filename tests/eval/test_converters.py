@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import eval_pope, eval_science_qa, eval_textvqa
-from llava.eval.converters import mmvet, seed_bench
+from llava.eval.llava_scripts import score
+from llava.eval.llava_scripts.convert import convert_mmvet, convert_seed_bench
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPLIT, CKPT = "llava_vqav2_mscoco_test-dev2015", "llava-v1.5-7b"
@@ -134,8 +134,8 @@ def line(question_id: int, text: str = "a") -> str:
         (line(1) + line(1, "b") + line(2), "question_id 1 twice"),
         (line(1), "no result for 1 of 2 VizWiz questions, the first is 2"),
         ('{"question_id": 1}\n', "line 1 of .* lacks text"),
-        ('{"question_id": 1, "text": 7}\n', "text in line 1 of .* is no text but 7"),
-        ('{"question_id": [1], "text": "a"}\n', r"question_id in line 1 of .* but \[1\]"),
+        ('{"question_id": 1, "text": 7}\n', "text in line 1 of .* must be text, not 7"),
+        ('{"question_id": [1], "text": "a"}\n', r"question_id in line 1 of .* not \[1\]"),
         (None, "cannot read .*results.jsonl"),
     ],
 )
@@ -168,7 +168,7 @@ def test_bad_answers_write_nothing(
     [
         ('{"question_id', "line 1"),
         (line(1) + line(1), "question 1 twice"),
-        ("7\n", "no JSON"),
+        ("7\n", "not a JSON"),
         ('{"question_id": 1, "text": null}\n', "text in line 1"),
     ],
 )
@@ -228,7 +228,7 @@ ODD_ANNOTATIONS: dict[str, tuple[str, dict[str, str], str]] = {
             "pid_splits.json": '{"test": ["1"]}',
             "answers.jsonl": '{"question_id": "1", "text": "A", "prompt": 5}',
         },
-        "prompt in line 1 of .* is no text",
+        "prompt in line 1 of .* must be text",
     ),
     "a question id that is a list": (
         "seed",
@@ -236,7 +236,7 @@ ODD_ANNOTATIONS: dict[str, tuple[str, dict[str, str], str]] = {
             "annotation.json": '{"questions": [{"question_id": [1], "question_type_id": 1, '
             '"data_type": "image", "answer": "A"}], "question_type": {"x": 1}}'
         },
-        "question_id in question 1 of .* is no text",
+        "question_id in question 1 of .* must be text",
     ),
     "a type that is a list": (
         "seed",
@@ -246,7 +246,7 @@ ODD_ANNOTATIONS: dict[str, tuple[str, dict[str, str], str]] = {
     "no questions": (
         "seed",
         {"annotation.json": '{"questions": [], "question_type": {"x": 1}}'},
-        "must hold `questions`",
+        "must contain `questions`",
     ),
     "people who answer in numbers": (
         "textvqa",
@@ -258,8 +258,8 @@ ODD_ANNOTATIONS: dict[str, tuple[str, dict[str, str], str]] = {
         {"annotation.json": '{"data": [{"image_id": 1, "question": "a", "answers": 5}]}'},
         "TextVQA annotation 1 lacks",
     ),
-    "no labels": ("pope", {}, "holds no label file"),
-    "no answers": ("mmvet", {"answers.jsonl": ""}, "holds no answer"),
+    "no labels": ("pope", {}, "no label file coco_pope_SPLIT.json in"),
+    "no answers": ("mmvet", {"answers.jsonl": ""}, "has no answers"),
 }
 
 
@@ -276,19 +276,19 @@ def test_odd_files_end_in_one_line(
     out = tmp_path / "out"
     given = {
         "science_qa": (
-            eval_science_qa.main,
+            score.eval_science_qa,
             {"--base-dir": tmp_path, "--output-file": out, "--output-result": out},
         ),
         "seed": (
-            seed_bench.main,
+            convert_seed_bench,
             {"--annotation-file": annotation, "--result-upload-file": out},
         ),
-        "textvqa": (eval_textvqa.main, {"--annotation-file": annotation}),
+        "textvqa": (score.eval_textvqa, {"--annotation-file": annotation}),
         "pope": (
-            eval_pope.main,
+            score.eval_pope,
             {"--annotation-dir": tmp_path / "labels", "--question-file": answers},
         ),
-        "mmvet": (mmvet.main, {"--src": answers, "--dst": out}),
+        "mmvet": (convert_mmvet, {"--src": answers, "--dst": out}),
     }
     main, flags = given[program]
     flags |= {} if program == "mmvet" else {"--result-file": answers}

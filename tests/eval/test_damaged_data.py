@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from llava.eval.demo.playground import write_playground
+from llava.eval.demo import write_playground
 from llava.eval.tasks.base import TaskError, get_benchmark
 
 FIRST = 0  # the first key of an object, or element of a list
 CASES: list[tuple[str, str, tuple[Any, ...], Any, str]] = [
-    ("gqa", "gqa/data/testdev_balanced_questions.json", (FIRST, "imageId"), [], "is no text"),
+    ("gqa", "gqa/data/testdev_balanced_questions.json", (FIRST, "imageId"), [], "must be text"),
     ("gqa", "gqa/data/testdev_balanced_questions.json", (FIRST, "types"), 5, "structural type"),
     ("gqa", "gqa/data/testdev_balanced_questions.json", (FIRST, "types"), {}, "structural type"),
     (
@@ -39,9 +39,15 @@ CASES: list[tuple[str, str, tuple[Any, ...], Any, str]] = [
         5,
         "has no answers in it",
     ),
-    ("scienceqa", "scienceqa/llava_test_CQM-A.json", (FIRST, "image"), 5, "no name of a file"),
-    ("scienceqa", "scienceqa/llava_test_CQM-A.json", (FIRST, "id"), [1], "no text or whole number"),
-    ("seed", "seed_bench/SEED-Bench.json", ("questions", FIRST, "answer"), [], "is no text"),
+    ("scienceqa", "scienceqa/llava_test_CQM-A.json", (FIRST, "image"), 5, "must be a file name"),
+    (
+        "scienceqa",
+        "scienceqa/llava_test_CQM-A.json",
+        (FIRST, "id"),
+        [1],
+        "must be text or a whole number",
+    ),
+    ("seed", "seed_bench/SEED-Bench.json", ("questions", FIRST, "answer"), [], "must be text"),
     ("mmmu", "mmmu/validation.jsonl", (FIRST, "answer"), [], "has no answer"),
 ]
 

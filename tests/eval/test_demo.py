@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from llava.eval.demo import write_playground
-from llava.eval.demo.playground import WRITERS
-from llava.eval.demo.source import draw_questions
 from llava.utils import UserInputError
+from llava.world.benchmark_files import WRITERS
+from llava.world.questions import draw_questions
 
 SAMPLES = 12
 

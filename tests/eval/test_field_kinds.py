@@ -13,16 +13,13 @@ from typing import Any
 
 import pytest
 
-from llava.eval import eval_pope, eval_science_qa, eval_textvqa
-from llava.eval.converters import gqa, mmbench, mme, mmvet, seed_bench, vizwiz, vqav2
-from llava.eval.demo.playground import write_playground
-from llava.eval.model_vqa_mmbench import MMBench
-from llava.eval.model_vqa_science import ScienceQA
+from llava.eval.demo import write_playground
+from llava.eval.llava_scripts import convert, score
+from llava.eval.llava_scripts.vqa import JsonLines, MMBenchTable, ScienceQAFile
 from llava.eval.prompts import question_prompt
 from llava.eval.tasks.base import TaskError, get_benchmark
 from llava.eval.tasks.question_file import QuestionFile
 from llava.eval.tasks.tsv import read_table
-from llava.eval.vqa import JsonLines
 from llava.utils import UserInputError
 
 GOOD = {"question_id": 1, "image": "a.png", "text": "What is this?"}
@@ -42,19 +39,19 @@ def write(path: Path, *rows: Any) -> Path:
 
 # Each of these was asked or answered as something else, or ended in a traceback.
 QUESTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "no text": ({"text": None}, r"text in line 3 of .* is no text but null"),
-    "number as text": ({"text": 7}, r"text in line 3 of .* is no text but 7"),
-    "list as text": ({"text": ["a", "b"]}, r'text in line 3 of .* is no text but \["a", "b"\]'),
+    "no text": ({"text": None}, r"text in line 3 of .* must be text, not null"),
+    "number as text": ({"text": 7}, r"text in line 3 of .* must be text, not 7"),
+    "list as text": ({"text": ["a", "b"]}, r'text in line 3 of .* must be text, not \["a", "b"\]'),
     "half a character": ({"text": "\ud800"}, r"text in line 3 of .* surrogate"),
-    "id null": ({"question_id": None}, r"question_id in line 3 of .* whole number but null"),
-    "id true": ({"question_id": True}, r"question_id in line 3 of .* whole number but true"),
-    "id list": ({"question_id": [1]}, r"question_id in line 3 of .* whole number but \[1\]"),
-    "id broken": ({"question_id": 1.5}, r"question_id in line 3 of .* whole number but 1\.5"),
-    "image number": ({"image": 0}, r"image in line 3 of .* but 0$"),
-    "image false": ({"image": False}, r"image in line 3 of .* but false$"),
-    "image object": ({"image": {"path": "a"}}, r'image in line 3 of .* but {"path": "a"}$'),
-    "list of lists": ({"image": [["a.png"]]}, r"image in line 3 of .* list of names, but"),
-    "list with null": ({"image": ["a.png", None]}, r"image in line 3 of .* list of names, but"),
+    "id null": ({"question_id": None}, r"question_id in line 3 of .* whole number, not null"),
+    "id true": ({"question_id": True}, r"question_id in line 3 of .* whole number, not true"),
+    "id list": ({"question_id": [1]}, r"question_id in line 3 of .* whole number, not \[1\]"),
+    "id broken": ({"question_id": 1.5}, r"question_id in line 3 of .* whole number, not 1\.5"),
+    "image number": ({"image": 0}, r"image in line 3 of .* not 0$"),
+    "image false": ({"image": False}, r"image in line 3 of .* not false$"),
+    "image object": ({"image": {"path": "a"}}, r'image in line 3 of .* not {"path": "a"}$'),
+    "list of lists": ({"image": [["a.png"]]}, r"image in line 3 of .* list of names, not"),
+    "list with null": ({"image": ["a.png", None]}, r"image in line 3 of .* list of names, not"),
     "too few marks": (
         {"image": ["a.png", "b.png"], "text": "<image>\nWhich?"},
         r"text in line 3 of .* marks 1 images, and `image` names 2",
@@ -120,30 +117,30 @@ SCIENCE = {"id": "1", "image": "a.png", "conversations": [{"from": "human", "val
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": None}, "id in question 2 of .* but null"),
+        ({"id": None}, "id in question 2 of .* not null"),
         ({"image": ["a", "b"]}, "image in question 2 of .* is a list"),
-        ({"image": 5}, "image in question 2 of .* but 5"),
+        ({"image": 5}, "image in question 2 of .* not 5"),
         ({"conversations": []}, "question 2 of .* has no first turn"),
         ({"conversations": {}}, "question 2 of .* has no first turn"),
-        ({"conversations": ["Which?"]}, "first turn of question 2 of .* is no JSON object"),
-        ({"conversations": [{"value": None}]}, "value in the first turn of question 2 .* but null"),
+        ({"conversations": ["Which?"]}, "first turn of question 2 of .* is not a JSON object"),
+        ({"conversations": [{"value": None}]}, "value in the first turn of question 2 .* not null"),
     ],
 )
 def test_science_questions(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "q.json").write_text(json.dumps([SCIENCE, SCIENCE | change]))
     with pytest.raises(TaskError, match=message):
-        ScienceQA(tmp_path / "q.json", tmp_path, "").items()
+        ScienceQAFile(tmp_path / "q.json", tmp_path, "").items()
 
 
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("questions.jsonl", {"text": None}, "text in line 1 of .* but null"),
-        ("questions.jsonl", {"image": ["a"]}, r'image in line 1 of .* but \["a"\]'),
-        ("questions.jsonl", {"question_id": None}, "question_id in line 1 of .* but null"),
-        ("questions.jsonl", {"category": {}}, "category in .* but {}"),
-        ("answers.jsonl", {"answer": None}, "answer in line 1 of .* but null"),
-        ("answers.jsonl", {"answer": [1]}, r"answer in line 1 of .* but \[1\]"),
+        ("questions.jsonl", {"text": None}, "text in line 1 of .* not null"),
+        ("questions.jsonl", {"image": ["a"]}, r'image in line 1 of .* not \["a"\]'),
+        ("questions.jsonl", {"question_id": None}, "question_id in line 1 of .* not null"),
+        ("questions.jsonl", {"category": {}}, "category in .* not {}"),
+        ("answers.jsonl", {"answer": None}, "answer in line 1 of .* not null"),
+        ("answers.jsonl", {"answer": [1]}, r"answer in line 1 of .* not \[1\]"),
     ],
 )
 def test_llava_tiny(tmp_path: Path, file: str, change: dict[str, Any], message: str) -> None:
@@ -166,7 +163,7 @@ def test_a_scene_that_cannot_be_drawn(tmp_path: Path) -> None:
 def test_mmbench_without_a_question(tmp_path: Path) -> None:
     write(tmp_path / "q.tsv", "index\tquestion\tA\timage", "1\tNone\ta\tQQ==")
     with pytest.raises(TaskError, match=r"row 1 of .* has no question"):
-        MMBench(tmp_path / "q.tsv", "", False).items()
+        MMBenchTable(tmp_path / "q.tsv", "", False).items()
 
 
 def test_a_column_of_endless_numbers(tmp_path: Path) -> None:
@@ -180,27 +177,33 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES: list[tuple[str, str, tuple[Any, ...], Any, str]] = [
-    ("mmmu", "mmmu/validation.jsonl", (0, "answer"), None, "answer of question .* but None"),
-    ("mmmu", "mmmu/validation.jsonl", (0, "answer"), [None], "answer of question .* but None"),
-    ("mmmu", "mmmu/validation.jsonl", (0, "options"), ["a", None], "an option of .* but None"),
+    ("mmmu", "mmmu/validation.jsonl", (0, "answer"), None, "answer of question .* not None"),
+    ("mmmu", "mmmu/validation.jsonl", (0, "answer"), [None], "answer of question .* not None"),
+    ("mmmu", "mmmu/validation.jsonl", (0, "options"), ["a", None], "an option of .* not None"),
     ("mmmu", "mmmu/validation.jsonl", (0, "question_type"), None, "question_type of .* is null"),
-    ("mmmu", "mmmu/validation.jsonl", (0, "question"), None, "question in line 1 .* but null"),
-    ("mmmu", "mmmu/validation.jsonl", (0, "id"), True, "id in line 1 .* but true"),
-    ("pope", "pope/llava_pope_test.jsonl", (2, "text"), None, "text in line 3 .* but null"),
-    ("pope", "pope/llava_pope_test.jsonl", (2, "image"), ["a"], "image in line 3 .* but"),
+    ("mmmu", "mmmu/validation.jsonl", (0, "question"), None, "question in line 1 .* not null"),
+    ("mmmu", "mmmu/validation.jsonl", (0, "id"), True, "id in line 1 .* not true"),
+    ("pope", "pope/llava_pope_test.jsonl", (2, "text"), None, "text in line 3 .* not null"),
+    ("pope", "pope/llava_pope_test.jsonl", (2, "image"), ["a"], "image in line 3 .* not"),
     ("pope", "pope/llava_pope_test.jsonl", (2, "question_id"), True, "question_id in line 3"),
-    ("vizwiz", "vizwiz/llava_test.jsonl", (0, "image"), None, "image in line 1 .* but null"),
+    ("vizwiz", "vizwiz/llava_test.jsonl", (0, "image"), None, "image in line 1 .* not null"),
     (
         "llava-bench",
         "llava-bench-in-the-wild/questions.jsonl",
         (0, "category"),
         [1],
-        r"category of question .* but \[1\]",
+        r"category of question .* not \[1\]",
     ),
     ("scienceqa", "scienceqa/problems.json", ("1", "answer"), 1.0, "problem 1 .* is damaged"),
     ("scienceqa", "scienceqa/problems.json", ("1", "answer"), True, "problem 1 .* is damaged"),
-    ("scienceqa", "scienceqa/llava_test_CQM-A.json", (0, "image"), ["a", "b"], "but a list"),
-    ("scienceqa", "scienceqa/llava_test_CQM-A.json", (0, "image"), False, "but false"),
+    (
+        "scienceqa",
+        "scienceqa/llava_test_CQM-A.json",
+        (0, "image"),
+        ["a", "b"],
+        "image in .* is a list",
+    ),
+    ("scienceqa", "scienceqa/llava_test_CQM-A.json", (0, "image"), False, "not false"),
     (
         "textvqa",
         "textvqa/TextVQA_0.5.1_val.json",
@@ -220,14 +223,14 @@ CASES: list[tuple[str, str, tuple[Any, ...], Any, str]] = [
         "seed_bench/SEED-Bench.json",
         ("questions", 0, "answer"),
         3,
-        "answer in question 1 .* is no text but 3",
+        "answer in question 1 .* must be text, not 3",
     ),
     (
         "gqa",
         "gqa/data/testdev_balanced_questions.json",
         ("200000000", "isBalanced"),
         "false",
-        "isBalanced of question 200000000 .* not true or false",
+        "isBalanced of question 200000000 .* must be true or false",
     ),
 ]
 
@@ -350,9 +353,9 @@ def pope_words(root: Path, answers: Path, out: Path) -> dict[str, Path]:
 
 Words = Callable[[Path, Path, Path], dict[str, Any]]
 PROGRAMS: dict[str, tuple[Callable[[list[str]], int], str, Words]] = {
-    "pope": (eval_pope.main, "pope/llava_pope_test.jsonl", pope_words),
+    "pope": (score.eval_pope, "pope/llava_pope_test.jsonl", pope_words),
     "textvqa": (
-        eval_textvqa.main,
+        score.eval_textvqa,
         "textvqa/llava_textvqa_val_v051_ocr.jsonl",
         lambda root, answers, out: {
             "--annotation-file": root / "textvqa/TextVQA_0.5.1_val.json",
@@ -360,17 +363,17 @@ PROGRAMS: dict[str, tuple[Callable[[list[str]], int], str, Words]] = {
         },
     ),
     "gqa": (
-        gqa.main,
+        convert.convert_gqa,
         "gqa/llava_gqa_testdev_balanced.jsonl",
         lambda root, answers, out: {"--src": answers, "--dst": out},
     ),
     "mmvet": (
-        mmvet.main,
+        convert.convert_mmvet,
         "mm-vet/llava-mm-vet.jsonl",
         lambda root, answers, out: {"--src": answers, "--dst": out},
     ),
     "vizwiz": (
-        vizwiz.main,
+        convert.convert_vizwiz,
         "vizwiz/llava_test.jsonl",
         lambda root, answers, out: {
             "--annotation-file": root / "vizwiz/llava_test.jsonl",
@@ -379,7 +382,7 @@ PROGRAMS: dict[str, tuple[Callable[[list[str]], int], str, Words]] = {
         },
     ),
     "seed": (
-        seed_bench.main,
+        convert.convert_seed_bench,
         "seed_bench/llava-seed-bench.jsonl",
         lambda root, answers, out: {
             "--annotation-file": root / "seed_bench/SEED-Bench.json",
@@ -388,12 +391,12 @@ PROGRAMS: dict[str, tuple[Callable[[list[str]], int], str, Words]] = {
         },
     ),
     "mme": (
-        mme.main,
+        convert.convert_mme,
         "MME/llava_mme.jsonl",
         lambda root, answers, out: {"--experiment": "a", "--dir": root / "MME"},
     ),
     "vqav2": (
-        vqav2.main,
+        convert.convert_vqav2,
         "vqav2/llava_vqav2_mscoco_test2015.jsonl",
         lambda root, answers, out: {"--dir": root / "vqav2", "--ckpt": "a", "--split": "s"},
     ),
@@ -440,7 +443,7 @@ def test_labels_of_pope_are_yes_or_no(playground: Path, tmp_path: Path) -> None:
     rows = load(tmp_path / "data/pope/llava_pope_test.jsonl")
     write(answers, *({"question_id": row["question_id"], "text": "yes"} for row in rows))
     with pytest.raises(TaskError, match=r"label in line 2 of .* is null"):
-        eval_pope.confusions(path.parent, tmp_path / "data/pope/llava_pope_test.jsonl", answers)
+        score.pope_confusions(path.parent, tmp_path / "data/pope/llava_pope_test.jsonl", answers)
 
 
 def test_science_letters_that_do_not_reach(
@@ -453,7 +456,7 @@ def test_science_letters_that_do_not_reach(
     words = ["--base-dir", tmp_path, "--result-file", tmp_path / "a.jsonl", "--options", "AB"]
     words += ["--output-file", tmp_path / "o", "--output-result", tmp_path / "r"]
     with pytest.raises(SystemExit) as stop:
-        eval_science_qa.main([str(word) for word in words])
+        score.eval_science_qa([str(word) for word in words])
     assert stop.value.code == 2
     assert re.search("problem 1 is number 3, .* only 2 letters", capsys.readouterr().err)
 
@@ -466,5 +469,5 @@ def test_mmbench_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for value in (None, True, [1], 1.5):
         write(tmp_path / "e.jsonl", {"question_id": value, "text": "A"})
         with pytest.raises(SystemExit) as stop:
-            mmbench.main([str(word) for word in words])
+            convert.convert_mmbench([str(word) for word in words])
         assert stop.value.code == 2 and "question_id in line 1" in capsys.readouterr().err

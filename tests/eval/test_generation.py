@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from llava.eval.arms import Arm
-from llava.eval.generation import Decoded, decode, end_tokens, row_seed, until_end
-from llava.eval.plan import Plan
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.decode import Decoded, decode, end_tokens, row_seed, until_end
+from llava.eval.engine.request import Arm
+from llava.eval.engine.runner import Runner
 from llava.eval.prompts import question_prompt
-from llava.eval.runner import Runner
 from llava.eval.tasks.base import Item
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.call_context import padding_side
@@ -116,12 +116,12 @@ def answers(make_runner: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch)
         rows[:] = decoded.tokens
         return decoded
 
-    monkeypatch.setattr("llava.eval.runner.decode", watched)
+    monkeypatch.setattr("llava.eval.engine.runner.decode", watched)
 
     def answer(sampling: Sampling) -> tuple[list[str], Rows]:
         runner = make_runner(sampling=sampling)
         runner.plan = Plan.of(questions(runner), 3)
-        ((records, _),) = runner.run([Arm("none", "none")])
+        ((records, _),) = runner.run([Arm("none")])
         assert [record["index"] for record in records] == [0, 1, 2]
         return [record["answer"] for record in records], list(rows)
 

@@ -11,8 +11,8 @@ import pytest
 
 from llava.eval import model_vqa_loader, run_llava
 from llava.eval.__main__ import main
-from llava.eval.compare import read_arm
-from llava.eval.paper_tables.spec import FOLDER, load_table
+from llava.eval.commands.compare import read_arm
+from llava.eval.tables.spec import FOLDER, load_table
 from llava.model.builder import load_pretrained_model
 
 NAME = "somebody/llava-v1.5-random"

@@ -15,11 +15,11 @@ from PIL import Image
 from tiny_llava import draw_picture
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.arms import Arm
-from llava.eval.generation import row_seed
-from llava.eval.plan import Plan
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.decode import row_seed
+from llava.eval.engine.request import Arm, parse_arm
+from llava.eval.engine.runner import Runner
 from llava.eval.prompts import question_prompt
-from llava.eval.runner import Runner
 from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.loaded import LoadedModel, load_model
@@ -29,13 +29,7 @@ from llava.utils import UserInputError
 
 GREEDY = Sampling(temperature=0, max_new_tokens=5)
 SHAPES = (("a",), (), ("b", "a"), ("b",), ("c", "a", "b"), ("a",))
-ARMS = (
-    Arm("none", "none"),
-    Arm("random@48", "random", "random", 48),
-    Arm("zoo-exact@48", "zoo", "zoo-exact", 48),
-    Arm("mmtok@48", "mmtok", "mmtok", 48),
-    Arm("ratio", "grid", "grid", ratio=0.1),
-)
+ARMS = tuple(map(parse_arm, ("none", "random@48", "zoo-exact@48", "mmtok@48", "grid@0.1")))
 
 
 class Pictures(Benchmark):
@@ -115,7 +109,7 @@ def generated(subject: LoadedModel, item: Item, arm: Arm, sampling: Sampling = G
     images = [Pictures().load_image(name) for name in item.images]
     prompt = question_prompt(item.text, subject.template, model.config, len(images))
     ids = tokenizer_image_token(prompt, subject.tokenizer, return_tensors="pt")[None]
-    with prune(model, arm.pruning(3)):
+    with prune(model, arm.seeded(3)):
         output = model.generate(
             inputs=ids,
             images=process_images(images, subject.image_processor, model.config)
@@ -159,7 +153,7 @@ def test_prompts_without_room_for_their_images(subject: LoadedModel) -> None:
     """Where a prompt is too long for the model, its images share what room there is."""
     subject.model.config.tokenizer_model_max_length = 260  # of which about 160 are text
     try:
-        arm = Arm("zoo-exact@48", "zoo", "zoo-exact", 48)
+        arm = parse_arm("zoo-exact@48")
         runner = runner_of(subject, Pictures())
         records = answers_of(runner, [arm])
         three = runner.plan.items[4]
@@ -175,7 +169,7 @@ def test_prompts_without_room_for_their_images(subject: LoadedModel) -> None:
 
 def test_controls_show_other_images_or_none(subject: LoadedModel) -> None:
     runner = runner_of(subject, Pictures())
-    arms = [Arm("other", "other", image="other"), Arm("absent", "absent", image="absent")]
+    arms = [Arm("other", image="other"), Arm("absent", image="absent")]
     records = answers_of(runner, arms)
     assert records["other", 2]["images"] == ["b", "a"]
     assert (

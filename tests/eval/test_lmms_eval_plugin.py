@@ -26,7 +26,7 @@ MODEL = Path(__file__).parents[2] / "playground/llava-tiny"
 @pytest.fixture(scope="module")
 def plugin() -> ModuleType:
     torch.set_num_threads(1)
-    from llava.eval.plugins import lmms_eval
+    from llava.eval import lmms_eval
 
     return lmms_eval
 

@@ -10,8 +10,15 @@ from PIL import Image
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.eval.plugins.lmms_arguments import batch_size_of, device_of, dtype_of
-from llava.eval.plugins.lmms_prompts import Prompt, join, pictures_of, read_messages
+from llava.eval.lmms_inputs import (
+    Prompt,
+    batch_size_of,
+    device_of,
+    dtype_of,
+    join,
+    pictures_of,
+    read_messages,
+)
 from llava.mm_utils import tokenizer_image_token
 from llava.model.loaded import LoadedModel
 from llava.sampling import Sampling

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 from tiny_llava import write_lines
 
-from llava.eval import execution
-from llava.eval.model_vqa_mmbench import MMBench
+from llava.eval.engine import run as execution
+from llava.eval.llava_scripts.vqa import MMBenchTable
 from llava.eval.prompts import question_prompt
-from llava.eval.vqa import build_parser
 from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.loaded import LoadedModel, load_model
@@ -243,7 +242,7 @@ def test_science(
     monkeypatch: pytest.MonkeyPatch,
     suffix: str,
 ) -> None:
-    monkeypatch.setattr("llava.eval.vqa.QuestionList.max_new_tokens", 4)
+    monkeypatch.setattr("llava.eval.llava_scripts.vqa.QuestionList.max_new_tokens", 4)
     extra = ["--single-pred-prompt"] if suffix else []
     assert script("model_vqa_science", science, *extra) == 0
     first, second = lines(tmp_path / "answers.jsonl")
@@ -280,7 +279,7 @@ def test_mmbench(
     subject: LoadedModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llava.eval.vqa.QuestionList.max_new_tokens", 4)
+    monkeypatch.setattr("llava.eval.llava_scripts.vqa.QuestionList.max_new_tokens", 4)
     assert script("model_vqa_mmbench", table, "--single-pred-prompt", "--lang", "cn") == 1
     answered = lines(tmp_path / "answers.jsonl")
     assert list(answered[0]) == [
@@ -297,7 +296,7 @@ def test_mmbench(
 
 
 def test_mmbench_rounds(table: Path) -> None:
-    items = MMBench(table, LETTER, all_rounds=True).items()
+    items = MMBenchTable(table, LETTER, all_rounds=True).items()
     assert [item.question_id for item in items] == [1000003, 1000003, 7, 7, 9, 9]
     turned = items[1]
     assert turned.text == f"Look well.\nWhich colour?\nA. blue\nB. red{LETTER}"
@@ -312,10 +311,10 @@ def test_mmbench_rounds(table: Path) -> None:
     [
         ("model_vqa", '{"question_id": 1, "text": "a', "line 1 of"),
         ("model_vqa", '{"question_id": 1}\n', "lacks text"),
-        ("model_vqa", "[]\n", "no JSON object"),
+        ("model_vqa", "[]\n", "not a JSON object"),
         ("model_vqa_science", '[{"id": 1', "is damaged, it is not JSON"),
         ("model_vqa_science", '[{"id": 1, "conversations": []}]', "no first turn"),
-        ("model_vqa_science", "{}", "no JSON array"),
+        ("model_vqa_science", "{}", "must contain a JSON array"),
         ("model_vqa_mmbench", "index\tquestion\n1\tWhat?\n", "lacks the columns A, image"),
         ("model_vqa_mmbench", "index\tquestion\tA\timage\n1\tWhat?\n", "cut short"),
         ("model_vqa_mmbench", 'index\tquestion\tA\timage\n1\t"What?\n', "is damaged"),
@@ -324,7 +323,7 @@ def test_mmbench_rounds(table: Path) -> None:
         (
             "model_vqa_mmbench",
             "index\tquestion\tA\timage\n1\tW\ta\tb\n1\tW\ta\tb\n",
-            "holds the index 1 twice",
+            "has the index 1 twice",
         ),
     ],
 )
@@ -367,9 +366,9 @@ def test_bad_flags(
 @pytest.mark.parametrize("module", MODULES)
 def test_flags_of_llava(module: str) -> None:
     """What LLaVA's own shell scripts pass is understood, with its defaults."""
-    program = importlib.import_module(f"llava.eval.{module}").PROGRAM
+    parser = importlib.import_module(f"llava.eval.{module}").main.parser()
     words = ["--model-path", "m", "--question-file", "q", "--answers-file", "a"]
-    args = build_parser(program).parse_args(words)
+    args = parser.parse_args(words)
     assert (args.temperature, args.top_p, args.num_beams) == (0.2, None, 1)
     assert (args.num_chunks, args.chunk_idx, args.model_base, args.pruner) == (1, 0, None, None)
     assert getattr(args, "max_new_tokens", 1024) == (128 if module.endswith("loader") else 1024)
@@ -380,7 +379,7 @@ def test_flags_of_llava(module: str) -> None:
         full.append("--single-pred-prompt")
     if module == "model_vqa_mmbench":
         full += ["--lang", "cn", "--all-rounds"]
-    build_parser(program).parse_args([*words, *full])
+    parser.parse_args([*words, *full])
 
 
 def test_the_setting_a_checkpoint_was_saved_with(
@@ -396,6 +395,6 @@ def test_the_setting_a_checkpoint_was_saved_with(
     assert script("model_vqa_loader", questions, *flags, answers="compact") == 0
     (run,) = (tmp_path / ".answers.jsonl.run" / "runs").iterdir()
     (arm,) = json.loads((run / "run.json").read_text())["arms"].values()
-    assert arm["options"] == {"positions": "original"} and arm["budget"] == 40
+    assert arm["pruning"] == config["mm_token_pruning"]
     texts = [[line["text"] for line in lines(tmp_path / n)] for n in ("answers.jsonl", "compact")]
     assert texts[0] != texts[1]

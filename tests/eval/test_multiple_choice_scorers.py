@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import eval_science_qa
-from llava.eval.converters import mmbench, mmvet, seed_bench
-from llava.eval.scorers.mmbench import circular, match_option
-from llava.eval.scorers.science_qa import FAILED, judge, parse_letter
-from llava.eval.tasks.tsv import read_table
+from llava.eval.llava_scripts.convert import convert_mmvet, convert_seed_bench
+from llava.eval.llava_scripts.score import eval_science_qa
+from llava.eval.tasks.base import TaskError
+from llava.eval.tasks.mmbench import circular, match_option
+from llava.eval.tasks.scienceqa import FAILED, judge, parse_letter
+from llava.eval.tasks.tsv import read_table, write_xlsx
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +37,7 @@ def test_science_qa_golden(
     goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = goldens / "scorers" / "science_qa"
-    assert eval_science_qa.main(science_qa(folder, tmp_path)) == 0
+    assert eval_science_qa(science_qa(folder, tmp_path)) == 0
     assert capsys.readouterr().out == json.loads((folder / "case.json").read_text())["stdout"]
     for name in ("output", "result"):
         assert (tmp_path / f"{name}.json").read_text() == (
@@ -75,7 +76,7 @@ def test_science_qa_without_images_has_no_image_accuracy(
 ) -> None:
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"question_id": "100", "prompt": "q", "text": "A"}\n')
-    eval_science_qa.main(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
+    eval_science_qa(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
     assert capsys.readouterr().out.endswith("Correct: 1, Accuracy: 1.43%, IMG-Accuracy: n/a\n")
 
 
@@ -84,7 +85,7 @@ def test_science_qa_without_images_has_no_image_accuracy(
     [
         (['{"question_id": "100", "prompt": "", "text": "A"}'] * 2, "100 twice"),
         (['{"question_id": "no", "prompt": "", "text": "A"}'], "not in .*problems.json"),
-        (['{"question_id": "100", "prompt": "", "text": null}'], "is no text"),
+        (['{"question_id": "100", "prompt": "", "text": null}'], "must be text"),
         (['{"question_id": "100", "text": "A"}'], "lacks prompt"),
         (['{"question_id": "100", "prom'], "line 1 of .* is damaged"),
     ],
@@ -99,7 +100,7 @@ def test_science_qa_refuses_unusable_answers(
     answers = tmp_path / "answers.jsonl"
     answers.write_text("\n".join(lines))
     with pytest.raises(SystemExit) as stop:
-        eval_science_qa.main(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
+        eval_science_qa(science_qa(goldens / "scorers" / "science_qa", tmp_path, answers))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
@@ -112,7 +113,7 @@ def test_seed_golden(convert: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         *("--result-file", str(convert / "seed_results.jsonl")),
         *("--result-upload-file", str(tmp_path / "upload.jsonl")),
     ]
-    assert seed_bench.main(arguments) == 0
+    assert convert_seed_bench(arguments) == 0
     case = json.loads((convert / "case.json").read_text())
     assert capsys.readouterr().out == case["conversions"]["seed"]["stdout"]
     assert (tmp_path / "upload.jsonl").read_text() == (convert / "seed_expected.jsonl").read_text()
@@ -129,7 +130,7 @@ def test_seed_with_missing_answers_scores_them_wrong_and_writes_nothing(
         *("--result-upload-file", str(tmp_path / "upload.jsonl")),
     ]
     with pytest.raises(SystemExit) as stop:
-        seed_bench.main(arguments)
+        convert_seed_bench(arguments)
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert "Total accuracy: 2.00%" in printed.out
@@ -139,7 +140,7 @@ def test_seed_with_missing_answers_scores_them_wrong_and_writes_nothing(
 
 def test_mmvet_golden(convert: Path, tmp_path: Path) -> None:
     arguments = ["--src", str(convert / "mmvet_src.jsonl"), "--dst", str(tmp_path / "out.json")]
-    assert mmvet.main(arguments) == 0
+    assert convert_mmvet(arguments) == 0
     assert (tmp_path / "out.json").read_text() == (convert / "mmvet_expected.json").read_text()
 
 
@@ -166,7 +167,7 @@ def test_mmbench_golden(convert: Path, tmp_path: Path) -> None:
 
 def test_mmbench_keeps_text_that_looks_like_a_formula(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed (llava[eval])")
-    mmbench.write_xlsx(tmp_path / "a.xlsx", ["x"], [["=1+1"], ["a\x00b"], [3]])
+    write_xlsx(tmp_path / "a.xlsx", ["x"], [["=1+1"], ["a\x00b"], [3]])
     sheet = openpyxl.load_workbook(tmp_path / "a.xlsx").active
     assert [cell.data_type for cell in sheet["A"]] == ["s", "s", "s", "n"]
     assert [cell.value for cell in sheet["A"]] == ["x", "=1+1", "ab", 3]
@@ -176,8 +177,8 @@ def test_mmbench_without_openpyxl_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(mmbench.TaskError, match=r"pip install 'llava\[eval\]'"):
-        mmbench.write_xlsx(tmp_path / "a.xlsx", ["x"], [])
+    with pytest.raises(TaskError, match=r"pip install 'llava\[eval\]'"):
+        write_xlsx(tmp_path / "a.xlsx", ["x"], [])
 
 
 OPTIONS = {"A": "a red car", "B": "a blue car", "C": "no car"}
@@ -236,5 +237,5 @@ def test_tables_read_cells_as_published(tmp_path: Path) -> None:
 def test_damaged_tables(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "a.tsv"
     path.write_text(text)
-    with pytest.raises(mmbench.TaskError, match=message):
+    with pytest.raises(TaskError, match=message):
         read_table(path, columns=("index",))

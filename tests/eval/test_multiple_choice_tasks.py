@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.eval.scorers.mmmu import open_is_correct, parse_choice, parse_open
 from llava.eval.tasks.base import Benchmark, TaskError
 from llava.eval.tasks.files import OPTION_LETTER, OPTION_LETTER_CN, SHORT_ANSWER
 from llava.eval.tasks.mmbench import ROTATION, MMBench, MMBenchCN
-from llava.eval.tasks.mmmu import MMMU
+from llava.eval.tasks.mmmu import MMMU, open_is_correct, parse_choice, parse_open
 from llava.eval.tasks.open_ended import LLaVABench, MMVet
 from llava.eval.tasks.scienceqa import ScienceQA
 from llava.eval.tasks.seed_bench import SEEDBench
@@ -147,8 +146,8 @@ def test_mmbench_with_none_for_the_right_option_is_wrong_whatever_is_said(tmp_pa
     ("row", "message"),
     [
         ({"A": "", "B": ""}, "no question or no options"),
-        ({"answer": "AB"}, "is no letter"),
-        ({"index": "x"}, "whole number"),
+        ({"answer": "AB"}, "must be a letter of ABCD"),
+        ({"index": "x"}, "must be whole numbers"),
         ({"index": "4"}, "index 4 twice"),
     ],
 )
@@ -253,11 +252,11 @@ def test_mmmu(tmp_path: Path) -> None:
     ("row", "message"),
     [
         (mmmu_row("7"), "id like validation_Accounting_1"),
-        (mmmu_choice("validation_Art_1", "null"), "is no list"),
+        (mmmu_choice("validation_Art_1", "null"), "is not a list"),
         (mmmu_choice("validation_Art_1") | {"options": None}, "needs options"),
         (mmmu_choice("validation_Art_1", "['one']"), "needs options"),
-        (mmmu_choice("validation_Art_1", "['cut"), "is no list"),
-        (mmmu_row(question=None), "is no text"),
+        (mmmu_choice("validation_Art_1", "['cut"), "is not a list"),
+        (mmmu_row(question=None), "must be text"),
     ],
 )
 def test_mmmu_refuses_questions(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -13,21 +13,21 @@ import pytest
 from PIL import Image
 
 from llava.eval.__main__ import main
-from llava.eval.paper_tables import command, load_table
-from llava.eval.paper_tables.collect import Filled, RunResult, fill, read_run
-from llava.eval.paper_tables.launch import Launch
-from llava.eval.paper_tables.plan import (
+from llava.eval.commands import paper_table as command
+from llava.eval.engine.request import arm_of
+from llava.eval.report.paper_table import records, to_csv, to_html, to_json, to_latex, to_markdown
+from llava.eval.report.plots import Point, pareto_front, points_of
+from llava.eval.tables import load_table
+from llava.eval.tables.fill import Filled, RunResult, fill, read_run
+from llava.eval.tables.launch import Launch
+from llava.eval.tables.plan import (
     Job,
-    Setting,
     plan,
     published_budget,
     scaled_budgets,
     unavailable,
 )
-from llava.eval.paper_tables.plots import Point, pareto_front, points_of
-from llava.eval.paper_tables.render import records, to_csv, to_json, to_latex, to_markdown
-from llava.eval.paper_tables.report import to_html
-from llava.eval.paper_tables.spec import KINDS, TableError, list_tables
+from llava.eval.tables.spec import KINDS, TableError, list_tables
 from llava.pruning import PruningConfig, list_methods
 
 MAIN = "table1_llava_v1_5_7b"
@@ -68,34 +68,31 @@ SPOT_CHECKS = [
 def fake_metrics(job: Job) -> dict:
     """What a run would write: scores that differ by task and arm, on the tasks' own scales."""
     arms = {}
-    for place, setting in enumerate(job.settings):
+    for place, arm in enumerate(job.arms):
         values = {"accuracy": 60.0, "mean_f1": 80.0, "perception": 1500.0, "image_accuracy": 70.0}
-        arms[setting.word] = {
-            "method": setting.method,
-            "budget": setting.budget,
-            "options": dict(setting.options),
+        arms[arm.name] = arm.to_dict() | {
             "metrics": {
                 key: {"value": value * (1 - place / 100), "se": 1.25, "n": 40, "scale": 100.0}
                 for key, value in values.items()
             },
-            "tokens_mean": 576.0 if setting.budget is None else float(setting.budget),
+            "tokens_mean": 576.0 if arm.budget is None else float(arm.budget),
             "failed_images": 0,
         }
-    return {"schema_version": 1, "task": job.task, "protocol": job.protocol, "arms": arms}
+    return {"schema_version": 2, "task": job.task, "protocol": job.protocol, "arms": arms}
 
 
 def fake_timings(job: Job) -> list[dict]:
     lines = []
     for batch in range(3):
-        for place, setting in enumerate(job.settings):
+        for place, arm in enumerate(job.arms):
             scale = 1000.0 if batch == 0 else 1.0  # the first batch of a process is slow
             lines.append(
                 {
                     "batch": batch,
-                    "arm": setting.word,
+                    "arm": arm.name,
                     "cold": batch == 0,
                     "encode_ms": 10.0 * scale,
-                    "prune_ms": None if setting.method == "none" else 2.0,
+                    "prune_ms": None if arm.method == "none" else 2.0,
                     "splice_ms": 1.0,
                     "prefill_ms": 89.0 / (place + 1),
                     "decode_ms": 5.0,
@@ -188,7 +185,7 @@ def test_an_unknown_table_or_a_broken_file_is_one_clear_error(tmp_path: Path) ->
 def test_a_run_answers_one_task_under_every_arm() -> None:
     jobs = plan(load_table(MAIN))
     assert [job.task for job in jobs] == [c.task for c in load_table(MAIN).columns]
-    words = [setting.word for setting in jobs[0].settings]
+    words = [arm.name for arm in jobs[0].arms]
     assert words[0] == "none" and len(set(words)) == len(words)
     assert "cen-prune:host=zoo@64" in words and "zoo-exact@192" in words
     assert not any(word.startswith("fastv") for word in words)
@@ -197,7 +194,7 @@ def test_a_run_answers_one_task_under_every_arm() -> None:
 def test_protocols_of_tiled_images_go_to_runs_of_their_own() -> None:
     jobs = [job for job in plan(load_table("llava_next_7b")) if job.task == "pope"]
     assert [job.next_protocol for job in jobs] == ["native", "fixed2880", "zoo-release", "spatial"]
-    assert all(job.settings[0] == Setting("none") for job in jobs)
+    assert all(job.arms[0] == arm_of(None) for job in jobs)
     assert len({job.folder for job in plan(load_table("llava_next_7b"))}) == 36
 
 
@@ -232,7 +229,7 @@ def test_cells_hold_gap_error_and_count() -> None:
 def test_retention_is_the_mean_of_ratios_to_the_unpruned_model() -> None:
     table = filled()
     row = next(r for r in table.rows if (r.row.method, r.budget) == ("zoo", 64))
-    arms = [setting.word for setting in plan(load_table(MAIN))[0].settings]
+    arms = [arm.name for arm in plan(load_table(MAIN))[0].arms]
     assert row.average.measured.value == pytest.approx(100 - arms.index("zoo@64"))
     assert row.average.gap == pytest.approx(row.average.measured.value - 95.20)
     assert table.rows[0].average.measured.value == pytest.approx(100)
@@ -289,11 +286,11 @@ def test_missing_cells_print_na_and_absent_methods_say_so() -> None:
 
 
 def test_a_demo_has_counts_and_no_gaps() -> None:
-    table = filled(no_gap="demo")
+    table = filled(demo=True)
     assert all(record["gap"] is None for record in records(table))
-    text = to_markdown(table, demo=True)
+    text = to_markdown(table)
     assert "DEMO" in text and "POPE (n=40)" in text and "gap" not in text
-    assert "DEMO" in to_latex(table, demo=True)
+    assert "DEMO" in to_latex(table)
 
 
 def test_times_leave_out_the_first_batch_and_are_paired() -> None:
@@ -359,7 +356,7 @@ def test_the_report_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
 def with_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every task of the tables counts as registered, and nothing is drawn."""
     names = [c.task for name in list_tables() for c in load_table(name).columns]
-    monkeypatch.setattr("llava.eval.paper_tables.plan.list_benchmarks", lambda: names)
+    monkeypatch.setattr("llava.eval.tables.plan.list_benchmarks", lambda: names)
     monkeypatch.setattr(command, "draw_overlays", lambda *_: False)
 
 
@@ -408,7 +405,7 @@ def test_a_failing_run_leaves_its_cells_empty_and_is_reported(
     printed = capsys.readouterr().out
     assert "the run of pope ended with exit code 2" in printed
     assert math.isclose(json.loads((tmp_path / f"{MAIN}.json").read_text())["samples"]["gqa"], 40)
-    assert not any(row.average.gap for row in filled(MAIN, no_gap="demo").rows)
+    assert not any(row.average.gap for row in filled(MAIN, demo=True).rows)
 
 
 def test_figures_of_an_earlier_run_do_not_stand_for_one_that_fails(

@@ -19,7 +19,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.eval import model_vqa_loader, model_vqa_mmbench, run_llava
 from llava.eval.__main__ import main
-from llava.eval.image_loading import ImageSource
+from llava.eval.engine.images import ImageSource
 from llava.eval.tasks.base import get_benchmark
 from llava.eval.tasks.question_file import QuestionFile
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -207,7 +207,7 @@ def test_pictures_in_the_table_of_mmbench(
     checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What cannot be read counts as one picture that cannot be read; the run goes on."""
-    monkeypatch.setattr("llava.eval.vqa.QuestionList.max_new_tokens", 4)
+    monkeypatch.setattr("llava.eval.llava_scripts.vqa.QuestionList.max_new_tokens", 4)
     content = (folder / "turned.png").read_bytes()
     bomb = bytearray(content)
     bomb[16:24] = (12_000).to_bytes(4) + (9_000).to_bytes(4)  # 108 megapixels, in the header

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from llava.eval.__main__ import main
-from llava.eval.preparation.layout import Layout
-from llava.eval.preparation.plans import PLANS
-from llava.eval.tasks.base import TaskError, get_benchmark, list_benchmarks
+from llava.eval.data.check import list_prepared
+from llava.eval.data.layout import Layout
+from llava.eval.tasks.base import Benchmark, Sources, TaskError, get_benchmark, list_benchmarks
 
 NEEDS_DATASETS = "the library datasets is not installed (llava[data])"
 
@@ -124,17 +124,27 @@ FIRST_TEXT = {
 }
 
 
+def expect(monkeypatch: pytest.MonkeyPatch, task: str, count: int) -> None:
+    """Hold a benchmark to `count` questions, one of them with an image where not all have one."""
+    cls = get_benchmark(task)
+    published = cls.sources
+
+    def sources(benchmark: Benchmark) -> Sources:
+        found = published(benchmark)
+        assert found is not None
+        with_image = None if found.with_image is None else 1
+        more = benchmark.protocol == "all"
+        return replace(found, count=count + more, with_image=with_image)
+
+    monkeypatch.setattr(cls, "sources", sources)
+
+
 @pytest.fixture(autouse=True)
-def small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Published counts, replaced by those of the small files here."""
     counts = {"gqa": 2, "mme": 2, "pope": 3, "scienceqa": 2}
-    for task, protocols in PLANS.items():
-        for protocol, plan in protocols.items():
-            with_image = None if plan.with_image is None else 1
-            small = replace(plan, count=counts.get(task, 1), with_image=with_image)
-            if protocol == "all":
-                small = replace(small, count=2)
-            monkeypatch.setitem(protocols, protocol, small)
+    for task in list_prepared():
+        expect(monkeypatch, task, counts.get(task, 1))
 
 
 def write_dataset(folder: Path, task: str) -> Path:
@@ -157,10 +167,28 @@ def prepare(*arguments: str | Path) -> int:
     return main(["prepare", *map(str, arguments)])
 
 
-def test_every_benchmark_has_a_plan_for_every_protocol() -> None:
-    for name in list_benchmarks():
-        if name != "llava-tiny":  # comes with the package
-            assert PLANS[name].keys() == get_benchmark(name).protocols.keys()
+def test_every_benchmark_says_where_its_data_come_from_for_every_protocol(tmp_path: Path) -> None:
+    assert set(list_benchmarks()) - set(list_prepared()) == {"llava-tiny"}  # in the package
+    for name in list_prepared():
+        for protocol in get_benchmark(name).protocols:
+            sources = get_benchmark(name)(tmp_path, protocol).sources()
+            assert sources is not None and sources.files and sources.originals
+            places = [*sources.files, *filter(None, (sources.images, sources.tree))]
+            assert all(path.is_relative_to(tmp_path) for path in places)
+
+
+def test_published_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    found = {}
+    for name in list_prepared():
+        for protocol in get_benchmark(name).protocols:
+            sources = get_benchmark(name)(tmp_path, protocol).sources()
+            assert sources is not None
+            found[name, protocol] = sources.count
+    assert found["vqav2", "val"] == 214_354 and found["vqav2", "test-dev"] == 107_394
+    assert found["seed", "image"] == 14_233 and found["textvqa", "no-ocr"] == 5_000
+    uncounted = [name for name, count in found.items() if count is None]
+    assert {name for name, _ in uncounted} == {"mmbench", "mmbench-cn", "seed"}
 
 
 @pytest.mark.parametrize("task", ROWS)
@@ -195,10 +223,10 @@ def test_an_interrupted_preparation_goes_on(
     written: list[str] = []
     write = Layout.write
 
-    def counted(layout: Layout, path: str, content: bytes) -> None:
+    def counted(layout: Layout, path: Path, content: str | bytes) -> None:
         if len(written) == 1:
             raise KeyboardInterrupt
-        written.append(path)
+        written.append(path.name)
         write(layout, path, content)
 
     monkeypatch.setattr(Layout, "write", counted)
@@ -208,7 +236,7 @@ def test_an_interrupted_preparation_goes_on(
     monkeypatch.undo()
     first = root / "seed_bench" / "SEED-Bench-image" / "a_1"
     stamp = first.stat().st_mtime_ns
-    monkeypatch.setitem(PLANS["seed"], "image", replace(PLANS["seed"]["image"], count=1))
+    expect(monkeypatch, "seed", 1)
     assert prepare("seed", "--from", source, "--data-root", root) == 0
     assert first.stat().st_mtime_ns == stamp  # written once
 
@@ -250,7 +278,7 @@ def test_another_schema_names_the_columns(
     assert prepare("llava-bench", "--from", source, "--data-root", tmp_path / "eval") == 2
     assert "lacks the columns category, image_id; it has" in error_line(capsys)
     assert prepare("mmvet", "--from", source, "--data-root", tmp_path / "eval") == 2
-    assert "holds no test-*.parquet of lmms-lab/MMVet" in error_line(capsys)
+    assert "has no test-*.parquet of lmms-lab/MMVet" in error_line(capsys)
 
 
 def test_damaged_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,7 +358,7 @@ def test_archives_that_are_cut_short(
 def test_check_alone_goes_through_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare("--check", "--data-root", tmp_path) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == list(PLANS)
+    assert [line.split(":")[0] for line in lines] == list_prepared()
     assert all("python -m llava.eval prepare" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 
@@ -341,7 +369,7 @@ def test_a_wrong_revision_is_told_by_its_count(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(PLANS["pope"], "llava", replace(PLANS["pope"]["llava"], count=8_910))
+    expect(monkeypatch, "pope", 8_910)
     assert prepare("pope", "--from", pope_archive, "--data-root", tmp_path / "eval") == 2
     assert "there are 3 questions, published are 8,910" in error_line(capsys)
 
@@ -432,7 +460,7 @@ def test_unusable_arguments(
 @pytest.mark.parametrize("path", ["../a.jpg", "/a.jpg", "a/../../b.jpg", ""])
 def test_names_do_not_lead_out_of_the_root(tmp_path: Path, path: str) -> None:
     with pytest.raises(TaskError, match="leads out of the data root"):
-        Layout(tmp_path / "root").image(path, cell())
+        Layout(tmp_path / "root").image(tmp_path / "root" / path, cell())
 
 
 def test_cells_of_tables_keep_their_image_bytes(tmp_path: Path) -> None:

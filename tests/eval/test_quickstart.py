@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llava.eval import provenance
-from llava.eval import quickstart as command
 from llava.eval.__main__ import main
-from llava.eval.quickstart import FILES, PICTURES, describe
-from llava.eval.tables import full_section, render
-from llava.eval.tasks.question_file import QuestionFile
-from llava.model.loaded import load_model
+from llava.eval.commands import quickstart as command
+from llava.eval.commands.quickstart import PICTURES, TABLE
+from llava.eval.engine import provenance
+from llava.eval.engine.provenance import identify
+from llava.eval.engine.run import FILES
+from llava.eval.report.result import full_section, render
 from llava.pruning import list_methods
 from llava.pruning.catalogue import figures
 
@@ -47,20 +47,26 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def unpruned(output: Path) -> dict:
+    """Accuracy of the unpruned model."""
+    return read(output / "metrics.json")["arms"]["none"]["metrics"]["accuracy"]
+
+
 def test_files_and_their_contents(output: Path, checkpoint: Path) -> None:
-    for name in (*FILES, *PICTURES):
+    for name in (*FILES, TABLE, *PICTURES):
         assert (output / name).stat().st_size > 0
     info = read(output / "run.json")
-    assert info["status"] == "done" and info["schema_version"] == 1
-    assert info["config"]["seed"] == 0 and info["config"]["methods"][0] == "none"
+    assert info["status"] == "done" and info["schema_version"] == 2
+    assert info["config"]["seed"] == 0 and next(iter(info["arms"])) == "none"
     assert info["versions"]["torch"] and info["machine"]["cpu_count"] >= 1
     assert info["wall_seconds"] > 0 and "quickstart" in info["command"]
-    rows = {row["arm"]: row for row in read(output / "metrics.json")["rows"]}
-    assert rows["none"]["accuracy"] == 1.0, "the fixture's answers are the model's own"
-    assert rows["random@64"]["accuracy"] < 1.0
-    assert set(rows["none"]["families"]) == {"color", "count"}
+    arms = read(output / "metrics.json")["arms"]
+    accuracy = {name: arm["metrics"]["accuracy"]["value"] for name, arm in arms.items()}
+    assert accuracy["none"] == 100.0, "the fixture's answers are the model's own"
+    assert accuracy["random@64"] < 100.0
+    assert set(arms["none"]["metrics"]) == {"accuracy", "color", "count"}
     answers = [json.loads(line) for line in (output / "answers.jsonl").open()]
-    assert len({line["answer_id"] for line in answers}) == len(answers) == 9 * len(rows)
+    assert len({line["answer_id"] for line in answers}) == len(answers) == 9 * len(arms)
 
 
 def test_result_file_renders_the_printed_table(output: Path) -> None:
@@ -128,11 +134,10 @@ def test_one_weight_changes_the_table(
     weights["model.mm_projector.2.bias"][0] += 3.0
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert quickstart(output, model=model) == 0
-    rows = {row["arm"]: row for row in read(output / "metrics.json")["rows"]}
-    assert rows["none"]["accuracy"] < 1.0
+    assert unpruned(output)["value"] < 100.0
     assert len(list((output / "runs").iterdir())) == 2, "the other model's answers stay apart"
     assert quickstart(output) == 0
-    assert read(output / "metrics.json")["rows"][0]["accuracy"] == 1.0
+    assert unpruned(output)["value"] == 100.0
 
 
 def test_all_methods_run_side_by_side(
@@ -168,11 +173,11 @@ def test_every_setting_has_its_own_key(
 ) -> None:
     parser = argparse.ArgumentParser()
     command.add_command(parser.add_subparsers())
-    subject = load_model(str(checkpoint), "cpu")
 
     def key(*extra: str, model: Path = checkpoint, data: Path = benchmark_folder) -> str:
         args = parser.parse_args(arguments(tmp_path, *extra, model=model))
-        return describe(args, subject, QuestionFile(data))["run_key"]
+        args.benchmark, args.image_folder, args.command_line = data, None, ""
+        return identify(command.request_from(args))["run_key"]
 
     assert key() == key()
     assert key() == key("--save-result", "elsewhere.json"), "where results go is no setting"
@@ -206,9 +211,9 @@ def test_sources_that_make_answers_are_hashed() -> None:
         "conversation.py",
         "model/llava_arch.py",
         "pruning/methods/zoo.py",
-        "eval/runner.py",
+        "eval/engine/runner.py",
         "eval/prompts.py",
-        "eval/scorers/exact_match.py",
+        "eval/rules/exact_match.py",
     } <= files
     assert "eval/tables.py" not in files
 
@@ -247,8 +252,8 @@ def test_an_unreadable_image_is_counted(
     flags = ["--image-folder", str(images), "--methods", "none", "--budgets", "64"]
     assert quickstart(tmp_path / "output", *flags) == 1
     assert read(tmp_path / "output" / "run.json")["failed_items"] > 0
-    rows = {row["arm"]: row for row in read(tmp_path / "output" / "metrics.json")["rows"]}
-    assert rows["none"]["accuracy"] == 1.0 and rows["none"]["n"] < 9
+    found = unpruned(tmp_path / "output")
+    assert found["value"] == 100.0 and found["n"] < 9
     for image in images.iterdir():
         image.write_bytes(b"no image")
     assert quickstart(tmp_path / "output", *flags) == 2

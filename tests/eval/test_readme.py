@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.results import read_result
-from llava.eval.tables import drift
-from llava.generated import markers
+from llava.eval.engine.schema import read_result
+from llava.eval.report.result import drift
+from llava.markdown import markers
 from llava.pruning import get_method, list_methods
 
 ROOT = Path(__file__).resolve().parents[2]

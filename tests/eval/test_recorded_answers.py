@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llava.eval import eval_pope, eval_science_qa
-from llava.eval.scorers import pope
+from llava.eval.tasks import pope
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

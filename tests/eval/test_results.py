@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.results import RunFolder, read_result
+from llava.eval.engine.run_folder import RunFolder
+from llava.eval.engine.schema import read_result
 from llava.storage import StorageError, exclusive, write_atomically
 
 SIZES = [2, 2, 1]

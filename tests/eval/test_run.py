@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import execution
 from llava.eval.__main__ import main
-from llava.eval.compare import mcnemar, paired_bootstrap
-from llava.eval.run import FILES
-from llava.eval.stats import mean_estimate
+from llava.eval.engine import run as execution
+from llava.eval.engine.run import FILES
+from llava.eval.stats import mcnemar, mean_estimate, paired_bootstrap
 from llava.model.multimodal_encoder.readings import TowerReader
 from llava.storage import exclusive
 from llava.utils import UserInputError
@@ -53,15 +52,20 @@ def last_line(capfd: pytest.CaptureFixture[str]) -> str:
 
 def test_metrics(finished: Path) -> None:
     metrics = read(finished / "metrics.json")
-    assert (metrics["schema_version"], metrics["task"]) == (1, "llava-tiny")
+    assert (metrics["schema_version"], metrics["task"]) == (2, "llava-tiny")
     assert metrics["protocol"] == "llava"
     arms = metrics["arms"]
     assert list(arms) == ["none", "zoo:directions=4@64", "random@0.1", "pool@31"]
     assert arms["none"]["metrics"]["accuracy"]["value"] == 100.0, "its own answers are the truth"
     assert arms["none"]["metrics"]["accuracy"]["n"] == 9
-    assert arms["zoo:directions=4@64"]["options"] == {"directions": 4}
-    assert arms["zoo:directions=4@64"]["budget"] == arms["zoo:directions=4@64"]["tokens_mean"] == 64
-    assert (arms["random@0.1"]["budget"], arms["random@0.1"]["tokens_max"]) == (0.1, 58)
+    assert arms["zoo:directions=4@64"]["pruning"] == {
+        "method": "zoo",
+        "keep_tokens": 64,
+        "options": {"directions": 4},
+    }
+    assert arms["zoo:directions=4@64"]["tokens_mean"] == 64
+    assert arms["random@0.1"]["pruning"] == {"method": "random", "keep_ratio": 0.1}
+    assert arms["random@0.1"]["tokens_max"] == 58
     assert "31" in arms["pool@31"]["unavailable"] and arms["pool@31"]["metrics"] == {}
     assert all(arm["failed_images"] == 0 for arm in arms.values())
 
@@ -73,7 +77,8 @@ def test_answers_and_description(finished: Path) -> None:
     info = read(finished / "run.json")
     assert (info["status"], info["failed_items"], info["processes"]) == ("done", 0, 1)
     assert info["config"]["template"] == "vicuna_v1" and info["data_sha256"]
-    assert info["arms"]["none"] == {"method": "none", "budget": None, "options": {}}
+    unpruned = {"pruning": None, "image": "own", "label": "the unpruned model"}
+    assert info["arms"]["none"] == unpruned and info["schema_version"] == 2
     times = [json.loads(line) for line in (finished / "timings.jsonl").open()]
     assert len(times) == 3 * 3 and all(line["prefill_ms"] > 0 for line in times)
 
@@ -87,7 +92,7 @@ def test_the_flags_of_one_setting(run: Run, tmp_path: Path) -> None:
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
     assert run(tmp_path, "--preset", "paper", "--keep-ratio", "0.1", "--limit", "3") == 0
     (arm,) = read(tmp_path / "metrics.json")["arms"].values()
-    assert (arm["method"], arm["budget"]) == ("zoo", 0.1)
+    assert (arm["pruning"]["method"], arm["pruning"]["keep_ratio"]) == ("zoo", 0.1)
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -216,7 +221,7 @@ def test_unreadable_images_are_counted(
         (["--model-path", "/nowhere"], "/nowhere"),
         (["--arm", "zoom@64"], "did you mean"),
         (["--arm", "zoo:direction=3@64"], "did you mean"),
-        (["--arm", "zoo@lots"], "'lots' is no budget"),
+        (["--arm", "zoo@lots"], "'lots' is not a budget"),
         (["--arm", "zoo"], "keep_tokens"),
         (["--arm", "none@3"], "takes no options and no budget"),
         (["--arm", "zoo@64", "--arm", "zoo@64"], "given twice"),

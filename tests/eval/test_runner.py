@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from llava.eval import quickstart
-from llava.eval.arms import Arm, plan_arms
-from llava.eval.overlays import save_overlays
-from llava.eval.plan import other_images
-from llava.eval.results import Record
-from llava.eval.runner import Runner
+from llava.eval.commands import quickstart
+from llava.eval.commands.quickstart import plan_arms
+from llava.eval.engine.batches import Plan, other_images
+from llava.eval.engine.request import Arm, parse_arm
+from llava.eval.engine.run import mark_unavailable
+from llava.eval.engine.runner import Runner
+from llava.eval.engine.schema import Record
+from llava.eval.report.pictures import save_overlays
 from llava.model import prompt_inputs as instruction
 from llava.model.multimodal_encoder.readings import TowerReader
 from llava.pruning import list_methods, register, registry
@@ -22,10 +24,8 @@ PRUNED = ("random", "grid", "pool", "norm", "divprune", "zoo", "zoo-exact", "lea
 
 
 def plan(runner: Runner, methods: tuple[str, ...], budgets: list[int]) -> tuple[Arm, ...]:
-    visual = runner.encode(runner.source.load(runner.plan.images()[:1]), methods)
-    return plan_arms(
-        methods, budgets, 576, lambda *setting: runner.refusal(visual, Arm("", "", *setting))
-    )
+    smaller = [budget for budget in budgets if budget < 576]
+    return mark_unavailable(runner, plan_arms(methods, smaller))
 
 
 def records_of(runner: Runner, arms: tuple[Arm, ...]) -> dict[tuple[str, str], Record]:
@@ -42,7 +42,7 @@ def test_counts_come_from_the_spliced_input(make_runner: Callable[..., Runner]) 
     records = records_of(runner, arms)
     for arm in arms:
         seen = {record["tokens_in"] for (name, _), record in records.items() if name == arm.name}
-        assert seen == {arm.budget or 0}
+        assert seen == {0 if arm.image == "absent" else arm.budget or 576}
     assert {arm.budget for arm in arms if arm.method == "random"} == {96, 33}
 
 
@@ -80,10 +80,12 @@ def test_an_impossible_budget_names_its_reason(make_runner: Callable[..., Runner
     assert arms["pool@31"].budget == 31
 
 
-def test_one_image_has_no_other() -> None:
+def test_one_image_has_no_other(make_runner: Callable[..., Runner]) -> None:
     assert other_images(["0.png"]) is None
-    arms = plan_arms(["none"], [], 576, lambda *_: None, one_image=True)
-    assert next(arm for arm in arms if arm.name == "shuffled-image").unavailable
+    runner = make_runner()
+    runner.plan = Plan.of(runner.plan.items[:1], 1)
+    arms = quickstart.choose_arms(runner, plan_arms(["none"], []))
+    assert {arm.name for arm in arms if arm.unavailable} == {"shuffled-image"}
 
 
 def test_batch_size_does_not_matter(make_runner: Callable[..., Runner]) -> None:
@@ -105,7 +107,7 @@ def test_kept_tokens_agree_alone_and_in_a_batch(
     make_runner: Callable[..., Runner], method: str
 ) -> None:
     runner = make_runner()
-    arm = Arm(method, method, method, 64)
+    arm = parse_arm(f"{method}@64")
     names = runner.plan.images()
     together = runner.prune_images(runner.encode(runner.source.load(names)), arm)
     for position, name in enumerate(names):
@@ -130,7 +132,7 @@ def test_arms_share_what_was_read_of_the_tower(make_runner: Callable[..., Runner
 def test_take_images_repeats_and_reorders(make_runner: Callable[..., Runner]) -> None:
     runner = make_runner()
     visual = runner.encode(runner.source.load(runner.plan.images()))
-    arm = Arm("random", "random", "random", 9)
+    arm = parse_arm("random@9")
     taken = runner.prune_images(visual, arm).take_images([2, 0, 2])
     assert taken.image_index.tolist() == [0, 1, 2]
     assert (taken.kept[0] == taken.kept[2]).all() and (taken.kept[0] != taken.kept[1]).any()
@@ -170,7 +172,7 @@ def test_an_image_is_pruned_for_every_question_that_is_read(
     seen.clear()
     save_overlays(runner, arms, 24, tmp_path / "kept.png")
     assert (tmp_path / "kept.png").exists()
-    label = runner.label(runner.encode(runner.source.load(runner.plan.images()[:1])), method)
+    label = runner.label(runner.encode(runner.source.load(runner.plan.images()[:1])), *arms)
     assert label == {"mmtok": "mmtok", "cdpruner": "cdpruner(relevance=none)"}[method]
     seen.clear()
     records = records_of(runner, arms)
@@ -193,11 +195,12 @@ def test_an_image_is_pruned_for_every_question_that_is_read(
 
 def test_a_question_is_read_where_the_model_can(make_runner, monkeypatch) -> None:
     runner = make_runner()
-    asked = {"mmtok": True, "cdpruner": False, "cen-prune": False, "zoo": False, "none": False}
-    assert {name: runner.reads_question(Arm(name, name, name, 1)) for name in asked} == asked
+    asked = {"mmtok@1": True, "cdpruner@1": False, "cen-prune@1": False, "zoo@1": False}
+    asked["none"] = False
+    assert {name: runner.reads_question(parse_arm(name)) for name in asked} == asked
     monkeypatch.setattr(instruction, "has_text_tower", lambda tower: True)
-    asked["cdpruner"] = True
-    assert {name: runner.reads_question(Arm(name, name, name, 1)) for name in asked} == asked
+    asked["cdpruner@1"] = True
+    assert {name: runner.reads_question(parse_arm(name)) for name in asked} == asked
 
 
 def test_a_method_that_needs_what_the_model_lacks_is_unavailable(make_runner, monkeypatch) -> None:
@@ -236,4 +239,4 @@ def test_a_method_that_needs_what_the_model_lacks_is_unavailable(make_runner, mo
 
 
 def _by_name(runner: Runner, methods: list[str]) -> dict[str, Arm]:
-    return {arm.name: arm for arm in quickstart.choose_arms(runner, methods, [64])}
+    return {arm.name: arm for arm in quickstart.choose_arms(runner, plan_arms(methods, [64]))}

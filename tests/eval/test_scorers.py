@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava.eval.scorers.exact_match import is_correct
+from llava.eval.rules.exact_match import is_correct
 
 
 @pytest.mark.parametrize("said", ["red", "Red", " red\n", "red.", "RED. ", " Red ."])

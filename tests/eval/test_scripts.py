@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.paper_tables import list_tables
+from llava.eval.tables import list_tables
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").rglob("*.sh"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llava.eval.__main__ import main
-from llava.eval.sharding import Processes
+from llava.eval.engine.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
 DETERMINISTIC = ("answers.jsonl", "metrics.json")
@@ -20,9 +20,8 @@ DETERMINISTIC = ("answers.jsonl", "metrics.json")
 # Rank 1 fails at its second batch: by an exception, or as the kernel ends a process.
 FAILING = """
 import os, signal, sys
-from llava.eval import progress
 from llava.eval.__main__ import main
-from llava.eval.results import RunFolder
+from llava.eval.engine.run_folder import RunFolder
 
 if os.environ["RANK"] == "1":
     real, seen = RunFolder.append, []

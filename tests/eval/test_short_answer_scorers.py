@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from llava.eval import eval_mme, eval_pope, eval_textvqa
-from llava.eval.scorers import evalai, gqa, mme, pope, textvqa
-from llava.eval.scorers.uncertainty import clustered_se, ratio_influences
-from llava.eval.scorers.vqa_accuracy import agreement, textvqa_accuracy, vqav2_accuracy
-from llava.eval.stats import mean_estimate
+from llava.eval.llava_scripts import score
+from llava.eval.rules import vqa
+from llava.eval.rules.vqa import agreement, textvqa_accuracy, vqav2_accuracy
+from llava.eval.stats import clustered_se, mean_estimate
+from llava.eval.tasks import gqa, mme, pope, textvqa
+from llava.eval.tasks.base import Item
+from llava.eval.tasks.pope import ratio_influences
 from llava.utils import UserInputError
 
 
@@ -32,17 +34,17 @@ class TestEvalAI:
     def test_every_recorded_text(self, scorers: Path) -> None:
         entries = load(scorers / "textvqa" / "answer_processor.json")
         assert len(entries) == 220
-        wrong = [row for row in entries if evalai.normalise(row["input"]) != row["output"]]
+        wrong = [row for row in entries if vqa.normalise(row["input"]) != row["output"]]
         assert wrong == []
 
     def test_the_two_accidents(self) -> None:
-        assert evalai.normalise("3.") == "3"  # a look-behind that worked would keep this period
-        assert evalai.normalise("x." * 40) == "x" * 33 + ".x" * 7 + "."
+        assert vqa.normalise("3.") == "3"  # a look-behind that worked would keep this period
+        assert vqa.normalise("x." * 40) == "x" * 33 + ".x" * 7 + "."
 
     def test_marks_go_or_become_spaces(self) -> None:
-        assert evalai.strip_punctuation("left-right") == "left right"
-        assert evalai.strip_punctuation("left-right - up") == "leftright  up"
-        assert evalai.strip_punctuation("left-right 1,000") == "leftright 1000"
+        assert vqa.strip_punctuation("left-right") == "left right"
+        assert vqa.strip_punctuation("left-right - up") == "leftright  up"
+        assert vqa.strip_punctuation("left-right 1,000") == "leftright 1000"
 
 
 class TestVqaAccuracy:
@@ -54,7 +56,7 @@ class TestVqaAccuracy:
         for row in recorded["entries"]:
             scores.append(textvqa_accuracy(row["pred_answer"], row["gt_answers"]))
             assert scores[-1] == pytest.approx(row["score"], rel=1e-12)
-            answers = [evalai.normalise(answer) for answer in row["gt_answers"]]
+            answers = [vqa.normalise(answer) for answer in row["gt_answers"]]
             for answer, value in row["unique_answer_scores"].items():
                 assert agreement(answer, answers) == pytest.approx(value, rel=1e-12)
         assert len(scores) == 60
@@ -85,12 +87,12 @@ class TestTextVqaCommand:
         folder = scorers / "textvqa"
         annotations = ["--annotation-file", str(folder / "annotations.json")]
         results = folder / "results.jsonl"
-        assert eval_textvqa.main([*annotations, "--result-file", str(results)]) == 0
+        assert score.eval_textvqa([*annotations, "--result-file", str(results)]) == 0
         recorded = load(folder / "case.json")["stdout"]
         assert capsys.readouterr().out == recorded
         shutil.copy(results, tmp_path / "results.jsonl")
         (tmp_path / "notes.txt").touch()
-        assert eval_textvqa.main([*annotations, "--result-dir", str(tmp_path)]) == 0
+        assert score.eval_textvqa([*annotations, "--result-dir", str(tmp_path)]) == 0
         assert capsys.readouterr().out == f"Skipping notes.txt\n{recorded}"
 
     @pytest.mark.parametrize(
@@ -100,18 +102,18 @@ class TestTextVqaCommand:
             ('{"question_id": "img000", "prompt": "a\\nb", "text": "b"}', "no TextVQA annotation"),
             ('{"question_id": "img000", "prompt": "a', "line 1 of .* is damaged"),
             ('{"question_id": "img000"}', "lacks prompt, text"),
-            ("", "holds no answer"),
+            ("", "has no answers"),
         ],
     )
     def test_bad_results(self, scorers: Path, tmp_path: Path, line: str, message: str) -> None:
         (tmp_path / "r.jsonl").write_text(line)
         with pytest.raises(UserInputError, match=message):
-            eval_textvqa.accuracies(scorers / "textvqa" / "annotations.json", tmp_path / "r.jsonl")
+            score.textvqa_accuracies(scorers / "textvqa" / "annotations.json", tmp_path / "r.jsonl")
 
     def test_errors_are_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         gone = str(tmp_path / "gone.json")
         with pytest.raises(SystemExit) as stop:
-            eval_textvqa.main(["--annotation-file", gone, "--result-file", gone])
+            score.eval_textvqa(["--annotation-file", gone, "--result-file", gone])
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
@@ -120,7 +122,7 @@ class TestTextVqaCommand:
     def test_ten_answers_are_needed(self) -> None:
         row = {"image_id": "a", "question": "Q?", "answers": ["x"] * 10}
         assert textvqa.answers_by_question([row]) == {("a", "q?"): ["x"] * 10}
-        with pytest.raises(UserInputError, match="annotation 1 holds 9 answers"):
+        with pytest.raises(UserInputError, match="annotation 1 has 9 answers"):
             textvqa.answers_by_question([row | {"answers": ["x"] * 9}])
         with pytest.raises(UserInputError, match="annotation 1 lacks"):
             textvqa.answers_by_question([{"image_id": "a"}])
@@ -134,7 +136,7 @@ class TestPope:
     def test_every_recorded_figure(self, scorers: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = scorers / "pope"
         files = (folder / "annotations", folder / "questions.jsonl", folder / "answers.jsonl")
-        found = eval_pope.confusions(*files)
+        found = score.pope_confusions(*files)
         recorded = load(folder / "metrics.json")
         assert set(found) == set(recorded)
         for split, expected in recorded.items():
@@ -149,7 +151,7 @@ class TestPope:
             assert own.yes_ratio == expected["yes_ratio"]
         flags = ("--annotation-dir", "--question-file", "--result-file")
         assert (
-            eval_pope.main(
+            score.eval_pope(
                 [word for pair in zip(flags, map(str, files), strict=True) for word in pair]
             )
             == 0
@@ -165,8 +167,8 @@ class TestPope:
         with pytest.raises(ZeroDivisionError):
             _ = confusion.precision
         assert confusion.f1 == 0
-        with pytest.raises(UserInputError, match="split random is rightly answered yes"):
-            eval_pope.print_figures("random", confusion)
+        with pytest.raises(UserInputError, match="split random is correctly answered yes"):
+            score.print_pope("random", confusion)
 
     def test_splits_may_come_in_any_order(self, scorers: Path, tmp_path: Path) -> None:
         """Answers are paired with labels by their order within a split alone."""
@@ -177,8 +179,8 @@ class TestPope:
         rows.sort(key=lambda row: of[json.loads(row)["question_id"]])
         (tmp_path / "a.jsonl").write_text("\n".join(rows))
         flags = (folder / "annotations", folder / "questions.jsonl")
-        moved = eval_pope.confusions(*flags, tmp_path / "a.jsonl")
-        assert moved == eval_pope.confusions(*flags, folder / "answers.jsonl")
+        moved = score.pope_confusions(*flags, tmp_path / "a.jsonl")
+        assert moved == score.pope_confusions(*flags, folder / "answers.jsonl")
         assert rows != (folder / "answers.jsonl").read_text().splitlines()
 
     @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ class TestPope:
         rows = (folder / "answers.jsonl").read_text().splitlines()
         (tmp_path / "a.jsonl").write_text("\n".join(change(rows)))
         with pytest.raises(UserInputError, match=message):
-            eval_pope.confusions(
+            score.pope_confusions(
                 folder / "annotations", folder / "questions.jsonl", tmp_path / "a.jsonl"
             )
 
@@ -251,34 +253,28 @@ class TestPope:
 
 
 class TestGqa:
-    QUESTIONS = {  # noqa: RUF012
-        "1": {
-            "isBalanced": True,
-            "answer": "yes",
-            "imageId": "a",
-            "types": {"structural": "verify"},
-        },
-        "2": {
-            "isBalanced": True,
-            "answer": "cat",
-            "imageId": "a",
-            "types": {"structural": "query"},
-        },
-        "3": {"isBalanced": False, "answer": "x", "imageId": "b", "types": {"structural": "query"}},
-    }
+    def items(self) -> list[Item]:
+        answers, kinds = ("yes", "cat", "x"), ("verify", "query", "query")
+        data = [
+            {"isBalanced": index < 2, "answer": answers[index], "types": {"structural": kind}}
+            for index, kind in enumerate(kinds)
+        ]
+        return [Item(i, f"{i}", ("a", "a", "b")[i], "?", "?", row) for i, row in enumerate(data)]
 
     def test_only_balanced_questions_count_and_only_exact_matches(self) -> None:
-        found = gqa.judge(self.QUESTIONS, {"1": "yes", "2": "a cat"})
-        assert [(row.question_id, row.open, row.correct) for row in found] == [
-            ("1", False, 1.0),
-            ("2", True, 0.0),
-        ]
+        benchmark = gqa.GQA(Path())
+        found = benchmark.score(self.items(), ["yes", "a cat", "x"])
+        assert {name: (metric.value, metric.n) for name, metric in found.items()} == {
+            "accuracy": (50, 2),
+            "binary": (100, 1),
+            "open": (0, 1),
+        }
+        assert [benchmark.item_score(item, "x") for item in self.items()] == [0, 0, None]
 
     def test_a_missing_prediction_stops_everything(self) -> None:
-        with pytest.raises(
-            UserInputError, match="for 1 of 2 balanced GQA questions, the first is 2"
-        ):
-            gqa.judge(self.QUESTIONS, {"1": "yes", "3": "x"})
+        """One figure over the rest would not be GQA's."""
+        with pytest.raises(ValueError, match="shorter"):
+            gqa.GQA(Path()).score(self.items(), ["yes", "cat"])
 
     @pytest.mark.parametrize(
         ("text", "expected"), [("Yes.", "yes"), ("A dog..", "a dog"), ("...", ""), (" No", " no")]
@@ -338,7 +334,7 @@ class TestMme:
                 "1.txt\tQ?\tYes\tYes, it is\n1.txt\tR?\tNo\tNo\n"
                 "2.txt\tQ?\tYes\tYes\n2.txt\tR?\tNo\tPerhaps\n"
             )
-        assert eval_mme.main(["--results_dir", str(tmp_path)]) == 0
+        assert score.eval_mme(["--results_dir", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
         assert "total score: 1250.0 " in printed
         assert "total score: 500.0 " in printed
@@ -358,7 +354,7 @@ class TestMme:
     def test_bad_results(self, tmp_path: Path, text: str, message: str) -> None:
         (tmp_path / "OCR.txt").write_text(text)
         with pytest.raises(UserInputError, match=message):
-            eval_mme.read_score(tmp_path / "OCR.txt")
+            score.mme_score(tmp_path / "OCR.txt")
 
 
 def test_errors_of_means_agree_with_the_usual_ones() -> None:

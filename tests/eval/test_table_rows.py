@@ -17,17 +17,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.eval import run as run_command
 from llava.eval.__main__ import main
-from llava.eval.arm_words import arm_word, arms_from, parse_arm
-from llava.eval.paper_tables import launch, load_table
-from llava.eval.paper_tables.collect import Filled, RunResult, fill
-from llava.eval.paper_tables.launch import Launch
-from llava.eval.paper_tables.pictures import rows_to_draw
-from llava.eval.paper_tables.plan import plan, published_budget, setting_of
-from llava.eval.paper_tables.render import budget_text, to_csv
-from llava.eval.paper_tables.spec import Row, Table, TableError, list_tables
-from llava.eval.summary import settings
+from llava.eval.commands import run as run_command
+from llava.eval.commands.paper_table import rows_to_draw
+from llava.eval.commands.run import arms_from
+from llava.eval.engine.request import RunRequest, arm_word, parse_arm, split_word
+from llava.eval.report.paper_table import budget_text, to_csv
+from llava.eval.tables import launch, load_table
+from llava.eval.tables.fill import Filled, RunResult, fill
+from llava.eval.tables.launch import Launch
+from llava.eval.tables.plan import arm_for, arm_name, plan, published_budget
+from llava.eval.tables.spec import Row, Table, TableError, list_tables
 from llava.pruning import PruningConfig
 from llava.storage import dump_json
 
@@ -84,7 +84,7 @@ def configs(words: list[str]) -> dict[str, PruningConfig | None]:
     """What `python -m llava.eval` reads of a command's words: arms, and how each prunes."""
     parser = argparse.ArgumentParser()
     run_command.add_command(parser.add_subparsers())
-    return {arm.name: arm.pruning(0) for arm in arms_from(parser.parse_args(words))}
+    return {arm.name: arm.seeded(0) for arm in arms_from(parser.parse_args(words))}
 
 
 def expected() -> dict[str, PruningConfig | None]:
@@ -96,7 +96,7 @@ def expected() -> dict[str, PruningConfig | None]:
 
 
 def test_rows_become_the_arms_that_they_name(table: Table) -> None:
-    assert [setting_of(row).word for row in table.rows] == ["none", *(w for _, w, _ in ROWS)]
+    assert [arm_for(row).name for row in table.rows] == ["none", *(w for _, w, _ in ROWS)]
     budgets = [row.budget for row in table.rows[1:]]
     assert [(type(b), b) for b in budgets[:4]] == [
         (float, 1.0),
@@ -114,6 +114,11 @@ def test_a_run_gets_every_row_as_written(
     order = Launch("m", tmp_path, tmp_path)
     (job,) = plan(table)
     assert configs(order.arguments(job)) == expected()
+    asked: list[RunRequest] = []
+    monkeypatch.setattr(launch, "run", lambda request: asked.append(request) or 0)
+    monkeypatch.setattr(launch, "local_checkpoint", Path)
+    assert launch.run_job(order, job) == 0
+    assert {arm.name: arm.seeded(0) for arm in asked[0].arms} == expected()
     calls: list[list[str]] = []
 
     def run(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -147,17 +152,16 @@ VALUES = st.recursive(
     budget=st.integers(1, 999) | st.floats(0, 1, exclude_min=True),
 )
 def test_a_word_says_all_of_a_setting(options: dict[str, Any], budget: int | float) -> None:
-    arm = parse_arm(arm_word("zoo", budget, options))
-    found = arm.budget if arm.ratio is None else arm.ratio
-    assert json.dumps([arm.method, arm.options, found]) == json.dumps(["zoo", options, budget])
+    found = split_word(arm_word("zoo", budget, options))
+    assert json.dumps(found) == json.dumps(["zoo", budget, options])
 
 
 @pytest.mark.parametrize("value", ["32", "true", "None", "a,b", "a@b", 'a"b', "a=b", " x", "{", ""])
 def test_texts_that_look_like_something_else(value: str) -> None:
     for budget in (None, 64, 1.0):
-        arm = parse_arm(arm_word("zoo", budget, {"fusion": value}))
-        assert arm.options == {"fusion": value}
-        assert (arm.budget, arm.ratio) == ((None, 1.0) if budget == 1.0 else (budget, None))
+        found = split_word(arm_word("zoo", budget, {"fusion": value}))
+        assert found == ("zoo", budget, {"fusion": value})
+        assert type(found[1]) is type(budget)
 
 
 @pytest.mark.parametrize("name", list_tables())
@@ -165,7 +169,7 @@ def test_arm_names_of_published_tables_are_plain(name: str) -> None:
     for row in load_table(name).rows:
         options = ",".join(f"{key}={value}" for key, value in row.options.items())
         plain = f"{row.method}{':' if options else ''}{options}@{row.budget}"
-        assert setting_of(row).word == ("none" if row.method == "none" else plain)
+        assert arm_name(row) == ("none" if row.method == "none" else plain)
 
 
 def test_flags_name_a_mapping_as_an_arm_does() -> None:
@@ -202,6 +206,60 @@ def test_budgets_and_options_that_cannot_be(row: str, reason: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("keep_tokens =", "keep_token =", "row 0: unknown key 'keep_token'; did you mean 'keep_to"),
+        ('label = "row 0"', "label = 3", "3: label must be a text but is 3"),
+        ('label = "row 0"', "", "a row has no label"),
+        ('title = "tiny"', "", "the table has no title"),
+        (
+            'title = "tiny"',
+            'titel = "tiny"',
+            "the table: unknown key 'titel'; did you mean 'title'",
+        ),
+        ('title = "tiny"', 'title = "tiny"\nname = "x"', "the table: unknown key 'name'"),
+        (
+            "tokens = 576",
+            'tokens = "many"',
+            "the table: tokens must be a whole number but is 'many'",
+        ),
+        ("metric =", "metrics =", "a column: unknown key 'metrics'; did you mean 'metric'"),
+        ("columns = [", "columns = [] # ", "it needs columns and rows"),
+        ("columns = [", "columns = [3] # ", "a column must be a TOML table but is 3"),
+        ("columns = [", "columns = 3 # ", "columns must be a list"),
+        ("columns = [", "average = { gap = 1 }\ncolumns = [", "unknown key 'average_gap'"),
+        ("[sources.p]", "[[sources]]", "sources must be a TOML table"),
+        ("[sources.p]", "[sources.p]\nyear = 1", "source p: unknown key 'year'"),
+        (
+            'kind = "paper"',
+            'kind = "papre"',
+            "source p: unknown kind 'papre'; did you mean 'paper'",
+        ),
+        ("published.p", "published.q", "row 0: unknown source 'q'; valid: p, r"),
+        ("pope = 1.5", "pop = 1.5", "row 0: unknown column 'pop'; did you mean 'pope'"),
+        ("pope = 1.5", "pope = 'x'", "row 0: pope must be a number but is 'x'"),
+        ("published.p = {", "published.r = { pope = 1 }\npublished.p = {", "two published figures"),
+        ("published.p = { pope = 1.5 }", "published = 3", "published must be a TOML table"),
+        ("published.p = { pope = 1.5 }", "published.p = 3", "p must be a TOML table"),
+    ],
+)
+def test_what_a_table_cannot_say_is_one_clear_error(
+    old: str, new: str, reason: str, tmp_path: Path
+) -> None:
+    path = write_table(tmp_path / "tiny.toml", ["keep_tokens = 2\npublished.p = { pope = 1.5 }"])
+    text = path.read_text("utf-8")
+    text += '\n[sources.p]\nkind = "paper"\ntext = "T"\n[sources.r]\nkind = "re-run"\ntext = "R"\n'
+    path.write_text(text, "utf-8")
+    assert load_table(path).rows[1].published["pope"].value == 1.5
+    assert old in text
+    path.write_text(text.replace(old, new), "utf-8")
+    with pytest.raises(TableError) as caught:
+        load_table(path)
+    assert reason in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ("options = { nope = 1 }", "unknown option of 'zoo': 'nope'"),
@@ -228,8 +286,10 @@ def test_rows_that_no_method_can_run_are_refused_before_anything_runs(
 
 def test_one_token_and_all_of_them_differ_in_every_file() -> None:
     one, whole = parse_arm("zoo@1"), parse_arm("zoo@1.0")
-    texts = [dump_json(settings(arm)) for arm in (one, whole, replace(whole, ratio=1))]
-    assert '"budget": 1,' in texts[0] and '"budget": 1.0,' in texts[1] and texts[1] == texts[2]
+    integer = replace(whole, pruning=PruningConfig("zoo", keep_ratio=1))
+    texts = [dump_json(arm.to_dict()) for arm in (one, whole, integer)]
+    assert '"keep_tokens": 1\n' in texts[0] and "keep_ratio" not in texts[0]
+    assert '"keep_ratio": 1.0\n' in texts[1] and texts[1] == texts[2]
     assert (one.label, whole.label) == ("zoo, 1 tokens", "zoo, 100 % of the tokens")
 
 
@@ -237,11 +297,11 @@ def filled(table: Table) -> Filled:
     """The table with a figure for every arm: its place in the run."""
     (job,) = plan(table)
     arms = {
-        setting.word: {
+        arm.name: {
             "metrics": {"mean_f1": {"value": 50.0 + place, "se": None, "n": 4}},
             "tokens_mean": None,
         }
-        for place, setting in enumerate(job.settings)
+        for place, arm in enumerate(job.arms)
     }
     return fill(table, {job.place: RunResult(arms, [])}, published_budget)
 
@@ -308,7 +368,7 @@ def test_such_rows_run_end_to_end(
     arms = json.loads((run / "metrics.json").read_text("utf-8"))["arms"]
     name = 'cen-prune:host=zoo,host_options={"directions": 8, "step": 0.1}@1'
     assert list(arms) == ["none", "zoo@1.0", "zoo@1", name]
-    assert arms[name]["options"]["host_options"] == {"directions": 8, "step": 0.1}
+    assert arms[name]["pruning"]["options"]["host_options"] == {"directions": 8, "step": 0.1}
     assert (out / "kept_tokens.png").is_file()
     capsys.readouterr()
     assert main(["compare", f"{run}:{name}", f"{run}:zoo@1.0"]) == 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llava.eval.__main__ import main
-from llava.eval.arms import Arm, plan_arms
-from llava.eval.metrics import accuracy_rows, timing_columns
-from llava.eval.plots import draw_accuracy
-from llava.eval.results import SCHEMA_VERSION
-from llava.eval.tables import (
+from llava.eval.commands.quickstart import plan_arms
+from llava.eval.engine.metrics import result_rows
+from llava.eval.engine.request import Arm
+from llava.eval.engine.schema import SCHEMA_VERSION
+from llava.eval.report.plots import draw_accuracy
+from llava.eval.report.result import (
     drift,
     family_table,
     full_section,
@@ -22,24 +24,28 @@ from llava.eval.tables import (
     short_section,
     summary_table,
 )
-from llava.generated import markers
+from llava.markdown import markers
+from llava.utils import UserInputError
 
-
-def refuse(method: str, budget: int) -> str | None:
-    return "no factors" if method == "pool" else None
-
-
-ARMS = plan_arms(["none", "zoo", "pool"], [576, 64], 576, refuse)
+ARMS = tuple(
+    replace(arm, unavailable="no factors") if arm.method == "pool" else arm
+    for arm in plan_arms(["none", "zoo", "pool"], [64])
+)
 CORRECT = {"none": [1, 1, 1, 0], "zoo@64": [1, 0, 1, 0], "no-image": [0, 0, 0, 0]}
+
+
+def tokens_of(arm: Arm) -> int:
+    return 0 if arm.image == "absent" else int(arm.budget or 576)
 
 
 def answers() -> list[dict]:
     return [
         {
             "arm": arm.name,
+            "index": question,
             "images": [f"{question}.png"],
             "category": ("color", "count")[question % 2],
-            "tokens_in": (arm.budget or 0) - (question if arm.name == "zoo@64" else 0),
+            "tokens_in": tokens_of(arm) - (question if arm.name == "zoo@64" else 0),
             "score": float(CORRECT.get(arm.name, [0, 0, 0, 0])[question]),
         }
         for arm in ARMS
@@ -70,14 +76,12 @@ def timings() -> list[dict]:
 
 @pytest.fixture
 def result() -> dict:
-    times = timing_columns(ARMS, timings())
-    rows = [row | times[row["arm"]] for row in accuracy_rows(ARMS, answers())]
     return {
         "schema_version": SCHEMA_VERSION,
         "questions": 4,
         "images": 4,
         "config": {"batch_size": 2},
-        "rows": rows,
+        "rows": result_rows(ARMS, answers(), timings()),
         "run": {
             "git": {"commit": "0123456789abcdef", "dirty": True},
             "versions": {"torch": "2.13", "transformers": "5.23"},
@@ -178,14 +182,14 @@ def test_columns_line_up(result: dict) -> None:
 
 def test_an_unpruned_model_that_knows_nothing(result: dict) -> None:
     wrong = [record | {"score": 0.0} for record in answers()]
-    times = timing_columns(ARMS, timings())
-    rows = [row | times[row["arm"]] for row in accuracy_rows(ARMS, wrong)]
+    rows = result_rows(ARMS, wrong, timings())
     assert cells(main_table(result | {"rows": rows}), "zoo")[3] == "n/a"
 
 
 def test_a_run_of_one_batch_has_timings_although_cold() -> None:
     first = [line for line in timings() if line["batch"] == 0]
-    assert timing_columns(ARMS, first)["zoo@64"]["prefill_ratio"] == 9.0
+    rows = {row["arm"]: row for row in result_rows(ARMS, answers(), first)}
+    assert rows["zoo@64"]["prefill_ratio"] == 9.0
 
 
 def section(name: str, content: str) -> str:
@@ -197,7 +201,7 @@ def test_drift(result: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page, file = tmp_path / "results.md", tmp_path / "result.json"
     file.write_text(json.dumps(result))
     page.write_text(f"before\n{section('llava-tiny', 'old')}after\n")
-    assert "not those of" in drift(page, file)
+    assert f"llava table {file} --update {page}" in drift(page, file)
     assert main(["table", str(file), "--update", str(page)]) == 0
     assert drift(page, file) is None
     text = page.read_text()
@@ -211,9 +215,13 @@ def test_drift(result: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
     page.write_text(text.replace("50.0 ± 28.9", "51.0 ± 28.9", 1))
     assert drift(page, file) is not None
-    assert "no section" in drift(file, file)
-    assert "cannot read" in drift(page, tmp_path / "missing.json")
-    assert "cannot read" in drift(tmp_path / "missing.md", file)
+    for broken, reason in (
+        ((file, file), "no section"),
+        ((page, tmp_path / "missing.json"), "cannot read"),
+        ((tmp_path / "missing.md", file), "cannot read"),
+    ):
+        with pytest.raises(UserInputError, match=reason):
+            drift(*broken)
 
 
 def test_one_command_updates_several_files(result: dict, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
     [
         (b'{"question_id": 1}\n{"question_id"', "line 2 of .* is damaged"),
         (b'{"question_id": "\xff"}', "line 1 of .* is damaged"),
-        (b"[1]\n", "line 1 of .* is no JSON object"),
+        (b"[1]\n", "line 1 of .* is not a JSON object"),
         (b'{"image": "a.png"}\n', "line 1 of .* lacks question_id"),
     ],
 )
@@ -57,10 +57,10 @@ def test_damaged_json(tmp_path: Path) -> None:
 
 def test_ids(tmp_path: Path) -> None:
     rows = [{"question_id": 1}, {"question_id": 2}, {"question_id": 1}]
-    with pytest.raises(TaskError, match=r"rows\.jsonl holds question_id 1 twice"):
+    with pytest.raises(TaskError, match=r"rows\.jsonl has question_id 1 twice"):
         index_by(rows, "question_id", tmp_path / "rows.jsonl")
     assert list(index_by(rows[:2], "question_id", tmp_path)) == [1, 2]
-    with pytest.raises(TaskError, match=r"holds 2 question ids.* first is 3"):
+    with pytest.raises(TaskError, match=r"has 2 question ids.* first is 3"):
         check_ids([1, 3, 4], [1, 2], tmp_path / "a", tmp_path / "b")
     check_ids([1], [1, 2], tmp_path / "a", tmp_path / "b")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.plan import Plan, chunk_of, group_by_image, other_images
+from llava.eval.engine.batches import Plan, chunk_of, group_by_image, other_images
 from llava.eval.tasks.base import Item, TaskError, get_benchmark
 from llava.eval.tasks.question_file import QuestionFile
 from llava.utils import UserInputError
@@ -75,7 +75,7 @@ def test_tasks_are_found_by_name() -> None:
 @pytest.mark.parametrize(
     ("questions", "answers", "message"),
     [
-        ("", "", "no question"),
+        ("", "", "no questions"),
         ('{"question_id": 1, "image": "a.png", "text": "?"}\n', "", "no answer to question 1"),
         ('{"question_id": 1,', "", "is not JSON"),
         ('{"question_id": 1, "image": "a.png", "text": "?"}\n' * 2, "", "question_id '1' twice"),

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.eval.arms import UNPRUNED, Arm
-from llava.eval.plan import Plan
-from llava.eval.runner import Runner
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.request import UNPRUNED, Arm
+from llava.eval.engine.runner import Runner
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.loaded import load_model
@@ -118,7 +118,7 @@ def build_benchmark(folder: Path, checkpoint: Path, images: int = 4, questions: 
     subject = load_model(str(checkpoint), "cpu")
     runner = Runner(subject, benchmark, plan, sampling=sampling, seed=0)
     said = {}
-    for records, _ in runner.run([Arm(UNPRUNED, "unpruned")]):
+    for records, _ in runner.run([Arm(UNPRUNED)]):
         said |= {record["question_id"]: record["answer"] for record in records}
     write_lines(
         folder / "answers.jsonl",

@@ -113,7 +113,7 @@ def test_embeddings_are_clips_own(with_text, clip_folder, pixels, monkeypatch, r
         assert error < 1e-5
     cosine = torch.cosine_similarity(image, text)
     r = (cosine.max() - cosine + 1e-6) / (cosine.max() - cosine.min())
-    got = PruningConfig("cdpruner", 40).pruner.importance(before)[0]
+    got = PruningConfig("cdpruner", 40).pruner.score(before)[0]
     torch.testing.assert_close(got, r, atol=1e-4, rtol=1e-4)
 
 

@@ -23,8 +23,9 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.plan import Plan
-from llava.eval.runner import Runner
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.request import parse_arm
+from llava.eval.engine.runner import Runner
 from llava.eval.tasks.base import Item
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
@@ -279,5 +280,6 @@ def test_tables_say_what_a_method_read(model, pixels: Callable) -> None:
     question = Item(0, 0, (), "What is it?", "What is it?")
     runner = Runner(subject, None, Plan.of([question], 1), sampling=Sampling(), seed=0)
     visual = model.encode_visual_tokens(pixels(1, side=28))
-    labels = [runner.label(visual, name) for name in ("none", "random", "hiprune", "scope")]
+    arms = map(parse_arm, ("none", "random@1", "hiprune@1", "scope@1"))
+    labels = [runner.label(visual, arm) for arm in arms]
     assert labels == ["none", "random", "hiprune", "scope(attention=received)"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning import PruningConfig, VisualTokens
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 
 _I = torch.arange(36, dtype=torch.float64)
 _K = torch.arange(8, dtype=torch.float64)
@@ -39,8 +39,8 @@ def visual(dtype: torch.dtype = torch.float64, **extras: Tensor) -> VisualTokens
 def picks(tokens: VisualTokens, name: str, count: int, **options: object) -> list[int]:
     """What a method picks, in the order it picks."""
     chosen = method(name, **options)
-    importance = chosen.importance(tokens)
-    return chosen.choose(tokens, importance, torch.tensor([count])).indices[0].tolist()
+    rows = chosen.rows(tokens, chosen.score(tokens), torch.tensor([count]))
+    return chosen.select(rows).indices[0].tolist()
 
 
 def method(name: str, **options: object) -> PruningMethod:

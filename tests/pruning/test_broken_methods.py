@@ -12,9 +12,8 @@ import torch
 from pruning_inputs import MAKERS
 
 from llava.pruning import PruningError, selector
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 from llava.pruning.methods.hiprune import HiPrune
-from llava.pruning.selection.topk import top_k
 
 # The last one: a projector that was not asked for has no forward.
 FAILURES = (AssertionError, PruningError, pytest.fail.Exception, NotImplementedError)
@@ -27,11 +26,11 @@ class Toy(PruningMethod):
     name = "toy"
     needs = ("features",)
 
-    def importance(self, visual):
-        return visual.features.double().sum(dim=-1)
+    def score(self, tokens):
+        return tokens.features.double().sum(dim=-1)
 
-    def choose(self, visual, importance, counts):
-        return top_k(importance, counts, valid=visual.valid)
+    def select(self, rows):
+        return rows.highest()
 
 
 class KeepsOneFewer(Toy):
@@ -50,51 +49,51 @@ class NeverKeepsAll(Toy):
 
 
 class ComparesWithPadding(Toy):
-    def importance(self, visual):
-        score = super().importance(visual)
+    def score(self, tokens):
+        score = super().score(tokens)
         return (score - score.mean(dim=1, keepdim=True)).abs()
 
 
 class ComparesWithTheBatch(Toy):
-    def importance(self, visual):
-        score = super().importance(visual)
+    def score(self, tokens):
+        score = super().score(tokens)
         return (score - score[:, :24].mean()).abs()
 
 
 class DrawsGlobally(Toy):
-    def importance(self, visual):
-        return torch.rand(visual.features.shape[:2])
+    def score(self, tokens):
+        return torch.rand(tokens.features.shape[:2])
 
 
 class SeedsGlobally(Toy):
-    def importance(self, visual):
+    def score(self, tokens):
         random.seed(0)
-        return super().importance(visual)
+        return super().score(tokens)
 
 
 class RemembersTheFirstCall(Toy):
     calls = count()
 
-    def importance(self, visual):
-        score = super().importance(visual)
+    def score(self, tokens):
+        score = super().score(tokens)
         return score if next(self.calls) == 0 else -score
 
 
 class ChangesWeights(Toy):
-    def importance(self, visual):
-        visual.projector[0].bias.data.add_(1)
-        return super().importance(visual)
+    def score(self, tokens):
+        tokens.projector[0].bias.data.add_(1)
+        return super().score(tokens)
 
 
 class ChangesTrainingFlags(Toy):
-    def importance(self, visual):
-        visual.projector.eval()
-        return super().importance(visual)
+    def score(self, tokens):
+        tokens.projector.eval()
+        return super().score(tokens)
 
 
 class ChangesItsInput(Toy):
-    def importance(self, visual):
-        return visual.features.exp_().sum(dim=-1)
+    def score(self, tokens):
+        return tokens.features.exp_().sum(dim=-1)
 
 
 class DeclaresNoNeeds(Toy):
@@ -102,33 +101,33 @@ class DeclaresNoNeeds(Toy):
 
 
 class CallsAnUndeclaredProjector(Toy):
-    def importance(self, visual):
-        return visual.projector(visual.features).sum(dim=-1)
+    def score(self, tokens):
+        return tokens.projector(tokens.features).sum(dim=-1)
 
 
 class LooksAtPlaces(Toy):
-    def importance(self, visual):
-        return super().importance(visual) + torch.arange(visual.features.shape[1])
+    def score(self, tokens):
+        return super().score(tokens) + torch.arange(tokens.features.shape[1])
 
 
 class PicksDuplicatesAgain(Toy):
-    def choose(self, visual, importance, counts):
-        picks = super().choose(visual, importance, counts)
-        first = (importance[:, :, None] == importance[:, None]).float().argmax(dim=-1)
+    def select(self, rows):
+        picks = super().select(rows)
+        first = (rows.scored[:, :, None] == rows.scored[:, None]).float().argmax(dim=-1)
         again = first.gather(1, picks.indices.clamp(min=0))
         return picks._replace(indices=again.masked_fill(picks.indices < 0, -1))
 
 
 class DividesByTheSpread(Toy):
-    def importance(self, visual):
-        score = super().importance(visual)
+    def score(self, tokens):
+        score = super().score(tokens)
         low, high = score.amin(dim=1, keepdim=True), score.amax(dim=1, keepdim=True)
         return (score - low) / (high - low)
 
 
 class WorksInHalfPrecision(Toy):
-    def importance(self, visual):
-        return (visual.features.sum(dim=-1) * 50) % 1
+    def score(self, tokens):
+        return (tokens.features.sum(dim=-1) * 50) % 1
 
 
 CASES = [

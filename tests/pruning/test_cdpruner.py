@@ -44,7 +44,7 @@ def golden_visual(name: str, dtype: torch.dtype) -> tuple[VisualTokens, dict[str
 @pytest.mark.parametrize("name", CASES)
 def test_relevance_equals_the_official_one(name, dtype, record_error) -> None:
     visual, outputs = golden_visual(name, dtype)
-    r = sheet.method("cdpruner", relevance="clip").importance(visual)
+    r = sheet.method("cdpruner", relevance="clip").score(visual)
     for key, got in (("relevance", r), ("kernel_diag", r.square())):
         error = float((got - outputs[key]).abs().max())
         record_error(f"cdpruner {key} ({dtype})", error)
@@ -57,7 +57,7 @@ def test_picks_equal_the_official_ones(name, keep, dtype) -> None:
     visual, outputs = golden_visual(name, dtype)
     method = sheet.method("cdpruner", relevance="clip")
     counts = torch.full((len(visual.features),), keep)
-    got = method.choose(visual, method.importance(visual), counts)
+    got = method.select(method.rows(visual, method.score(visual), counts))
     want = outputs[f"picked_in_order_keep{keep}"]
     # The order of the official float32 run, also where float64 sees margins below 1e-5.
     assert torch.equal(got.indices, want)
@@ -132,7 +132,7 @@ def test_budget_above_the_rank(dtype) -> None:
     """The kernel has rank 8: after 8 picks the official code divides by noise."""
     method = sheet.method("cdpruner", relevance="clip")
     visual = sheet_visual(dtype)
-    r = method.importance(visual)[0]
+    r = method.score(visual)[0]
     got = sheet.picks(visual, "cdpruner", 36, relevance="clip")
     assert sorted(got) == list(range(36))
     assert got[:6] == sheet.row("31 10 3 24 11 18")
@@ -182,11 +182,11 @@ def test_first_token_first_where_all_are_alike() -> None:
 
 def test_scope_and_theta() -> None:
     visual, _ = golden_visual("b2_n64_text2", torch.float64)
-    r = sheet.method("cdpruner", relevance="clip").importance(visual)
-    tile = sheet.method("cdpruner", relevance="clip", minmax_scope="tile").importance(visual)
+    r = sheet.method("cdpruner", relevance="clip").score(visual)
+    tile = sheet.method("cdpruner", relevance="clip", minmax_scope="tile").score(visual)
     assert (tile.amax(dim=1) >= 1).all()
     assert (r.amax(dim=1) < 1).any()
-    theta = sheet.method("cdpruner", relevance="clip", theta=0.5).importance(visual)
+    theta = sheet.method("cdpruner", relevance="clip", theta=0.5).score(visual)
     torch.testing.assert_close(theta, (0.5 * r).exp())
 
 
@@ -207,7 +207,10 @@ def test_equal_relevance_is_none() -> None:
         ({"relevance_sign": "minus"}, "negative, positive"),
         ({"minmax_scope": "batch"}, "image, tile"),
         ({"tokens": "pixels"}, "features, projected"),
-        *(({"theta": theta}, r"theta must be in \[0, 1\)") for theta in (1, -0.1, "x", True)),
+        *(
+            ({"theta": theta}, "theta must be a number of at least 0 and below 1 or None")
+            for theta in (1, -0.1, "x", True)
+        ),
     ],
 )
 def test_refused(options, message) -> None:

@@ -9,7 +9,8 @@ import sheet_vectors as sheet
 import torch
 
 from llava.pruning import PruningConfig, PruningError, parse_options, prune_visual_tokens
-from llava.pruning.importance.distinctiveness import centred, distinctiveness
+from llava.pruning.importance.normalise import centre
+from llava.pruning.importance.similarity import distinctiveness
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
@@ -24,7 +25,7 @@ def test_parts_equal_the_reference(dtype) -> None:
     g = distinctiveness(x)[0]
     assert float(-g.mean()) == pytest.approx(0.144589, abs=1e-6)
     assert (int(g.argmin()), int(g.argmax())) == (1, 25)
-    z = centred(x)[0]
+    z = centre(x)[0]
     assert float(torch.cosine_similarity(z[0], z[1], dim=0)) == pytest.approx(0.297699, abs=1e-6)
 
 
@@ -79,7 +80,7 @@ def test_equals_brute_force(host, combine) -> None:
     options = {"fusion": combine} if combine == "sum" else {}
     visual = checks.make_visual(1, dtype=torch.float64, seed=2)
     method = sheet.method("cen-prune", host=host, host_options=options)
-    importance = method.importance(visual)
+    importance = method.score(visual)
     rule = torch.add if combine == "sum" else torch.mul
     own = None if importance is None else importance[0]
     want = brute_force(visual, 12, own, lambda weight, far: rule(weight, torch.tensor(far)))
@@ -118,7 +119,7 @@ def test_tiles(host, allocation) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"host": "grid"}, "cannot wrap 'grid', which does not choose by how similar tokens are"),
+        ({"host": "grid"}, "cannot wrap 'grid', which does not select by how similar tokens are"),
         ({"host": "pool"}, "host can be cdpruner, divprune, norm, zoo, zoo-exact"),
         ({"host": "cen-prune"}, "cannot wrap 'cen-prune'"),
         ({"host": "divprun"}, "did you mean 'divprune'"),

@@ -22,7 +22,7 @@ from llava.pruning import (
     parse_options,
     register,
 )
-from llava.pruning.methods.base import PruningMethod
+from llava.pruning.method import PruningMethod
 from llava.pruning.registry import METHODS
 from llava.utils import once
 

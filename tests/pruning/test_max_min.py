@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llava.pruning import PruningError, max_min
 from llava.pruning.selection.max_min import max_min_with_margins
-from llava.pruning.selection.topk import ranking, top_k
+from llava.pruning.selection.rows import ranking, top_k
 
 few = settings(max_examples=30, deadline=None)
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from llava.model import layouts
-from llava.pruning import PruningError, newlines, stage
-from llava.pruning.importance import directions
+from llava.pruning import PruningError, method, newlines, stage
 from llava.pruning.importance import sensitivity as sensitivity_module
 from llava.pruning.layout import NEWLINE
-from llava.pruning.methods import base, random
+from llava.pruning.methods import random
 from llava.pruning.selection import max_min
 
 
@@ -54,7 +53,7 @@ MUTATIONS = {
     "valid mask skipped": (max_min, "selectable", every_token),
     "duplicate re-picked": (max_min, "exclude", lambda limits: None),
     "tie to highest index": (max_min, "first_argmax", highest_argmax),
-    "position off by one": (base, "raster_order", shifted),
+    "position off by one": (method, "raster_order", shifted),
     "global random state": (sensitivity_module, "direction_bank", global_bank),
     "batch-dependent product": (max_min, "cosine", unsteady_cosine),
 }
@@ -93,7 +92,7 @@ def test_check_fails_under_mutation(mutation, check, monkeypatch) -> None:
 
 
 def test_random_check_notices_the_global_generator(monkeypatch) -> None:
-    monkeypatch.setattr(random.Random, "_tile_seed", lambda *_: int(torch.randint(2**31, ())))
+    monkeypatch.setattr(random.Random, "_row_seed", lambda *_: int(torch.randint(2**31, ())))
     with pytest.raises(AssertionError):
         checks.check_deterministic("random")
 
@@ -111,7 +110,7 @@ def test_a_method_that_breaks_its_contract_is_an_error(broken, monkeypatch) -> N
     }[broken]
     picks = max_min.Picks(torch.tensor([indices]), torch.zeros(1, 3))
     cls = type(checks.PruningConfig("divprune", keep_tokens=3).pruner)
-    monkeypatch.setattr(cls, "choose", lambda *arguments: picks)
+    monkeypatch.setattr(cls, "select", lambda *arguments: picks)
     with pytest.raises(PruningError, match="contract"):
         stage.prune_visual_tokens(
             checks.make_visual(1, valid=valid), checks.PruningConfig("divprune", keep_tokens=3)
@@ -119,7 +118,7 @@ def test_a_method_that_breaks_its_contract_is_an_error(broken, monkeypatch) -> N
 
 
 def test_direction_bank_uses_its_own_generator() -> None:
-    directions.direction_bank.cache_clear()
+    sensitivity_module.direction_bank.cache_clear()
     checks.check_deterministic("zoo")
 
 

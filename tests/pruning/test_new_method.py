@@ -15,8 +15,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningError, get_method, list_methods, prune, select
 from llava.pruning.__main__ import main
-from llava.pruning.methods.base import PruningMethod
-from llava.pruning.selection.picks import unscored
+from llava.pruning.method import Picks, PruningMethod
 
 CHECKPOINT = Path(__file__).parents[1] / "goldens" / "llava" / "checkpoints" / "llava15-tiny"
 
@@ -30,9 +29,8 @@ class LastTokens(PruningMethod):
     paper: ClassVar[str] = "this test"
     equivariant: ClassVar[bool] = False
 
-    def choose(self, visual, importance, counts):
-        total = visual.projected.shape[1]
-        return unscored([torch.arange(total - k, total) for k in counts.tolist()])
+    def select(self, rows):
+        return Picks.stack([tokens[-count:] for _, count, tokens in rows])
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from official import Official, cases, given_tiles
 from torch import Tensor
 
 from llava.pruning import PruningConfig, PruningError, VisualTokens, prune_visual_tokens
-from llava.pruning.methods.prumerge import outliers
+from llava.pruning.methods.prumerge import count_outliers
 
 CASES = cases("prumerge", "stub*") + cases("prumerge-plus", "stub*")
 
@@ -37,7 +37,7 @@ def test_equals_the_released_functions(name: str, dtype: torch.dtype, record_err
     for run in case.about["runs"]:
         if run["rule"] == "adaptive":
             attention = visual.extras["next_single_head_attention"][0]
-            assert outliers(attention) == run["outliers"]
+            assert count_outliers(attention) == run["outliers"]
             config = PruningConfig.of(method, keep_tokens=run["tokens"], adaptive=True)
             got = made(visual, config, run["tokens"] + 1)
         else:

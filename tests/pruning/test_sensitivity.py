@@ -12,9 +12,9 @@ from torch import nn
 
 from llava.pruning import PruningError, sensitivity
 from llava.pruning.importance import sensitivity as module
-from llava.pruning.importance.directions import direction_bank
-from llava.pruning.importance.norm import min_max
+from llava.pruning.importance.normalise import min_max
 from llava.pruning.importance.projectors import WeightCache
+from llava.pruning.importance.sensitivity import direction_bank
 
 ACTIVATIONS = [nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh()]
 

@@ -16,13 +16,22 @@ from PIL import Image
 from pruning_checks import registered
 
 import llava.pruning
-from llava.generated import markers
+from llava.markdown import markers
 from llava.pruning import catalogue, list_methods
 from llava.pruning.__main__ import main
-from llava.pruning.catalogue import COLUMNS, RESULTS, SECTION, drift, method_table, tracked_results
+from llava.pruning.catalogue import (
+    COLUMNS,
+    RESULTS,
+    RETENTION,
+    SECTION,
+    SOURCES,
+    Retention,
+    drift,
+    method_table,
+    tracked_results,
+)
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import PruningMethod
-from llava.pruning.published import RETENTION, SOURCES, Retention
+from llava.pruning.method import PruningMethod
 from llava.pruning.visualize import overlay
 
 PACKAGE = Path(llava.pruning.__file__).parent

@@ -27,10 +27,9 @@ from llava.pruning import (
     sensitivity,
 )
 from llava.pruning.active import Prunable
-from llava.pruning.importance.directions import direction_bank
-from llava.pruning.importance.distinctiveness import distinctiveness
 from llava.pruning.importance.projectors import low_rank
-from llava.pruning.importance.relevance import text_relevance
+from llava.pruning.importance.sensitivity import direction_bank
+from llava.pruning.importance.similarity import distinctiveness, text_relevance
 from llava.pruning.selection.dpp import dpp
 from llava.pruning.selection.max_min import cosine
 from llava.utils import once

@@ -157,8 +157,8 @@ def test_an_image_is_the_same_in_any_batch(name, choice) -> None:
 @pytest.mark.parametrize("allocation", ["per_tile", "global"])
 def test_one_call_for_the_batch(allocation, monkeypatch) -> None:
     calls = []
-    original = Zoo.choose
-    monkeypatch.setattr(Zoo, "choose", lambda *a: calls.append(1) or original(*a))
+    original = Zoo.select
+    monkeypatch.setattr(Zoo, "select", lambda *a: calls.append(1) or original(*a))
     visual = tiled(WIDE, STRIP, WIDE, STRIP)
     config = PruningConfig("zoo", keep_tokens=30, allocation=allocation)
     prune_visual_tokens(visual, config)

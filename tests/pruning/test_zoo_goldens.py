@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llava.pruning import PruningConfig, VisualTokens, max_min, prune_visual_tokens, sensitivity
 from llava.pruning.importance import sensitivity as sensitivity_module
-from llava.pruning.importance.norm import min_max
+from llava.pruning.importance.normalise import min_max
 from llava.pruning.selection.max_min import max_min_with_margins
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -62,7 +62,7 @@ def test_scores_and_picks(case: Official, suffix: str, record_error) -> None:
     half = suffix == "_fp16"
     for run in case.about["runs"]:
         config = PruningConfig.of("zoo", keep_tokens=run["k"], precision="model")
-        scores, want = config.pruner.importance(visual)[0], case.outputs[f"S{suffix}"]
+        scores, want = config.pruner.score(visual)[0], case.outputs[f"S{suffix}"]
         error = float((scores.double() / want.double() - 1).abs().max())
         record_error(f"zoo release: scores {suffix or 'float32'} (relative)", error)
         # Half precision: a unit in the last place is 1e-3, and two CPUs may round differently.

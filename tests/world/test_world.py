@@ -1,5 +1,6 @@
 """The world is the same everywhere, and its questions have the answers that its scenes show."""
 
+import ast
 import hashlib
 import json
 from collections import Counter
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava import world
 from llava.world import FAMILIES, Scene, ask, render, scene
 from llava.world.benchmark import build
 from llava.world.font import ALPHABET, GLYPHS
@@ -148,3 +150,14 @@ def test_every_question_can_be_asked_and_glyphs_and_shapes_differ() -> None:
 def test_a_wrong_name_says_what_names_look_like() -> None:
     with pytest.raises(ValueError, match="names look like"):
         scene("test/12")
+
+
+def test_the_world_imports_nothing_else_of_the_package() -> None:
+    for file in Path(world.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in getattr(node, "names", ())]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""] if node.module != "llava" else ["llava." + names[0]]
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                ours = [name for name in names if name.split(".")[0] == "llava"]
+                assert all(name.startswith("llava.world") for name in ours), (file.name, ours)

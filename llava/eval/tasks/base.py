@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 
+from llava.eval.stats import Metric, metric_of
 from llava.pixels import ORIGINAL
 from llava.registry import Registry
 from llava.utils import UserInputError
@@ -41,16 +42,29 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A figure of a benchmark: `value` and its standard error `se` (None: undefined), over n items.
+class Sources:
+    """Where the data of a benchmark under one protocol come from, see `llava.eval.data`.
 
-    `scale` is the largest possible value: 100 for percentages, 2000 for MME perception.
+    Attributes:
+        count: published number of prompts; None where no publication says it.
+        files: files that `prepare --from` may find as they are published.
+        images: the folder of images; None where they are in a file.
+        originals: what to download for `--from`.
+        build: makes `files` and `images` from rows of public datasets, called with a function from
+            `Dataset` to rows and the `Layout` to write; None where the datasets lack something.
+        with_image: how many of the prompts have an image, where not all do.
+        tree: a folder that `--from` may find as a whole.
+        images_only: `build` gives images and nothing else.
     """
 
-    value: float
-    se: float | None
-    n: int
-    scale: float = 100.0
+    count: int | None
+    files: Sequence[Path]
+    images: Path | None
+    originals: str
+    build: Callable[[Any, Any], None] | None = None
+    with_image: int | None = None
+    tree: Path | None = None
+    images_only: bool = False
 
 
 class Benchmark(ABC):
@@ -61,7 +75,7 @@ class Benchmark(ABC):
         title: what tables print.
         protocols: {protocol: one line that says what it is}; the first is the default.
         max_new_tokens: LLaVA's limit for this benchmark.
-        headline: key of the metric that tables print by default.
+        headline: key of the metric that tables print by default; "" where there is none.
         default_root: data root where `--data-root` is not given.
         pixels: how `load_image` reads pictures, see `llava.pixels`; `--pixels` sets it on the
             instance. Published figures were measured with `original`.
@@ -74,8 +88,8 @@ class Benchmark(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     protocols: ClassVar[Mapping[str, str]]
-    max_new_tokens: ClassVar[int]
-    headline: ClassVar[str]
+    max_new_tokens: ClassVar[int] = 128
+    headline: str = "accuracy"
     default_root: ClassVar[Path] = Path("playground/data/eval")
     pixels: str = ORIGINAL
 
@@ -89,11 +103,11 @@ class Benchmark(ABC):
 
     @abstractmethod
     def items(self) -> list[Item]:
-        """All prompts in published order."""
+        """Return all prompts in published order."""
 
     @abstractmethod
     def load_image(self, name: str) -> Image.Image:
-        """An image of an item, RGB, read as `self.pixels` says.
+        """Return an image of an item, RGB, read as `self.pixels` says.
 
         Raises:
             UserInputError: it cannot be read; its items count as failed and the run goes on.
@@ -102,36 +116,52 @@ class Benchmark(ABC):
 
     @abstractmethod
     def data_hash(self) -> str:
-        """SHA-256 over the question and annotation files (images by name and size)."""
+        """Return the SHA-256 over the question and annotation files (images by name and size)."""
 
-    @abstractmethod
     def item_score(self, item: Item, answer: str) -> float | None:
-        """The answer's own score in [0, 1], for the running score; None where it has none."""
+        """Return the answer's own score in [0, 1], for the running score; None without one."""
+        return None
 
-    @abstractmethod
+    def groups(self, items: Sequence[Item]) -> Mapping[str, Sequence[Item]]:
+        """Return {metric: the items that it is the mean score of}, for `score`."""
+        return {"accuracy": items}
+
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
-        """Every metric of the benchmark, the official formula, from answers in item order.
+        """Return every metric of the benchmark, the official formula, from answers in item order.
 
-        Empty where only a server or a grader can score it. Items whose images could not be read
-        are left out of both lists.
+        By default the mean of `item_score` over each of `groups`, with a standard error clustered
+        by image; items without a score do not count. Empty where only a server or a grader can
+        score. Items whose images could not be read are left out of both lists.
         """
+        pairs = zip(items, answers, strict=True)
+        scores = {item.index: self.item_score(item, answer) for item, answer in pairs}
+        metrics = {}
+        for name, group in self.groups(items).items():
+            scored = [(item, s) for item in group if (s := scores[item.index]) is not None]
+            if scored:
+                clusters = [item.images or item.index for item, _ in scored]
+                metrics[name] = metric_of([score for _, score in scored], clusters)
+        return metrics
 
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path
     ) -> list[Path]:
-        """Write the files that the benchmark's own scorer or server takes; returns their paths.
+        """Write the files that the benchmark's own scorer or server takes; return their paths.
 
         Items whose images could not be read have the answer "".
         """
         return []
 
+    def sources(self) -> Sources | None:
+        """Return where its data come from; None for a benchmark that brings its own."""
+        return None
+
 
 _BENCHMARKS: Registry[Benchmark] = Registry("task", "llava.eval.tasks", error=TaskError)
-
 register_benchmark = _BENCHMARKS.register
 get_benchmark = _BENCHMARKS.get
 
 
 def list_benchmarks() -> list[str]:
-    """Names of all benchmarks, sorted."""
+    """Return the names of all benchmarks, sorted."""
     return sorted(_BENCHMARKS.entries())

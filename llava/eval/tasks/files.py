@@ -1,4 +1,4 @@
-"""Files of LLaVA's evaluation data layout: JSON, JSON lines, folders of images.
+"""Files of LLaVA's evaluation data layout: JSON, JSON lines, answer files, folders of images.
 
 Whatever is missing or damaged becomes one TaskError that names the file. Where the file belongs to
 a benchmark (`task` is given) the error also names the command that gets it.
@@ -8,38 +8,48 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from PIL import Image
 
+from llava import constants, storage
 from llava.eval.tasks.base import TaskError
 from llava.images import open_image
 from llava.pixels import ORIGINAL
 
+Row = dict[str, Any]
+
 # Suffixes that LLaVA-1.5 was trained with; its published question files carry them in `text`.
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
+SHORT_ANSWER = f"\n{constants.SHORT_ANSWER}"
+OPTION_LETTER = f"\n{constants.OPTION_LETTER}"
 OPTION_LETTER_CN = "\n请直接回答选项字母。"
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,100}")  # Python refuses to read thousands of digits
+
+
+def with_options(question: str, options: Iterable[str]) -> str:
+    """Return a question with its options below it: `A. red`, `B. blue`, ... one a line."""
+    return "\n".join([question, *map("{}. {}".format, ascii_uppercase, options)])
+
+
+def how_to_get(task: str | None) -> str:
+    """Return the end of an error about a file of `task`: the command that gets the file."""
+    return f"; `python -m llava.eval prepare {task}` gets it" if task else ""
 
 
 def read_bytes(path: Path, task: str | None = None) -> bytes:
-    """Contents of a file; TaskError naming it (and how `task` gets it) if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise TaskError(f"cannot read {path}: {error.strerror}{_how_to_get(task)}") from error
+    """Return the contents of a file. Raises TaskError if it cannot be read."""
+    return storage.read_bytes(path, hint=how_to_get(task), error=TaskError)
 
 
 def read_json(path: Path, task: str | None = None) -> Any:
-    """The value in a JSON file. Raises TaskError if it is missing or damaged."""
-    content = read_bytes(path, task)
-    try:
-        return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{path} is damaged, it is not JSON: {error}{_how_to_get(task)}") from error
+    """Return the value in a JSON file. Raises TaskError if it is missing or damaged."""
+    return storage.read_json(path, hint=how_to_get(task), error=TaskError)
 
 
 def read_jsonl(
@@ -49,7 +59,7 @@ def read_jsonl(
     texts: Sequence[str] = (),
     ids: Sequence[str] = (),
 ) -> list[Any]:
-    """The objects that `numbered_jsonl` yields, without their places."""
+    """Return the objects that `numbered_jsonl` yields, without their places."""
     return [row for _, row in numbered_jsonl(path, task, keys, texts, ids)]
 
 
@@ -60,7 +70,7 @@ def numbered_jsonl(
     texts: Sequence[str] = (),
     ids: Sequence[str] = (),
 ) -> Iterator[tuple[str, Any]]:
-    """(place, object) of each line of a JSON lines file, blank lines left out.
+    """Yield (place, object) of each line of a JSON lines file, blank lines left out.
 
     A place, such as "line 3 of questions.jsonl", is what errors about the object should name.
 
@@ -68,16 +78,10 @@ def numbered_jsonl(
         TaskError: the file is missing, or a line is damaged or not an object, lacks one of
             `keys`, or is refused by `check_fields`.
     """
-    # Not splitlines(): JSON may hold U+2028 and its like unescaped, which that takes for line ends.
-    for number, line in enumerate(read_bytes(path, task).split(b"\n"), start=1):
-        if line.strip():
-            where, hint = f"line {number} of {path}", _how_to_get(task)
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise TaskError(f"{where} is damaged, it is not JSON: {error}{hint}") from error
-            check_fields(row, where, keys, texts, ids, hint)
-            yield where, row
+    hint = how_to_get(task)
+    for where, row in storage.read_jsonl(path, hint=hint, error=TaskError):
+        check_fields(row, where, keys, texts, ids, hint)
+        yield where, row
 
 
 def check_fields(
@@ -102,19 +106,16 @@ def check_fields(
         TaskError: the first field that cannot be used, with its value.
     """
     if not isinstance(row, dict):
-        raise TaskError(f"{where} is no JSON object{hint}")
+        raise TaskError(f"{where} is not a JSON object{hint}")
     missing = [key for key in dict.fromkeys((*ids, *keys, *texts)) if key not in row]
     if missing:
         raise TaskError(f"{where} lacks {', '.join(missing)}{hint}")
     for key in (*ids, *texts):
-        if key in texts and not isinstance(row[key], str):
-            raise TaskError(f"{key} in {where} is no text but {shown(row[key])}{hint}")
-        if not is_id(row[key]):
-            raise TaskError(
-                f"{key} in {where} is no text or whole number but {shown(row[key])}{hint}"
-            )
-        if isinstance(row[key], str) and not _is_unicode(row[key]):
-            raise TaskError(f"{key} in {where} holds half of a surrogate pair; write it in UTF-8")
+        value, wanted = row[key], "text" if key in texts else "text or a whole number"
+        if not (isinstance(value, str) if key in texts else is_id(value)):
+            raise TaskError(f"{key} in {where} must be {wanted}, not {as_json(value)}{hint}")
+        if isinstance(value, str) and not is_unicode(value):
+            raise TaskError(f"{key} in {where} has half of a surrogate pair; write it in UTF-8")
 
 
 def check_listed(
@@ -125,71 +126,130 @@ def check_listed(
     texts: Sequence[str] = (),
     ids: Sequence[str] = (),
 ) -> list[Any]:
-    """`rows` of a JSON file, if they are a list of objects that pass `check_fields`.
+    """Return `rows` of a JSON file, if they are a list of objects that pass `check_fields`.
 
     `what` is what one of them is called, such as "question". Raises TaskError otherwise.
     """
     if not isinstance(rows, list):
-        raise TaskError(f"{path} holds no JSON array of {what}s")
+        raise TaskError(f"{path} must contain a JSON array of {what}s")
     for number, row in enumerate(rows, start=1):
         check_fields(row, f"{what} {number} of {path}", keys, texts, ids)
     return rows
 
 
 def image_names(value: Any, where: str) -> tuple[str, ...]:
-    """The names in an `image` field: none (missing, null, ""), one, or a list of them.
+    """Return the names in an `image` field: none (missing, null, ""), one, or a list of them.
 
     Raises TaskError, naming `where`, for anything else.
     """
     if value is None or value == "":
         return ()
     names = value if isinstance(value, list) else [value]
-    if not all(isinstance(name, str) and name and _is_unicode(name) for name in names):
+    if not all(isinstance(name, str) and name and is_unicode(name) for name in names):
         raise TaskError(
-            f"image in {where} is no name of a file, or list of names, but {shown(value)}"
+            f"image in {where} must be a file name or a list of names, not {as_json(value)}"
         )
     return tuple(names)
 
 
 def is_id(value: Any) -> bool:
-    """Whether a value can name a question: text or a whole number (JSON's true is neither)."""
+    """Tell whether a value can name a question: text or a whole number (not JSON's true)."""
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def shown(value: Any) -> str:
-    """A value as JSON writes it, cut to one short line."""
+def is_unicode(text: str) -> bool:
+    """Tell whether text has no lone surrogate, which cannot be written, hashed or tokenised."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_json(value: Any) -> str:
+    """Return a value as JSON writes it, cut to one short line."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
-    """`{row[key]: row}` in the order of `rows` of `path`.
+    """Return `{row[key]: row}` in the order of `rows` of `path`.
 
     Raises TaskError where two rows share a key, and for keys that are not text or a number.
     """
     found: dict[Any, Any] = {}
     for row in rows:
         if not is_id(row[key]):
-            raise TaskError(f"{path} holds {key} {row[key]!r}, which is no text or whole number")
+            raise TaskError(
+                f"{key} in {path} must be text or a whole number, not {as_json(row[key])}"
+            )
         if row[key] in found:
-            raise TaskError(f"{path} holds {key} {row[key]!r} twice; keep one of the two lines")
+            raise TaskError(f"{path} has {key} {row[key]!r} twice; keep one of the two lines")
         found[row[key]] = row
     return found
 
 
 def check_ids(given: Iterable[Any], known: Iterable[Any], given_in: Path, known_in: Path) -> None:
-    """Refuse ids of `given_in` that `known_in` does not hold. Raises TaskError with the first."""
+    """Refuse ids of `given_in` that are not in `known_in`. Raises TaskError with the first."""
     known = set(known)
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TaskError(
-            f"{given_in} holds {len(unknown)} question ids that are not in {known_in}, the first "
+            f"{given_in} has {len(unknown)} question ids that are not in {known_in}, the first "
             f"is {unknown[0]!r}; do both files belong to one split?"
         )
 
 
+def question_key(name: str | int) -> str | int:
+    """Return the id as a number where it is one: files write 7 and "7" for the same question."""
+    return int(name) if isinstance(name, int) or _INTEGER.fullmatch(name) else name
+
+
+def read_answers(path: Path, texts: Sequence[str] = ()) -> dict[str | int, Row]:
+    """Return {question id, by `question_key`: line of LLaVA's answer file} in file order.
+
+    Several rounds of one question (`round_id`) are no duplicates; the last one of them stays.
+
+    Raises:
+        TaskError: the file is missing, damaged or empty, a line lacks `question_id`, `text` or a
+            text under one of `texts`, or a question is answered twice.
+    """
+    answers: dict[str | int, Row] = {}
+    seen = set()
+    for row in read_jsonl(path, ids=("question_id",), texts=("text", *texts)):
+        name = question_key(row["question_id"])
+        place = name, str(row.get("round_id", 0))
+        if place in seen:
+            raise TaskError(f"{path} answers question {name!r} twice; keep one of the two lines")
+        seen.add(place)
+        answers[name] = row
+    if not answers:
+        raise TaskError(f"{path} has no answers")
+    return answers
+
+
+def read_intact_answers(path: Path) -> tuple[dict[Any, str], int]:
+    """Return ({question id: text}, damaged lines) of an answer file; damaged lines are left out.
+
+    LLaVA's converters for servers count lines that are not JSON and go on; so does this. Raises
+    TaskError for a repeated id and for a line without question_id or text.
+    """
+    rows, damaged = [], 0
+    content = read_bytes(path)
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    for number, line in enumerate(lines, start=1):
+        where = f"line {number} of {path}"
+        try:
+            rows.append(storage.parse_json(line, where))
+        except storage.StorageError:
+            damaged += 1
+            continue
+        check_fields(rows[-1], where, texts=("text",), ids=("question_id",))
+    return {name: row["text"] for name, row in index_by(rows, "question_id", path).items()}, damaged
+
+
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; False also for names that no file can have."""
+    """Tell whether there is such a file; False also for names that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -197,7 +257,7 @@ def is_file(path: Path) -> bool:
 
 
 def hash_files(paths: Iterable[Path], images: Iterable[tuple[str, int]] = ()) -> str:
-    """SHA-256 (hex) over the contents of `paths`, in their order, and over (name, size) pairs.
+    """Return the SHA-256 (hex) over the contents of `paths`, in order, and over (name, size) pairs.
 
     `images` come from `ImageFolder.sizes`: hashing gigabytes of pictures before every run would
     take longer than many a run.
@@ -218,12 +278,12 @@ class ImageFolder:
     task: str | None = None
 
     def load(self, name: str, pixels: str = ORIGINAL) -> Image.Image:
-        """An image, RGB. Raises UserInputError if there is none or it cannot be decoded."""
+        """Return an image, RGB. Raises UserInputError if there is none or it is damaged."""
         self._check()
         return open_image(self.root / name, pixels)
 
     def sizes(self, names: Iterable[str]) -> list[tuple[str, int]]:
-        """Sorted (name, bytes) of the images called `names`; -1 bytes for one that is missing."""
+        """Return sorted (name, bytes) of the images called `names`; -1 bytes for a missing one."""
         self._check()
         return [(name, self._size(name)) for name in sorted(set(names))]
 
@@ -235,17 +295,4 @@ class ImageFolder:
 
     def _check(self) -> None:
         if not self.root.is_dir():
-            raise TaskError(f"there is no image folder {self.root}{_how_to_get(self.task)}")
-
-
-def _is_unicode(text: str) -> bool:
-    """False for text with lone surrogates, which cannot be written, hashed or tokenised."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _how_to_get(task: str | None) -> str:
-    return f"; `python -m llava.eval prepare {task}` gets it" if task else ""
+            raise TaskError(f"there is no image folder {self.root}{how_to_get(self.task)}")

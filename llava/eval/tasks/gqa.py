@@ -1,21 +1,41 @@
-"""GQA, test-dev balanced: 12,578 compositional questions about 398 images."""
+"""GQA, test-dev balanced: 12,578 compositional questions about 398 images.
+
+Source of the score: the evaluation script of GQA (Hudson and Manning, 2019), exact match on the
+balanced questions. Its validity and plausibility need files that version 1.2 of the dataset does
+not have, and LLaVA's protocol leaves them out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava.eval.converters.answers import write_json
-from llava.eval.converters.gqa import predictions
-from llava.eval.scorers.gqa import clean, judge
-from llava.eval.stats import metric_of
-from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
-from llava.eval.tasks.files import check_ids, read_json
-from llava.eval.tasks.published import PublishedQuestions, Row
+from llava.eval.data.layout import Dataset, Layout, Read
+from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
+from llava.eval.tasks.files import SHORT_ANSWER, Row, check_ids, read_json
+from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, answer_lines, question_line
+from llava.storage import write_atomically
 
-PREDICTIONS = "testdev_balanced_predictions.json"
 NEEDED = ("isBalanced", "answer", "imageId", "types")
+IMAGES = Dataset("lmms-lab/GQA", "id image", "testdev", "testdev_balanced_images")
+QUESTIONS = Dataset(
+    "lmms-lab/GQA",
+    "id imageId question answer isBalanced types",
+    "testdev",
+    "testdev_balanced_instructions",
+)
+
+
+def clean(text: str) -> str:
+    """Return an answer as LLaVA compares it: lower case, no periods at its end."""
+    return text.rstrip(".").lower()
+
+
+def predictions(rows: Iterable[Row]) -> list[Row]:
+    """Return [{questionId, prediction}] for GQA's scorer, of lines of an answer file."""
+    return [{"questionId": row["question_id"], "prediction": clean(row["text"])} for row in rows]
 
 
 @register_benchmark
@@ -25,7 +45,6 @@ class GQA(PublishedQuestions):
     name = "gqa"
     title = "GQA"
     protocols: ClassVar[Mapping[str, str]] = {"llava": "test-dev balanced, single word or phrase"}
-    headline = "accuracy"
 
     def image_folder(self) -> Path:
         return self.root / "gqa/data/images"
@@ -44,19 +63,11 @@ class GQA(PublishedQuestions):
         path = self.annotation_files()[0]
         questions = read_json(path, self.name)
         if not isinstance(questions, dict):
-            raise TaskError(f"{path} is no JSON object of questions by their id")
+            raise TaskError(f"{path} must be a JSON object of questions by their id")
         check_ids((row["question_id"] for row in rows), questions, self.question_file(), path)
         asked = {row["question_id"] for row in rows}
         for name, question in questions.items():
-            if not isinstance(question, dict) or not question.keys() >= set(NEEDED):
-                raise TaskError(f"question {name} of {path} lacks one of {', '.join(NEEDED)}")
-            types, texts = question["types"], (question["answer"], question["imageId"])
-            if not isinstance(types, dict) or "structural" not in types:
-                raise TaskError(f"question {name} of {path} lacks its structural type")
-            if not all(isinstance(text, str) for text in texts):
-                raise TaskError(f"answer or imageId of question {name} of {path} is no text")
-            if not isinstance(question["isBalanced"], bool):
-                raise TaskError(f"isBalanced of question {name} of {path} is not true or false")
+            _check(question, f"question {name} of {path}")
             if question["isBalanced"] and name not in asked:
                 raise TaskError(
                     f"{self.question_file()} does not ask the balanced question {name} of {path}; "
@@ -68,28 +79,50 @@ class GQA(PublishedQuestions):
         right = float(clean(answer) == item.data["answer"])
         return right if item.data["isBalanced"] else None
 
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
-        """`accuracy`, and that of `binary` and `open` questions, where there are any."""
-        questions = {str(item.question_id): item.data for item in items}
-        cleaned = [clean(answer) for answer in answers]
-        judged = judge(questions, dict(zip(questions, cleaned, strict=True)))
-        groups = {
-            "accuracy": judged,
-            "binary": [question for question in judged if not question.open],
-            "open": [question for question in judged if question.open],
-        }
-        return {
-            name: metric_of([row.correct for row in group], [row.image for row in group])
-            for name, group in groups.items()
-            if group
-        }
+    def groups(self, items: Sequence[Item]) -> Mapping[str, Sequence[Item]]:
+        """`accuracy`, and that of `open` questions, which ask for a word, and the `binary` rest."""
+
+        def asking(for_word: bool) -> list[Item]:
+            kinds = (item.data["types"]["structural"] for item in items)
+            return [
+                i for i, kind in zip(items, kinds, strict=True) if (kind == "query") == for_word
+            ]
+
+        return {"accuracy": items, "binary": asking(False), "open": asking(True)}
 
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path
     ) -> list[Path]:
-        """The file that GQA's evaluation script reads."""
-        rows = (
-            {"question_id": item.question_id, "text": answer}
-            for item, answer in zip(items, answers, strict=True)
-        )
-        return [write_json(folder / PREDICTIONS, predictions(rows))]
+        """Write the file that GQA's evaluation script reads."""
+        path = folder / "testdev_balanced_predictions.json"
+        write_atomically(path, json.dumps(predictions(answer_lines(items, answers))))
+        return [path]
+
+    def sources(self) -> Sources:
+        originals = f"{ARCHIVE}, and GQA's questions1.2.zip and images.zip"
+        return self.published(12_578, originals, build=self.build)
+
+    def build(self, read: Read, layout: Layout) -> None:
+        for row in read(IMAGES):
+            layout.image(self.image_folder() / f"{row['id']}.jpg", row["image"])
+        keys = QUESTIONS.columns.split()
+        truth = {row["id"]: {key: row[key] for key in keys} for row in read(QUESTIONS)}
+        layout.json(self.annotation_files()[0], truth)
+        prompts = [
+            question_line(name, f"{row['imageId']}.jpg", row["question"] + SHORT_ANSWER)
+            for name, row in truth.items()
+        ]
+        layout.lines(self.question_file(), prompts)
+
+
+def _check(question: Any, where: str) -> None:
+    """Refuse an annotation that lacks what is needed. Raises TaskError, naming `where`."""
+    if not isinstance(question, dict) or not question.keys() >= set(NEEDED):
+        raise TaskError(f"{where} lacks one of {', '.join(NEEDED)}")
+    types = question["types"]
+    if not isinstance(types, dict) or "structural" not in types:
+        raise TaskError(f"{where} lacks its structural type")
+    if not all(isinstance(question[key], str) for key in ("answer", "imageId")):
+        raise TaskError(f"answer and imageId of {where} must be text")
+    if not isinstance(question["isBalanced"], bool):
+        raise TaskError(f"isBalanced of {where} must be true or false")

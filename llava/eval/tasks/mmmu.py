@@ -1,55 +1,161 @@
-"""MMMU: college questions with one to seven images, options or an open answer."""
+"""MMMU: college questions with one to seven images, options or an open answer.
+
+Options and open answers are read from free text as the official MMMU scripts do when lmms-eval runs
+them, but for one thing: where no option can be read they draw one from the global random state, and
+here it is drawn from the question's id. So a score does not depend on what was scored before.
+"""
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, ClassVar
 
-from PIL import Image
-
-from llava.eval.scorers.mmmu import open_is_correct, parse_choice, parse_open
-from llava.eval.stats import metric_of
-from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
+from llava.eval.data.layout import Dataset, Layout, Read
+from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import (
     OPTION_LETTER,
     SHORT_ANSWER,
-    ImageFolder,
-    hash_files,
+    as_json,
     index_by,
     is_id,
     read_jsonl,
-    shown,
+    with_options,
 )
+from llava.eval.tasks.published import FolderBenchmark
 from llava.storage import dump_json, write_atomically
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-DOMAINS: dict[str, tuple[str, ...]] = {
-    "art_and_design": ("Art", "Art_Theory", "Design", "Music"),
-    "business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
-    "science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
-    "health_and_medicine": (
-        *("Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine"),
-        *("Pharmacy", "Public_Health"),
-    ),
-    "humanities_and_social_science": ("History", "Literature", "Sociology", "Psychology"),
-    "tech_and_engineering": (
-        *("Agriculture", "Architecture_and_Engineering", "Computer_Science", "Electronics"),
-        *("Energy_and_Power", "Materials", "Mechanical_Engineering"),
-    ),
+DOMAINS = {
+    "art_and_design": "Art Art_Theory Design Music",
+    "business": "Accounting Economics Finance Manage Marketing",
+    "science": "Biology Chemistry Geography Math Physics",
+    "health_and_medicine": "Basic_Medical_Science Clinical_Medicine "
+    "Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
+    "humanities_and_social_science": "History Literature Sociology Psychology",
+    "tech_and_engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics "
+    "Energy_and_Power Materials Mechanical_Engineering",
 }
-_DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
+_DOMAIN_OF = {
+    subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()
+}
 QUESTION_TYPES = ("multiple-choice", "open")
 _NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 _IMAGE = re.compile(r"<image (\d+)>")
+ROWS = Dataset(
+    "lmms-lab/MMMU",
+    "id question options answer question_type image_1 image_2 image_3 image_4 image_5 image_6 "
+    "image_7",
+    "validation",
+)
+
+Value = str | float
+
+_STRIPPED = (",", ".", "!", "?", ";", ":", "'")  # in this order, each once
+_INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),  # 1,234
+    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),  # 1.2e3
+    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+|[,\d])"),  # 12, 1.2, .2
+)
+
+
+def parse_choice(text: str, options: Mapping[str, str], question_id: str) -> str:
+    """Return the letter of `options` ({letter: option text}) that `text` gives.
+
+    Looked for in this order, the first kind that is found decides: "(A)", "A ", "A.", and in
+    answers of more than five words the text of an option. Of several options the last one is
+    taken; without any, one drawn from `question_id`.
+    """
+    for mark in _STRIPPED:
+        text = text.strip(mark)
+    places = _places(f" {text} ", options)
+    return max(places, key=places.__getitem__) if places else _draw(list(options), question_id)
+
+
+def parse_open(text: str) -> set[Value]:
+    """Return candidates of an open answer: its key phrases and the numbers in them, normalised."""
+    phrases = _key_phrases(text)
+    numbers = [number for phrase in phrases for number in _numbers(phrase)]
+    return {value for phrase in [*phrases, *numbers] for value in normalise(phrase)}
+
+
+def open_is_correct(candidates: set[Value], references: Sequence[str]) -> bool:
+    """Tell whether a number equals a reference, or a candidate's text contains one."""
+    accepted = [value for reference in references for value in normalise(reference)]
+    words = [value for value in accepted if isinstance(value, str)]
+    return any(
+        any(word in candidate for word in words)
+        if isinstance(candidate, str)
+        else candidate in accepted
+        for candidate in candidates
+    )
+
+
+def normalise(text: str) -> list[Value]:
+    """Return a number rounded to two decimals, or lower-case text.
+
+    A single character comes with a space on either side, so that it only matches as a word.
+    """
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def _places(text: str, options: Mapping[str, str]) -> dict[str, int]:
+    """Return {letter: its last place in `text`} by the first way of writing that finds any."""
+    if found := [letter for letter in options if f"({letter})" in text]:
+        return {letter: text.rfind(f"({letter})") for letter in found}
+    for ending in " .":
+        if found := [letter for letter in options if f"{letter}{ending}" in text]:
+            # never finds "A.", so of several such options the first one wins, as published
+            return {letter: text.rfind(f" {letter} ") for letter in found}
+    if len(text.split()) <= 5:
+        return {}
+    lower = text.lower()
+    names = {letter: option.lower() for letter, option in options.items()}
+    return {letter: lower.rfind(name) for letter, name in names.items() if name in lower}
+
+
+def _key_phrases(text: str) -> list[str]:
+    """Return what follows an indicator word in each line, the shortest of each; else all of it.
+
+    An equals sign indicates too, in the last line. (The original also means to split at ends of
+    sentences, by a capital after the period, but lowers the case before: nothing is split there.)
+    """
+    text = text.strip().strip(".").lower()
+    lines = text.split("\n")
+    phrases = []
+    for number, line in enumerate(lines, start=1):
+        indicators = [*_INDICATORS, "="] if number == len(lines) else _INDICATORS
+        tails = [line.split(word)[-1].strip() for word in indicators if word in line]
+        shortest = ""
+        for tail in tails:  # an empty tail gives way to the next one
+            if not shortest or len(tail) < len(shortest):
+                shortest = tail
+        if shortest and shortest not in _STRIPPED:
+            phrases.append(shortest)
+    return phrases or [text]
+
+
+def _numbers(text: str) -> list[str]:
+    return [number for pattern in _NUMBERS for number in pattern.findall(text)]
+
+
+def _draw(letters: Sequence[str], question_id: str) -> str:
+    digest = hashlib.sha256(question_id.encode()).digest()
+    return letters[int.from_bytes(digest[:8], "big") % len(letters)]
 
 
 @register_benchmark
-class MMMU(Benchmark):
-    """The prompt of lmms-eval: "<image 1>" stays in the text, the images stand before it.
+class MMMU(FolderBenchmark):
+    """The prompt of lmms-eval: "<image 1>" stays in the text, the images come before it.
 
     `mmmu/validation.jsonl` has lines {id, question, options, answer, question_type}; image n of a
     question is `mmmu/images/<id>_<n>.png`. Every question has images of its own, so standard errors
@@ -61,55 +167,59 @@ class MMMU(Benchmark):
     protocols: ClassVar[Mapping[str, str]] = {
         "llava": "validation, the option's letter or a phrase"
     }
-    max_new_tokens = 128
-    headline = "accuracy"
 
     def __init__(self, root: Path, protocol: str | None = None) -> None:
         super().__init__(root, protocol)
         self.path = root / "mmmu" / "validation.jsonl"
-        self.images = ImageFolder(root / "mmmu" / "images", self.name)
 
-    def items(self) -> list[Item]:
-        return list(self._items)
+    def image_folder(self) -> Path:
+        return self.root / "mmmu" / "images"
 
-    def load_image(self, name: str) -> Image.Image:
-        return self.images.load(name, self.pixels)
-
-    def data_hash(self) -> str:
-        names = [name for item in self._items for name in item.images]
-        return hash_files([self.path], self.images.sizes(names))
+    def files(self) -> list[Path]:
+        return [self.path]
 
     def item_score(self, item: Item, answer: str) -> float:
         if options := item.data["options"]:
-            choices = dict(zip(LETTERS, options, strict=False))
+            choices = dict(zip(ascii_uppercase, options, strict=False))
             right = parse_choice(answer, choices, str(item.question_id)) == item.data["answers"][0]
         else:
             right = open_is_correct(parse_open(answer), item.data["answers"])
         return float(right)
 
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
+    def groups(self, items: Sequence[Item]) -> Mapping[str, Sequence[Item]]:
         """`accuracy` over all questions, and over those of each domain under its name."""
-        scores = [self.item_score(*pair) for pair in zip(items, answers, strict=True)]
-        groups: dict[str, list[float]] = {"accuracy": scores} | {name: [] for name in DOMAINS}
-        for item, value in zip(items, scores, strict=True):
-            groups[item.data["domain"]].append(value)
-        return {name: metric_of(values) for name, values in groups.items() if values}
+        return {"accuracy": items} | {
+            domain: [item for item in items if item.data["domain"] == domain] for domain in DOMAINS
+        }
 
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path
     ) -> list[Path]:
-        """`{id: answer}`, which the official scripts parse and score."""
+        """Write `{id: answer}`, which the official scripts parse and score."""
         path = folder / "mmmu_answers.json"
         given = zip(items, answers, strict=True)
         write_atomically(path, dump_json({str(item.question_id): text for item, text in given}))
         return [path]
 
-    @cached_property
-    def _items(self) -> list[Item]:
+    def sources(self) -> Sources:
+        originals = "a folder mmmu/ that was prepared elsewhere"
+        return self.published(900, originals, build=self.build)
+
+    def build(self, read: Read, layout: Layout) -> None:
+        rows = []
+        for row in read(ROWS):
+            for number in range(1, 8):
+                if (image := row[f"image_{number}"]) is not None:
+                    layout.image(self.image_folder() / f"{row['id']}_{number}.png", image)
+            keys = ("id", "question", "options", "answer", "question_type")
+            rows.append({key: row[key] for key in keys})
+        layout.lines(self.path, rows)
+
+    def read_items(self) -> list[Item]:
         keys = ("options", "answer", "question_type")
         rows = read_jsonl(self.path, self.name, keys, texts=("question",), ids=("id",))
         if not rows:
-            raise TaskError(f"{self.path} holds no question")
+            raise TaskError(f"{self.path} has no questions")
         return [self._item(*pair) for pair in enumerate(index_by(rows, "id", self.path).values())]
 
     def _item(self, index: int, row: Mapping[str, Any]) -> Item:
@@ -123,15 +233,13 @@ class MMMU(Benchmark):
             raise TaskError(f"{where} has no answer")
         if row["question_type"] not in QUESTION_TYPES:
             raise TaskError(
-                f"question_type of {where} is {shown(row['question_type'])}; one of "
+                f"question_type of {where} is {as_json(row['question_type'])}; one of "
                 f"{', '.join(QUESTION_TYPES)}"
             )
         if row["question_type"] == "multiple-choice":
-            if not options or answers[0] not in list(LETTERS[: len(options)]):
+            if not options or answers[0] not in list(ascii_uppercase[: len(options)]):
                 raise TaskError(f"{where} needs options, and the letter of one as its answer")
-            pairs = zip(LETTERS, options, strict=False)
-            lines = [f"{letter}. {option}" for letter, option in pairs]
-            text = "\n".join([row["question"], *lines]) + "\n" + OPTION_LETTER
+            text = with_options(row["question"], options) + "\n" + OPTION_LETTER
         else:
             options, text = [], row["question"] + "\n" + SHORT_ANSWER
         numbers = sorted(set(map(int, _IMAGE.findall(text))))
@@ -146,7 +254,7 @@ class MMMU(Benchmark):
 
 
 def _references(answer: Any, where: str) -> list[str]:
-    """Every accepted answer: an open question's may be a list, written as a Python literal."""
+    """Return every accepted answer: an open question's may be a list, as a Python literal."""
     if isinstance(answer, str) and answer.startswith("["):
         try:
             answer = ast.literal_eval(answer)
@@ -156,22 +264,22 @@ def _references(answer: Any, where: str) -> list[str]:
 
 
 def _as_list(value: Any, where: str) -> list[str]:
-    """A list of texts, which the published files write as Python literals; null is none."""
+    """Return a list of texts, which the published files write as Python literals; null is none."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
         except _NO_LITERAL as error:
-            raise TaskError(f"{where} is damaged: {value[:60]!r} is no list") from error
+            raise TaskError(f"{where} is damaged: {value[:60]!r} is not a list") from error
     if value is None:
         return []
     if not isinstance(value, list | tuple):
-        raise TaskError(f"{where} is damaged: {value!r} is no list")
+        raise TaskError(f"{where} is damaged: {value!r} is not a list")
     return _words(value, f"an option of {where}")
 
 
 def _words(values: Sequence[Any], what: str) -> list[str]:
-    """Texts and numbers as text. Raises TaskError for anything else, calling it `what`."""
+    """Return texts and numbers as text. Raises TaskError for anything else, calling it `what`."""
     for value in values:
         if not isinstance(value, float) and not is_id(value):
-            raise TaskError(f"{what} is no text or number but {value!r}"[:200])
+            raise TaskError(f"{what} must be text or a number, not {value!r}"[:200])
     return [str(value) for value in values]

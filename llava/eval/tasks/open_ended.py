@@ -5,15 +5,21 @@ Here are the questions, and the files that their graders read. There is no metri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava.eval.converters.mmvet import submission
-from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
-from llava.eval.tasks.files import shown
-from llava.eval.tasks.published import PublishedQuestions, Row
+from llava.eval.data.layout import Dataset, Layout, Read
+from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
+from llava.eval.tasks.files import Row, as_json
+from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, answer_lines, question_line
 from llava.storage import dump_lines, write_atomically
+
+MMVET_ROWS = Dataset("lmms-lab/MMVet", "question_id question image")
+LLAVA_BENCH_ROWS = Dataset(
+    "lmms-lab/llava-bench-in-the-wild", "question_id question category image_id image", "train"
+)
 
 
 class GradedElsewhere(PublishedQuestions):
@@ -25,11 +31,10 @@ class GradedElsewhere(PublishedQuestions):
     def bare(self, text: str) -> str:
         return text.strip()
 
-    def item_score(self, item: Item, answer: str) -> None:
-        return None
 
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
-        return {}
+def mmvet_submission(answers: Iterable[tuple[str | int, str]]) -> str:
+    """Return the JSON text `{"v1_<question id>": answer}`."""
+    return json.dumps({f"v1_{name}": text for name, text in answers}, indent=2)
 
 
 @register_benchmark
@@ -49,11 +54,22 @@ class MMVet(GradedElsewhere):
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path
     ) -> list[Path]:
-        """`{"v1_<id>": answer}`."""
+        """Write `{"v1_<id>": answer}`."""
         path = folder / "mmvet_submission.json"
         given = zip((item.question_id for item in items), answers, strict=True)
-        write_atomically(path, submission(given))
+        write_atomically(path, mmvet_submission(given))
         return [path]
+
+    def sources(self) -> Sources:
+        return self.published(218, f"{ARCHIVE}, and mm-vet.zip", build=self.build)
+
+    def build(self, read: Read, layout: Layout) -> None:
+        prompts = []
+        for row in read(MMVET_ROWS):
+            image, number = f"{row['question_id']}.png", row["question_id"].removeprefix("v1_")
+            layout.image(self.image_folder() / image, row["image"])
+            prompts.append(question_line(int(number), image, row["question"]))
+        layout.lines(self.question_file(), prompts)
 
 
 @register_benchmark
@@ -72,21 +88,29 @@ class LLaVABench(GradedElsewhere):
 
     def annotate(self, rows: Sequence[Row]) -> Iterator[Mapping[str, Any]]:
         for row in rows:
-            if row.get("category") is not None and not isinstance(row["category"], str):
+            category = row.get("category")
+            if category is not None and not isinstance(category, str):
                 raise TaskError(
-                    f"category of question {row['question_id']!r} of {self.question_file()} is no "
-                    f"text but {shown(row['category'])}"
+                    f"category of question {row['question_id']!r} of {self.question_file()} must "
+                    f"be text, not {as_json(category)}"
                 )
-            yield {"category": row.get("category")}
+            yield {"category": category}
 
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path
     ) -> list[Path]:
-        """The answer file that LLaVA's reviews read, in question order."""
+        """Write the answer file that LLaVA's reviews read, in question order."""
         path = folder / "llava_bench_answers.jsonl"
-        rows = [
-            {"question_id": item.question_id, "prompt": item.text, "text": answer}
-            for item, answer in zip(items, answers, strict=True)
-        ]
-        write_atomically(path, dump_lines(rows))
+        write_atomically(path, dump_lines(answer_lines(items, answers)))
         return [path]
+
+    def sources(self) -> Sources:
+        return self.published(60, "the folder llava-bench-in-the-wild", build=self.build)
+
+    def build(self, read: Read, layout: Layout) -> None:
+        prompts = []
+        for row in read(LLAVA_BENCH_ROWS):
+            image, name = Path(str(row["image_id"])).stem + ".jpg", row["question_id"]
+            layout.image(self.image_folder() / image, row["image"])
+            prompts.append(question_line(name, image, row["question"], row["category"]))
+        layout.lines(self.question_file(), prompts)

@@ -1,4 +1,4 @@
-"""Benchmarks whose prompts LLaVA publishes as JSON lines, one image each."""
+"""Benchmarks of question files and folders of images, as LLaVA publishes them."""
 
 from __future__ import annotations
 
@@ -10,54 +10,37 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from llava.eval.tasks.base import Benchmark, Item, TaskError
-from llava.eval.tasks.files import SHORT_ANSWER, ImageFolder, hash_files, index_by, read_jsonl
+from llava.eval.tasks.base import Benchmark, Item, Sources, TaskError
+from llava.eval.tasks.files import (
+    SHORT_ANSWER,
+    ImageFolder,
+    Row,
+    hash_files,
+    index_by,
+    read_jsonl,
+)
 
-Row = dict[str, Any]
+ARCHIVE = "LLaVA's evaluation archive eval.zip"
 
 
-class PublishedQuestions(Benchmark):
-    """Short-answer questions in published order, with the annotations that belong to them.
-
-    Class attributes, beside those of `Benchmark`:
-        unique_ids: whether a question id may stand once only in the question file.
-    """
-
-    max_new_tokens = 128
-    unique_ids: ClassVar[bool] = True
+class FolderBenchmark(Benchmark):
+    """A benchmark whose images lie in one folder; its files are read once."""
 
     @abstractmethod
     def image_folder(self) -> Path:
-        """Where images lie by the names that the question file gives them."""
+        """Return where images lie by the names that items give them."""
 
     @abstractmethod
-    def question_file(self) -> Path:
-        """The file with lines {question_id, image, text}."""
+    def files(self) -> list[Path]:
+        """Return every file that `read_items` reads."""
 
-    def annotation_files(self) -> list[Path]:
-        """Every file that `annotate` reads."""
-        return []
+    @abstractmethod
+    def read_items(self) -> list[Item]:
+        """Read all prompts in published order. Raises TaskError for unusable files."""
 
-    def annotate(self, rows: Sequence[Row]) -> Iterable[Mapping[str, Any]]:
-        """`Item.data` of each row, in order. Raises TaskError where annotations do not fit."""
-        return ({} for _ in rows)
-
-    def rows(self) -> list[Row]:
-        """{question_id, image, text} of every prompt."""
-        return self.read_questions(self.question_file())
-
-    def bare(self, text: str) -> str:
-        """The question in a prompt."""
-        return text.removesuffix(SHORT_ANSWER).strip()
-
-    def read_questions(self, path: Path) -> list[Row]:
-        """Lines of a question file; TaskError for a damaged, repeated or odd one, or for none."""
-        rows = read_jsonl(path, self.name, ids=("question_id",), texts=("image", "text"))
-        if self.unique_ids:
-            index_by(rows, "question_id", path)
-        if not rows:
-            raise TaskError(f"{path} holds no question")
-        return rows
+    def published(self, count: int | None, originals: str, **more: Any) -> Sources:
+        """Return `Sources` of all `files` and of the folder of images."""
+        return Sources(count, self.files(), self.image_folder(), originals, **more)
 
     @property
     def images(self) -> ImageFolder:
@@ -70,22 +53,72 @@ class PublishedQuestions(Benchmark):
         return self.images.load(name, self.pixels)
 
     def data_hash(self) -> str:
-        names = (item.images[0] for item in self._items)  # reads the files, with their errors
-        return hash_files(
-            [self.question_file(), *self.annotation_files()], self.images.sizes(names)
-        )
+        names = [name for item in self._items for name in item.images]  # reads files, with errors
+        return hash_files(self.files(), self.images.sizes(names))
 
     @cached_property
     def _items(self) -> list[Item]:
+        return self.read_items()
+
+
+class PublishedQuestions(FolderBenchmark):
+    """Prompts published as JSON lines, one image each, with the annotations that belong to them.
+
+    Class attributes, besides those of `Benchmark`:
+        unique_ids: whether a question id may occur only once in the question file.
+    """
+
+    unique_ids: ClassVar[bool] = True
+
+    @abstractmethod
+    def question_file(self) -> Path:
+        """Return the file with lines {question_id, image, text}."""
+
+    def annotation_files(self) -> list[Path]:
+        """Return every file that `annotate` reads."""
+        return []
+
+    def annotate(self, rows: Sequence[Row]) -> Iterable[Mapping[str, Any]]:
+        """Return `Item.data` of each row, in order. Raises TaskError where they do not fit."""
+        return ({} for _ in rows)
+
+    def rows(self) -> list[Row]:
+        """Read {question_id, image, text} of every prompt."""
+        return self.read_questions(self.question_file())
+
+    def bare(self, text: str) -> str:
+        """Return the question in a prompt."""
+        return text.removesuffix(SHORT_ANSWER).strip()
+
+    def read_questions(self, path: Path) -> list[Row]:
+        """Read lines of a question file; TaskError for a damaged, repeated or odd one, or none."""
+        rows = read_jsonl(path, self.name, ids=("question_id",), texts=("image", "text"))
+        if self.unique_ids:
+            index_by(rows, "question_id", path)
+        if not rows:
+            raise TaskError(f"{path} has no questions")
+        return rows
+
+    def files(self) -> list[Path]:
+        return [self.question_file(), *self.annotation_files()]
+
+    def read_items(self) -> list[Item]:
         rows = self.rows()
+        pairs = enumerate(zip(rows, self.annotate(rows), strict=True))
         return [
-            Item(
-                index,
-                row["question_id"],
-                (row["image"],),
-                row["text"],
-                self.bare(row["text"]),
-                data,
-            )
-            for index, (row, data) in enumerate(zip(rows, self.annotate(rows), strict=True))
+            Item(i, row["question_id"], (row["image"],), row["text"], self.bare(row["text"]), data)
+            for i, (row, data) in pairs
         ]
+
+
+def question_line(name: str | int, image: str, text: str, category: str = "default") -> Row:
+    """Return a line of LLaVA's question files."""
+    return {"question_id": name, "image": image, "text": text, "category": category}
+
+
+def answer_lines(items: Sequence[Item], answers: Sequence[str]) -> list[Row]:
+    """Return the lines of LLaVA's answer files, which its converters and reviews read."""
+    return [
+        {"question_id": item.question_id, "prompt": item.text, "text": answer}
+        for item, answer in zip(items, answers, strict=True)
+    ]

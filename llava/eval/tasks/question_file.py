@@ -1,19 +1,18 @@
-"""`llava-tiny`: `questions.jsonl` beside `answers.jsonl`, images in a folder or drawn on demand."""
+"""`llava-tiny`: `questions.jsonl` next to `answers.jsonl`, images from a folder or drawn."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from llava.eval.prompts import bare_question
-from llava.eval.scorers.exact_match import is_correct
-from llava.eval.stats import metric_of
-from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
+from llava.eval.rules.exact_match import is_correct
+from llava.eval.tasks.base import Benchmark, Item, TaskError, register_benchmark
 from llava.eval.tasks.files import (
     check_fields,
     index_by,
@@ -36,14 +35,13 @@ class QuestionFile(Benchmark):
     Args:
         root: folder of `questions.jsonl` and `answers.jsonl`.
         image_folder: images by name, by default `root/images`. Where that does not exist either,
-            images are drawn by `llava.world` and held against the hashes in `root/manifest.json`.
+            images are drawn by `llava.world` and compared with the hashes in `root/manifest.json`.
     """
 
     name = "llava-tiny"
     title = "llava-tiny"
     protocols = {"llava": "the question as it is, answered in a word"}  # noqa: RUF012
     max_new_tokens = 8
-    headline = "accuracy"
     default_root = shipped_path(f"{LLAVA_TINY}/benchmark")
     pixels = VIEWER
 
@@ -52,7 +50,7 @@ class QuestionFile(Benchmark):
     ) -> None:
         super().__init__(root, protocol)
         if image_folder is not None and not image_folder.is_dir():
-            raise TaskError(f"the image folder {image_folder} is no folder")
+            raise TaskError(f"there is no image folder {image_folder}; check --image-folder")
         own = root / "images"
         self.image_folder = image_folder or (own if own.is_dir() else None)
         self._draw: ImageLoader | None = None
@@ -61,7 +59,7 @@ class QuestionFile(Benchmark):
         answers = _by_id(self.root, "answers", ids=("question_id", "answer"))
         questions = _by_id(self.root, "questions", ids=("question_id",), texts=("image", "text"))
         if not questions:
-            raise TaskError(f"{self.root / 'questions.jsonl'} holds no question")
+            raise TaskError(f"{self.root / 'questions.jsonl'} has no questions")
         unknown = [name for name in answers if name not in questions]
         if unknown:
             raise TaskError(
@@ -106,25 +104,18 @@ class QuestionFile(Benchmark):
     def item_score(self, item: Item, answer: str) -> float:
         return float(is_correct(answer, item.data["answer"]))
 
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
+    def groups(self, items: Sequence[Item]) -> Mapping[str, Sequence[Item]]:
         """`accuracy`, and the accuracy of every category under its name."""
-        scores = [self.item_score(*pair) for pair in zip(items, answers, strict=True)]
-        groups: dict[str, list[int]] = defaultdict(list)
-        for position, item in enumerate(items):
-            groups[item.data["category"]].append(position)
-
-        def of(positions: Sequence[int]) -> Metric:
-            images = [items[i].images for i in positions]
-            return metric_of([scores[i] for i in positions], images)
-
-        metrics = {name: of(positions) for name, positions in sorted(groups.items())}
-        return {"accuracy": of(range(len(items)))} | metrics
+        categories: dict[str, list[Item]] = defaultdict(list)
+        for item in items:
+            categories[item.data["category"]].append(item)
+        return {"accuracy": items} | dict(sorted(categories.items()))
 
 
 def _by_id(
     folder: Path, name: str, ids: Sequence[str], texts: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Objects of a JSONL file by their question id, with fields as `check_fields` has them."""
+    """Read objects of a JSONL file by their question id, with fields as `check_fields` has them."""
     path = folder / f"{name}.jsonl"
     rows = read_jsonl(path, ids=ids, texts=texts)
     rows = [row | {"question_id": str(row["question_id"])} for row in rows]
@@ -138,7 +129,7 @@ def _world_loader(manifest: Path) -> ImageLoader:
     try:
         hashes = dict(content)
     except (ValueError, TypeError) as error:
-        raise TaskError(f"{manifest} holds no hashes of images: {error}") from error
+        raise TaskError(f"{manifest} must list hashes of images: {error}") from error
 
     def load(name: str) -> Image.Image:
         try:

@@ -1,33 +1,127 @@
-"""ScienceQA: school questions with options; about half of them show an image."""
+"""ScienceQA: school questions with options; about half of them show an image.
+
+Letters are read strictly, as LLaVA's `eval_science_qa` does. A letter that cannot be read, a letter
+beyond the choices and a missing answer all count as wrong.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from PIL import Image
-
-from llava.eval.scorers.science_qa import judge
-from llava.eval.stats import metric_of
-from llava.eval.tasks.base import Benchmark, Item, Metric, TaskError, register_benchmark
+from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import (
     OPTION_LETTER,
-    ImageFolder,
     check_fields,
     check_ids,
     check_listed,
-    hash_files,
     image_names,
     index_by,
     read_json,
 )
+from llava.eval.tasks.published import ARCHIVE, FolderBenchmark, answer_lines
 from llava.storage import dump_lines, write_atomically
+from llava.utils import UserInputError
+
+LETTERS = ("A", "B", "C", "D", "E")
+FAILED = "FAILED"
+
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One question: `letter` is what was read ("FAILED" if nothing), `choice` its index or -1."""
+
+    letter: str
+    choice: int
+    correct: bool
+
+
+def parse_letter(text: str, letters: Sequence[str] = LETTERS) -> str:
+    """Return the letter that `text` gives, or "FAILED".
+
+    It is the whole text, or comes before ". ", or is the only X of "The answer is X" that is
+    followed by one more character. Nothing else is read: "B.", "(B)" and "b" fail.
+    """
+    if text in letters:
+        return text
+    if len(text) >= 3 and text[0] in letters and text[1:3] == ". ":
+        return text[0]
+    found = _SENTENCE.findall(text)
+    return found[0] if len(found) == 1 else FAILED
+
+
+def judge(text: str, answer: int, choices: int, letters: Sequence[str] = LETTERS) -> Verdict:
+    """Compare the answer `text` to a question of `choices` choices with the right index."""
+    letter = parse_letter(text, letters)
+    valid = list(letters[:choices])
+    choice = valid.index(letter) if letter in valid else -1
+    return Verdict(letter, choice, choice == answer)
+
+
+def evaluate(
+    problems: Mapping[str, Mapping[str, Any]],
+    split: Sequence[str],
+    answers: Mapping[str, Mapping[str, Any]],
+    letters: Sequence[str] = LETTERS,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return LLaVA's two result files: `{"correct": [...], "incorrect": [...]}` and the summary.
+
+    Args:
+        problems: `problems.json`: {id: {"answer": index, "choices": [...]}}.
+        split: ids that count; an id without an answer counts as wrong and as text only.
+        answers: {id: answer line}, with `text` and the `prompt` that was asked.
+
+    Raises:
+        UserInputError: fewer letters than a right choice needs.
+    """
+    analysis: dict[str, Any] = {"correct": [], "incorrect": []}
+    results: dict[str, int] = {}
+    outputs: dict[str, str] = {}
+    for name in dict.fromkeys(split):
+        line = answers.get(name, {"text": FAILED, "prompt": "Unknown"})
+        problem = problems[name]
+        if problem["answer"] >= len(letters):
+            raise UserInputError(
+                f"the right choice of problem {name} is number {problem['answer'] + 1}, and there "
+                f"are only {len(letters)} letters; give more in --options"
+            )
+        verdict = judge(line["text"], problem["answer"], len(problem["choices"]), letters)
+        results[name], outputs[name] = verdict.choice, line["text"]
+        analysis["correct" if verdict.correct else "incorrect"].append(
+            {
+                "question_id": name,
+                "parsed_ans": verdict.letter,
+                "ground_truth": letters[problem["answer"]],
+                "question": line["prompt"],
+                "pred": line["text"],
+                "is_multimodal": "<image>" in line["prompt"],
+            }
+        )
+    correct = len(analysis["correct"])
+    summary = {
+        "acc": correct / len(results) * 100,
+        "correct": correct,
+        "count": len(results),
+        "results": results,
+        "outputs": outputs,
+    }
+    return analysis, summary
+
+
+def image_accuracy(analysis: Mapping[str, Sequence[Mapping[str, Any]]]) -> float | None:
+    """Return the accuracy in percent over answers whose prompt had an image; None without any."""
+    right = sum(row["is_multimodal"] for row in analysis["correct"])
+    total = right + sum(row["is_multimodal"] for row in analysis["incorrect"])
+    return right / total * 100 if total else None
 
 
 @register_benchmark
-class ScienceQA(Benchmark):
+class ScienceQA(FolderBenchmark):
     """Every image belongs to one question, so standard errors need no clusters."""
 
     name = "scienceqa"
@@ -39,75 +133,51 @@ class ScienceQA(Benchmark):
     def __init__(self, root: Path, protocol: str | None = None) -> None:
         super().__init__(root, protocol)
         self.folder = root / "scienceqa"
-        self.images = ImageFolder(self.folder / "images" / "test", self.name)
+        self.question_file = self.folder / "llava_test_CQM-A.json"
 
-    def items(self) -> list[Item]:
-        return list(self._items)
+    def image_folder(self) -> Path:
+        return self.folder / "images" / "test"
 
-    def load_image(self, name: str) -> Image.Image:
-        return self.images.load(name, self.pixels)
-
-    def data_hash(self) -> str:
-        names = [name for item in self._items for name in item.images]
-        files = (
-            self._question_file,
-            self.folder / "problems.json",
-            self.folder / "pid_splits.json",
-        )
-        return hash_files(files, self.images.sizes(names))
+    def files(self) -> list[Path]:
+        names = ("problems.json", "pid_splits.json")
+        return [self.question_file, *(self.folder / name for name in names)]
 
     def item_score(self, item: Item, answer: str) -> float:
         return float(judge(answer, item.data["answer"], item.data["choices"]).correct)
 
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
+    def groups(self, items: Sequence[Item]) -> Mapping[str, Sequence[Item]]:
         """`image_accuracy` over questions with an image (if any), `accuracy` over all."""
-        scores = [self.item_score(*pair) for pair in zip(items, answers, strict=True)]
-        shown = [score for item, score in zip(items, scores, strict=True) if item.images]
-        metrics = {"image_accuracy": shown, "accuracy": scores}
-        return {name: metric_of(values) for name, values in metrics.items() if values}
+        return {"image_accuracy": [item for item in items if item.images], "accuracy": items}
 
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path
     ) -> list[Path]:
-        """The answer file that `llava.eval.eval_science_qa` reads."""
+        """Write the answer file that `llava.eval.eval_science_qa` reads."""
         path = folder / "scienceqa_answers.jsonl"
-        rows = [
-            {
-                "question_id": item.question_id,
-                "prompt": "<image>\n" * bool(item.images) + item.text,
-                "text": answer,
-            }
-            for item, answer in zip(items, answers, strict=True)
-        ]
+        rows = answer_lines(items, answers)
+        for item, row in zip(items, rows, strict=True):
+            row["prompt"] = "<image>\n" * bool(item.images) + item.text
         write_atomically(path, dump_lines(rows))
         return [path]
 
-    @property
-    def _question_file(self) -> Path:
-        return self.folder / "llava_test_CQM-A.json"
+    def sources(self) -> Sources:
+        originals = (
+            f"{ARCHIVE}, and ScienceQA's problems.json, pid_splits.json and test.zip "
+            "(public datasets leave out the ids of the problems)"
+        )
+        return self.published(4_241, originals, with_image=2_017)
 
-    @cached_property
-    def _items(self) -> list[Item]:
+    def read_items(self) -> list[Item]:
         problems, _ = read_split(self.folder, "test", self.name)
-        path = self._question_file
+        path = self.question_file
         rows = read_json(path, self.name)
         if not check_listed(rows, "question", path, keys=("id", "conversations")):
-            raise TaskError(f"{path} holds no question")
+            raise TaskError(f"{path} has no questions")
         check_ids(index_by(rows, "id", path), problems, path, self.folder / "problems.json")
         return [self._item(*pair, problems) for pair in enumerate(rows)]
 
     def _item(self, index: int, row: dict[str, Any], problems: Mapping[str, Any]) -> Item:
-        where = f"question {row['id']!r} of {self._question_file}"
-        turns = row["conversations"]
-        if not isinstance(turns, list) or not turns:
-            raise TaskError(
-                f"{where} is damaged: `conversations` must start with a turn that has a `value`"
-            )
-        check_fields(turns[0], f"the first turn of {where}", texts=("value",))
-        question = turns[0]["value"].replace("<image>", "").strip()
-        images = image_names(row.get("image"), where)
-        if len(images) > 1:
-            raise TaskError(f"the image of {where} is no name of a file, but a list")
+        question, images = first_turn(row, f"question {row['id']!r} of {self.question_file}")
         problem = problems[row["id"]]
         return Item(
             index,
@@ -119,10 +189,25 @@ class ScienceQA(Benchmark):
         )
 
 
+def first_turn(row: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
+    """Read the question of a row, without image marks, and the names of its images (one or none).
+
+    Raises TaskError, naming `where`, for a row that cannot be asked.
+    """
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise TaskError(f"{where} has no first turn; write it into `conversations`")
+    check_fields(turns[0], f"the first turn of {where}", texts=("value",))
+    images = image_names(row.get("image"), where)
+    if len(images) > 1:
+        raise TaskError(f"image in {where} is a list; ScienceQA asks about one picture")
+    return turns[0]["value"].replace("<image>", "").strip(), images
+
+
 def read_split(
     folder: Path, split: str, task: str | None = None
 ) -> tuple[Mapping[str, Mapping[str, Any]], list[str]]:
-    """All problems of ScienceQA and the ids of one split. Raises TaskError for unusable files."""
+    """Read all problems and the ids of one split. Raises TaskError for unusable files."""
     problems = read_json(folder / "problems.json", task)
     splits = read_json(folder / "pid_splits.json", task)
     if not isinstance(problems, dict) or not isinstance(splits, dict):

@@ -1,19 +1,149 @@
-"""SEED-Bench: options about images, and about the middle frames of videos."""
+"""SEED-Bench: options about images, and about the middle frames of videos.
+
+The score is LLaVA's (`convert_seed_for_submission`): the answer is the letter and nothing else. "a"
+and "A." are wrong.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava.eval.converters.answers import question_key
-from llava.eval.converters.seed_bench import read_annotations, upload
-from llava.eval.scorers.seed_bench import is_correct
-from llava.eval.stats import metric_of
-from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
-from llava.eval.tasks.files import OPTION_LETTER, check_ids
-from llava.eval.tasks.published import PublishedQuestions, Row
+from llava.eval.data.layout import Dataset, Layout, Read
+from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
+from llava.eval.tasks.files import (
+    OPTION_LETTER,
+    Row,
+    check_ids,
+    check_listed,
+    is_id,
+    question_key,
+    read_json,
+    with_options,
+)
+from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, question_line
 from llava.storage import write_atomically
+
+TEXTS = ("data_type", "answer")
+DATA_TYPES = ("image", "video")
+TYPES = (
+    "Scene Understanding",
+    "Instance Identity",
+    "Instance Attributes",
+    "Instance Location",
+    "Instances Counting",
+    "Spatial Relation",
+    "Instance Interaction",
+    "Visual Reasoning",
+    "Text Understanding",
+    "Action Recognition",
+    "Action Prediction",
+    "Procedure Understanding",
+)
+ROWS = Dataset(
+    "lmms-lab/SEED-Bench",
+    "question_id question_type_id data_type data_id question answer choice_a choice_b choice_c "
+    "choice_d image",
+)
+
+
+def is_correct(text: str, letter: str) -> bool:
+    """Tell whether `text` is exactly the letter of the right option."""
+    return text == letter
+
+
+@dataclass(frozen=True)
+class Tally:
+    """`correct` of `total` questions."""
+
+    correct: int
+    total: int
+
+    @property
+    def percent(self) -> float | None:
+        """Accuracy x 100; None without questions."""
+        return self.correct / self.total * 100 if self.total else None
+
+
+def by_type(questions: Sequence[Mapping[str, Any]], right: Sequence[bool]) -> dict[int, Tally]:
+    """Return {question type: tally}, types ascending."""
+    groups: dict[int, list[bool]] = {}
+    for question, value in zip(questions, right, strict=True):
+        groups.setdefault(question["question_type_id"], []).append(value)
+    return {kind: Tally(sum(groups[kind]), len(groups[kind])) for kind in sorted(groups)}
+
+
+def total(
+    questions: Sequence[Mapping[str, Any]], right: Sequence[bool], data_type: str | None = None
+) -> Tally:
+    """Count all questions, or those about an `image` or a `video`."""
+    chosen = [
+        value
+        for question, value in zip(questions, right, strict=True)
+        if data_type in (None, question["data_type"])
+    ]
+    return Tally(sum(chosen), len(chosen))
+
+
+def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], dict[int, str]]:
+    """Read the questions of `SEED-Bench.json` and {question type: its name}. Raises TaskError."""
+    content = read_json(path, task)
+    questions = content.get("questions") if isinstance(content, dict) else None
+    types = content.get("question_type") if isinstance(content, dict) else None
+    if not isinstance(questions, list) or not questions or not isinstance(types, dict):
+        raise TaskError(
+            f"{path} must contain `questions` and `question_type`; is it SEED-Bench.json?"
+        )
+    if not all(isinstance(kind, int) and is_id(kind) for kind in types.values()):
+        raise TaskError(f"`question_type` of {path} must give every type a number")
+    names = {kind: name for name, kind in types.items()}
+    seen = set()
+    check_listed(questions, "question", path, ids=("question_id", "question_type_id"), texts=TEXTS)
+    for number, question in enumerate(questions, start=1):
+        where = f"question {number} of {path}"
+        if question["data_type"] not in DATA_TYPES:
+            raise TaskError(
+                f"data_type in {where} is {question['data_type']!r}; one of {', '.join(DATA_TYPES)}"
+            )
+        if question["question_type_id"] not in names:
+            raise TaskError(
+                f"question_type_id in {where} is {question['question_type_id']!r}, which "
+                "`question_type` does not name"
+            )
+        key = question_key(question["question_id"])
+        if key in seen:
+            raise TaskError(f"{where} has the question_id {key!r} of one before it; keep one")
+        seen.add(key)
+    return questions, names
+
+
+def report(
+    questions: Sequence[Mapping[str, Any]], types: Mapping[int, str], right: Sequence[bool]
+) -> list[str]:
+    """Return the lines that LLaVA prints: each type, all, images, videos."""
+    lines = [f"{types[kind]}: {_percent(row)}" for kind, row in by_type(questions, right).items()]
+    return [
+        *lines,
+        f"Total accuracy: {_percent(total(questions, right))}",
+        f"image accuracy: {_percent(total(questions, right, 'image'))}",
+        f"video accuracy: {_percent(total(questions, right, 'video'))}",
+    ]
+
+
+def upload(questions: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> str:
+    """Return the upload file: a line a question, in the annotation's order, with the ids there."""
+    rows = zip(questions, answers, strict=True)
+    return "".join(
+        json.dumps({"question_id": question["question_id"], "prediction": text}) + "\n"
+        for question, text in rows
+    )
+
+
+def _percent(tally: Tally) -> str:
+    return "n/a" if tally.percent is None else f"{tally.percent:.2f}%"
 
 
 @register_benchmark
@@ -41,7 +171,7 @@ class SEEDBench(PublishedQuestions):
         return text.removesuffix(OPTION_LETTER).strip()
 
     def rows(self) -> list[Row]:
-        """Under `image` the questions about videos are left out."""
+        """Read all prompts, under `image` without the questions about videos."""
         rows, truth, path = super().rows(), self._truth(), self.annotation_files()[0]
         names = [question_key(row["question_id"]) for row in rows]
         check_ids(names, truth, self.question_file(), path)
@@ -49,7 +179,7 @@ class SEEDBench(PublishedQuestions):
             return rows
         kept = [row for name, row in zip(names, rows, strict=True) if _about_image(truth[name])]
         if not kept:
-            raise TaskError(f"{self.question_file()} holds no question about an image")
+            raise TaskError(f"{self.question_file()} has no questions about images")
         return kept
 
     def annotate(self, rows: Sequence[Row]) -> Iterator[Mapping[str, Any]]:
@@ -61,25 +191,18 @@ class SEEDBench(PublishedQuestions):
     def item_score(self, item: Item, answer: str) -> float:
         return float(is_correct(answer, item.data["answer"]))
 
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
+    def groups(self, items: Sequence[Item]) -> Mapping[str, Sequence[Item]]:
         """`image_accuracy`; under `all` also `video_accuracy` and `accuracy` of both together."""
-        scores = [self.item_score(*pair) for pair in zip(items, answers, strict=True)]
-        places = {
-            "image_accuracy": [i for i, item in enumerate(items) if _about_image(item.data)],
-            "video_accuracy": [i for i, item in enumerate(items) if not _about_image(item.data)],
+        groups: dict[str, Sequence[Item]] = {
+            "image_accuracy": [item for item in items if _about_image(item.data)],
+            "video_accuracy": [item for item in items if not _about_image(item.data)],
         }
-        if self.protocol == "all":
-            places["accuracy"] = list(range(len(items)))
-        return {
-            name: metric_of([scores[i] for i in chosen], [items[i].images for i in chosen])
-            for name, chosen in places.items()
-            if chosen
-        }
+        return groups | {"accuracy": items} if self.protocol == "all" else groups
 
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path
     ) -> list[Path]:
-        """What the leaderboard takes: {question_id, prediction} a line, as far as answered."""
+        """Write what the leaderboard takes, of what is answered."""
         given = {
             question_key(item.question_id): answer
             for item, answer in zip(items, answers, strict=True)
@@ -89,7 +212,33 @@ class SEEDBench(PublishedQuestions):
         write_atomically(path, upload(list(asked.values()), [given[name] for name in asked]))
         return [path]
 
-    def _truth(self) -> dict[str | int, dict[str, Any]]:
+    def sources(self) -> Sources:
+        originals = (
+            f"{ARCHIVE}, SEED-Bench.json, its image archive, and for `all` the middle frames of "
+            "its videos"
+        )
+        count = 14_233 if self.protocol == "image" else None
+        return self.published(count, originals, build=self.build)
+
+    def build(self, read: Read, layout: Layout) -> None:
+        """Make both files; of a video take the middle one of its frames."""
+        truth, prompts = [], []
+        for row in read(ROWS):
+            name, frames = row["question_id"], row["image"]
+            image = f"SEED-Bench-image/{row['data_id']}"
+            if row["data_type"] == "video":
+                image = f"SEED-Bench-video-image/{name}.png"
+            layout.image(self.image_folder() / image, frames[len(frames) // 2] if frames else None)
+            keys = ("question_id", "question_type_id", "data_type", "answer", "question")
+            truth.append({key: row[key] for key in keys})
+            options = [row[f"choice_{letter}"] for letter in "abcd"]
+            text = with_options(row["question"], options) + OPTION_LETTER
+            prompts.append(question_line(name, image, text, row["data_type"]))
+        types = {name: number for number, name in enumerate(TYPES, start=1)}
+        layout.json(self.annotation_files()[0], {"questions": truth, "question_type": types})
+        layout.lines(self.question_file(), prompts)
+
+    def _truth(self) -> dict[str | int, Row]:
         questions, _ = read_annotations(self.annotation_files()[0], self.name)
         return {question_key(question["question_id"]): question for question in questions}
 

@@ -1,4 +1,4 @@
-"""Tab-separated tables as MMBench publishes them: quoted cells, base64 images, empty cells."""
+"""Tables as MMBench publishes them (tab-separated, quoted cells, empty cells) and takes them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llava.eval.tasks.base import TaskError
-from llava.eval.tasks.files import read_bytes
+from llava.eval.tasks.files import how_to_get, read_bytes
 
 Cell = int | float | str | None
 
@@ -31,7 +32,7 @@ class Table:
     rows: tuple[dict[str, str | None], ...]
 
     def typed(self, column: str) -> list[Cell]:
-        """The cells of a column, as numbers where all that are not empty are numbers."""
+        """Return the cells of a column, as numbers where all that are not empty are numbers."""
         cells = [row[column] for row in self.rows]
         filled = [cell for cell in cells if cell is not None]
         for pattern, kind in ((_INTEGER, int), (_NUMBER, float)):
@@ -44,33 +45,68 @@ def read_table(path: Path, task: str | None = None, columns: Sequence[str] = ())
     """Read a TSV file whose first line names the columns.
 
     Raises:
-        TaskError: it is missing, is no UTF-8 text, lacks one of `columns`, or a row (named by its
+        TaskError: it is missing, is not UTF-8 text, lacks one of `columns`, or a row (named by its
             number, from 1) has another number of cells than the first line.
     """
-    mend = f"; `python -m llava.eval prepare {task}` gets it again" if task else ""
+    hint = how_to_get(task)
     content = read_bytes(path, task)
     try:
         lines = _parse(content.decode("utf-8-sig"))
     except (ValueError, csv.Error) as error:
-        raise TaskError(f"{path} is damaged, it is no TSV table: {error}{mend}") from error
+        raise TaskError(f"{path} is damaged, it is not a TSV table: {error}{hint}") from error
     header = tuple(lines[0]) if lines else ()
     missing = [name for name in columns if name not in header]
     if missing:
-        raise TaskError(f"{path} lacks the columns {', '.join(missing)}{mend}")
+        raise TaskError(f"{path} lacks the columns {', '.join(missing)}{hint}")
     rows = []
     for number, cells in enumerate(lines[1:], start=1):
         if len(cells) != len(header):
             raise TaskError(
                 f"row {number} of {path} has {len(cells)} cells instead of {len(header)}; the file "
-                f"is damaged or cut short{mend}"
+                f"is damaged or cut short{hint}"
             )
         values = (None if cell in MISSING else cell for cell in cells)
         rows.append(dict(zip(header, values, strict=True)))
     return Table(header, tuple(rows))
 
 
+def write_cell(value: Any) -> str:
+    """Return a cell as the published tables have it: empty for null, quotes where needed."""
+    text = "" if value is None else str(value)
+    if any(mark in text for mark in '\t\n\r"'):
+        return '"' + text.replace('"', '""') + '"'
+    return text
+
+
+def write_xlsx(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+    """Write a workbook of one sheet. Text stays text, also where it starts like a formula.
+
+    Raises:
+        TaskError: openpyxl is not installed.
+    """
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+    except ImportError as error:
+        raise TaskError(
+            "writing MMBench's spreadsheet needs openpyxl; pip install 'llava[eval]'"
+        ) from error
+    book = Workbook()
+    for number, row in enumerate([columns, *rows], start=1):
+        for column, value in enumerate(row, start=1):
+            cell = book.active.cell(number, column)
+            if isinstance(value, str):
+                cell.value, cell.data_type = ILLEGAL_CHARACTERS_RE.sub("", value), "s"
+            else:
+                cell.value = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.partial")
+    book.save(temporary)
+    temporary.replace(path)
+
+
 def _parse(text: str) -> list[list[str]]:
-    """Rows of cells, blank lines left out. An image in a cell is longer than csv's usual limit."""
+    """Return rows of cells, without blank lines. Images in cells exceed csv's usual limit."""
     limit = csv.field_size_limit(len(text) + 1)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)

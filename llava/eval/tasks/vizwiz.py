@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from llava.eval.converters.answers import write_json
-from llava.eval.converters.vizwiz import submission
-from llava.eval.tasks.base import Item, Metric, register_benchmark
-from llava.eval.tasks.published import PublishedQuestions
+from llava import constants
+from llava.eval.data.layout import Dataset, Layout, Read
+from llava.eval.rules.vqa import normalise
+from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
+from llava.eval.tasks.files import SHORT_ANSWER, Row
+from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, question_line
+from llava.storage import write_atomically
 
-UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+UNANSWERABLE = f"\n{constants.UNANSWERABLE}"
+ROWS = Dataset("lmms-lab/VizWiz-VQA", "question_id question image")
+
+
+def submission(split: Sequence[Row], results: Mapping[Any, str]) -> list[Row]:
+    """Return [{image, answer}] for every question of `split`; TaskError where one has no result."""
+    missing = [row["question_id"] for row in split if row["question_id"] not in results]
+    if missing:
+        raise TaskError(
+            f"no result for {len(missing)} of {len(split)} VizWiz questions, the first is "
+            f"{missing[0]!r}; the server takes complete submissions only"
+        )
+    return [
+        {"image": row["image"], "answer": normalise(results[row["question_id"]])} for row in split
+    ]
 
 
 @register_benchmark
@@ -34,16 +52,23 @@ class VizWiz(PublishedQuestions):
     def bare(self, text: str) -> str:
         return super().bare(text).removesuffix(UNANSWERABLE).strip()
 
-    def item_score(self, item: Item, answer: str) -> None:
-        return None
-
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
-        return {}
-
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path
     ) -> list[Path]:
-        """The server's file. It takes complete ones only: one of a limited run is for reading."""
+        """Write the server's file. It takes complete ones: one of a limited run is for reading."""
+        path = folder / "vizwiz_submission.json"
         rows = [{"question_id": item.question_id, "image": item.images[0]} for item in items]
         results = {item.question_id: answer for item, answer in zip(items, answers, strict=True)}
-        return [write_json(folder / "vizwiz_submission.json", submission(rows, results))]
+        write_atomically(path, json.dumps(submission(rows, results)))
+        return [path]
+
+    def sources(self) -> Sources:
+        return self.published(8_000, f"{ARCHIVE}, and VizWiz's test.zip", build=self.build)
+
+    def build(self, read: Read, layout: Layout) -> None:
+        prompts = []
+        for row in read(ROWS):
+            name = row["question_id"]
+            layout.image(self.image_folder() / name, row["image"])
+            prompts.append(question_line(name, name, row["question"] + UNANSWERABLE + SHORT_ANSWER))
+        layout.lines(self.question_file(), prompts)

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava.eval.converters.answers import write_json
-from llava.eval.converters.vqav2 import submission
-from llava.eval.scorers.evalai import normalise
-from llava.eval.scorers.vqa_accuracy import vqav2_accuracy
-from llava.eval.stats import metric_of
-from llava.eval.tasks.base import Item, Metric, TaskError, register_benchmark
+from llava.eval.data.layout import Dataset, Layout, Read
+from llava.eval.rules.vqa import normalise, vqav2_accuracy
+from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import (
     SHORT_ANSWER,
+    Row,
     check_fields,
     check_ids,
     check_listed,
     index_by,
     read_json,
 )
-from llava.eval.tasks.published import PublishedQuestions, Row
+from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, question_line
+from llava.storage import write_atomically
 
 VAL = "val"
+COLUMNS = "question_id image_id question image"
+VAL_ROWS = Dataset("lmms-lab/VQAv2", f"{COLUMNS} answers question_type answer_type", "validation")
+TEST_ROWS = Dataset("lmms-lab/VQAv2", COLUMNS, "test")
+TEST_DEV_ROWS = Dataset("lmms-lab/VQAv2", COLUMNS, "testdev")
 _NUMBER = re.compile(r"[0-9]{1,12}")  # of an image, as COCO's file names have room for
+
+
+def submission(split: Iterable[Row], results: Mapping[Any, str]) -> list[Row]:
+    """Return [{question_id, answer}] for every question of `split`, "" where there is no result."""
+    names = [row["question_id"] for row in split]
+    return [{"question_id": name, "answer": normalise(results.get(name, ""))} for name in names]
 
 
 @register_benchmark
 class VQAv2(PublishedQuestions):
-    """VQA accuracy of EvalAI-normalised answers, the error clustered by image."""
+    """VQA accuracy of EvalAI-normalised answers, the error clustered by image.
+
+    On test-dev there is no score: only the server knows the answers.
+    """
 
     name = "vqav2"
     title = "VQAv2"
@@ -37,7 +50,6 @@ class VQAv2(PublishedQuestions):
         VAL: "val2014, scored locally; not comparable with published test-dev figures",
         "test-dev": "test-dev2015, a submission file for the server",
     }
-    headline = "accuracy"
 
     def image_folder(self) -> Path:
         return self.root / "vqav2" / ("val2014" if self.protocol == VAL else "test2015")
@@ -56,7 +68,7 @@ class VQAv2(PublishedQuestions):
         return [self.root / "vqav2" / name]
 
     def rows(self) -> list[Row]:
-        """Of val from VQA's own question file: LLaVA publishes none."""
+        """Read val from VQA's own question file: LLaVA publishes none."""
         if self.protocol != VAL:
             return super().rows()
         path = self.question_file()
@@ -72,7 +84,7 @@ class VQAv2(PublishedQuestions):
         return [
             {
                 "question_id": row["question_id"],
-                "image": f"COCO_val2014_{int(row['image_id']):012d}.jpg",
+                "image": _image_name("val2014", row["image_id"]),
                 "text": row["question"] + SHORT_ANSWER,
             }
             for row in questions
@@ -94,39 +106,68 @@ class VQAv2(PublishedQuestions):
             return None
         return vqav2_accuracy(normalise(answer), item.data["answers"])
 
-    def score(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Metric]:
-        """`accuracy` on val; nothing on test-dev, whose answers only the server knows."""
-        if self.protocol != VAL:
-            return {}
-        scores = [
-            vqav2_accuracy(normalise(answer), item.data["answers"])
-            for item, answer in zip(items, answers, strict=True)
-        ]
-        return {"accuracy": metric_of(scores, [item.images for item in items])}
-
     def write_submission(
         self, items: Sequence[Item], answers: Sequence[str], folder: Path
     ) -> list[Path]:
-        """The server's file: test-dev with "" for the rest of test, or the questions of val."""
+        """Write the server's file: test-dev with "" for the rest of test, or questions of val."""
         results = {item.question_id: answer for item, answer in zip(items, answers, strict=True)}
         split: Sequence[Row] = [{"question_id": name} for name in results]
         if self.protocol != VAL:
             split = self.read_questions(self.annotation_files()[0])
         path = folder / f"vqav2_{self.protocol}_submission.json"
-        return [write_json(path, submission(split, results))]
+        write_atomically(path, json.dumps(submission(split, results)))
+        return [path]
+
+    def sources(self) -> Sources:
+        if self.protocol == VAL:
+            originals = "VQA v2's questions and annotations of val, and COCO's val2014.zip"
+            return self.published(214_354, originals, build=self.build_val)
+        originals = f"{ARCHIVE}, and COCO's test2015.zip"
+        return self.published(107_394, originals, build=self.build_test)
+
+    def build_val(self, read: Read, layout: Layout) -> None:
+        """Make VQA's own two files: LLaVA has none for this split."""
+        questions, annotations = [], []
+        for row in read(VAL_ROWS):
+            name = _image_name("val2014", row["image_id"])
+            layout.image(self.image_folder() / name, row["image"])
+            keys = ("question_id", "image_id", "answers", "question_type", "answer_type")
+            questions.append({key: row[key] for key in ("question_id", "image_id", "question")})
+            annotations.append({key: row[key] for key in keys})
+        layout.json(self.annotation_files()[0], {"annotations": annotations})
+        layout.json(self.question_file(), {"questions": questions})
+
+    def build_test(self, read: Read, layout: Layout) -> None:
+        """Make the whole test split, then test-dev."""
+        for dataset, file in zip(
+            (TEST_ROWS, TEST_DEV_ROWS),
+            (*self.annotation_files(), self.question_file()),
+            strict=True,
+        ):
+            prompts = []
+            for row in read(dataset):
+                image = _image_name("test2015", row["image_id"])
+                layout.image(self.image_folder() / image, row["image"])
+                text = row["question"] + SHORT_ANSWER
+                prompts.append(question_line(row["question_id"], image, text))
+            layout.lines(file, prompts)
+
+
+def _image_name(split: str, number: int | str) -> str:
+    return f"COCO_{split}_{int(number):012d}.jpg"
 
 
 def _listed(path: Path, name: str, keys: Sequence[str], task: str) -> list[Row]:
-    """The objects under `name` of one of VQA's JSON files, each with `keys`."""
+    """Return the objects under `name` of one of VQA's JSON files, each with `keys`."""
     content = read_json(path, task)
     rows = content.get(name) if isinstance(content, dict) else None
     if not rows:
-        raise TaskError(f"{path} holds no list of {name}; it is no file of VQA v2")
+        raise TaskError(f"{path} has no list of {name}; is it a file of VQA v2?")
     return check_listed(rows, name.removesuffix("s"), path, keys)
 
 
 def _people(annotation: Row, path: Path) -> list[str]:
-    """What each person answered. Raises TaskError where nobody's answer is there."""
+    """Return what each person answered. Raises TaskError where there is no answer."""
     try:
         answers = [row["answer"] for row in annotation["answers"]]
     except (KeyError, TypeError):

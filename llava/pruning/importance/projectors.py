@@ -1,6 +1,4 @@
-"""What we know about a projector: its structure, values cached for its weights, low-rank copies."""
-
-from __future__ import annotations
+"""Read the structure of projectors, cache values of their weights, make low-rank copies."""
 
 import copy
 from collections.abc import Callable, Hashable
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
-from llava.pruning.precision import outside_autocast
+from llava.pruning.precision import outside_autocast, widen
 
 # Activations that act on every number by itself: their Jacobian is diagonal.
 ELEMENTWISE = (
@@ -41,7 +39,7 @@ class TwoLayer(NamedTuple):
 
 
 def two_layer(projector: nn.Module) -> TwoLayer | None:
-    """The parts of a Linear-activation-Linear projector, None for anything else."""
+    """Return the parts of a Linear-activation-Linear projector, None for anything else."""
     layers = _chain(projector)
     if len(layers) != 3:
         return None
@@ -52,7 +50,7 @@ def two_layer(projector: nn.Module) -> TwoLayer | None:
 
 
 def linear_matrix(projector: nn.Module, dtype: torch.dtype) -> Tensor | None:
-    """[D, Dv] product matrix if the projector is a chain of Linear layers, else None."""
+    """Return the product matrix [D, Dv] of a chain of Linear layers, None for anything else."""
     layers = _chain(projector)
     if not layers or any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -63,7 +61,7 @@ def linear_matrix(projector: nn.Module, dtype: torch.dtype) -> Tensor | None:
 
 
 def evaluating(projector: nn.Module) -> nn.Module:
-    """The projector as it is outside training, with the same weights.
+    """Return the projector as it is outside training, with the same weights.
 
     Dropout would turn differences into noise and draw random numbers. A projector in training is
     copied around its tensors, not switched: it may be in use elsewhere.
@@ -75,7 +73,7 @@ def evaluating(projector: nn.Module) -> nn.Module:
 
 
 def _chain(projector: nn.Module) -> list[nn.Module]:
-    """The layers of a plain nn.Sequential, any other module as its own single layer."""
+    """Return the layers of a plain nn.Sequential, any other module as its own single layer."""
     if isinstance(projector, nn.Sequential) and type(projector).forward is nn.Sequential.forward:
         return list(projector)
     return [projector]
@@ -91,7 +89,7 @@ class WeightCache:
         self._lock = Lock()
 
     def get(self, module: nn.Module, key: Hashable, compute: Callable[[], Value]) -> Value:
-        """`compute()`, or what it returned last time for this module, key and these weights."""
+        """Return `compute()`, or its last result for this module, key and these weights."""
         state = _fingerprint(module)
         with self._lock:  # a WeakKeyDictionary is not made for several threads
             known = self._entries.setdefault(module, {}).get(key)
@@ -103,7 +101,7 @@ class WeightCache:
 
 
 def _fingerprint(module: nn.Module) -> Hashable:
-    """Changes whenever a parameter is replaced or written to.
+    """Return what changes whenever a parameter is replaced or written to.
 
     The storage address and the version counter see assignments and in-place updates; writes
     through `.data` leave both alone, so the sum of the values is looked at as well.
@@ -124,7 +122,7 @@ _low_rank_copies = WeightCache()
 
 
 def low_rank(projector: nn.Module, rank: int) -> nn.Module:
-    """A copy with the sensitivity of the rank-`rank` projector (ZOO-Prune, LLaVA-NeXT setting).
+    """Return a copy with the sensitivity of the rank-`rank` projector (ZOO-Prune on LLaVA-NeXT).
 
     Every Linear weight W = U S V^T is cut to its `rank` largest singular values. In a
     Linear-activation-Linear projector the last layer becomes S V^T alone: U has orthonormal
@@ -140,12 +138,13 @@ def low_rank(projector: nn.Module, rank: int) -> nn.Module:
 
 
 def untrained(projector: nn.Module, rank: int, seed: int) -> nn.Module:
-    """What the released code of ZOO-Prune scores with on LLaVA-NeXT in place of `low_rank`.
+    """Return what ZOO-Prune's released code scores with on LLaVA-NeXT instead of `low_rank`.
 
     Its low-rank copy is cut before weights are loaded, so its factors [rank, in] and [out, rank]
     are freshly initialised, N(0, 0.02), biases 0. Here they are drawn from `seed`.
 
-    Raises PruningError for a projector that is not Linear-activation-Linear.
+    Raises:
+        PruningError: the projector is not Linear-activation-Linear.
     """
     parts = two_layer(projector)
     if parts is None:
@@ -187,14 +186,13 @@ def _truncated(projector: nn.Module, rank: int) -> nn.Module:
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """A layer without bias of these weights [out, in]; it draws nothing to initialise others."""
+    """Make a layer without bias of weights [out, in]; no others are drawn to initialise it."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
 
 
 def _svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading `rank` singular triplets in float32 (float64 stays), all if there are fewer."""
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    """Return the leading `rank` singular triplets, or all, in float32 (float64 stays)."""
+    u, s, vh = torch.linalg.svd(widen(weight.detach()), full_matrices=False)
     return u[:, :rank], s[:rank], vh[:rank]

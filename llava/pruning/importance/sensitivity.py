@@ -3,15 +3,13 @@
 ZOO-Prune, arXiv 2509.24837, eq. 2-4: S(i) = 1/m sum_j ||M(x_i + h u_j) - M(x_i - h u_j)||_2 / 2h.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
-from llava.pruning.importance.directions import direction_bank
 from llava.pruning.importance.projectors import (
     TwoLayer,
     WeightCache,
@@ -43,7 +41,7 @@ def sensitivity(
     seed: int = 0,
     precision: str = "float32",
 ) -> Tensor:
-    """Sensitivity of every token, [..., N] float32 (float64 if `features` are float64).
+    """Measure the sensitivity of every token.
 
     Args:
         projector: any module that maps tokens [n, Dv] to [n, D], each by itself.
@@ -64,7 +62,13 @@ def sensitivity(
     all Dv axes if Dv <= 256, beyond that along `directions`, an unbiased estimate of the square.
 
     Every [N, Dv] row of the leading shape is scored by itself, so an image has the same scores bit
-    for bit alone and in a batch. Raises PruningError for wrong arguments.
+    for bit alone and in a batch.
+
+    Returns:
+        [..., N] in float32 (float64 if `features` are float64).
+
+    Raises:
+        PruningError: an argument is wrong.
     """
     if estimator not in ESTIMATORS:
         raise PruningError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
@@ -93,6 +97,19 @@ def sensitivity(
         return torch.stack(rows).reshape(features.shape[:-1])
 
 
+@lru_cache(maxsize=16)
+def direction_bank(seed: int, width: int, count: int) -> Tensor:
+    """Draw unit-norm Gaussian rows [count, width] (ZOO-Prune eq. 2), float32, CPU. Read only.
+
+    A pure function of its arguments: drawn from a private generator, always on the CPU and in
+    float32, so that neither call order nor device nor dtype changes the directions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False):
+        bank = torch.randn(count, width, generator=generator, dtype=torch.float32, device="cpu")
+        return bank / bank.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
 def _bank(directions: int | Tensor, seed: int, features: Tensor) -> Tensor:
     width = features.shape[-1]
     if features.dim() < 2:
@@ -109,7 +126,7 @@ def _bank(directions: int | Tensor, seed: int, features: Tensor) -> Tensor:
 def _scorer(
     projector: nn.Module, estimator: str, bank: Tensor, step: float, dtype: torch.dtype
 ) -> Function:
-    """The cheapest correct way to score x [N, Dv] -> [N] for this projector."""
+    """Return the cheapest correct way to score x [N, Dv] -> [N] for this projector."""
     matrix, parts = linear_matrix(projector, dtype), two_layer(projector)
     width = matrix.shape[1] if matrix is not None else parts.first.in_features if parts else None
     if width not in (None, bank.shape[1]):
@@ -135,7 +152,7 @@ def _scorer(
 
 
 def _black_box(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
-    """Eq. 4 as written, for any projector: two passes per token and direction."""
+    """Score by eq. 4 as written, for any projector: two passes per token and direction."""
     function = _in_dtype(evaluating(projector), dtype)
 
     def score(x: Tensor) -> Tensor:
@@ -145,7 +162,7 @@ def _black_box(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dty
 
 
 def _shared_bank(parts: TwoLayer, bank: Tensor, step: float) -> Function:
-    """Eq. 4 for M(x) = W2 act(W1 x + b1) + b2 with one bank for all tokens.
+    """Score by eq. 4 for M(x) = W2 act(W1 x + b1) + b2 with one bank for all tokens.
 
     W1 (x + h u) + b1 = (W1 x + b1) + h W1 u, so the first layer runs once per token and once per
     direction; b2 cancels, so the second layer runs once, on the difference of activations.
@@ -165,7 +182,7 @@ def _shared_bank(parts: TwoLayer, bank: Tensor, step: float) -> Function:
 
 
 def _as_released(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
-    """Eq. 4 in `dtype`, rounded wherever ZOO-Prune's released code rounds."""
+    """Score by eq. 4 in `dtype`, rounded wherever ZOO-Prune's released code rounds."""
     function = _in_dtype(evaluating(projector), dtype)
     bank = bank / (bank.norm(dim=1, keepdim=True) + 1e-12)
 
@@ -183,7 +200,7 @@ def _as_released(projector: nn.Module, bank: Tensor, step: float, dtype: torch.d
 
 
 def _closed_form(projector: nn.Module, parts: TwoLayer, dtype: torch.dtype) -> Function:
-    """||J||_F / sqrt(Dv) for M(x) = W2 act(W1 x + b1) + b2, one matrix product per token.
+    """Score by ||J||_F / sqrt(Dv) for M(x) = W2 act(W1 x + b1) + b2, one product per token.
 
     J = W2 diag(g) W1 with g = act'(W1 x + b1), hence ||J||_F^2 = g^T Q g with the fixed matrix
     Q = (W2^T W2) o (W1 W1^T), o elementwise.
@@ -205,7 +222,7 @@ def _closed_form(projector: nn.Module, parts: TwoLayer, dtype: torch.dtype) -> F
 
 
 def _forward_mode(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
-    """||J||_F / sqrt(Dv) of any projector from directional derivatives J u."""
+    """Score by ||J||_F / sqrt(Dv) of any projector from directional derivatives J u."""
     function = _in_dtype(evaluating(projector), dtype)
     width = bank.shape[1]
     if width <= BASIS_WIDTH:
@@ -233,9 +250,9 @@ def _forward_mode(projector: nn.Module, bank: Tensor, step: float, dtype: torch.
 
 
 def _norms(move: Callable[[Tensor, Tensor], Tensor], x: Tensor, bank: Tensor, wide: int) -> Tensor:
-    """[N, m]: ||move(x_i, u_j)||, in chunks whose widest intermediate stays below 256 MiB.
+    """Return ||move(x_i, u_j)||, [N, m], in chunks whose intermediates stay below 256 MiB.
 
-    move maps points [r, E] and directions [r, E] to vectors [r, D]; it holds up to four
+    move maps points [r, E] and directions [r, E] to vectors [r, D]; it needs up to four
     intermediates of `wide` numbers a row at a time.
     """
     rows = max(1, CHUNK_BYTES // (4 * wide * x.element_size()))
@@ -254,7 +271,7 @@ def _norms(move: Callable[[Tensor, Tensor], Tensor], x: Tensor, bank: Tensor, wi
 
 
 def _difference(function: Function, step: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Central difference (M(x + h u) - M(x - h u)) / 2h."""
+    """Return the central difference (M(x + h u) - M(x - h u)) / 2h as a function of x and u."""
 
     def move(at: Tensor, direction: Tensor) -> Tensor:
         nudge = step * direction
@@ -273,7 +290,7 @@ def _weights(parts: TwoLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
 
 
 def _in_dtype(projector: nn.Module, dtype: torch.dtype) -> Function:
-    """The projector as a function computing in `dtype`; the module itself stays as it is."""
+    """Return the projector as a function in `dtype`; the module itself stays as it is."""
     state = {
         name: value.detach().to(dtype) if value.is_floating_point() else value.detach()
         for name, value in [*projector.named_parameters(), *projector.named_buffers()]
@@ -282,6 +299,6 @@ def _in_dtype(projector: nn.Module, dtype: torch.dtype) -> Function:
 
 
 def _widest(projector: nn.Module, x: Tensor) -> int:
-    """Numbers in the widest intermediate of one token."""
+    """Count the numbers in the widest intermediate of one token."""
     sides = [side for p in projector.parameters() for side in p.shape]
     return max([x.shape[-1], *sides])

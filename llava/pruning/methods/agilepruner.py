@@ -1,23 +1,14 @@
 """AgilePruner."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import PruningMethod, check_number, check_switch
-from llava.pruning.registry import register
-from llava.pruning.selection.max_min import cosine, selectable
-from llava.pruning.selection.picks import Picks, unscored
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.precision import widen
+from llava.pruning.selection.max_min import cosine
 
 
 @register
-@dataclass(frozen=True)
 class AgilePruner(PruningMethod):
     """Keep what the class token attends to, less and less of what resembles it.
 
@@ -39,41 +30,30 @@ class AgilePruner(PruningMethod):
     Options: slope, erank_avg, tau_max, centre. Margins are not recorded.
     """
 
-    name: ClassVar[str] = "agilepruner"
-    signal: ClassVar[str] = "class attention, distance threshold by effective rank"
-    paper: ClassVar[str] = "ICLR 2026, arXiv 2603.01236"
-    needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
-    fidelity: ClassVar[str] = "reconstructed"
+    name = "agilepruner"
+    signal = "class attention, distance threshold by effective rank"
+    paper = "ICLR 2026, arXiv 2603.01236"
+    needs = ("features", "cls_attention")
+    fidelity = "reconstructed"
 
-    slope: float = 0.01
-    erank_avg: float = 16.0
-    tau_max: float = 0.95
-    centre: bool = True
+    slope: float = option(0.01, at_least=0)
+    erank_avg: float = option(16.0, above=0)
+    tau_max: float = option(0.95, at_least=0, at_most=2)
+    centre: bool = option(True)
 
-    def __post_init__(self) -> None:
-        check_number("slope", self.slope, 0)
-        check_number("erank_avg", self.erank_avg, 0)
-        check_number("tau_max", self.tau_max, 0, 2)
-        check_switch("centre", self.centre)
-        if self.erank_avg == 0:
-            raise PruningError("erank_avg must be above 0")
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return torch.stack(tokens.extra("cls_attention"))
 
-    def importance(self, visual: VisualTokens) -> Tensor:
-        return torch.stack(visual.extra("cls_attention"))
-
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
-        assert importance is not None
-        rows = []
-        for row, count in enumerate(counts.tolist()):
-            tokens = selectable(importance, visual.valid, row)
-            order = tokens[importance[row, tokens].argsort(descending=True, stable=True)]
-            x = visual.features[row, order]
-            rows.append(order[self._walk(x, count)])
-        return unscored(rows)
+    def select(self, rows: Rows) -> Picks:
+        picked = []
+        for row, count, tokens in rows:
+            order = tokens[rows.scored[row, tokens].argsort(descending=True, stable=True)]
+            picked.append(order[self._walk(rows.tokens.features[row, order], count)])
+        return Picks.stack(picked)
 
     def _walk(self, x: Tensor, count: int) -> Tensor:
-        """LongTensor [count]: which of x [n, C], ordered by attention, are kept."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        """Return which of x [n, C], ordered by attention, are kept: LongTensor [count]."""
+        x = widen(x)
         rise = self.slope * effective_rank(x, centre=self.centre) / self.erank_avg
         distance = (1 - cosine(x)).cpu()
         here = torch.ones(len(x), dtype=torch.bool)

@@ -1,29 +1,20 @@
 """Cen-Prune."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.importance.distinctiveness import (
-    centred,
-    distinctiveness,
-    scaled,
-    sigmoid_of_z_score,
-)
-from llava.pruning.importance.norm import min_max
-from llava.pruning.methods.base import PruningMethod, SimilarityMethod, check_choice
-from llava.pruning.registry import get_method, list_methods, make_method, register
-from llava.pruning.selection.picks import Picks
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.importance.normalise import centre, min_max, scale_channels, sigmoid_of_z_score
+from llava.pruning.importance.similarity import distinctiveness
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
+from llava.pruning.registry import get_method, list_methods, make_method
 
 
 @register
-@dataclass(frozen=True)
 class CenPrune(PruningMethod):
     """Another method, the host, on tokens without what all of them share.
 
@@ -49,63 +40,54 @@ class CenPrune(PruningMethod):
     command line `--pruner-option host=zoo --pruner-option 'host_options={"directions": 32}'`.
     """
 
-    name: ClassVar[str] = "cen-prune"
-    signal: ClassVar[str] = "host's, on centred tokens x distinctiveness"
-    paper: ClassVar[str] = "arXiv 2608.30263"
-    fidelity: ClassVar[str] = "vectors"
+    name = "cen-prune"
+    signal = "host's, on centred tokens x distinctiveness"
+    paper = "arXiv 2608.30263"
+    fidelity = "vectors"
 
-    host: str = "divprune"
-    host_options: Mapping[str, Any] = field(default_factory=dict)
-    form: str = "llava"
-    _host: SimilarityMethod = field(init=False, repr=False, compare=False)
+    host: str = option("divprune")
+    host_options: Mapping[str, Any] = option(default_factory=dict)
+    form: str = option("llava", choices=("llava", "qwen"))
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, ("llava", "qwen"))
-        host = _make_host(self.host, self.host_options)
-        object.__setattr__(self, "_host", host)
-        needs = ("features", *host.needs) if self.form == "qwen" else host.needs
-        self.set_needs(*dict.fromkeys(needs), wants=host.wants)
+        super().__post_init__()
+        _ = self._host  # what cannot be wrapped is refused here
 
-    def label(self, visual: VisualTokens) -> str:
-        return f"{self.name}({self._host.label(visual)})"
-
-    def importance(self, visual: VisualTokens) -> Tensor | None:
-        return self._host.importance(visual)
-
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
-        valid = visual.valid
-        if self.form == "qwen":
-            z = scaled(visual.features, valid)
-            factor = sigmoid_of_z_score(distinctiveness(z, valid), valid)
+    @cached_property
+    def _host(self) -> PruningMethod:
+        host, settings = make_method(self.host, self.host_options), dict(self.host_options)
+        if not type(host).compares:
+            hosts = ", ".join(name for name in list_methods() if get_method(name).compares)
+            reason = f", which does not select by how similar tokens are; host can be {hosts}"
+        elif host.merges:
+            reason = f" with {settings}: these options make it return more than a set of tokens"
+        elif not host.compares:
+            reason = f" with {settings}: nothing is left to centre where similarity does not count"
         else:
-            z = self._host.compared(visual)
-            factor = min_max(distinctiveness(z, valid), valid)
-        return self._host.choose_among(
-            centred(z, valid), importance, counts, valid=valid, factor=factor
-        )
+            return host
+        raise PruningError(f"cen-prune cannot wrap {self.host!r}{reason}")
 
+    @varies(())
+    def needs(self) -> tuple[str, ...]:
+        features = ("features",) if self.form == "qwen" else ()
+        return tuple(dict.fromkeys((*features, *self._host.needs)))
 
-def _make_host(name: str, options: Mapping[str, Any]) -> SimilarityMethod:
-    """The host; PruningError for a method that compares no tokens, or does not with `options`."""
-    if not isinstance(options, Mapping):
-        raise PruningError(f"host_options must be a mapping of names to values, got {options!r}")
-    host = make_method(name, options)
-    if not isinstance(host, SimilarityMethod):
-        hosts = [
-            other for other in list_methods() if issubclass(get_method(other), SimilarityMethod)
-        ]
-        raise PruningError(
-            f"cen-prune cannot wrap {name!r}, which does not choose by how similar tokens are; "
-            f"host can be {', '.join(hosts)}"
-        )
-    if host.merges:
-        raise PruningError(
-            f"cen-prune cannot wrap {name!r} with {dict(options)}: these options make it return "
-            "something else than a set of tokens"
-        )
-    if not host.compares:
-        raise PruningError(
-            f"cen-prune cannot wrap {name!r} with {dict(options)}: nothing is left to centre where "
-            "similarity does not count"
-        )
-    return host
+    @varies(())
+    def wants(self) -> tuple[str, ...]:
+        return self._host.wants
+
+    def label(self, tokens: VisualTokens) -> str:
+        return f"{self.name}({self._host.label(tokens)})"
+
+    def score(self, tokens: VisualTokens) -> Tensor | None:
+        return self._host.score(tokens)
+
+    def compared(self, tokens: VisualTokens) -> Tensor:
+        if self.form == "qwen":
+            return scale_channels(tokens.features, tokens.valid)
+        return self._host.compared(tokens)
+
+    def select(self, rows: Rows) -> Picks:
+        normalise = sigmoid_of_z_score if self.form == "qwen" else min_max
+        weight = normalise(distinctiveness(rows.z, rows.valid), rows.valid)
+        return self._host.select(replace(rows, z=centre(rows.z, rows.valid), weight=weight))

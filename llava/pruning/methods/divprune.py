@@ -1,29 +1,23 @@
 """DivPrune."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
-from llava.pruning.methods.base import (
+from llava.pruning.method import (
     Merged,
-    SimilarityMethod,
-    check_choice,
-    check_switch,
-    listed,
-    raster_order,
+    Picks,
+    PruningMethod,
+    Rows,
+    VisualTokens,
+    option,
+    register,
+    varies,
 )
-from llava.pruning.registry import register
 from llava.pruning.selection.max_min import max_min_with_margins
-from llava.pruning.selection.picks import Picks
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.selection.rows import raster_order
 
 
 @register
-@dataclass(frozen=True)
-class DivPrune(SimilarityMethod):
+class DivPrune(PruningMethod):
     """Keep the tokens that differ most from each other; nothing else counts.
 
     Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025,
@@ -45,40 +39,33 @@ class DivPrune(SimilarityMethod):
     picks that may repeat, so that a token is fed several times; emit_order `raster` | `selection`.
     """
 
-    name: ClassVar[str] = "divprune"
-    signal: ClassVar[str] = "max-min cosine distance"
-    paper: ClassVar[str] = "CVPR 2025, arXiv 2503.02175"
-    fidelity: ClassVar[str] = "golden"
+    name = "divprune"
+    signal = "max-min cosine distance"
+    paper = "CVPR 2025, arXiv 2503.02175"
+    compares = True
+    fidelity = "golden"
 
-    precision: str = "float32"
-    mask_selected: bool = True
-    emit_order: str = "raster"
+    precision: str = option("float32", choices=("float32", "model"))
+    mask_selected: bool = option(True)
+    emit_order: str = option("raster", choices=("raster", "selection"))
 
-    def __post_init__(self) -> None:
-        check_choice("precision", self.precision, ("float32", "model"))
-        check_switch("mask_selected", self.mask_selected)
-        check_choice("emit_order", self.emit_order, ("raster", "selection"))
-        if not self.mask_selected or self.emit_order == "selection":
-            self.set_merges()
+    @varies(False)
+    def merges(self) -> bool:
+        return not self.mask_selected or self.emit_order == "selection"
 
-    def merge(self, visual: VisualTokens, counts: Tensor) -> Merged:
-        picks = self.choose(visual, None, counts).indices
-        return listed(visual, picks if self.emit_order == "selection" else raster_order(picks))
-
-    def choose_among(
-        self,
-        z: Tensor,
-        importance: Tensor | None,
-        counts: Tensor,
-        *,
-        valid: Tensor | None = None,
-        factor: Tensor | None = None,
-    ) -> Picks:
+    def select(self, rows: Rows) -> Picks:
         return max_min_with_margins(
-            *(z, counts),
-            weights=factor,
-            valid=valid,
+            rows.z,
+            rows.counts,
+            weights=rows.weight,
+            valid=rows.valid,
             first="isolated",
             precision=self.precision,
             mask_selected=self.mask_selected,
+        )
+
+    def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
+        picks = self.select(self.rows(tokens, None, counts)).indices
+        return Merged.as_picked(
+            tokens, picks if self.emit_order == "selection" else raster_order(picks)
         )

@@ -1,22 +1,12 @@
 """FasterVLM."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod
-from llava.pruning.registry import register
-from llava.pruning.selection.picks import Picks
-from llava.pruning.selection.topk import top_k
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, register
 
 
 @register
-@dataclass(frozen=True)
 class FasterVLM(PruningMethod):
     """Keep the k patches that the class token attends to most.
 
@@ -31,15 +21,14 @@ class FasterVLM(PruningMethod):
     `mm_next_protocol="spatial-filled"` with 5 k here, or `"spatial"` on LLaVA's choice of canvas.
     """
 
-    name: ClassVar[str] = "fastervlm"
-    signal: ClassVar[str] = "class attention"
-    paper: ClassVar[str] = "arXiv 2412.01818 v1"
-    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
-    fidelity: ClassVar[str] = "golden"
+    name = "fastervlm"
+    signal = "class attention"
+    paper = "arXiv 2412.01818 v1"
+    needs = ("cls_attention",)
+    fidelity = "golden"
 
-    def importance(self, visual: VisualTokens) -> Tensor:
-        return torch.stack(visual.extra("cls_attention"))
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return torch.stack(tokens.extra("cls_attention"))
 
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
-        assert importance is not None
-        return top_k(importance, counts, valid=visual.valid)
+    def select(self, rows: Rows) -> Picks:
+        return rows.highest()

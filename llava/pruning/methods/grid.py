@@ -1,22 +1,12 @@
 """Evenly spaced tokens."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod
-from llava.pruning.registry import register
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, register
 from llava.pruning.selection.lattice import centres, lattice_shape, valid_rectangle
-from llava.pruning.selection.max_min import selectable
-from llava.pruning.selection.picks import Picks, unscored
-from llava.pruning.tokens import VisualTokens
 
 
 @register
-@dataclass(frozen=True)
 class Grid(PruningMethod):
     """Centres of an r x c = k lattice: sampling that looks at no content.
 
@@ -24,19 +14,20 @@ class Grid(PruningMethod):
     rectangle of patches) every (n / k)-th valid token in raster order, floor((i + .5) n / k).
     """
 
-    name: ClassVar[str] = "grid"
-    signal: ClassVar[str] = "place"
-    equivariant: ClassVar[bool] = False
+    name = "grid"
+    signal = "place"
+    equivariant = False
 
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
-        return unscored([self._tile(visual, t, int(k)) for t, k in enumerate(counts)])
+    def select(self, rows: Rows) -> Picks:
+        return Picks.stack([_spaced(rows.tokens, *row) for row in rows])
 
-    def _tile(self, visual: VisualTokens, tile: int, count: int) -> Tensor:
-        tokens = selectable(visual.projected, visual.valid, tile)
-        rectangle = valid_rectangle(visual, tile)
-        shape = lattice_shape(count, *rectangle[2:]) if rectangle is not None else None
-        if rectangle is None or shape is None:
-            return tokens[centres(count, len(tokens)).to(tokens.device)]
-        top, left, rows, cols = rectangle
-        down, across = top + centres(shape[0], rows), left + centres(shape[1], cols)
-        return (down[:, None] * visual.grid[1] + across).flatten().to(tokens.device)
+
+def _spaced(visual: VisualTokens, tile: int, count: int, tokens: Tensor) -> Tensor:
+    """Return `count` of a tile's valid tokens, LongTensor."""
+    rectangle = valid_rectangle(visual, tile)
+    shape = lattice_shape(count, *rectangle[2:]) if rectangle is not None else None
+    if rectangle is None or shape is None:
+        return tokens[centres(count, len(tokens)).to(tokens.device)]
+    top, left, rows, cols = rectangle
+    down, across = top + centres(shape[0], rows), left + centres(shape[1], cols)
+    return (down[:, None] * visual.grid[1] + across).flatten().to(tokens.device)

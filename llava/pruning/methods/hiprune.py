@@ -1,22 +1,13 @@
 """HiPrune."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod, check_number, check_switch
-from llava.pruning.registry import register
-from llava.pruning.selection.picks import Picks, unscored
-from llava.pruning.selection.topk import top_k
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.selection.rows import fill_with_top_k, top_k
 
 
 @register
-@dataclass(frozen=True)
 class HiPrune(PruningMethod):
     """Keep what a middle layer attends to, with its neighbours, then what the deep layer does.
 
@@ -44,45 +35,35 @@ class HiPrune(PruningMethod):
     attention.
     """
 
-    name: ClassVar[str] = "hiprune"
-    signal: ClassVar[str] = "attention received, two layers"
-    paper: ClassVar[str] = "arXiv 2508.00553"
-    needs: ClassVar[tuple[str, ...]] = ("received_attention", "object_attention")
-    equivariant: ClassVar[bool] = False
-    shares_budget: ClassVar[bool] = True
-    fidelity: ClassVar[str] = "golden"
+    name = "hiprune"
+    signal = "attention received, two layers"
+    paper = "arXiv 2508.00553"
+    needs = ("received_attention", "object_attention")
+    equivariant = False
+    needs_grid = True
+    shares_budget = True
+    fidelity = "golden"
 
-    alpha: float = 0.1
-    wrap_neighbours: bool = True
+    alpha: float = option(0.1, at_least=0, at_most=5)
+    wrap_neighbours: bool = option(True)
 
-    def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, 0, 5)
-        check_switch("wrap_neighbours", self.wrap_neighbours)
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return torch.stack(tokens.extra("received_attention"))
 
-    @property
-    def needs_grid(self) -> bool:
-        return True
+    def select(self, rows: Rows) -> Picks:
+        grid, middle = rows.tokens.grid, rows.tokens.extra("object_attention")
+        picked = []
+        for row, count, _ in rows:
+            valid = None if rows.valid is None else rows.valid[row]
+            anchors = self.with_neighbours(middle[row], valid, grid, count)
+            picked.append(fill_with_top_k(anchors, rows.scored[row], valid, count))
+        return Picks.stack(picked)
 
-    def importance(self, visual: VisualTokens) -> Tensor:
-        return torch.stack(visual.extra("received_attention"))
-
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
-        assert importance is not None
-        rows = []
-        for tile, count in enumerate(counts.tolist()):
-            valid = None if visual.valid is None else visual.valid[tile]
-            anchored = self.anchored(
-                visual.extra("object_attention")[tile], valid, visual.grid, count
-            )
-            rows.append(filled_up(anchored, importance[tile], valid, count))
-        return unscored(rows)
-
-    def anchored(
+    def with_neighbours(
         self, scores: Tensor, valid: Tensor | None, grid: tuple[int, int], count: int
     ) -> list[int]:
-        """Anchors, then their neighbours: at most `count` valid tokens, none twice."""
-        number = min(round(self.alpha * count / 5), count)
-        anchors = _highest(scores, valid, number)
+        """Return anchors, then their neighbours: at most `count` valid tokens, none twice."""
+        anchors = _highest(scores, valid, min(round(self.alpha * count / 5), count))
         near = [n for anchor in anchors for n in self._neighbours(anchor, grid)]
         # A dictionary keeps the first of equal entries in its place.
         taken = list(dict.fromkeys(anchors + near))
@@ -94,20 +75,11 @@ class HiPrune(PruningMethod):
             around = (token - 1, token + 1, token - cols, token + cols)
             return [min(max(place, 0), rows * cols - 1) for place in around]
         row, col = divmod(token, cols)
-        beside = ((row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col))
-        return [r * cols + c for r, c in beside if 0 <= r < rows and 0 <= c < cols]
+        touching = ((row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col))
+        return [r * cols + c for r, c in touching if 0 <= r < rows and 0 <= c < cols]
 
 
 def _highest(scores: Tensor, valid: Tensor | None, count: int) -> list[int]:
-    """The valid tokens of the highest scores, best first, ties to the lowest index."""
+    """Return the valid tokens of the highest scores, best first, ties to the lowest index."""
     row = top_k(scores[None], count, valid=None if valid is None else valid[None]).indices[0]
-    of_row = zip(scores.index_select(0, row).tolist(), row.tolist(), strict=True)
-    return [token for _, token in sorted(of_row, key=lambda pair: -pair[0])]
-
-
-def filled_up(taken: list[int], scores: Tensor, valid: Tensor | None, count: int) -> Tensor:
-    """LongTensor [count]: tokens taken before, and the highest scores of the others."""
-    first = torch.tensor(taken, dtype=torch.long, device=scores.device)
-    rest = scores.index_fill(0, first, -torch.inf)[None]
-    free = None if valid is None else valid.index_fill(0, first, False)[None]
-    return torch.cat([first, top_k(rest, count - len(taken), valid=free).indices[0]])
+    return row[scores[row].argsort(descending=True, stable=True)].tolist()

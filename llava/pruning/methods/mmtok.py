@@ -1,29 +1,13 @@
 """MMTok."""
 
-from __future__ import annotations
-
-import math
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import PruningMethod, check_choice
-from llava.pruning.registry import register
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
 from llava.pruning.selection.coverage import cover
-from llava.pruning.selection.max_min import selectable
-from llava.pruning.selection.picks import Picks, joined
-from llava.pruning.tokens import VisualTokens
-
-TEXTS = ("question", "none")
-KEYWORDS = ("release", "content")
-PADDINGS = ("cover", "keep")
 
 
 @register
-@dataclass(frozen=True)
 class MMTok(PruningMethod):
     """Keep the tokens that cover the words of the question and the rest of the image.
 
@@ -52,59 +36,49 @@ class MMTok(PruningMethod):
     `cover` (the released code's) | `keep` (like any other patch).
     """
 
-    name: ClassVar[str] = "mmtok"
-    signal: ClassVar[str] = "coverage of question words and patches"
-    paper: ClassVar[str] = "ICLR 2026, arXiv 2508.18264"
-    needs: ClassVar[tuple[str, ...]] = ("features", "question_embeddings")
-    query_aware: ClassVar[bool] = True
-    fidelity: ClassVar[str] = "golden"
+    name = "mmtok"
+    signal = "coverage of question words and patches"
+    paper = "ICLR 2026, arXiv 2508.18264"
+    query_aware = True
+    fidelity = "golden"
 
-    tau_t: float = 0.02
-    tau_v: float = 0.2
-    alpha: float = 0.5
-    text: str = "question"
-    keywords: str = "release"
-    padding: str = "cover"
+    tau_t: float = option(0.02, above=0)
+    tau_v: float = option(0.2, above=0)
+    alpha: float = option(0.5, above=0)
+    text: str = option("question", choices=("question", "none"))
+    keywords: str = option("release", choices=("release", "content"))
+    padding: str = option("cover", choices=("cover", "keep"))
 
-    def __post_init__(self) -> None:
-        check_choice("text", self.text, TEXTS)
-        check_choice("keywords", self.keywords, KEYWORDS)
-        check_choice("padding", self.padding, PADDINGS)
-        for name in ("tau_t", "tau_v", "alpha"):
-            value = getattr(self, name)
-            real = isinstance(value, int | float) and not isinstance(value, bool)
-            if not real or not 0 < value < math.inf:
-                raise PruningError(f"{name} must be a positive number, got {value!r}")
-        self.set_needs("features", *(("question_embeddings",) if self.text == "question" else ()))
+    @varies(("features", "question_embeddings"))
+    def needs(self) -> tuple[str, ...]:
+        return ("features", "question_embeddings") if self.text == "question" else ("features",)
 
-    @property
+    @varies("release")
     def keyword_rule(self) -> str:
         return self.keywords
 
-    def label(self, visual: VisualTokens) -> str:
-        unknown = visual.layouts is not None and visual.blank is None and self.padding == "cover"
+    def label(self, tokens: VisualTokens) -> str:
+        unknown = tokens.layouts is not None and tokens.blank is None and self.padding == "cover"
         return f"{self.name}(padding=unknown)" if unknown else self.name
 
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
-        words = visual.extra("question_embeddings") if self.text == "question" else None
-        rows = []
-        for row, count in enumerate(counts.tolist()):
-            tokens = selectable(visual.projected, visual.valid, row)
+    def select(self, rows: Rows) -> Picks:
+        visual, picked = rows.tokens, []
+        for row, count, tokens in rows:
             own = visual.features[row, tokens]
             parts = [self.alpha * _shares(own, own, self.tau_v)]
-            if words is not None:
-                question = words[int(visual.image_index[row])].to(own.device)
-                parts.insert(0, _shares(question, visual.projected[row, tokens], self.tau_t))
+            if self.text == "question":
+                words = visual.extra("question_embeddings")[int(visual.image_index[row])]
+                parts.insert(0, _shares(words.to(own.device), rows.z[row, tokens], self.tau_t))
             last = None
             if self.padding == "cover" and visual.blank is not None:
                 last = visual.blank[row, tokens].to(own.device)
             picks = cover(torch.cat(parts), count, last)
-            rows.append(Picks(tokens[picks.indices], picks.margins))
-        return joined(rows)
+            picked.append(Picks(tokens[picks.indices], picks.margins))
+        return Picks.stack(picked)
 
 
 def _shares(rows: Tensor, columns: Tensor, tau: float) -> Tensor:
-    """[r, c]: softmax over the columns of cosine / tau, divided by r."""
+    """Return softmax over the columns of cosine / tau, divided by r: [r, c]."""
     wide = torch.promote_types(columns.dtype, torch.float32)
     unit = [
         x.to(wide) / x.to(wide).norm(dim=-1, keepdim=True).clamp_min(1e-8) for x in (rows, columns)

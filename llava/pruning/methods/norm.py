@@ -1,44 +1,27 @@
-"""Token norm as importance."""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
+"""Token norm as score."""
 
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import SimilarityMethod
-from llava.pruning.registry import register
-from llava.pruning.selection.fusion import fuse
-from llava.pruning.selection.picks import Picks
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, register
+from llava.pruning.precision import widen
+from llava.pruning.selection.max_min import fuse
 
 
 @register
-@dataclass(frozen=True)
-class Norm(SimilarityMethod):
-    """||Z_i||_2 in the place of sensitivity, everything else as in `zoo`.
+class Norm(PruningMethod):
+    """Score tokens by their L2 norm, ||Z_i||_2, then select as `zoo` does.
 
     The cheapest query-blind score there is. Audits found projector sensitivity to rank tokens much
     like their norm on some models, so a method that measures more should beat this row.
     """
 
-    name: ClassVar[str] = "norm"
-    signal: ClassVar[str] = "token norm x max-min cosine distance"
+    name = "norm"
+    signal = "token norm x max-min cosine distance"
+    compares = True
 
-    def importance(self, visual: VisualTokens) -> Tensor:
-        wide = torch.promote_types(visual.projected.dtype, torch.float32)
-        return torch.stack([tile.to(wide).clone().norm(dim=-1) for tile in visual.projected])
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return torch.stack([widen(tile).clone().norm(dim=-1) for tile in tokens.projected])
 
-    def choose_among(
-        self,
-        z: Tensor,
-        importance: Tensor | None,
-        counts: Tensor,
-        *,
-        valid: Tensor | None = None,
-        factor: Tensor | None = None,
-    ) -> Picks:
-        assert importance is not None
-        return fuse(z, importance, counts, valid=valid, factor=factor)
+    def select(self, rows: Rows) -> Picks:
+        return fuse(rows)

@@ -1,23 +1,15 @@
 """Average pooling."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import Merged, PruningMethod
-from llava.pruning.registry import register
+from llava.pruning.method import Merged, PruningMethod, VisualTokens, register
 from llava.pruning.selection.lattice import Rectangle, lattice_shape, valid_rectangle
-from llava.pruning.tokens import VisualTokens
 
 
 @register
-@dataclass(frozen=True)
 class Pool(PruningMethod):
     """Adaptive average pooling of projected tokens to r x c = k: a smaller picture of it all.
 
@@ -25,26 +17,25 @@ class Pool(PruningMethod):
     error naming the nearest budgets that have them.
     """
 
-    name: ClassVar[str] = "pool"
-    signal: ClassVar[str] = "place"
-    merges: ClassVar[bool] = True
-    equivariant: ClassVar[bool] = False
+    name = "pool"
+    signal = "place"
+    merges = True
+    equivariant = False
 
-    def merge(self, visual: VisualTokens, counts: Tensor) -> Merged:
-        width = int(counts.max())
-        tokens, sources = [], []
+    def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
+        made, sources = [], []
+        # Pooling the identity matrix shows which patches went into which output.
+        total, device = tokens.projected.shape[1], tokens.projected.device
+        identity = torch.eye(total, dtype=torch.float32, device=device)
         for tile, count in enumerate(counts.tolist()):
-            rectangle = valid_rectangle(visual, tile)
+            rectangle = valid_rectangle(tokens, tile)
             if rectangle is None:
                 raise PruningError(f"pool: the valid patches of tile {tile} form no rectangle")
             shape = _shape(count, rectangle)
-            fill = (0, 0, 0, width - count)
-            tokens.append(pad(_pool(visual.projected[tile], visual.grid, rectangle, shape), fill))
-            # Pooling the identity matrix shows which patches went into which output.
-            total = visual.projected.shape[1]
-            identity = torch.eye(total, dtype=torch.float32, device=visual.projected.device)
-            sources.append(pad(_pool(identity, visual.grid, rectangle, shape) > 0, fill))
-        return Merged(torch.stack(tokens), torch.stack(sources))
+            fill = (0, 0, 0, int(counts.max()) - count)
+            made.append(pad(_pool(tokens.projected[tile], tokens.grid, rectangle, shape), fill))
+            sources.append(pad(_pool(identity, tokens.grid, rectangle, shape) > 0, fill))
+        return Merged(torch.stack(made), torch.stack(sources))
 
 
 def _pool(z: Tensor, grid: tuple[int, int], rectangle: Rectangle, shape: tuple[int, int]) -> Tensor:

@@ -1,29 +1,14 @@
 """LLaVA-PruMerge."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from llava.pruning.methods.base import (
-    Merged,
-    PruningMethod,
-    check_choice,
-    check_switch,
-    check_whole,
-    stack_merged,
-)
-from llava.pruning.registry import register
-from llava.pruning.selection.max_min import selectable
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.method import Merged, PruningMethod, VisualTokens, option, register, varies
+from llava.pruning.selection.rows import selectable
 
 
 @register
-@dataclass(frozen=True)
 class PruMerge(PruningMethod):
     """Keep what the class token looks at, each with its neighbours, and one token of the rest.
 
@@ -47,85 +32,82 @@ class PruMerge(PruningMethod):
     block's real attention, mean over heads.
     """
 
-    name: ClassVar[str] = "prumerge"
-    signal: ClassVar[str] = "class attention, key similarity"
-    paper: ClassVar[str] = "ICCV 2025, arXiv 2403.15388"
-    needs: ClassVar[tuple[str, ...]] = (
-        *("features", "projector"),
-        *("next_single_head_attention", "next_cls_attention", "next_keys"),
+    name = "prumerge"
+    signal = "class attention, key similarity"
+    paper = "ICCV 2025, arXiv 2403.15388"
+    merges = True
+    fidelity = "golden"
+
+    neighbours: int = option(32, at_least=0)
+    adaptive: bool = option(False)
+    merge_norm: bool = option(False)
+    emit_order: str = option("attention", choices=("attention", "raster"))
+    single_head: bool = option(True)
+
+    @varies(
+        ("features", "projector", "next_single_head_attention", "next_cls_attention", "next_keys")
     )
-    merges: ClassVar[bool] = True
-    fidelity: ClassVar[str] = "golden"
+    def needs(self) -> tuple[str, ...]:
+        return ("features", "projector", self._attention_key, "next_keys")
 
-    neighbours: int = 32
-    adaptive: bool = False
-    merge_norm: bool = False
-    emit_order: str = "attention"
-    single_head: bool = True
+    @varies(True)
+    def fixed_count(self) -> bool:
+        return not self.adaptive
 
-    def __post_init__(self) -> None:
-        check_whole("neighbours", self.neighbours, at_least=0)
-        for name in ("adaptive", "merge_norm", "single_head"):
-            check_switch(name, getattr(self, name))
-        check_choice("emit_order", self.emit_order, ("attention", "raster"))
-        if self.adaptive:
-            object.__setattr__(self, "fixed_count", False)
-        unread = "next_cls_attention" if self.single_head else "next_single_head_attention"
-        self.set_needs(*(need for need in type(self).needs if need != unread))
-
-    def adapt(self, visual: VisualTokens, counts: list[int]) -> list[int]:
+    def adapt(self, tokens: VisualTokens, counts: list[int]) -> list[int]:
         if not self.adaptive:
             return counts
         adapted = []
         for tile, ceiling in enumerate(counts):
-            attention = self._attention(visual, tile)
-            attended = outliers(attention)
-            samples = self._adaptive_samples(attention, attended)
+            attention = self._attention(tokens, tile)
+            attended = count_outliers(attention)
+            samples = self._sample_adaptively(attention, attended)
             adapted.append(min(ceiling, attended + len(samples) + 1))
         return adapted
 
-    def merge(self, visual: VisualTokens, counts: Tensor) -> Merged:
-        merged = stack_merged([self._tile(visual, t, k - 1) for t, k in enumerate(counts.tolist())])
+    def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
+        tiles = enumerate(counts.tolist())
+        merged = Merged.stack([self._merge_tile(tokens, tile, k - 1) for tile, k in tiles])
         return merged if self.emit_order == "raster" else merged._replace(places=None)
 
-    def _attention(self, visual: VisualTokens, tile: int) -> Tensor:
+    @property
+    def _attention_key(self) -> str:
+        return "next_single_head_attention" if self.single_head else "next_cls_attention"
+
+    def _attention(self, tokens: VisualTokens, tile: int) -> Tensor:
         """[n] of the tile's valid tokens; of one head or a mean over heads, so at most 1 in all."""
-        tokens = selectable(visual.projected, visual.valid, tile)
-        if self.single_head:
-            return visual.extra("next_single_head_attention")[tile][tokens]
-        return visual.extra("next_cls_attention")[tile][tokens]
+        own = selectable(tokens.projected, tokens.valid, tile)
+        return tokens.extra(self._attention_key)[tile][own]
 
     def _choose(self, attention: Tensor, count: int) -> Tensor:
-        """LongTensor [count] among n tokens, in the order they are emitted."""
+        """Pick `count` of n tokens, LongTensor, in the order they are emitted."""
         return attention.argsort(descending=True, stable=True)[:count]
 
-    def _adaptive_samples(self, attention: Tensor, attended: int) -> Tensor:
-        """Tokens taken besides the `attended` most attended ones."""
+    def _sample_adaptively(self, attention: Tensor, attended: int) -> Tensor:
+        """Pick tokens besides the `attended` most attended ones."""
         return attention.new_empty(0, dtype=torch.long)
 
-    def _tile(self, visual: VisualTokens, tile: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected tokens [K, D], their sources [K, N] and places [K]."""
-        tokens = selectable(visual.projected, visual.valid, tile)
+    def _merge_tile(
+        self, tokens: VisualTokens, tile: int, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return projected tokens [K, D], their sources [K, N] and places [K]."""
+        own = selectable(tokens.projected, tokens.valid, tile)
         with torch.no_grad():
-            attention = self._attention(visual, tile)
+            attention = self._attention(tokens, tile)
             kept = self._choose(attention, count)
             if self.emit_order == "raster":
                 kept = kept.sort().values
-            weights = self._weights(attention, visual.extra("next_keys")[tile][tokens], kept)
-        x = visual.features[tile, tokens]
+            weights = self._weights(attention, tokens.extra("next_keys")[tile][own], kept)
+        x = tokens.features[tile, own]
         made = (weights @ x.to(weights.dtype)).to(x.dtype)
-        new = visual.projector(made).to(visual.projected.dtype)
-        sources = torch.zeros(
-            len(new), visual.projected.shape[1], dtype=torch.bool, device=x.device
-        )
-        sources[:, tokens] = weights != 0
-        return new, sources, pad(tokens[kept], (0, 1), value=-1)
+        new = tokens.projector(made).to(tokens.projected.dtype)
+        sources = weights.new_zeros(len(new), tokens.projected.shape[1], dtype=torch.bool)
+        sources[:, own] = weights != 0
+        return new, sources, pad(own[kept], (0, 1), value=-1)
 
     def _weights(self, attention: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
-        """[k, n]: how much of every token goes into each kept one, and into the rest."""
-        free = torch.ones_like(attention, dtype=torch.bool)
-        free[kept] = False
-        others = free.nonzero().flatten()
+        """Return how much of every token goes into each kept one, and into the rest: [k + 1, n]."""
+        others = unkept(attention, kept)
         pool, place = torch.arange(len(attention), device=kept.device), kept
         repeats = len(kept) - len(kept.unique())
         if repeats:
@@ -148,7 +130,14 @@ class PruMerge(PruningMethod):
         return weights / weights.sum(dim=1, keepdim=True) if self.merge_norm else weights
 
 
-def outliers(attention: Tensor) -> int:
-    """How many of `attention` [n] lie above Q3 + 1.5 (Q3 - Q1), at least one."""
+def count_outliers(attention: Tensor) -> int:
+    """Count what of `attention` [n] lies above Q3 + 1.5 (Q3 - Q1), at least one."""
     low, high = torch.quantile(attention, attention.new_tensor([0.25, 0.75])).tolist()
     return max(1, int((attention > high + 1.5 * (high - low)).sum()))
+
+
+def unkept(attention: Tensor, kept: Tensor) -> Tensor:
+    """Return the tokens of `attention` [n] that are not in `kept`, LongTensor, ascending."""
+    free = torch.ones_like(attention, dtype=torch.bool)
+    free[kept] = False
+    return free.nonzero().flatten()

@@ -1,53 +1,45 @@
 """LLaVA-PruMerge+."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import check_choice
-from llava.pruning.methods.prumerge import PruMerge, outliers
-from llava.pruning.registry import register
+from llava.pruning.method import option, register
+from llava.pruning.methods.prumerge import PruMerge, count_outliers, unkept
 
 
 @register
-@dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge, with evenly spaced tokens beside the attended ones.
+    """PruMerge, with evenly spaced tokens in addition to the attended ones.
 
     Paper: as `prumerge`, arXiv 2403.15388. `adaptive=true` is the published rule: with a share r of
     patches attended to, every floor(floor(1 / r) / 3)-th token that is not kept yet comes too, some
     three for one. The released code stops with an error where no patch is attended to, or more than
     a third of them are; here it is at least one, and then every token comes.
 
-    A budget of k is split in one of two ways. `quarter` is ours, since nobody published how tables
-    of 64 or 128 tokens were made: of k - 1 tokens a quarter, rounded up, is attended to, the ratio
-    of the adaptive rule; the others lie evenly among the rest, starting with the first. `release`
-    is the other branch of the released code: with a = (k - 1) / 2, the a highest, then every s-th
-    token from s / 2 on, s = floor(n / a), whether kept already or not (it is then read twice, and
-    the token of the rest goes without as many of the first others). That fits some budgets only,
-    such as 65, 129, 145 and 193 of 576; others are an error that names the nearest.
+    A budget of k is split in one of two ways. `quarter` is ours, since it was never published how
+    tables of 64 or 128 tokens were made: of k - 1 tokens a quarter, rounded up, is attended to, the
+    ratio of the adaptive rule; the others lie evenly among the rest, starting with the first.
+    `release` is the other branch of the released code: with a = (k - 1) / 2, the a highest, then
+    every s-th token from s / 2 on, s = floor(n / a), whether kept already or not (it is then read
+    twice, and the token of the rest goes without as many of the first others). That fits some
+    budgets only, such as 65, 129, 145 and 193 of 576; others are an error that names the nearest.
 
     `adaptive=true` and `split="release"` equal recorded runs; `quarter` has nothing to equal.
 
     Options: as `prumerge`; split `quarter` | `release`.
     """
 
-    name: ClassVar[str] = "prumerge-plus"
-    signal: ClassVar[str] = "class attention, place, key similarity"
-    equivariant: ClassVar[bool] = False
-    fidelity: ClassVar[str] = "golden"
+    name = "prumerge-plus"
+    signal = "class attention, place, key similarity"
+    equivariant = False
 
-    split: str = "quarter"
+    split: str = option("quarter", choices=("quarter", "release"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("split", self.split, ("quarter", "release"))
         if self.adaptive and self.split == "release":
             raise PruningError(
                 "adaptive=true and split='release' are two rules of the released code; use one"
@@ -55,28 +47,28 @@ class PruMergePlus(PruMerge):
 
     def _choose(self, attention: Tensor, count: int) -> Tensor:
         if self.adaptive:
-            attended = outliers(attention)
-            samples = self._adaptive_samples(attention, attended)
+            attended = count_outliers(attention)
+            samples = self._sample_adaptively(attention, attended)
             return torch.cat([super()._choose(attention, attended), samples])[:count]
         if self.split == "release":
-            spaced = _released_samples(len(attention), count)
+            spaced = _sample_as_released(len(attention), count)
             highest = super()._choose(attention, len(spaced))
             return torch.cat([highest, spaced.to(highest.device)])
         kept = super()._choose(attention, math.ceil(count / 4))
-        rest = _others(attention, kept)
+        rest = unkept(attention, kept)
         wanted = count - len(kept)
         places = torch.arange(wanted, device=kept.device) * len(rest) // max(1, wanted)
         return torch.cat([kept, rest[places]])
 
-    def _adaptive_samples(self, attention: Tensor, attended: int) -> Tensor:
+    def _sample_adaptively(self, attention: Tensor, attended: int) -> Tensor:
         step = max(1, len(attention) // attended // 3)
-        rest = _others(attention, super()._choose(attention, attended))
+        rest = unkept(attention, super()._choose(attention, attended))
         # The last token is never sampled, as in the released code.
         return rest[(rest % step == 0) & (rest < len(attention) - 1)]
 
 
-def _released_samples(n: int, count: int) -> Tensor:
-    """LongTensor [count / 2]: every s-th of n tokens, PruningError unless there are as many."""
+def _sample_as_released(n: int, count: int) -> Tensor:
+    """Return every s-th of n tokens, LongTensor; PruningError unless they are count / 2."""
     if not _splits(n, count):
         fitting = [k for k in range(1, 2 * n + 1) if _splits(n, k)]
         below, above = ([k for k in fitting if (k < count) == less] for less in (True, False))
@@ -95,9 +87,3 @@ def _splits(n: int, count: int) -> bool:
         return False
     step = n // half
     return len(range(step // 2, n, step)) == half
-
-
-def _others(attention: Tensor, kept: Tensor) -> Tensor:
-    free = torch.ones_like(attention, dtype=torch.bool)
-    free[kept] = False
-    return free.nonzero().flatten()

@@ -1,22 +1,14 @@
 """SCOPE."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod, check_choice, check_number
-from llava.pruning.registry import register
-from llava.pruning.selection.max_min import cosine, first_argmax, selectable
-from llava.pruning.selection.picks import Picks, joined
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.precision import widen
+from llava.pruning.selection.max_min import cosine, first_argmax
 
 
 @register
-@dataclass(frozen=True)
 class Scope(PruningMethod):
     """Greedily cover all tokens with few, salient ones first.
 
@@ -37,56 +29,45 @@ class Scope(PruningMethod):
     Options: alpha; combine `multiply` | `sum`; precision `float32` | `model`.
     """
 
-    name: ClassVar[str] = "scope"
-    signal: ClassVar[str] = "coverage gain x class attention"
-    paper: ClassVar[str] = "NeurIPS 2025, arXiv 2510.24214"
-    needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
-    shares_budget: ClassVar[bool] = True
-    fidelity: ClassVar[str] = "golden"
+    name = "scope"
+    signal = "coverage gain x class attention"
+    paper = "NeurIPS 2025, arXiv 2510.24214"
+    needs = ("features", "cls_attention")
+    shares_budget = True
+    fidelity = "golden"
 
-    alpha: float = 1.0
-    combine: str = "multiply"
-    precision: str = "float32"
+    alpha: float = option(1.0, at_least=0)
+    combine: str = option("multiply", choices=("multiply", "sum"))
+    precision: str = option("float32", choices=("float32", "model"))
 
-    def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, 0)
-        check_choice("combine", self.combine, ("multiply", "sum"))
-        check_choice("precision", self.precision, ("float32", "model"))
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return torch.stack(tokens.extra("cls_attention"))
 
-    def importance(self, visual: VisualTokens) -> Tensor:
-        return torch.stack(visual.extra("cls_attention"))
-
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
-        assert importance is not None
-        dtype = visual.features.dtype
-        if self.precision == "float32":
-            dtype = torch.promote_types(dtype, torch.float32)
-        rows = []
-        for row, count in enumerate(counts.tolist()):
-            tokens = selectable(importance, visual.valid, row)
-            similarity = cosine(visual.features[row, tokens].to(dtype))
-            saliency = importance[row, tokens].to(dtype) ** self.alpha
-            picks = self.cover(similarity, saliency, count)
-            rows.append(Picks(tokens[picks.indices], picks.margins))
-        return joined(rows)
+    def select(self, rows: Rows) -> Picks:
+        picked = []
+        for row, count, tokens in rows:
+            x = rows.tokens.features[row, tokens]
+            x = widen(x) if self.precision == "float32" else x
+            saliency = rows.scored[row, tokens].to(x.dtype) ** self.alpha
+            picks = self.cover(cosine(x), saliency, count)
+            picked.append(Picks(tokens[picks.indices], picks.margins))
+        return Picks.stack(picked)
 
     def cover(self, similarity: Tensor, saliency: Tensor, count: int) -> Picks:
-        """Positions [count] of the greedy picks and their margins."""
+        """Return positions [count] of the greedy picks and their margins."""
         covered = similarity.new_zeros(len(similarity))
         taken = torch.zeros(len(similarity), dtype=torch.bool, device=similarity.device)
-        picks, margins = [], []
+        picks = torch.empty(count, dtype=torch.long, device=similarity.device)
+        margins = similarity.new_empty(count)
         added = torch.empty_like(similarity)  # fresh memory of this size costs more than the sums
-        for _ in range(count):
+        for step in range(count):
             # S is symmetric, so rows serve as columns and are read in one piece.
             torch.sub(similarity, covered, out=added)
             gain = added.clamp_min_(0).sum(dim=1)
             score = gain * saliency if self.combine == "multiply" else gain + saliency
             score = score.masked_fill(taken, -torch.inf)
-            pick = first_argmax(score)
+            picks[step] = pick = first_argmax(score)
             taken = taken.scatter(0, pick[None], True)
-            margins.append(score[pick] - score.masked_fill(taken, -torch.inf).amax())
-            picks.append(pick)
+            margins[step] = score[pick] - score.masked_fill(taken, -torch.inf).amax()
             covered = torch.maximum(covered, similarity[pick])
-        if not picks:
-            return Picks(taken.new_empty(0, dtype=torch.long), covered[:0])
-        return Picks(torch.stack(picks), torch.stack(margins))
+        return Picks(picks, margins)

@@ -1,29 +1,15 @@
 """VisionZip."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from llava.pruning.errors import PruningError
-from llava.pruning.methods.base import (
-    Merged,
-    PruningMethod,
-    check_choice,
-    check_whole,
-    stack_merged,
-)
-from llava.pruning.registry import register
-from llava.pruning.selection.topk import top_k
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.method import Merged, PruningMethod, VisualTokens, option, register
+from llava.pruning.selection.rows import top_k
 
 
 @register
-@dataclass(frozen=True)
 class VisionZip(PruningMethod):
     """Keep what the class token looks at, and merge the rest into a few contextual tokens.
 
@@ -51,39 +37,31 @@ class VisionZip(PruningMethod):
     keys in half precision.
     """
 
-    name: ClassVar[str] = "visionzip"
-    signal: ClassVar[str] = "class attention, key similarity"
-    paper: ClassVar[str] = "CVPR 2025, arXiv 2412.04467"
-    needs: ClassVar[tuple[str, ...]] = (
-        *("features", "projector"),
-        *("cls_attention", "cls_feature", "encoder_keys"),
-    )
-    merges: ClassVar[bool] = True
-    equivariant: ClassVar[bool] = False
-    fidelity: ClassVar[str] = "golden"
+    name = "visionzip"
+    signal = "class attention, key similarity"
+    paper = "CVPR 2025, arXiv 2412.04467"
+    needs = ("features", "projector", "cls_attention", "cls_feature", "encoder_keys")
+    merges = True
+    equivariant = False
+    fidelity = "golden"
 
-    contextual: int | None = None
-    ctx_merge: str = "sum"
+    contextual: int | None = option(None, at_least=0)
+    ctx_merge: str = option("sum", choices=("sum", "mean"))
 
-    def __post_init__(self) -> None:
-        if self.contextual is not None:
-            check_whole("contextual", self.contextual, at_least=0)
-        check_choice("ctx_merge", self.ctx_merge, ("sum", "mean"))
-
-    def merge(self, visual: VisualTokens, counts: Tensor) -> Merged:
-        attention = torch.stack(visual.extra("cls_attention"))
-        few = torch.tensor([self._split(k) for k in counts.tolist()], dtype=torch.long)
-        patches = counts - few - int(visual.class_token)
-        dominant = top_k(attention, patches, valid=visual.valid).indices
-        return stack_merged(
+    def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
+        attention = torch.stack(tokens.extra("cls_attention"))
+        few = torch.tensor([self._num_contextual(k) for k in counts.tolist()], dtype=torch.long)
+        patches = counts - few - int(tokens.class_token)
+        dominant = top_k(attention, patches, valid=tokens.valid).indices
+        return Merged.stack(
             [
-                self._tile(visual, tile, dominant[tile], count)
+                self._merge_tile(tokens, tile, dominant[tile], count)
                 for tile, count in enumerate(few.tolist())
             ]
         )
 
-    def _split(self, count: int) -> int:
-        """Contextual tokens among `count`."""
+    def _num_contextual(self, count: int) -> int:
+        """Return the contextual tokens among `count`."""
         contextual = count * 5 // 32 if self.contextual is None else self.contextual
         if contextual >= count:
             raise PruningError(
@@ -92,50 +70,47 @@ class VisionZip(PruningMethod):
             )
         return contextual
 
-    def _tile(
-        self, visual: VisualTokens, tile: int, dominant: Tensor, contextual: int
+    def _merge_tile(
+        self, tokens: VisualTokens, tile: int, dominant: Tensor, contextual: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected tokens [K, D], their sources [K, N] and places [K]."""
-        x, total = visual.features[tile], visual.projected.shape[1]
+        """Return projected tokens [K, D], their sources [K, N] and places [K]."""
+        x, z = tokens.features[tile], tokens.projected[tile]
         dominant = dominant[dominant >= 0].sort().values
-        kept = one_hot(dominant, total).bool()
-        free = ~kept.any(dim=0) if visual.valid is None else visual.valid[tile] & ~kept.any(dim=0)
-        members = self._clusters(visual.extra("encoder_keys")[tile], free, contextual)
+        kept = one_hot(dominant, len(z)).bool()
+        free = ~kept.any(dim=0) if tokens.valid is None else tokens.valid[tile] & ~kept.any(dim=0)
         # The class token, if there is one, comes first of all.
-        lead = int(visual.class_token)
-        made = [visual.extra("cls_feature")[tile].to(x)] if lead else []
-        for target, others in members:
+        lead = int(tokens.class_token)
+        made = [tokens.extra("cls_feature")[tile].to(x)] if lead else []
+        sources = torch.zeros(lead + contextual, len(z), dtype=torch.bool, device=x.device)
+        clusters = _clusters(tokens.extra("encoder_keys")[tile], free, contextual)
+        for row, (target, others) in enumerate(clusters, start=lead):
             gathered = x[others].sum(dim=0)
-            size = max(1, len(others))
             made.append(
-                x[target] + gathered / size
+                x[target] + gathered / max(1, len(others))
                 if self.ctx_merge == "sum"
                 else (x[target] + gathered) / (1 + len(others))
             )
-        new = visual.projected.new_empty(0, visual.projected.shape[-1])
-        if made:
-            new = visual.projector(torch.stack(made)).to(visual.projected.dtype)
-        sources = torch.zeros(lead + contextual, total, dtype=torch.bool, device=x.device)
-        for row, (target, others) in enumerate(members, start=lead):
             sources[row, target] = sources[row, others] = True
+        new = tokens.projector(torch.stack(made)).to(z.dtype) if made else z[:0]
         place = torch.full((lead + contextual,), -2, device=x.device)
         place[:lead] = -1
         return (
-            torch.cat([new[:lead], visual.projected[tile, dominant], new[lead:]]),
+            torch.cat([new[:lead], z[dominant], new[lead:]]),
             torch.cat([sources[:lead], kept, sources[lead:]]),
             torch.cat([place[:lead], dominant, place[lead:]]),
         )
 
-    @torch.no_grad()
-    def _clusters(self, keys: Tensor, free: Tensor, contextual: int) -> list[tuple[Tensor, Tensor]]:
-        """(target, LongTensor of the patches assigned to it) of every contextual token."""
-        if contextual == 0:
-            return []
-        rest = free.nonzero().flatten()
-        step = max(1, len(rest) // contextual)
-        is_target = torch.zeros_like(rest, dtype=torch.bool)
-        is_target[: step * contextual : step] = True
-        targets, others = rest[is_target], rest[~is_target]
-        nearest = normalize(keys[others], dim=-1) @ normalize(keys[targets], dim=-1).T
-        assigned = nearest.argmax(dim=1)
-        return [(target, others[assigned == i]) for i, target in enumerate(targets)]
+
+@torch.no_grad()
+def _clusters(keys: Tensor, free: Tensor, contextual: int) -> list[tuple[Tensor, Tensor]]:
+    """Return (target, LongTensor of the patches assigned to it) of every contextual token."""
+    if contextual == 0:
+        return []
+    rest = free.nonzero().flatten()
+    step = max(1, len(rest) // contextual)
+    is_target = torch.zeros_like(rest, dtype=torch.bool)
+    is_target[: step * contextual : step] = True
+    targets, others = rest[is_target], rest[~is_target]
+    nearest = normalize(keys[others], dim=-1) @ normalize(keys[targets], dim=-1).T
+    assigned = nearest.argmax(dim=1)
+    return [(target, others[assigned == i]) for i, target in enumerate(targets)]

@@ -1,26 +1,18 @@
 """VisPruner."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from llava.pruning.methods.base import PruningMethod, check_number
-from llava.pruning.registry import register
-from llava.pruning.selection.max_min import cosine, selectable
-from llava.pruning.selection.picks import Picks, unscored
-from llava.pruning.selection.topk import ranking
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.precision import widen
+from llava.pruning.selection.max_min import cosine
+from llava.pruning.selection.rows import ranking
 
 # Duplicates that leave in one round.
 ROUND = 8
 
 
 @register
-@dataclass(frozen=True)
 class VisPruner(PruningMethod):
     """Keep what the class token attends to, and of the rest what has no double.
 
@@ -44,36 +36,31 @@ class VisPruner(PruningMethod):
     Option: important_ratio r. Margins are not recorded: a choice is the end of many rounds.
     """
 
-    name: ClassVar[str] = "vispruner"
-    signal: ClassVar[str] = "class attention, duplicates removed"
-    paper: ClassVar[str] = "ICCV 2025, arXiv 2412.01818 v2"
-    needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
-    fidelity: ClassVar[str] = "golden"
+    name = "vispruner"
+    signal = "class attention, duplicates removed"
+    paper = "ICCV 2025, arXiv 2412.01818 v2"
+    needs = ("features", "cls_attention")
+    fidelity = "golden"
 
-    important_ratio: float = 0.5
+    important_ratio: float = option(0.5, at_least=0, at_most=1)
 
-    def __post_init__(self) -> None:
-        check_number("important_ratio", self.important_ratio, 0, 1)
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return torch.stack(tokens.extra("cls_attention"))
 
-    def importance(self, visual: VisualTokens) -> Tensor:
-        return torch.stack(visual.extra("cls_attention"))
-
-    def choose(self, visual: VisualTokens, importance: Tensor | None, counts: Tensor) -> Picks:
-        assert importance is not None
-        sizes = [len(selectable(importance, visual.valid, row)) for row in range(len(counts))]
-        ranked = ranking(importance, visual.valid)
-        rows = []
-        for row, (count, size) in enumerate(zip(counts.tolist(), sizes, strict=True)):
-            order, important = ranked[row, :size], int(count * self.important_ratio)
-            x = visual.features[row, order[important:]]
-            similarity = cosine(x.to(torch.promote_types(x.dtype, torch.float32)))
-            diverse = without_doubles(similarity, count - important)
-            rows.append(torch.cat([order[:important], order[important:][diverse]]))
-        return unscored(rows)
+    def select(self, rows: Rows) -> Picks:
+        ranked = ranking(rows.scored, rows.valid)
+        picked = []
+        for row, count, tokens in rows:
+            important = int(count * self.important_ratio)
+            first, rest = ranked[row, :important], ranked[row, important : len(tokens)]
+            similarity = cosine(widen(rows.tokens.features[row, rest]))
+            diverse = drop_duplicates(similarity, count - important)
+            picked.append(torch.cat([first, rest[diverse]]))
+        return Picks.stack(picked)
 
 
-def without_doubles(similarity: Tensor, count: int) -> Tensor:
-    """LongTensor [count]: which of n tokens stay, in the order the rounds leave them in.
+def drop_duplicates(similarity: Tensor, count: int) -> Tensor:
+    """Return which of n tokens stay, in the order the rounds leave them in: LongTensor [count].
 
     Args:
         similarity: [n, n] of tokens in the order of the first round.

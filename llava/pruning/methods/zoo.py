@@ -1,26 +1,16 @@
 """ZOO-Prune."""
 
-from __future__ import annotations
-
-import math
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.projectors import low_rank, untrained
 from llava.pruning.importance.sensitivity import PRECISIONS, sensitivity
-from llava.pruning.methods.base import SimilarityMethod, check_choice, check_seed, check_whole
-from llava.pruning.registry import register
-from llava.pruning.selection.fusion import check_fusion, fuse
-from llava.pruning.selection.picks import Picks
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
+from llava.pruning.selection.max_min import FUSIONS, fuse
 
 
 @register
-@dataclass(frozen=True)
-class Zoo(SimilarityMethod):
+class Zoo(PruningMethod):
     """Keep tokens the projector reacts to strongly and that differ from each other.
 
     Paper: ZOO-Prune, CVPR 2026, arXiv 2509.24837, algorithm 1.
@@ -44,69 +34,43 @@ class Zoo(SimilarityMethod):
     `trained` | `untrained`.
     """
 
-    name: ClassVar[str] = "zoo"
-    signal: ClassVar[str] = "projector sensitivity x max-min cosine distance"
-    paper: ClassVar[str] = "CVPR 2026, arXiv 2509.24837"
-    needs: ClassVar[tuple[str, ...]] = ("features", "projector")
-    fidelity: ClassVar[str] = "vectors"
+    name = "zoo"
+    signal = "projector sensitivity x max-min cosine distance"
+    paper = "CVPR 2026, arXiv 2509.24837"
+    needs = ("features", "projector")
+    fidelity = "vectors"
 
-    directions: int = 64
-    step: float = 0.01
-    seed: int = 0
-    fusion: str = "multiply"
-    projector_rank: int | None = None
-    projector_weights: str = "trained"
-    precision: str = "float32"
+    directions: int = option(64, at_least=1)
+    step: float = option(0.01, above=0)
+    seed: int = option(0, at_least=0, below=2**64)
+    fusion: str = option("multiply", choices=FUSIONS)
+    projector_rank: int | None = option(None, at_least=1)
+    projector_weights: str = option("trained", choices=("trained", "untrained"))
+    precision: str = option("float32", choices=PRECISIONS)
 
     def __post_init__(self) -> None:
-        check_whole("directions", self.directions, at_least=1)
-        check_seed(self.seed)
-        check_fusion(self.fusion)
-        check_choice("precision", self.precision, PRECISIONS)
-        if self.projector_rank is not None:
-            check_whole("projector_rank", self.projector_rank, at_least=1)
-        if self.projector_weights not in ("trained", "untrained"):
-            raise PruningError(
-                f"projector_weights is trained or untrained, not {self.projector_weights!r}"
-            )
+        super().__post_init__()
         if self.projector_weights == "untrained" and self.projector_rank is None:
             raise PruningError("projector_weights='untrained' needs a projector_rank, such as 128")
-        if not isinstance(self.step, int | float) or not 0 < self.step < math.inf:
-            raise PruningError(f"step must be a positive number, got {self.step!r}")
 
-    @property
+    @varies(True)
     def compares(self) -> bool:
         return self.fusion != "sensitivity"
 
-    def importance(self, visual: VisualTokens) -> Tensor:
-        projector = visual.projector
+    def score(self, tokens: VisualTokens) -> Tensor:
+        projector = tokens.projector
         if self.projector_rank is not None and self.projector_weights == "untrained":
             projector = untrained(projector, self.projector_rank, self.seed)
         elif self.projector_rank is not None:
             projector = low_rank(projector, self.projector_rank)
         return sensitivity(
             projector,
-            visual.features,
+            tokens.features,
             directions=self.directions,
             step=self.step,
             seed=self.seed,
             precision=self.precision,
         )
 
-    def choose_among(
-        self,
-        z: Tensor,
-        importance: Tensor | None,
-        counts: Tensor,
-        *,
-        valid: Tensor | None = None,
-        factor: Tensor | None = None,
-    ) -> Picks:
-        assert importance is not None
-        return fuse(
-            *(z, importance, counts),
-            valid=valid,
-            factor=factor,
-            fusion=self.fusion,
-            precision=self.precision,
-        )
+    def select(self, rows: Rows) -> Picks:
+        return fuse(rows, self.fusion, self.precision)

@@ -1,24 +1,15 @@
 """ZOO-Prune with exact derivatives."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
 from llava.pruning.importance.projectors import low_rank
 from llava.pruning.importance.sensitivity import sensitivity
-from llava.pruning.methods.base import SimilarityMethod, check_whole
-from llava.pruning.registry import register
-from llava.pruning.selection.fusion import check_fusion, fuse
-from llava.pruning.selection.picks import Picks
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
+from llava.pruning.selection.max_min import FUSIONS, fuse
 
 
 @register
-@dataclass(frozen=True)
-class ZooExact(SimilarityMethod):
+class ZooExact(PruningMethod):
     """ZOO-Prune's idea without its estimate: S(i) = ||J(x_i)||_F / sqrt(Dv) in closed form.
 
     J is the projector's Jacobian; the paper's S estimates E_u ||J u||, this is the root mean square
@@ -28,38 +19,24 @@ class ZooExact(SimilarityMethod):
     Options: fusion and projector_rank as in `zoo`.
     """
 
-    name: ClassVar[str] = "zoo-exact"
-    signal: ClassVar[str] = "exact projector sensitivity x max-min cosine distance"
-    paper: ClassVar[str] = "this project, after arXiv 2509.24837"
-    needs: ClassVar[tuple[str, ...]] = ("features", "projector")
-    fidelity: ClassVar[str] = "vectors"
+    name = "zoo-exact"
+    signal = "exact projector sensitivity x max-min cosine distance"
+    paper = "this project, after arXiv 2509.24837"
+    needs = ("features", "projector")
+    fidelity = "vectors"
 
-    fusion: str = "multiply"
-    projector_rank: int | None = None
+    fusion: str = option("multiply", choices=FUSIONS)
+    projector_rank: int | None = option(None, at_least=1)
 
-    def __post_init__(self) -> None:
-        check_fusion(self.fusion)
-        if self.projector_rank is not None:
-            check_whole("projector_rank", self.projector_rank, at_least=1)
-
-    @property
+    @varies(True)
     def compares(self) -> bool:
         return self.fusion != "sensitivity"
 
-    def importance(self, visual: VisualTokens) -> Tensor:
-        projector = visual.projector
+    def score(self, tokens: VisualTokens) -> Tensor:
+        projector = tokens.projector
         if self.projector_rank is not None:
             projector = low_rank(projector, self.projector_rank)
-        return sensitivity(projector, visual.features, estimator="exact")
+        return sensitivity(projector, tokens.features, estimator="exact")
 
-    def choose_among(
-        self,
-        z: Tensor,
-        importance: Tensor | None,
-        counts: Tensor,
-        *,
-        valid: Tensor | None = None,
-        factor: Tensor | None = None,
-    ) -> Picks:
-        assert importance is not None
-        return fuse(z, importance, counts, valid=valid, factor=factor, fusion=self.fusion)
+    def select(self, rows: Rows) -> Picks:
+        return fuse(rows, self.fusion)

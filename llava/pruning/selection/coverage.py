@@ -1,13 +1,11 @@
-"""Greedy maximum coverage: the tokens that together stand for most of what there is."""
-
-from __future__ import annotations
+"""Greedy maximum coverage: the tokens that together represent most of what there is."""
 
 import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
 from llava.pruning.selection.max_min import first_argmax
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks
 
 
 def cover(similarity: Tensor, k: int, last: Tensor | None = None) -> Picks:
@@ -23,11 +21,14 @@ def cover(similarity: Tensor, k: int, last: Tensor | None = None) -> Picks:
         k: how many, at most n.
         last: BoolTensor [n], columns that are picked only once all others are; None for none.
 
-    Returns Picks: positions LongTensor [k] in pick order and the margins [k] of the gain. Raises
-    PruningError for NaN or inf and for k above n.
+    Returns:
+        Positions LongTensor [k] in pick order and the margins [k] of the gain.
+
+    Raises:
+        PruningError: a similarity is NaN or inf, or k is above n.
     """
     if not similarity.isfinite().all():
-        raise PruningError("similarities hold NaN or inf")
+        raise PruningError("similarities contain NaN or inf")
     count = similarity.shape[1]
     if not 0 <= k <= count:
         raise PruningError(f"cannot pick {k} of {count} tokens")

@@ -1,14 +1,12 @@
 """Greedy MAP of a determinantal point process: the set of tokens that spans the most volume."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
 from llava.pruning.precision import outside_autocast
-from llava.pruning.selection.max_min import check_counts, cosine, first_argmax, selectable
-from llava.pruning.selection.picks import Picks, joined
+from llava.pruning.selection.max_min import cosine, first_argmax
+from llava.pruning.selection.rows import Picks, check_rows, selectable
 
 # A token whose remaining volume is below this many roundings of its own is in the span of the
 # picked ones: what is left of it is noise.
@@ -24,7 +22,7 @@ def dpp(
     valid: Tensor | None = None,
     rank_guard: bool = True,
 ) -> Picks:
-    """Greedy MAP inference on the kernel L = diag(q) S diag(q), S the cosines of z.
+    """Select by greedy MAP inference on the kernel L = diag(q) S diag(q), S the cosines of z.
 
     Step t takes the untaken i with the highest gain d2_i = det(L_{P+i}) / det(L_P), by the
     incremental Cholesky factor C of L_P: e_i = (L_ji - sum_s C_sj C_si) / sqrt(d2_j),
@@ -37,19 +35,17 @@ def dpp(
         k: tokens per row, one count or LongTensor [B].
         quality: [B, N], q; None means 1 everywhere.
         valid: BoolTensor [B, N]; False is never picked.
-        rank_guard: False goes on as published beyond the rank of the kernel, through roots of
+        rank_guard: False continues as published beyond the rank of the kernel, through roots of
             negative numbers: NaN, and from then on the first valid token again and again.
 
-    Returns Picks: indices LongTensor [B, max k] in pick order, padded with -1, and margins of the
-    gain. A row gives the same alone and in any batch. Raises PruningError for NaN or inf, for k
-    above the number of valid tokens, and for wrong shapes.
+    Returns:
+        Indices LongTensor [B, max k] in pick order, padded with -1, and margins of the gain. A row
+        gives the same alone and in any batch.
+
+    Raises:
+        PruningError: NaN or inf, k above the number of valid tokens, or wrong shapes.
     """
-    if z.dim() != 3:
-        raise PruningError(f"z must be [B, N, D], got {list(z.shape)}")
-    for name, value in (("quality", quality), ("valid", valid)):
-        if value is not None and value.shape != z.shape[:2]:
-            raise PruningError(f"{name} must be {list(z.shape[:2])}, got {list(value.shape)}")
-    counts = check_counts(k, z, valid)
+    counts = check_rows(z, k, valid, quality=quality)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     rows = []
     for row, count in enumerate(counts):
@@ -60,15 +56,15 @@ def dpp(
         itself.copy_((itself > 0).to(dtype))
         own = similarity.new_ones(len(tokens)) if quality is None else quality[row, tokens]
         if not own.isfinite().all():
-            raise PruningError("quality holds NaN or inf")
+            raise PruningError("quality contains NaN or inf")
         picked = greedy_map(similarity, own.to(dtype), count, rank_guard=rank_guard)
         rows.append(Picks(tokens[picked.indices], picked.margins))
-    return joined(rows)
+    return Picks.stack(rows)
 
 
 @outside_autocast()
 def greedy_map(similarity: Tensor, quality: Tensor, k: int, *, rank_guard: bool = True) -> Picks:
-    """One row of `dpp`: positions [k] and margins [k] for similarity [n, n] and quality [n].
+    """Pick one row of `dpp`: positions [k] and margins [k] of similarity [n, n], quality [n].
 
     The steps are taken as published, with nothing but them in the loop. Where a pick had already
     been spent, everything from there on is made again under guard.
@@ -113,7 +109,7 @@ def _guarded(
     factor: Tensor,
     picked: Tensor,
 ) -> Picks:
-    """The picks after `picked`: what is spent gains nothing, then quality decides."""
+    """Return the picks after `picked`: what is spent gains nothing, then quality decides."""
     taken = torch.zeros_like(left, dtype=torch.bool).index_fill_(0, picked, True)
     picks, margins = [], []
     for step in range(len(picked), len(factor)):

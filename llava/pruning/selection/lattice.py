@@ -1,7 +1,5 @@
 """Regular r x c lattices on a tile's grid of patches."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -14,7 +12,7 @@ Rectangle = tuple[int, int, int, int]
 
 
 def lattice_shape(k: int, rows: int, cols: int) -> tuple[int, int] | None:
-    """(r, c) with r * c = k, r <= rows, c <= cols, nearest the aspect rows : cols.
+    """Return (r, c) with r * c = k, r <= rows, c <= cols, nearest the aspect rows : cols.
 
     Of two equally near shapes the one with more rows. None if no such factors exist.
     """
@@ -28,12 +26,12 @@ def lattice_shape(k: int, rows: int, cols: int) -> tuple[int, int] | None:
 
 
 def centres(count: int, size: int) -> Tensor:
-    """LongTensor [count]: floor((i + .5) * size / count), the centres of equal parts."""
+    """Return floor((i + .5) * size / count), the centres of equal parts: LongTensor [count]."""
     return (2 * torch.arange(count) + 1) * size // (2 * count)
 
 
 def valid_rectangle(visual: VisualTokens, tile: int) -> Rectangle | None:
-    """The rectangle that a tile's valid patches fill; None if they fill none."""
+    """Return the rectangle that a tile's valid patches fill; None if they fill none."""
     rows, cols = visual.grid
     if visual.valid is None:
         return 0, 0, rows, cols

@@ -1,14 +1,15 @@
 """Greedy max-min diversity: always take the token farthest from everything already taken."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
+from llava.pruning.importance.normalise import min_max
 from llava.pruning.precision import outside_autocast
-from llava.pruning.selection.picks import Picks
+from llava.pruning.selection.rows import Picks, Rows, check_rows, selectable, top_k
+
+FUSIONS = ("multiply", "sum", "sensitivity", "diversity")
 
 
 def max_min(
@@ -20,7 +21,7 @@ def max_min(
     first: str | int = "importance",
     combine: str = "multiply",
 ) -> Tensor:
-    """Greedy max-min selection on cosine distance; LongTensor [B, max k] in pick order.
+    """Select greedily by max-min cosine distance.
 
     Step t takes the untaken i with the highest w_i * d(i, P), where P is what was taken so far and
     d(i, P) = clamp(1 - max_{j in P} cos(z_i, z_j), 0, 2). Ties go to the lowest index. ZOO-Prune
@@ -36,12 +37,41 @@ def max_min(
             neighbour is farthest; an int: that token, in every row.
         combine: "multiply", or "sum" for w_i + d(i, P).
 
-    A row gives the same indices alone, in any batch and under any padding. Raises PruningError for
-    NaN or inf, weights below 0, k above the number of valid tokens, and wrong arguments.
+    Returns:
+        LongTensor [B, max k] in pick order. A row gives the same indices alone, in any batch and
+        under any padding.
+
+    Raises:
+        PruningError: NaN or inf, weights below 0, k above the number of valid tokens, or wrong
+            arguments.
     """
     return max_min_with_margins(
         z, k, weights=weights, valid=valid, first=first, combine=combine
     ).indices
+
+
+def fuse(rows: Rows, fusion: str = "multiply", precision: str = "float32") -> Picks:
+    """Pick by min-max normalised scores and max-min diversity (ZOO-Prune), or an ablation of it.
+
+    Args:
+        rows: `rows.weight` multiplies the normalised scores (with "diversity" it replaces them).
+        fusion: "multiply" (ZOO-Prune eq. 7), "sum" of the two, "sensitivity" (scores alone, top-k),
+            "diversity" (scores unused; the same as DivPrune).
+        precision: "float32", or "model" to compare tokens in their own type.
+    """
+    z, counts, valid = rows.z, rows.counts, rows.valid
+    if fusion == "diversity":
+        return max_min_with_margins(
+            z, counts, weights=rows.weight, valid=valid, first="isolated", precision=precision
+        )
+    weights = min_max(rows.scored, valid)
+    if rows.weight is not None:
+        weights = weights * rows.weight
+    if fusion == "sensitivity":
+        return top_k(weights, counts, valid=valid)
+    return max_min_with_margins(
+        z, counts, weights=weights, valid=valid, combine=fusion, precision=precision
+    )
 
 
 @outside_autocast()
@@ -57,22 +87,17 @@ def max_min_with_margins(
     precision: str = "float32",
     mask_selected: bool = True,
 ) -> Picks:
-    """As `max_min`, with the margin of every pick: its score minus the best score passed over.
+    """Select as `max_min`, with every pick's margin: its score minus the best one passed over.
 
     precision "model" computes in z's own type. Without mask_selected a token that was taken is only
     as far from what was taken as rounding makes it, and may be taken again where others are no
     farther, as in DivPrune's released code.
     """
-    if z.dim() != 3:
-        raise PruningError(f"z must be [B, N, D], got {list(z.shape)}")
     if combine not in ("multiply", "sum"):
         raise PruningError(f"combine must be 'multiply' or 'sum', got {combine!r}")
     if first not in ("importance", "isolated") and not isinstance(first, int):
         raise PruningError(f"first must be 'importance', 'isolated' or an index, got {first!r}")
-    for name, value in (("weights", weights), ("valid", valid)):
-        if value is not None and value.shape != z.shape[:2]:
-            raise PruningError(f"{name} must be {list(z.shape[:2])}, got {list(value.shape)}")
-    counts = check_counts(k, z, valid)
+    counts = check_rows(z, k, valid, weights=weights)
     width = max(counts, default=0)
     dtype = z.dtype if precision == "model" else torch.promote_types(z.dtype, torch.float32)
     if width == 0:
@@ -90,7 +115,7 @@ def max_min_with_margins(
     if weights is not None:
         weights = weights.to(dtype).gather(1, tokens.clamp(min=0)).masked_fill(~inside, 0)
         if not weights.isfinite().all():
-            raise PruningError("weights hold NaN or inf")
+            raise PruningError("weights contain NaN or inf")
         if combine == "multiply" and (weights < 0).any():
             raise PruningError("weights below 0 would turn distance around; give at least 0")
     score = first_score(distances, weights, tokens, first)
@@ -101,29 +126,10 @@ def max_min_with_margins(
     return Picks(indices, margins.masked_fill(~filled, torch.inf))
 
 
-def check_counts(k: int | Tensor, rows: Tensor, valid: Tensor | None) -> list[int]:
-    """`k` as one int per row of `rows` [B, N, ...]; PruningError if a row cannot give as many."""
-    batch, total = rows.shape[:2]
-    counts = [int(c) for c in k.tolist()] if isinstance(k, Tensor) else [int(k)] * batch
-    if len(counts) != batch:
-        raise PruningError(f"k has {len(counts)} entries for {batch} rows")
-    room = [total] * batch if valid is None else [int(n) for n in valid.sum(dim=1).tolist()]
-    for row, (count, limit) in enumerate(zip(counts, room, strict=True)):
-        if not 0 <= count <= limit:
-            raise PruningError(f"cannot pick {count} of the {limit} valid tokens of row {row}")
-    return counts
-
-
-def selectable(z: Tensor, valid: Tensor | None, row: int) -> Tensor:
-    """LongTensor [n]: indices of a row's valid tokens."""
-    tokens = torch.arange(z.shape[1], device=z.device)
-    return tokens if valid is None else tokens[valid[row]]
-
-
 def distances_of(similarities: list[Tensor]) -> Tensor:
-    """1 - cos [B, n, n] from cosine similarities [n_b, n_b] of every row, n the largest n_b.
+    """Return 1 - cos [B, n, n] of cosine similarities [n_b, n_b] of every row, n the largest n_b.
 
-    The diagonal and the padding hold 2, the largest distance, so no token is its own neighbour. A
+    The diagonal and the padding are 2, the largest distance, so no token is its own neighbour. A
     single row is overwritten: fresh memory of this size costs more than the subtraction.
     """
     if len(similarities) == 1:
@@ -144,14 +150,14 @@ def distances_of(similarities: list[Tensor]) -> Tensor:
 
 @outside_autocast()
 def cosine(z: Tensor) -> Tensor:
-    """[n, n] cosine similarities of one row's valid tokens z [n, D].
+    """Return the cosine similarities [n, n] of one row's valid tokens z [n, D].
 
     One matrix product per row, on a freshly allocated operand: inside a batched product, or at
     another memory offset, the same numbers may be summed in another order. Made exactly symmetric,
     so that two mutually nearest tokens tie and the tie goes to the lowest index.
     """
     if not z.isfinite().all():
-        raise PruningError("z holds NaN or inf; distances to it mean nothing")
+        raise PruningError("z contains NaN or inf; distances to it mean nothing")
     smallest = max(1e-12, torch.finfo(z.dtype).tiny)  # 1e-12 is 0 in half precision
     unit = z / z.norm(dim=-1, keepdim=True).clamp_min(smallest)
     gram = unit @ unit.T
@@ -168,7 +174,7 @@ def greedy(
     *,
     itself: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Positions [B, k] and margins [B, k] of the greedy picks of all rows at once.
+    """Return positions [B, k] and margins [B, k] of the greedy picks of all rows at once.
 
     On vectors this short a call costs more than its arithmetic. So what a pick leaves of every
     token's score is worked out beforehand, for all picks; a step is then one look-up and one
@@ -178,8 +184,8 @@ def greedy(
         distances: [B, n, n] of `distances_of`; overwritten.
         weights: [B, n] or None.
         score: [B, n] of the first pick.
-        taken: BoolTensor [B, n], out of reach from the start. A row that has nothing left goes on
-            with meaningless picks, which the caller cuts off.
+        taken: BoolTensor [B, n], out of reach from the start. A row that has nothing left
+            continues with meaningless picks, which the caller cuts off.
         k: number of picks, at least 1.
         itself: [B, n], every token's distance to itself, all rounding, where a token may be taken
             again; None for never.
@@ -216,7 +222,7 @@ def greedy(
 def first_score(
     distances: Tensor, weights: Tensor | None, tokens: Tensor, first: str | int
 ) -> Tensor:
-    """[B, n] score of the first pick among `tokens` [B, n], the indices the caller knows."""
+    """Return the first pick's score [B, n] of `tokens` [B, n], the indices the caller knows."""
     if isinstance(first, int):
         hits = tokens == first
         if not hits.any(dim=1).all():
@@ -228,10 +234,13 @@ def first_score(
 
 
 def exclude(limits: Tensor) -> None:
-    """A token that is picked leaves itself out of reach: in place, `limits` [B, n, n]."""
+    """Put every token out of reach of its own pick: in place, `limits` [B, n, n]."""
     limits.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
 
 
 def first_argmax(score: Tensor) -> Tensor:
-    """[B] index of each row's highest score, the lowest of several: torch.argmax promises that."""
+    """Return the index [B] of each row's highest score, the lowest of several.
+
+    torch.argmax promises that.
+    """
     return score.argmax(dim=-1)

@@ -1,9 +1,3 @@
 #!/usr/bin/env bash
 # LLaVA-Bench (in the wild): answers for its grader.
-#
-#   [CUDA_VISIBLE_DEVICES=0,1] bash scripts/v1_5/eval/llavabench.sh [PRUNER KEEP_TOKENS] [--dry-run]
-#
-# Variables and further arguments: scripts/eval_common.sh.
-. "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
-MODEL=${MODEL:-liuhaotian/llava-v1.5-7b}
-evaluate llava-bench
+. "$(dirname "${BASH_SOURCE[0]}")/../../eval.sh" liuhaotian/llava-v1.5-7b llava-bench "$@"

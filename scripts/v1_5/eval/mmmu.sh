@@ -1,9 +1,3 @@
 #!/usr/bin/env bash
 # MMMU, validation.
-#
-#   [CUDA_VISIBLE_DEVICES=0,1] bash scripts/v1_5/eval/mmmu.sh [PRUNER KEEP_TOKENS] [--dry-run]
-#
-# Variables and further arguments: scripts/eval_common.sh.
-. "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
-MODEL=${MODEL:-liuhaotian/llava-v1.5-7b}
-evaluate mmmu
+. "$(dirname "${BASH_SOURCE[0]}")/../../eval.sh" liuhaotian/llava-v1.5-7b mmmu "$@"

@@ -1,10 +1,4 @@
 #!/usr/bin/env bash
 # TextVQA, val; with OCR tokens in the prompt, as this model publishes its figure; PROTOCOL=no-ocr
 # for the other.
-#
-#   [CUDA_VISIBLE_DEVICES=0,1] bash scripts/v1_5/eval/textvqa.sh [PRUNER KEEP_TOKENS] [--dry-run]
-#
-# Variables and further arguments: scripts/eval_common.sh.
-. "$(dirname "${BASH_SOURCE[0]}")/../../eval_common.sh"
-MODEL=${MODEL:-liuhaotian/llava-v1.5-7b}
-evaluate textvqa "${PROTOCOL:-ocr}"
+. "$(dirname "${BASH_SOURCE[0]}")/../../eval.sh" liuhaotian/llava-v1.5-7b textvqa:ocr "$@"

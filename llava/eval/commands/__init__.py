@@ -1,0 +1,1 @@
+"""Commands of the evaluation: flags in, one call out."""

@@ -1,0 +1,35 @@
+"""`llava table RESULT.json`: tables from a result file, into Markdown files too."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llava.eval.engine.schema import read_result
+from llava.eval.report.result import full_section, update
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add the `table` command to the parser of `python -m llava.eval`."""
+    parser = commands.add_parser("table", help="print the tables of a result file as Markdown")
+    parser.add_argument("result", type=Path, help="file written by quickstart --save-result")
+    parser.add_argument(
+        "--update",
+        "--update-readme",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write them between the llava-tiny markers of this Markdown file; repeatable",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables, or put them into Markdown files."""
+    for file in args.update:
+        update(file, args.result)
+        print(f"updated {file}")
+    if not args.update:
+        print(full_section(read_result(args.result)), end="")
+    return 0

@@ -1,1 +1,0 @@
-"""LLaVA's own command lines for scoring and submitting answer files: same names, flags, files."""

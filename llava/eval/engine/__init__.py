@@ -1,0 +1,1 @@
+"""Running a benchmark: what is asked, answering it, what is written."""

@@ -1,0 +1,161 @@
+"""Say what a run is made of: its key, hashes of files, versions, source commit, machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.eval.engine.request import RunRequest
+from llava.model.checkpoint import local_checkpoint, read_config
+from llava.model.multimodal_encoder.builder import resolve_vision_tower
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+# Everything that can change an answer. Tables, plots and the command line cannot.
+ANSWER_SOURCES = (
+    "*.py",
+    "model/**/*.py",
+    "pruning/**/*.py",
+    "world/**/*.py",
+    "eval/engine/batches.py",
+    "eval/engine/decode.py",
+    "eval/engine/images.py",
+    "eval/engine/request.py",
+    "eval/engine/runner.py",
+    "eval/prompts.py",
+    "eval/subject.py",
+    "eval/rules/*.py",
+    "eval/tasks/*.py",
+)
+CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".model")
+
+
+def identify(request: RunRequest) -> dict[str, Any]:
+    """Return the settings of a run, hashes of all that decides an answer, and the `run_key`.
+
+    Reads every byte of the weights, loads none. A vision tower in a folder of its own is one of
+    them.
+
+    Raises:
+        UserInputError: a checkpoint that is not here, or nothing to ask.
+    """
+    model = request.model
+    items = request.plan().items
+    asked = [[i.index, i.question_id, i.images, i.text, i.question] for i in items]
+    config = {
+        **request.settings(),
+        "items": len(items),
+        "items_sha256": hash_json(asked),
+        "device": kind_of_device(model.device),
+        # Other numbers of threads may round differently.
+        "threads": torch.get_num_threads(),
+    }
+    whole = {
+        "config": config,
+        "checkpoint_sha256": checkpoint_hash(model.path),
+        "base_sha256": None if model.base is None else checkpoint_hash(model.base),
+        "data_sha256": request.benchmark.data_hash(),
+        "source_sha256": hash_sources(),
+        "versions": package_versions(),
+    }
+    return {"run_key": hash_json(whole), **whole}
+
+
+def checkpoint_hash(path: str) -> str:
+    """SHA-256 (hex) of a checkpoint and of the tower it refers to."""
+    folder = local_checkpoint(path)
+    hashes = [hash_checkpoint(folder)]
+    tower = read_config(folder).get("mm_vision_tower")
+    if isinstance(tower, str):
+        found = Path(resolve_vision_tower(tower, str(folder)))
+        if found.is_dir() and not found.resolve().is_relative_to(folder.resolve()):
+            hashes.append(hash_checkpoint(found))
+    return hashes[0] if len(hashes) == 1 else hash_json(hashes)
+
+
+def kind_of_device(device: str) -> str:
+    """Return the type of the device that the loader chooses: another one may round differently."""
+    kind = torch.device("cuda" if device == "auto" else device).type
+    return "cpu" if kind == "cuda" and not torch.cuda.is_available() else kind
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON form of `value`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_files(files: Iterable[Path], root: Path) -> str:
+    """SHA-256 (hex) over relative names and contents of `files`, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        with file.open("rb") as handle:  # weights may be larger than memory
+            content = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(root).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def hash_checkpoint(path: Path) -> str:
+    """SHA-256 (hex) of configuration, weights and tokenizer under `path`, without its benchmark."""
+    files = [
+        file
+        for file in path.rglob("*")
+        if file.suffix in CHECKPOINT_SUFFIXES
+        and file.is_file()
+        and "benchmark" not in file.relative_to(path).parts
+    ]
+    return hash_files(files, path)
+
+
+def hash_sources() -> str:
+    """SHA-256 (hex) of the package's source files that take part in making an answer."""
+    files = {file for pattern in ANSWER_SOURCES for file in PACKAGE_ROOT.glob(pattern)}
+    return hash_files(files, PACKAGE_ROOT)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the interpreter and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "numpy", "pillow", "llava"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # running from a source tree that is not installed
+            found[name] = "not installed"
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout this package lies in; None outside a checkout."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where the run happened. Timings mean nothing without it."""
+    described = {
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": device,
+    }
+    if device.startswith("cuda"):
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(PACKAGE_ROOT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

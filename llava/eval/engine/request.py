@@ -1,0 +1,332 @@
+"""What a run is asked to do: a benchmark, a model, and the arms that answer it.
+
+An arm as text is `zoo:directions=32@64`: method, options, budget. A whole number is a budget of
+tokens, a number with a point a share of them: `zoo@1` keeps one token, `zoo@1.0` all. Text is read
+once, by `parse_arm`, where a user writes it; inside, an arm holds its `PruningConfig`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from llava.command_line import check_conv_mode
+from llava.conversation import conv_mode_for
+from llava.eval.engine.batches import Plan, chunk_of
+from llava.eval.engine.schema import read_object
+from llava.eval.tasks.base import Benchmark, Item
+from llava.mm_utils import get_model_name_from_path
+from llava.model.checkpoint import local_checkpoint, read_config
+from llava.pruning import PruningConfig, PruningError, parse_options
+from llava.sampling import Sampling
+from llava.utils import UserInputError
+
+UNPRUNED = "none"
+# LLaVA's evaluation scripts ask the checkpoints of its demo with a template of their own.
+EVALUATION_TEMPLATES = {"llava_v1": "vicuna_v1"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A setting with a name in a run.
+
+    Attributes:
+        name: unique in a run; in every record.
+        pruning: None for the unpruned model.
+        label: what tables and plans print.
+        image: which image the model is shown: the question's own, another question's, or none.
+        control: for an arm that should lose: by its image or by its tokens.
+        unavailable: why the arm cannot run, or None.
+    """
+
+    name: str
+    pruning: PruningConfig | None = None
+    label: str = ""
+    image: Literal["own", "other", "absent"] = "own"
+    control: Literal["image", "tokens"] | None = None
+    unavailable: str | None = None
+
+    @property
+    def method(self) -> str:
+        """Name of the pruning method."""
+        return UNPRUNED if self.pruning is None else self.pruning.method
+
+    @property
+    def budget(self) -> int | float | None:
+        """Tokens of an image as an integer, or a share of them as a float."""
+        return None if self.pruning is None else budget_of(self.pruning)
+
+    def seeded(self, seed: int) -> PruningConfig | None:
+        """Return the setting, with `seed` where the method draws at random and names no own one."""
+        config = self.pruning
+        if config is None or all(option.name != "seed" for option in fields(config.pruner)):
+            return config
+        return replace(config, options={"seed": seed, **config.options})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, without the name: see `schema.ArmSetting`."""
+        optional = {name: getattr(self, name) for name in ("label", "control", "unavailable")}
+        pruning = None if self.pruning is None else self.pruning.to_dict()
+        given = {name: value for name, value in optional.items() if value}
+        return {"pruning": pruning, "image": self.image, **given}
+
+
+def read_arms(path: Path) -> list[Arm]:
+    """Read a JSON file of arms: an object of names to what `Arm.to_dict` returns.
+
+    Raises:
+        UserInputError: the file cannot be read, is not of this form, or has a setting that does
+            not exist.
+    """
+    arms = []
+    for name, setting in read_object(path).items():
+        try:
+            arms.append(Arm(name, **{**setting, "pruning": PruningConfig.read(setting["pruning"])}))
+        except UserInputError as error:
+            raise UserInputError(f"{path}, arm {name!r}: {error}") from error
+        except (TypeError, KeyError) as error:
+            raise UserInputError(
+                f"{path}, arm {name!r}: write an object with the key `pruning`, as in run.json"
+            ) from error
+    return arms
+
+
+def arm_of(config: PruningConfig | None) -> Arm:
+    """Name a setting, such as the one that a checkpoint was saved with, as `--arm` would."""
+    if config is None or config.method == UNPRUNED:
+        return Arm(UNPRUNED, label="the unpruned model")
+    name = arm_word(config.method, budget_of(config), {**config.options, **config.choices})
+    return Arm(name, config, label_of(config))
+
+
+def saved_pruning(path: str | Path) -> PruningConfig | None:
+    """Return the setting that a checkpoint, in a folder or on the hub, was saved with."""
+    saved = read_config(local_checkpoint(path)).get("mm_token_pruning")
+    return None if saved is None else PruningConfig.from_dict(saved)
+
+
+def parse_arm(word: str) -> Arm:
+    """Read `none`, `zoo@64`, `zoo@0.1` or `zoo:directions=32,fusion=sum@64`.
+
+    Raises:
+        PruningError: a setting that is not written so, or does not exist.
+    """
+    method, budget, options = split_word(word)
+    return make_arm(word, method, budget, options)
+
+
+def make_arm(name: str, method: str, budget: int | float | None, options: Mapping[str, Any]) -> Arm:
+    """Make an arm of a method's name, its budget (a float is a share) and options with CHOICES.
+
+    Raises:
+        PruningError: a setting that does not exist.
+    """
+    if method == UNPRUNED:
+        if options or budget is not None:
+            raise PruningError(f"{name}: the unpruned model takes no options and no budget")
+        return arm_of(None)
+    kind = "keep_ratio" if isinstance(budget, float) else "keep_tokens"
+    config = PruningConfig.of(method, **{kind: budget}, **options)
+    return Arm(name, config, label_of(config))
+
+
+def split_word(word: str) -> tuple[str, int | float | None, dict[str, Any]]:
+    """Split an arm's text into method, budget and options.
+
+    Values of options may be JSON, with commas and `@` in quotes or brackets:
+    `cen-prune:host=zoo,host_options={"directions": 32, "step": 0.1}@64`.
+
+    Raises:
+        PruningError: it is not written so.
+    """
+    *head, budget = _split(word, "@")
+    if not head:
+        head, budget = [word], ""
+    method, _, options = "@".join(head).partition(":")
+    pairs = _split(options, ",") if options else []
+    try:
+        number = None if not budget else int(budget) if budget.isdecimal() else float(budget)
+    except ValueError as error:
+        raise PruningError(
+            f"arm {word!r}: {budget!r} is not a budget; give a number of tokens such as 64, or a "
+            "share such as 0.1"
+        ) from error
+    return method, number, parse_options(pairs)
+
+
+def arm_word(method: str, budget: int | float | None, options: Mapping[str, Any]) -> str:
+    """Write an arm's name, which `split_word` reads as just these three: `zoo:fusion=sum@64`."""
+    words = spell_options(options)
+    word = f"{method}:{words}" if words else method
+    return word if budget is None else f"{word}@{budget}"
+
+
+def spell_options(options: Mapping[str, Any]) -> str:
+    """Write `directions=32,fusion=sum`; values that would be read as others become JSON."""
+    return ",".join(f"{key}={_spell(value)}" for key, value in options.items())
+
+
+def budget_of(config: PruningConfig) -> int | float | None:
+    """Return `keep_tokens`, an integer, or `keep_ratio`, a float."""
+    return config.keep_tokens if config.keep_ratio is None else config.keep_ratio
+
+
+def label_of(config: PruningConfig) -> str:
+    """Describe a setting: `zoo, directions=32, 64 tokens`."""
+    options = {**config.options, **config.choices}
+    parts = [config.method, *(f"{key}={_spell(value)}" for key, value in options.items())]
+    if config.keep_ratio is not None:
+        parts.append(f"{100 * config.keep_ratio:g} % of the tokens")
+    elif config.keep_tokens is not None:
+        parts.append(f"{config.keep_tokens} tokens")
+    return ", ".join(parts)
+
+
+def _spell(value: Any) -> str:
+    text, as_json = str(value), json.dumps(value)
+    if not set(text) & set('"[]{},@'):
+        (read,) = parse_options([f"value={text}"]).values()
+        if json.dumps(read) == as_json:
+            return text
+    return as_json
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split `text` at every separator outside quotes and brackets, as JSON has them.
+
+    Text that leaves one open is split at every separator.
+    """
+    parts, depth, quoted, escaped = [""], 0, False, False
+    for letter in text:
+        if letter == separator and not depth and not quoted:
+            parts.append("")
+            continue
+        parts[-1] += letter
+        if quoted:
+            quoted = escaped or letter != '"'
+            escaped = letter == "\\" and not escaped
+        elif letter == '"':
+            quoted = True
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+    return text.split(separator) if quoted or depth else parts
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A checkpoint, not loaded: where it is and how it is loaded and asked.
+
+    Attributes:
+        path, base: as in `load_pretrained_model`.
+        device: likewise.
+        conv_mode: conversation template; by default that of LLaVA's evaluation.
+        dtype, mm_next_protocol, load_8bit, load_4bit: as in `load_pretrained_model`.
+    """
+
+    path: str
+    base: str | None = None
+    device: str = "auto"
+    conv_mode: str | None = None
+    dtype: str | None = None
+    mm_next_protocol: str | None = None
+    load_8bit: bool = False
+    load_4bit: bool = False
+
+    def __post_init__(self) -> None:
+        check_conv_mode(self.conv_mode)
+
+    @property
+    def template(self) -> str:
+        """The conversation template that questions are asked with."""
+        own = own_template(self.path)
+        return self.conv_mode or EVALUATION_TEMPLATES.get(own, own)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """More arguments of `load_pretrained_model`."""
+        loading: dict[str, Any] = {"load_8bit": self.load_8bit, "load_4bit": self.load_4bit}
+        if self.dtype and not (self.load_8bit or self.load_4bit):
+            loading["dtype"] = self.dtype
+        if self.mm_next_protocol and self.mm_next_protocol != "native":
+            loading["mm_next_protocol"] = self.mm_next_protocol
+        return loading
+
+
+def own_template(path: str) -> str:
+    """Return the conversation template that a checkpoint was trained with."""
+    config = read_config(Path(path)) if Path(path).is_dir() else None
+    return conv_mode_for(get_model_name_from_path(path), config)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One run: every arm answers the same items of a benchmark.
+
+    Attributes:
+        benchmark: with its root, prompt protocol and reading of pictures.
+        model: the checkpoint.
+        arms: in the order of tables; those that the model cannot run are found out later.
+        sampling: how answers are drawn.
+        output: folder of the run's files.
+        batch_size: items per batch.
+        limit: ask the first items only; 0 asks all.
+        num_chunks, chunk_idx: ask one of so many consecutive parts of them.
+        seed: of methods and decoding that draw at random.
+        workers: processes that read images ahead; 0 for none.
+        command: how the user called the program, for `run.json`.
+    """
+
+    benchmark: Benchmark
+    model: ModelSpec
+    arms: tuple[Arm, ...]
+    sampling: Sampling
+    output: Path
+    batch_size: int = 8
+    limit: int = 0
+    num_chunks: int = 1
+    chunk_idx: int = 0
+    seed: int = 0
+    workers: int = 4
+    command: str = ""
+
+    def items(self) -> list[Item]:
+        """Return the items to ask, in published order.
+
+        Raises:
+            UserInputError: the chunk does not exist.
+        """
+        items = self.benchmark.items()[: self.limit or None]
+        return chunk_of(items, self.num_chunks, self.chunk_idx)
+
+    def plan(self) -> Plan:
+        """Put the items into batches.
+
+        Raises:
+            UserInputError: there is nothing to ask.
+        """
+        items = self.items()
+        if not items and self.num_chunks > 1:
+            raise UserInputError(
+                f"chunk {self.chunk_idx} of {self.num_chunks} is empty: the chunks before it have "
+                "all items; use fewer chunks"
+            )
+        return Plan.of(items, self.batch_size)
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting that can change an answer, without the items."""
+        arms = {arm.name: arm.to_dict() for arm in self.arms}
+        kept = ("pruning", "image")
+        return {
+            "task": self.benchmark.name,
+            "protocol": self.benchmark.protocol,
+            "arms": {name: {key: arm[key] for key in kept} for name, arm in arms.items()},
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "template": self.model.template,
+            "pixels": self.benchmark.pixels,
+            "loading": self.model.loading,
+            "sampling": asdict(self.sampling),
+        }

@@ -1,0 +1,371 @@
+"""The loop: every arm answers every item of a benchmark, batch by batch, side by side.
+
+A batch of images is encoded once. Then each arm prunes, splices, prefills and decodes the same
+batch before the next batch starts, in an order that rotates from batch to batch: whatever slows
+the machine down for a while slows all arms alike, and ratios taken within a batch stay fair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llava.eval.engine.batches import Plan
+from llava.eval.engine.decode import Decoded, Stopwatch, decode, row_seed
+from llava.eval.engine.images import ImageSource, LoadedImages
+from llava.eval.engine.provenance import hash_json
+from llava.eval.engine.request import Arm
+from llava.eval.engine.schema import Record
+from llava.eval.prompts import count_visual_tokens, image_ranges, prompt_ids, question_prompt
+from llava.eval.tasks.base import Benchmark, Item
+from llava.model.call_context import asking, padding_side
+from llava.model.loaded import LoadedModel
+from llava.model.prompt_inputs import add_prompts, needed_of_question
+from llava.model.splice import unpadded
+from llava.pruning import VisualTokens, prune
+from llava.sampling import Sampling
+from llava.utils import UserInputError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm's answers to one batch; times in ms for the whole batch, of `prunings` images."""
+
+    decoded: Decoded
+    texts: list[str]
+    tokens_in: list[int]
+    kept: list[str]
+    prunings: int = 0
+    prune_ms: float | None = None
+    score_ms: float | None = None
+    select_ms: float | None = None
+    splice_ms: float | None = None
+
+    def timings(self) -> Record:
+        """Return times per image (prune) and per question (the rest), in ms, and new tokens."""
+        questions = len(self.texts)
+
+        def share(value: float | None, among: int) -> float | None:
+            return None if value is None else value / among
+
+        return {
+            "prune_ms": share(self.prune_ms, self.prunings),
+            "score_ms": share(self.score_ms, self.prunings),
+            "select_ms": share(self.select_ms, self.prunings),
+            "splice_ms": share(self.splice_ms, questions),
+            "prefill_ms": share(self.decoded.prefill_ms, questions),
+            "decode_ms": share(self.decoded.step_ms, questions),
+            "new_tokens": sum(len(row) for row in self.decoded.tokens),
+        }
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Images of a batch after the tower, and where each stands among them."""
+
+    visual: VisualTokens
+    place: dict[str, int]
+
+    def take(self, names: Sequence[str]) -> VisualTokens:
+        """Return the named images in that order, repeats allowed."""
+        return self.visual.take_images([self.place[name] for name in names])
+
+
+class Runner:
+    """Answers the items of `plan` with `subject` under every arm."""
+
+    def __init__(
+        self,
+        subject: LoadedModel,
+        benchmark: Benchmark,
+        plan: Plan,
+        *,
+        sampling: Sampling,
+        seed: int,
+        run_key: str = "",
+        workers: int = 0,
+    ) -> None:
+        self.subject = subject
+        self.benchmark = benchmark
+        self.plan = plan
+        self.sampling = sampling
+        self.seed = seed
+        self.run_key = run_key
+        self.workers = workers
+        self.source = ImageSource(benchmark, subject.image_processor, subject.model.config)
+
+    def run(
+        self, arms: Sequence[Arm], numbers: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[Record], list[Record]]]:
+        """Yield (answer records, timing records) of each batch, or of those numbered."""
+        arms = [arm for arm in arms if arm.unavailable is None]
+        numbers = range(len(self.plan.batches)) if numbers is None else numbers
+        names = [self._images_of(self.plan.batches[number], arms) for number in numbers]
+        stream = self.source.stream(names, self.workers)
+        for place, (number, images) in enumerate(zip(numbers, stream, strict=True)):
+            yield self._run_batch(number, images, arms, cold=place == 0)
+
+    def first_image(self) -> LoadedImages | None:
+        """Load the first image of the plan that can be read; None if there is none."""
+        loaded = (self.source.load([name]) for name in self.plan.images())
+        return next((images for images in loaded if images.names), None)
+
+    @torch.inference_mode()
+    def encode(self, images: LoadedImages, arms: Iterable[Arm] = ()) -> VisualTokens:
+        """Encode images, one after the other, with what any of the arms needs of them."""
+        # `random` draws from the image itself, not from features that move with the batch they
+        # were computed in.
+        needs = {"image_digest"}.union(*(arm.pruning.pruner.needs for arm in arms if arm.pruning))
+        return self.subject.model.encode_visual_tokens(images.batch(), images.sizes, needs)
+
+    @torch.inference_mode()
+    def prune_images(
+        self, visual: VisualTokens, arm: Arm, questions: Sequence[str] = ()
+    ) -> VisualTokens:
+        """Prune encoded images under `arm`.
+
+        Args:
+            visual: the images.
+            arm: the setting.
+            questions: for an arm that reads them, the one about each image.
+
+        Raises:
+            PruningError: the method refuses these images or this budget.
+        """
+        model = self.subject.model
+        with prune(model, arm.seeded(self.seed)):
+            if self.reads_question(arm):
+                visual = model.with_questions(visual, questions)
+            return model.prune_visual_tokens(visual)
+
+    def reads_question(self, arm: Arm) -> bool:
+        """Return whether `arm` reads the question on this model, so that each one prunes again.
+
+        CDPruner, for one, does so only where the vision tower has a text tower.
+        """
+        tower = self.subject.model.get_vision_tower()
+        return bool(needed_of_question(arm.seeded(self.seed), tower))
+
+    def encode_for_each(
+        self, images: LoadedImages, arms: Sequence[Arm]
+    ) -> list[VisualTokens | UserInputError]:
+        """Encode images for each of the arms: together, or one by one where the model lacks
+        something that one of them needs."""
+        try:
+            return [self.encode(images, arms)] * len(arms)
+        except UserInputError:
+            return [self._encode_if_possible(images, arm) for arm in arms]
+
+    def _encode_if_possible(self, images: LoadedImages, arm: Arm) -> VisualTokens | UserInputError:
+        try:
+            return self.encode(images, [arm])
+        except UserInputError as error:
+            return error
+
+    def refusal(self, visual: VisualTokens, arm: Arm) -> str | None:
+        """Return why `arm` cannot prune the images in `visual`, or None if it can."""
+        try:
+            self.prune_images(visual, arm, self._first_question(visual))
+        except UserInputError as error:
+            return str(error)
+        return None
+
+    @torch.inference_mode()
+    def label(self, visual: VisualTokens, arm: Arm) -> str:
+        """Return the method's name, with what it cannot read of this model's images."""
+        model, setting = self.subject.model, arm.seeded(self.seed)
+        if setting is None:
+            return arm.method
+        try:
+            with prune(model, setting):
+                visual = model.with_questions(visual, self._first_question(visual))
+                return setting.pruner.label(visual)
+        except UserInputError:  # the arm itself will say so
+            return arm.method
+
+    def prompts(self, items: Sequence[Item], images: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return token ids [B, L] and mask [B, L] of items, asked with so many images each."""
+        subject = self.subject
+        texts = [
+            question_prompt(item.text, subject.template, subject.model.config, count)
+            for item, count in zip(items, images, strict=True)
+        ]
+        ids, mask = prompt_ids(texts, subject.tokenizer)
+        return ids.to(subject.model.device), mask.to(subject.model.device)
+
+    def _images_of(self, items: Sequence[Item], arms: Sequence[Arm]) -> list[str]:
+        """Return the images that items need: their own, then those that some arm shows instead."""
+        own = [name for item in items for name in item.images]
+        others = [
+            name for arm in arms for item in items for name in self.plan.shown(item, arm.image)
+        ]
+        return list(dict.fromkeys(own + others))
+
+    def _first_question(self, visual: VisualTokens) -> list[str]:
+        return [self.plan.items[0].question] * visual.num_images
+
+    def _run_batch(
+        self, number: int, images: LoadedImages, arms: Sequence[Arm], cold: bool
+    ) -> tuple[list[Record], list[Record]]:
+        items = self.plan.batches[number]
+        failed = {item.index: self._failure(item, arms, images) for item in items}
+        asked = [item for item in items if failed[item.index] is None]
+        clock = Stopwatch(self.subject.model.device)
+        encoded = None
+        if images.names:
+            visual = self.encode(images, arms)
+            encoded = Encoded(visual, {name: i for i, name in enumerate(images.names)})
+        encode_ms = clock.lap() / max(1, len(images.names))
+        turn = number % len(arms)
+        outcomes: dict[str, Outcome] = {}
+        for arm in [*arms[turn:], *arms[:turn]] if asked else ():
+            outcomes[arm.name] = self._run_arm(arm, asked, encoded)
+        answers, timings = [], []
+        for arm in arms:
+            replies = iter(())
+            if asked:
+                outcome = outcomes[arm.name]
+                replies = self._replies(asked, outcome)
+                line = {"batch": number, "arm": arm.name, "cold": cold, "encode_ms": encode_ms}
+                timings.append(line | outcome.timings())
+            for item in items:
+                reason = failed[item.index]
+                failure = {"tokens_in": None, "kept": None, "answer": "", "score": None}
+                reply = next(replies) if reason is None else failure | {"error": reason}
+                answers.append(self._heading(number, arm, item) | reply)
+        return answers, timings
+
+    def _failure(self, item: Item, arms: Sequence[Arm], images: LoadedImages) -> str | None:
+        """Return why `item` cannot be asked; all arms leave it out, so they stay comparable."""
+        reasons = [images.failed.get(name) for name in self._images_of([item], arms)]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _prune_for_prompts(
+        self, arm: Arm, visual: VisualTokens, rows: list[Tensor], items: Sequence[Item]
+    ) -> VisualTokens:
+        """Prune the images of every prompt (its ids in `rows`) as `generate` does."""
+        model = self.subject.model
+        with prune(model, arm.seeded(self.seed)), asking([item.question for item in items]):
+            return model.prune_visual_tokens(add_prompts(model, visual, rows))
+
+    def _depends_on_prompt(
+        self, visual: VisualTokens, rows: Sequence[Tensor], shares: Sequence[range]
+    ) -> bool:
+        """Return whether an image may be pruned differently in one prompt than in another.
+
+        So it is where a prompt has several images, or too little room for all their tokens.
+        """
+        if any(len(share) > 1 for share in shares):
+            return True
+        limit = getattr(self.subject.model.config, "tokenizer_model_max_length", None)
+        if limit is None:
+            return False
+        sizes = [visual.sequence(image).total for image in range(visual.num_images)]
+        longest = [
+            len(row) - len(share) + sum(sizes[i] for i in share)
+            for row, share in zip(rows, shares, strict=True)
+        ]
+        return max(longest) > limit
+
+    @torch.inference_mode()
+    def _run_arm(self, arm: Arm, items: Sequence[Item], encoded: Encoded | None) -> Outcome:
+        """Prune what this arm shows, splice it into the prompts and decode."""
+        shown = [self.plan.shown(item, arm.image) for item in items]
+        shares = image_ranges([len(names) for names in shown])
+        ids, mask = self.prompts(items, [len(share) for share in shares])
+        needed = [name for names in shown for name in names]
+        if encoded is None or not needed:
+            return self._answer(items, ids, mask, None, shares)
+        visual = encoded.take(needed)
+        rows = unpadded(ids, mask)
+        clock = Stopwatch(ids.device)
+        if self.reads_question(arm) or self._depends_on_prompt(visual, rows, shares):
+            visual = pruned = self._prune_for_prompts(arm, visual, rows, items)
+        else:  # each image once, however many items ask about it
+            rows_of, needed = needed, list(dict.fromkeys(needed))
+            pruned = self.prune_images(encoded.take(needed), arm)
+            visual = pruned.take_images([needed.index(name) for name in rows_of])
+        times = {"prune_ms": clock.lap(), "score_ms": 0.0, "select_ms": 0.0}
+        if pruned.trace is not None:
+            times["score_ms"] = 1000 * pruned.trace.score_seconds
+            times["select_ms"] = 1000 * pruned.trace.select_seconds
+        outcome = self._answer(items, ids, mask, visual, shares)
+        return replace(outcome, prunings=len(needed), **times)
+
+    def _answer(
+        self,
+        items: Sequence[Item],
+        ids: Tensor,
+        mask: Tensor,
+        visual: VisualTokens | None,
+        shares: Sequence[range],
+    ) -> Outcome:
+        """Splice `visual` into the prompts, the images of each in its share, and decode."""
+        clock = Stopwatch(ids.device)
+        with padding_side("left"):
+            positions, merged_mask, embeds, _ = self.subject.model.splice_visual_tokens(
+                visual, ids, torch.zeros_like(ids), mask
+            )
+        splice_ms = clock.lap()
+        lengths = merged_mask.sum(-1).tolist()
+        decoded: Decoded = decode(
+            self.subject.model,
+            embeds,
+            merged_mask,
+            positions,
+            tokenizer=self.subject.tokenizer,
+            sampling=self.sampling,
+            seeds=[row_seed(self.seed, item.index) for item in items],
+        )
+        tokens_in = [
+            count_visual_tokens(row, [len(visual.sequence(i).source) for i in share], length)
+            for row, share, length in zip(unpadded(ids, mask), shares, lengths, strict=True)
+        ]
+        return Outcome(
+            decoded,
+            self.subject.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True),
+            tokens_in,
+            [kept_digest(visual, share) for share in shares],
+            splice_ms=splice_ms,
+        )
+
+    def _heading(self, number: int, arm: Arm, item: Item) -> Record:
+        line = {
+            # The index is hashed too, because some benchmarks repeat their ids.
+            "answer_id": hash_json([self.run_key, arm.name, item.index, item.question_id])[:16],
+            "batch": number,
+            "arm": arm.name,
+            "question_id": item.question_id,
+            "index": item.index,
+            "images": list(item.images),
+            "shown": list(self.plan.shown(item, arm.image)),
+        }
+        return line | {key: item.data[key] for key in ("category",) if key in item.data}
+
+    def _replies(self, items: Sequence[Item], outcome: Outcome) -> Iterator[Record]:
+        rows = zip(items, outcome.texts, outcome.tokens_in, outcome.kept, strict=True)
+        for item, text, tokens_in, kept in rows:
+            answer = text.strip()
+            score = self.benchmark.item_score(item, answer)
+            yield {"tokens_in": tokens_in, "kept": kept, "answer": answer, "score": score}
+
+
+def kept_digest(visual: VisualTokens | None, images: Sequence[int]) -> str:
+    """Say what was kept of a prompt's images: "all", "none" without images, or a short hash.
+
+    The hash is of indices, or of sources where tokens were merged.
+    """
+    if visual is None or not images:
+        return "none"
+    if visual.kept is None and visual.sources is None:
+        return "all"
+    rows = [tile for image in images for tile in visual.tiles_of(image)]
+    if visual.kept is not None:
+        chosen = visual.kept[rows][visual.kept[rows] >= 0].tolist()
+    else:
+        chosen = visual.sources[rows].nonzero().tolist()
+    return hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]

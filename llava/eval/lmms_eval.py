@@ -1,0 +1,218 @@
+r"""LLaVA with visual token pruning as a model of lmms-eval (0.7), found through its entry points.
+
+    lmms_eval --model llava_pruned --tasks pope --batch_size 8 \
+        --model_args pretrained=liuhaotian/llava-v1.5-7b,pruner=zoo,keep_tokens=64
+
+Requests, prompts and decoding are those of lmms-eval's own `llava`, so figures can be held against
+published ones. `--force_simple` asks with the task's text and pictures, without it with its chat
+messages, which hold the same unless a task writes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from tqdm import tqdm
+
+from llava.command_line import check_conv_mode
+from llava.conversation import conv_templates
+from llava.eval.engine.decode import end_tokens, until_end
+from llava.eval.lmms_inputs import (
+    Prompt,
+    batch_size_of,
+    device_of,
+    dtype_of,
+    pictures_of,
+    read_messages,
+)
+from llava.eval.presets import get_preset
+from llava.mm_utils import process_images
+from llava.model.loaded import load_model
+from llava.pruning import PruningConfig
+from llava.sampling import Sampling, rows_depend
+from llava.utils import UserInputError
+
+OPTION_PREFIX = "pruner_"  # pruner_fusion=sum sets the option `fusion`
+# lmms-eval and its `llava` pass these; they have no effect here.
+IGNORED = (
+    *("max_batch_size", "device_map", "use_cache", "model_name"),
+    *("truncation", "truncate_context", "tie_weights"),
+)
+
+
+class LlavaPruned(lmms):
+    """The model under lmms-eval's "simple" interface: a text and the pictures of a document.
+
+    Args:
+        pretrained, model_base: as in `load_pretrained_model`.
+        pruner, keep_tokens, keep_ratio, pruner_KEY: the pruning setting, `pruner=none` for the
+            unpruned model; by default the one that the checkpoint was saved with, if any.
+        preset: a named setting instead of `pruner` (`llava.eval.presets`).
+        mm_next_protocol: how LLaVA-1.6 counts tokens; the preset's by default.
+        conv_template: conversation template.
+        dtype: float16, bfloat16 or float32; by default, and for auto, the loader's.
+        device, batch_size: given by lmms-eval.
+
+    Raises:
+        UserInputError: an argument does not exist or cannot be used.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "liuhaotian/llava-v1.5-7b",
+        model_base: str | None = None,
+        pruner: str | None = None,
+        keep_tokens: int | None = None,
+        keep_ratio: float | None = None,
+        preset: str | None = None,
+        mm_next_protocol: str | None = None,
+        conv_template: str = "vicuna_v1",
+        attn_implementation: str = "sdpa",
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        options = {
+            name.removeprefix(OPTION_PREFIX): value
+            for name, value in others.items()
+            if name.startswith(OPTION_PREFIX)
+        }
+        unknown = [n for n in others if not n.startswith(OPTION_PREFIX) and n not in IGNORED]
+        if unknown:
+            raise UserInputError(f"llava_pruned takes no model_args {', '.join(unknown)}")
+        check_conv_mode(conv_template)
+        self.batch_size = batch_size_of(batch_size)
+        dtype = dtype_of(dtype)
+        device = device_of(device)
+        if preset is not None:
+            if pruner is not None or options:
+                raise UserInputError("preset= names method and options; leave pruner= out")
+            chosen = get_preset(preset)
+            pruner, options = chosen.method, dict(chosen.options)
+            dtype = dtype or chosen.dtype
+            mm_next_protocol = mm_next_protocol or chosen.mm_next_protocol
+        pruning = None
+        if pruner is not None:
+            pruning = PruningConfig(pruner, keep_tokens, keep_ratio, options)
+        elif options or keep_tokens is not None or keep_ratio is not None:
+            raise UserInputError("keep_tokens=, keep_ratio= and options need pruner=METHOD")
+        accelerator = Accelerator()
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if self._world_size > 1:
+            device = str(accelerator.device)
+        loading: dict[str, Any] = {"attn_implementation": attn_implementation}
+        if dtype is not None:
+            loading["dtype"] = getattr(torch, dtype)
+        if mm_next_protocol not in (None, "native"):
+            loading["mm_next_protocol"] = mm_next_protocol
+        loaded = load_model(pretrained, device, base=model_base, conv_mode=conv_template, **loading)
+        self.tokenizer, self.model = loaded.tokenizer, loaded.model
+        self.processor = loaded.image_processor
+        self.model.pruning = loaded.own_pruning if pruning is None else pruning
+        self.conv_template = conv_template
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answer `batch_size` requests at a time; return answers in the order of the requests."""
+        answers: list[str] = []
+        bar = tqdm(total=len(requests), disable=self.rank != 0, desc="answering")
+        for start in range(0, len(requests), self.batch_size):
+            batch = [
+                self.prompt_of(request) for request in requests[start : start + self.batch_size]
+            ]
+            fresh = self.answer(batch)
+            for request, answer in zip(requests[start:], fresh, strict=False):
+                self.cache_hook.add_partial("generate_until", request.args[:3], answer)
+            answers += fresh
+            bar.update(len(fresh))
+        bar.close()
+        return answers
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Refuse: tasks of this protocol generate."""
+        raise NotImplementedError("llava_pruned generates answers; this task asks for likelihoods")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Refuse, as lmms-eval's `llava` does."""
+        raise NotImplementedError("llava_pruned has no tasks of several rounds")
+
+    def prompt_of(self, request: Instance) -> Prompt:
+        """Read a request of (text, decoding, pictures of a document, its id, task, split)."""
+        text, decoding, pictures, doc, task, split = request.args
+        visuals = pictures(self.task_dict[task][split][doc])
+        return Prompt(text, pictures_of(visuals, task), decoding)
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Answer prompts; those that decode alike and have images, or have none, together."""
+        answers = [""] * len(prompts)
+        for places in _groups(prompts):
+            texts = self._generate([prompts[place] for place in places])
+            for place, text in zip(places, texts, strict=True):
+                answers[place] = text
+        return answers
+
+    @torch.inference_mode()
+    def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        template = conv_templates[self.conv_template]
+        rows = [prompt.ids(template, self.tokenizer) for prompt in prompts]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        shown: dict[str, Any] = {"images": None}
+        images = [image for prompt in prompts for image in prompt.images]
+        if images:
+            pixels = process_images(images, self.processor, self.model.config)
+            shown = {"images": pixels, "image_sizes": [image.size for image in images]}
+        config = self.model.generation_config
+        output = self.model.generate(
+            inputs=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            questions=[prompt.words for prompt in prompts],
+            strict=rows_depend(config),
+            **shown,
+            **prompts[0].sampling.arguments_for(self.model, self.tokenizer),
+        )
+        ends, special = end_tokens(config), self.tokenizer.all_special_ids
+        answers = [until_end(row, ends, special) for row in output.tolist()]
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+class LlavaPrunedChat(LlavaPruned):
+    """The same under lmms-eval's "chat" interface: messages, with pictures where they stand."""
+
+    is_simple = False
+
+    def prompt_of(self, request: Instance) -> Prompt:
+        """Read a request of (text, messages of a document, decoding, its id, task, split).
+
+        Raises:
+            UserInputError: a message shows other media than pictures.
+        """
+        _, messages, decoding, doc, task, split = request.args
+        return read_messages(messages(self.task_dict[task][split][doc]), decoding, task)
+
+
+def manifests() -> ModelManifest:
+    """Describe the models to lmms-eval; the entry point `lmms_eval.models` calls it."""
+    return ModelManifest(
+        "llava_pruned",
+        simple_class_path=f"{__name__}.{LlavaPruned.__name__}",
+        chat_class_path=f"{__name__}.{LlavaPrunedChat.__name__}",
+    )
+
+
+def _groups(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """Yield places of prompts that one call of `generate` can answer."""
+    groups: dict[tuple[bool, Sampling], list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault((bool(prompt.images), prompt.sampling), []).append(place)
+    yield from groups.values()

@@ -1,1 +1,0 @@
-"""Adapters that other evaluation programs load; importing this package imports none of them."""

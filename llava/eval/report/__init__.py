@@ -1,0 +1,1 @@
+"""Writers of what people read about results: tables, plots, pictures."""

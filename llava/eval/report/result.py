@@ -1,0 +1,206 @@
+"""Markdown tables of a result file, as quickstart prints them and as README and docs show them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.schema import Record, read_result
+from llava.markdown import fill_sections, find_drift, table
+from llava.storage import write_atomically
+
+# Rows of the README's table: baselines, the paper's method and its relatives, one of every family.
+SHORT = (
+    "none",
+    "random",
+    "grid",
+    "pool",
+    "norm",
+    "divprune",
+    "zoo",
+    "zoo-exact",
+    "cdpruner",
+    "fopru",
+    "visionzip",
+    "vispruner",
+)
+
+LEGEND = """\
+*tokens*: visual tokens spliced into the language model's input, counted there (lowest..highest over
+the questions where they differ). *accuracy*: exact match of the freely generated answer, in per
+cent, ± standard error clustered by image. *of unpruned*: that accuracy over the unpruned one.
+*difference*: paired by question, in points, ± its own standard error. *prune*: score + select +
+gather for one image, as a fraction of the unpruned prefill of one question. *prefill*: forward pass
+over the prompt up to the first new token, over the same for the unpruned model. Both are medians
+over batches of ratios taken within a batch, with all arms run one after another on that batch.
+`least-sensitive` keeps the tokens `zoo-exact` would rank last; `shuffled image` shows the model
+another question's image; `no image` removes the image from the prompt."""
+
+
+SUMMARY = (
+    "Accuracy in per cent ± standard error, by visual tokens of an image; methods in the order of "
+    "the run, controls last:"
+)
+COLUMNS = (
+    "method",
+    "budget",
+    "tokens",
+    "accuracy",
+    "of unpruned",
+    "difference",
+    "prune",
+    "prefill",
+)
+
+
+def render(result: Record) -> str:
+    """Return the summary, the main table with its legend, and the table per family."""
+    parts = [SUMMARY, summary_table(result), *_settings(result), family_table(result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(result: Record) -> list[str]:
+    return [main_table(result), *notes(result), LEGEND]
+
+
+def notes(result: Record) -> list[str]:
+    """Say why cells of the main table are empty, one paragraph for each method and reason."""
+    budgets: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        if row["unavailable"]:
+            reason = row["label"], row["unavailable"]
+            budgets.setdefault(reason, []).append(_count(row["budget"]))
+    return [
+        f"n/a: {label} at {', '.join(own)}: {reason}." for (label, reason), own in budgets.items()
+    ]
+
+
+def summary_table(result: Record) -> str:
+    """Return one line per method and control, in the order of the run: accuracy at each budget."""
+    lines: dict[tuple[str, str | None], dict[int | None, str]] = {}
+    for row in result["rows"]:
+        shown = "n/a" if row["unavailable"] else _accuracy(row)
+        lines.setdefault((row["label"], row["control"]), {})[row["budget"]] = shown
+    # 0 is the arm without an image, which has no budget.
+    budgets = sorted({budget or 0 for cells in lines.values() for budget in cells}, reverse=True)
+    body = [
+        [label, *(cells.get(budget or None, "") for budget in budgets)]
+        for (label, _), cells in lines.items()
+    ]
+    return table(["method", *map(str, budgets)], body)
+
+
+def main_table(result: Record) -> str:
+    """Return one line per arm: tokens, accuracy, difference to the unpruned model, time ratios."""
+    return table(COLUMNS, [_main_line(row) for row in result["rows"]])
+
+
+def _main_line(row: Record) -> list[str]:
+    start = [row["label"], _count(row["budget"])]
+    if row["unavailable"]:
+        return [*start, *["n/a"] * (len(COLUMNS) - 2)]
+    low, high = row["tokens_min"], row["tokens_max"]
+    difference = _percent(row["difference"], row["difference_se"], sign="+")
+    return [
+        *start,
+        str(low) if low == high else f"{low}..{high}",
+        _accuracy(row),
+        "n/a" if row["relative"] is None else f"{100 * row['relative']:.1f} %",
+        "—" if row["arm"] == UNPRUNED else difference,
+        _ratio(row["prune_ratio"]),
+        _ratio(row["prefill_ratio"]),
+    ]
+
+
+def family_table(result: Record) -> str:
+    """Return one line per arm: accuracy per question family in per cent ± standard error."""
+    rows = [row for row in result["rows"] if not row["unavailable"]]
+    families = rows[0]["families"]
+    header = ["method", "budget", *(f"{name} (n={of['n']})" for name, of in families.items())]
+    body = [
+        [
+            row["label"],
+            _count(row["budget"]),
+            *(_accuracy(row["families"][name]) for name in families),
+        ]
+        for row in rows
+    ]
+    return table(header, body)
+
+
+def short_section(result: Record) -> str:
+    """Return the summary of a dozen methods, for the README."""
+    rows = [row for row in result["rows"] if row["method"] in SHORT and not row["control"]]
+    return summary_table(result | {"rows": rows}) + "\n"
+
+
+def full_section(result: Record) -> str:
+    """Return everything about a result file: conditions, summary, long tables folded."""
+    run = result["run"]
+    versions, machine = run["versions"], run["machine"]
+    conditions = (
+        f"{result['questions']} questions about {result['images']} images, batch size "
+        f"{result['config']['batch_size']}, {machine['device']} with {machine['torch_threads']} "
+        f"thread(s), torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"commit {describe_commit(run['git'], digits=10)}. Made by `{run['command']}`."
+    )
+    parts = [
+        conditions,
+        SUMMARY,
+        summary_table(result),
+        *_fold("Every setting: tokens, paired difference, time", *_settings(result)),
+        *_fold("Accuracy per question family", family_table(result)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fold(title: str, *parts: str) -> list[str]:
+    """Hide parts until a reader opens their title."""
+    return [f"<details><summary>{title}</summary>", *parts, "</details>"]
+
+
+def describe_commit(git: Record | None, digits: int = 40) -> str:
+    """Return the first digits of a commit and whether the checkout had changes; `?` without git."""
+    if git is None:
+        return "?"
+    return git["commit"][:digits] + (" (with local changes)" if git["dirty"] else "")
+
+
+def drift(file: Path, result: Path) -> str | None:
+    """Return why the sections of `file` that show `result` are out of date, or None.
+
+    Raises:
+        UserInputError: one of the two cannot be read, or the file has no such sections.
+    """
+    return find_drift(file, _sections(result), f"llava table {result} --update {file}")
+
+
+def update(file: Path, result: Path) -> None:
+    """Write `result` between the markers of `file`.
+
+    Raises:
+        UserInputError: as in `drift`.
+    """
+    write_atomically(file, fill_sections(file, _sections(result)))
+
+
+def _sections(result: Path) -> dict[str, str]:
+    content = read_result(result)
+    return {"llava-tiny": full_section(content), "llava-tiny-short": short_section(content)}
+
+
+def _accuracy(cell: Record) -> str:
+    return _percent(cell["accuracy"], cell["accuracy_se"])
+
+
+def _percent(value: float, se: float | None, sign: str = "") -> str:
+    error = "n/a" if se is None else f"{100 * se:.1f}"
+    return f"{100 * value:{sign}.1f} ± {error}"
+
+
+def _ratio(value: float | None) -> str:
+    return "—" if value is None else f"{value:.2f}"
+
+
+def _count(value: int | None) -> str:
+    return "—" if value is None else str(value)

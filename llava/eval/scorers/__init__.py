@@ -1,1 +1,0 @@
-"""Scorers: one module per rule that turns a generated text into right or wrong."""

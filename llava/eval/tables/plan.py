@@ -1,0 +1,120 @@
+"""From a table to runs: one run per task, all of its arms side by side.
+
+What decides how a model reads an image (`mm_next_protocol`) belongs to the loaded model, so rows
+that differ in it go to different runs, each with its own unpruned arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llava.eval.engine.request import Arm, arm_of, arm_word, make_arm
+from llava.eval.tables.spec import Column, Row, Table
+from llava.eval.tasks.base import list_benchmarks
+from llava.pruning import list_methods
+
+# Families that `load_pretrained_model` loads.
+FAMILIES = ("llava-1.5", "llava-1.6")
+DEFAULT_PROTOCOL = "native"
+
+# Task, prompt protocol, reading of tiled images: what a run is about.
+Place = tuple[str, str | None, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a task under one prompt protocol, with every arm that some row asks for."""
+
+    task: str
+    protocol: str | None
+    next_protocol: str
+    arms: tuple[Arm, ...]
+
+    @property
+    def place(self) -> Place:
+        """What decides which cells the run fills."""
+        return self.task, self.protocol, self.next_protocol
+
+    @property
+    def folder(self) -> str:
+        """Name of its output folder."""
+        parts = [self.task, self.protocol, self.next_protocol]
+        return "-".join(part for part in parts if part and part != DEFAULT_PROTOCOL)
+
+
+Budgets = Callable[[Row], int | float | None]
+
+
+def published_budget(row: Row) -> int | float | None:
+    """Return the budget as the table prints it."""
+    return row.budget
+
+
+def scaled_budgets(table: Table, tokens: int) -> Budgets:
+    """Make budgets for a model of `tokens` visual tokens instead of the table's own number."""
+
+    def scaled(row: Row) -> int | float | None:
+        if row.keep_tokens is None or table.tokens is None:
+            return row.budget
+        return max(1, round(row.keep_tokens * tokens / table.tokens))
+
+    return scaled
+
+
+def arm_name(row: Row, budgets: Budgets = published_budget) -> str:
+    """Return the name of the arm that measures a row: `zoo:fusion=sum@64`."""
+    return arm_word(row.method, budgets(row), row.options)
+
+
+def arm_for(row: Row, budgets: Budgets = published_budget) -> Arm:
+    """Return the arm that measures a row.
+
+    Raises:
+        UserInputError: its setting does not exist.
+    """
+    return make_arm(arm_name(row, budgets), row.method, budgets(row), row.options)
+
+
+def next_protocol_of(row: Row, native_only: bool = False) -> str:
+    """Return the tile protocol of a row; `native_only` for a model without tiles."""
+    return DEFAULT_PROTOCOL if native_only else row.next_protocol or DEFAULT_PROTOCOL
+
+
+def unavailable(table: Table, row: Row) -> str | None:
+    """Return the name of what a row needs and this package does not have, or None."""
+    if table.family not in FAMILIES:
+        return table.family
+    return None if row.method in list_methods() else row.method
+
+
+def missing_tasks(table: Table) -> list[str]:
+    """Return the tasks of the table that no benchmark is registered for."""
+    known = list_benchmarks()
+    return [task for task in dict.fromkeys(c.task for c in table.columns) if task not in known]
+
+
+def plan(
+    table: Table,
+    budgets: Budgets = published_budget,
+    native_only: bool = False,
+    columns: Sequence[Column] | None = None,
+) -> list[Job]:
+    """Plan the runs that fill the table, in column order; none for rows that are not available.
+
+    Raises:
+        UserInputError: a row with a setting that does not exist.
+    """
+    jobs = []
+    rows = [row for row in table.rows if unavailable(table, row) is None]
+    wanted = table.columns if columns is None else columns
+    for task, protocol in dict.fromkeys((column.task, column.protocol) for column in wanted):
+        for reading in dict.fromkeys(next_protocol_of(row, native_only) for row in rows):
+            asked = [
+                arm_for(row, budgets)
+                for row in rows
+                if next_protocol_of(row, native_only) == reading
+            ]
+            distinct = {arm.name: arm for arm in (arm_of(None), *asked)}
+            jobs.append(Job(task, protocol, reading, tuple(distinct.values())))
+    return jobs

@@ -1,0 +1,116 @@
+"""Normalise scores, and tokens before they are compared, over the valid tokens of every row."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llava.pruning.errors import PruningError
+from llava.pruning.precision import widen
+from llava.pruning.selection.rows import selectable
+
+# Below this relative spread a score only carries rounding noise.
+FLAT = 1e-4
+
+
+def min_max(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return (S - min) / (max - min + 1e-8) over the valid tokens of every row (ZOO-Prune eq. 5).
+
+    Rows where max - min <= 1e-4 * mean are constant up to rounding (a linear projector has the
+    same Jacobian everywhere): their weights are all 1, so that noise decides nothing.
+
+    Args:
+        scores: [..., N] floating point.
+        valid: BoolTensor [..., N]; invalid tokens do not count and get weight 0.
+
+    Returns:
+        [..., N] in [0, 1].
+    """
+    if scores.shape[-1] == 0:
+        return scores
+    if valid is None:
+        valid = torch.ones_like(scores, dtype=torch.bool)
+    lowest = scores.masked_fill(~valid, torch.inf).amin(dim=-1, keepdim=True)
+    highest = scores.masked_fill(~valid, -torch.inf).amax(dim=-1, keepdim=True)
+    count = valid.sum(dim=-1, keepdim=True)
+    # The sum may be beyond float16.
+    mean = widen(scores.masked_fill(~valid, 0)).sum(dim=-1, keepdim=True) / count
+    spread = highest - lowest
+    weights = (scores - lowest) / (spread + 1e-8)
+    weights = torch.where(spread <= FLAT * mean.abs(), torch.ones_like(scores), weights)
+    return weights.masked_fill(~valid, 0)
+
+
+def spread_out(scores: Tensor, groups: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return (q - min + 1e-6) / (max - min), over all valid tokens of a group of rows (CDPruner).
+
+    Args:
+        scores: [T, N].
+        groups: LongTensor [T], rows with the same number are normalised together.
+        valid: BoolTensor [T, N]; invalid tokens do not count and become 0.
+
+    Returns:
+        [T, N]; 1 everywhere in a group whose scores are all the same.
+
+    Raises:
+        PruningError: a score is NaN or inf.
+    """
+    valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    out = torch.zeros_like(scores)
+    for group in groups.unique().tolist():
+        rows = (groups == group).nonzero().flatten().to(scores.device)
+        own, inside = scores[rows], valid[rows]
+        lowest = own.masked_fill(~inside, torch.inf).amin()
+        highest = own.masked_fill(~inside, -torch.inf).amax()
+        if not bool((highest - lowest).isfinite()):
+            raise PruningError("the relevance of a token is NaN or inf")
+        spread = (own - lowest + 1e-6) / (highest - lowest)
+        out[rows] = torch.where(highest > lowest, spread, 1.0).masked_fill(~inside, 0)
+    return out
+
+
+def sigmoid_of_z_score(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return sigmoid((s - mean) / std) of scores [B, N] over a row's valid tokens.
+
+    1/2 everywhere in a row of equal scores; invalid tokens get 0.
+    """
+
+    def of_row(own: Tensor) -> Tensor:
+        return ((own - own.mean()) / own.std(correction=0).clamp_min(1e-6)).sigmoid()
+
+    return map_rows(of_row, scores, valid)
+
+
+def centre(z: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return z_i - mean_j z_j over the valid tokens of every row (Cen-Prune, arXiv 2608.30263).
+
+    Args:
+        z: [B, N, C]; half precision is computed in float32.
+        valid: BoolTensor [B, N]; invalid tokens do not count and become 0.
+
+    Returns:
+        [B, N, C]. A row is the same alone and in a batch.
+    """
+    return map_rows(lambda own: own - own.mean(dim=0), z, valid)
+
+
+def scale_channels(z: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Divide every channel of z [B, N, C] by sqrt(var + 1e-6) over a row's valid tokens.
+
+    Half precision is computed in float32; invalid tokens become 0. Where one channel carries nearly
+    all variance, all cosines are those of that channel alone (Cen-Prune on Qwen2.5-VL).
+    """
+    return map_rows(lambda own: own / (own.var(dim=0, correction=0) + 1e-6).sqrt(), z, valid)
+
+
+def map_rows(function: Callable[[Tensor], Tensor], z: Tensor, valid: Tensor | None) -> Tensor:
+    """Apply `function` to the valid tokens of every row of z [B, N, ...], in float32 at least.
+
+    `function` maps [n, ...] to [n, ...]. Invalid tokens get 0.
+    """
+    rows = []
+    for row in range(z.shape[0]):
+        tokens = selectable(z, valid, row)
+        made = function(widen(z[row, tokens]))
+        rows.append(made.new_zeros(z.shape[1], *made.shape[1:]).index_copy(0, tokens, made))
+    return torch.stack(rows)
