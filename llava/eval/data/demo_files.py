@@ -41,7 +41,8 @@ MMMU_SUBJECTS = ("Art", "Accounting", "Biology", "Pharmacy", "History", "Electro
 
 
 def write_gqa(root: Path, count: int) -> None:
-    images, questions = [], []
+    images: list[Row] = []
+    questions: list[Row] = []
     for asked in draw_questions(tuple(GQA_TYPES), count):
         name, structural = f"n{asked.image:06d}", GQA_TYPES[asked.family]
         images.append({"id": name, "image": cell(asked.image)})
@@ -141,7 +142,8 @@ def llava_bench_row(asked: Asked) -> Row:
 
 
 def write_pope(root: Path, count: int) -> None:
-    layout, lines = Layout(root), []
+    layout = Layout(root)
+    lines: list[Row] = []
     for salt, split in enumerate(SPLITS):
         labels = []
         for asked in draw_existence(-(-count // 3), salt):

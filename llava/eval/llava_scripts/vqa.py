@@ -30,6 +30,7 @@ from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.eval.tasks.files import (
     OPTION_LETTER,
     OPTION_LETTER_CN,
+    Kind,
     check_listed,
     image_names,
     is_file,
@@ -99,7 +100,9 @@ class JsonLines(QuestionList):
 
     def items(self) -> list[Item]:
         items: list[Item] = []
-        for where, row in numbered_jsonl(self.file, ids=("question_id",), texts=("text",)):
+        for where, row in numbered_jsonl(
+            self.file, fields={"question_id": Kind.ID, "text": Kind.TEXT}
+        ):
             images, text = image_names(row.get("image"), where), row["text"]
             marks = text.count(DEFAULT_IMAGE_TOKEN)
             if marks not in (0, len(images)):
@@ -128,9 +131,8 @@ class ScienceQAFile(QuestionList):
         self.suffix = suffix
 
     def items(self) -> list[Item]:
-        rows = check_listed(
-            read_json(self.file), "question", self.file, keys=("conversations",), ids=("id",)
-        )
+        fields = {"id": Kind.ID, "conversations": Kind.ANY}
+        rows = check_listed(read_json(self.file), "question", self.file, fields)
         items = []
         for index, row in enumerate(rows):
             question, images = first_turn(row, f"question {index + 1} of {self.file}")

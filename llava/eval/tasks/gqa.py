@@ -16,7 +16,6 @@ from llava.eval.data.layout import Dataset, Layout, Read
 from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import SHORT_ANSWER, Row, check_ids, read_json
 from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, answer_lines, question_line
-from llava.storage import write_atomically
 
 NEEDED = ("isBalanced", "answer", "imageId", "types")
 IMAGES = Dataset("lmms-lab/GQA", "id image", "testdev", "testdev_balanced_images")
@@ -45,12 +44,9 @@ class GQA(PublishedQuestions):
     name = "gqa"
     title = "GQA"
     protocols: ClassVar[Mapping[str, str]] = {"llava": "test-dev balanced, single word or phrase"}
-
-    def image_folder(self) -> Path:
-        return self.root / "gqa/data/images"
-
-    def question_file(self) -> Path:
-        return self.root / "gqa/llava_gqa_testdev_balanced.jsonl"
+    image_path = "gqa/data/images"
+    question_path = "gqa/llava_gqa_testdev_balanced.jsonl"
+    submission_file = "testdev_balanced_predictions.json"
 
     def annotation_files(self) -> list[Path]:
         """GQA's archive unpacks to a folder of its version, users often move its files up."""
@@ -90,13 +86,9 @@ class GQA(PublishedQuestions):
 
         return {"accuracy": items, "binary": asking(False), "open": asking(True)}
 
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write the file that GQA's evaluation script reads."""
-        path = folder / "testdev_balanced_predictions.json"
-        write_atomically(path, json.dumps(predictions(answer_lines(items, answers))))
-        return [path]
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return the file that GQA's evaluation script reads."""
+        return json.dumps(predictions(answer_lines(items, answers)))
 
     def sources(self) -> Sources:
         originals = f"{ARCHIVE}, and GQA's questions1.2.zip and images.zip"

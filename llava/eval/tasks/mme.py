@@ -184,13 +184,9 @@ class MME(PublishedQuestions):
         "llava": "single word or phrase, instead of yes or no"
     }
     headline = "perception"
+    image_path = RELEASE
+    question_path = "MME/llava_mme.jsonl"
     unique_ids = False
-
-    def image_folder(self) -> Path:
-        return self.root / RELEASE
-
-    def question_file(self) -> Path:
-        return self.root / "MME/llava_mme.jsonl"
 
     def annotation_files(self) -> list[Path]:
         return answer_files(self.root / RELEASE, self.name)

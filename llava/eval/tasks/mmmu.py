@@ -20,6 +20,7 @@ from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import (
     OPTION_LETTER,
     SHORT_ANSWER,
+    Kind,
     as_json,
     index_by,
     is_id,
@@ -27,7 +28,7 @@ from llava.eval.tasks.files import (
     with_options,
 )
 from llava.eval.tasks.published import FolderBenchmark
-from llava.storage import dump_json, write_atomically
+from llava.storage import dump_json
 
 DOMAINS = {
     "art_and_design": "Art Art_Theory Design Music",
@@ -51,6 +52,14 @@ ROWS = Dataset(
     "image_7",
     "validation",
 )
+
+FIELDS = {
+    "id": Kind.ID,
+    "question": Kind.TEXT,
+    "options": Kind.ANY,
+    "answer": Kind.ANY,
+    "question_type": Kind.ANY,
+}
 
 Value = str | float
 
@@ -167,13 +176,12 @@ class MMMU(FolderBenchmark):
     protocols: ClassVar[Mapping[str, str]] = {
         "llava": "validation, the option's letter or a phrase"
     }
+    image_path = "mmmu/images"
+    submission_file = "mmmu_answers.json"
 
     def __init__(self, root: Path, protocol: str | None = None) -> None:
         super().__init__(root, protocol)
         self.path = root / "mmmu" / "validation.jsonl"
-
-    def image_folder(self) -> Path:
-        return self.root / "mmmu" / "images"
 
     def files(self) -> list[Path]:
         return [self.path]
@@ -192,14 +200,10 @@ class MMMU(FolderBenchmark):
             domain: [item for item in items if item.data["domain"] == domain] for domain in DOMAINS
         }
 
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write `{id: answer}`, which the official scripts parse and score."""
-        path = folder / "mmmu_answers.json"
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return `{id: answer}`, which the official scripts parse and score."""
         given = zip(items, answers, strict=True)
-        write_atomically(path, dump_json({str(item.question_id): text for item, text in given}))
-        return [path]
+        return dump_json({str(item.question_id): text for item, text in given})
 
     def sources(self) -> Sources:
         originals = "a folder mmmu/ that was prepared elsewhere"
@@ -216,8 +220,7 @@ class MMMU(FolderBenchmark):
         layout.lines(self.path, rows)
 
     def read_items(self) -> list[Item]:
-        keys = ("options", "answer", "question_type")
-        rows = read_jsonl(self.path, self.name, keys, texts=("question",), ids=("id",))
+        rows = read_jsonl(self.path, self.name, fields=FIELDS)
         if not rows:
             raise TaskError(f"{self.path} has no questions")
         return [self._item(*pair) for pair in enumerate(index_by(rows, "id", self.path).values())]

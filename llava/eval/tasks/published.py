@@ -12,6 +12,7 @@ from PIL import Image
 
 from llava.eval.tasks.base import Benchmark, Item, Sources, TaskError
 from llava.eval.tasks.files import (
+    QUESTION,
     SHORT_ANSWER,
     ImageFolder,
     Row,
@@ -24,11 +25,17 @@ ARCHIVE = "LLaVA's evaluation archive eval.zip"
 
 
 class FolderBenchmark(Benchmark):
-    """A benchmark whose images lie in one folder; its files are read once."""
+    """A benchmark whose images lie in one folder; its files are read once.
 
-    @abstractmethod
+    Class attributes, besides those of `Benchmark`:
+        image_path: the folder of images below the data root.
+    """
+
+    image_path: ClassVar[str]
+
     def image_folder(self) -> Path:
         """Return where images lie by the names that items give them."""
+        return self.root / self.image_path
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -64,15 +71,17 @@ class FolderBenchmark(Benchmark):
 class PublishedQuestions(FolderBenchmark):
     """Prompts published as JSON lines, one image each, with the annotations that belong to them.
 
-    Class attributes, besides those of `Benchmark`:
+    Class attributes, besides those of `FolderBenchmark`:
+        question_path: the file of lines {question_id, image, text} below the data root.
         unique_ids: whether a question id may occur only once in the question file.
     """
 
+    question_path: ClassVar[str]
     unique_ids: ClassVar[bool] = True
 
-    @abstractmethod
     def question_file(self) -> Path:
-        """Return the file with lines {question_id, image, text}."""
+        """Return the file that `rows` reads."""
+        return self.root / self.question_path
 
     def annotation_files(self) -> list[Path]:
         """Return every file that `annotate` reads."""
@@ -92,7 +101,7 @@ class PublishedQuestions(FolderBenchmark):
 
     def read_questions(self, path: Path) -> list[Row]:
         """Read lines of a question file; TaskError for a damaged, repeated or odd one, or none."""
-        rows = read_jsonl(path, self.name, ids=("question_id",), texts=("image", "text"))
+        rows = read_jsonl(path, self.name, fields=QUESTION)
         if self.unique_ids:
             index_by(rows, "question_id", path)
         if not rows:

@@ -6,7 +6,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -14,6 +13,10 @@ from llava.eval.prompts import bare_question
 from llava.eval.rules.exact_match import is_correct
 from llava.eval.tasks.base import Benchmark, Item, TaskError, register_benchmark
 from llava.eval.tasks.files import (
+    QUESTION,
+    Fields,
+    Kind,
+    Row,
     check_fields,
     index_by,
     is_file,
@@ -56,8 +59,8 @@ class QuestionFile(Benchmark):
         self._draw: ImageLoader | None = None
 
     def items(self) -> list[Item]:
-        answers = _by_id(self.root, "answers", ids=("question_id", "answer"))
-        questions = _by_id(self.root, "questions", ids=("question_id",), texts=("image", "text"))
+        answers = _by_id(self.root, "answers", {"question_id": Kind.ID, "answer": Kind.ID})
+        questions = _by_id(self.root, "questions", QUESTION)
         if not questions:
             raise TaskError(f"{self.root / 'questions.jsonl'} has no questions")
         unknown = [name for name in answers if name not in questions]
@@ -72,7 +75,7 @@ class QuestionFile(Benchmark):
                 raise TaskError(f"{self.root / 'answers.jsonl'} has no answer to question {name}")
             text = bare_question(row["text"])
             row = {"category": "all", **row}
-            check_fields(row, f"question {name} of {self.root}", ids=("category",))
+            check_fields(row, f"question {name} of {self.root}", {"category": Kind.ID})
             data = {
                 "category": str(row["category"]),
                 "answer": str(answers[name]["answer"]),
@@ -112,12 +115,10 @@ class QuestionFile(Benchmark):
         return {"accuracy": items} | dict(sorted(categories.items()))
 
 
-def _by_id(
-    folder: Path, name: str, ids: Sequence[str], texts: Sequence[str] = ()
-) -> dict[str, dict[str, Any]]:
+def _by_id(folder: Path, name: str, fields: Fields) -> dict[str, Row]:
     """Read objects of a JSONL file by their question id, with fields as `check_fields` has them."""
     path = folder / f"{name}.jsonl"
-    rows = read_jsonl(path, ids=ids, texts=texts)
+    rows = read_jsonl(path, fields=fields)
     rows = [row | {"question_id": str(row["question_id"])} for row in rows]
     return index_by(rows, "question_id", path)
 

@@ -16,6 +16,7 @@ from llava.eval.data.layout import Dataset, Layout, Read
 from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import (
     OPTION_LETTER,
+    Kind,
     Row,
     check_ids,
     check_listed,
@@ -25,9 +26,13 @@ from llava.eval.tasks.files import (
     with_options,
 )
 from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, question_line
-from llava.storage import write_atomically
 
-TEXTS = ("data_type", "answer")
+FIELDS = {
+    "question_id": Kind.ID,
+    "question_type_id": Kind.ID,
+    "data_type": Kind.TEXT,
+    "answer": Kind.TEXT,
+}
 DATA_TYPES = ("image", "video")
 TYPES = (
     "Scene Understanding",
@@ -101,7 +106,7 @@ def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], di
         raise TaskError(f"`question_type` of {path} must give every type a number")
     names = {kind: name for name, kind in types.items()}
     seen = set()
-    check_listed(questions, "question", path, ids=("question_id", "question_type_id"), texts=TEXTS)
+    check_listed(questions, "question", path, FIELDS)
     for number, question in enumerate(questions, start=1):
         where = f"question {number} of {path}"
         if question["data_type"] not in DATA_TYPES:
@@ -157,12 +162,9 @@ class SEEDBench(PublishedQuestions):
         "all": "images, and videos as their middle frame",
     }
     headline = "image_accuracy"
-
-    def image_folder(self) -> Path:
-        return self.root / "seed_bench"
-
-    def question_file(self) -> Path:
-        return self.root / "seed_bench/llava-seed-bench.jsonl"
+    image_path = "seed_bench"
+    question_path = "seed_bench/llava-seed-bench.jsonl"
+    submission_file = "seed_submission.jsonl"
 
     def annotation_files(self) -> list[Path]:
         return [self.root / "seed_bench/SEED-Bench.json"]
@@ -199,18 +201,14 @@ class SEEDBench(PublishedQuestions):
         }
         return groups | {"accuracy": items} if self.protocol == "all" else groups
 
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write what the leaderboard takes, of what is answered."""
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return what the leaderboard takes, of what is answered."""
         given = {
             question_key(item.question_id): answer
             for item, answer in zip(items, answers, strict=True)
         }
         asked = {name: row for name, row in self._truth().items() if name in given}
-        path = folder / "seed_submission.jsonl"
-        write_atomically(path, upload(list(asked.values()), [given[name] for name in asked]))
-        return [path]
+        return upload(list(asked.values()), [given[name] for name in asked])
 
     def sources(self) -> Sources:
         originals = (

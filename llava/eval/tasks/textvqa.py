@@ -116,12 +116,8 @@ class TextVQA(PublishedQuestions):
         "no-ocr": "the prompt is the question alone, as LLaVA-1.6 publishes its figures",
     }
     unique_ids = False
-
-    def image_folder(self) -> Path:
-        return self.root / "textvqa/train_images"
-
-    def question_file(self) -> Path:
-        return self.root / "textvqa/llava_textvqa_val_v051_ocr.jsonl"
+    image_path = "textvqa/train_images"
+    question_path = "textvqa/llava_textvqa_val_v051_ocr.jsonl"
 
     def annotation_files(self) -> list[Path]:
         return [self.root / "textvqa/TextVQA_0.5.1_val.json"]
