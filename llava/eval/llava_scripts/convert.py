@@ -99,7 +99,7 @@ def convert_seed_bench(args: Namespace) -> None:
     known = [question_key(row["question_id"]) for row in questions]
     check_ids(answers, known, args.result_file, args.annotation_file)
     right = [
-        name in answers and seed_bench.is_correct(answers[name], question["answer"])
+        answers.get(name) == question["answer"]
         for name, question in zip(known, questions, strict=True)
     ]
     print(*seed_bench.report(questions, types, right), sep="\n")

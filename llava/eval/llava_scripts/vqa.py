@@ -11,7 +11,6 @@ import hashlib
 import sys
 from abc import abstractmethod
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from llava.eval.engine.processes import processes
 from llava.eval.engine.request import Arm, RunRequest, arm_of, saved_pruning
 from llava.eval.engine.run import Answered, answer
 from llava.eval.engine.schema import Record
-from llava.eval.llava_scripts import AddFlags, Program, flag, path_flag
+from llava.eval.llava_scripts import flag, path_flag, program
 from llava.eval.prompts import bare_question, has_inner_marks
 from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.eval.tasks.files import (
@@ -260,24 +259,7 @@ def asked_arm(args: Namespace) -> Arm:
     return replace(arm, name=arm.method, label=arm.method)
 
 
-def answering(
-    name: str,
-    description: str,
-    questions: Callable[[Namespace], QuestionList],
-    *flags: AddFlags,
-) -> Program:
-    """Declare a program that answers the file which `questions` opens.
-
-    Its flags are LLaVA's (some with underscores, as there), pruning flags, ours, and `flags`.
-    """
-    return Program(
-        f"llava.eval.{name}",
-        description,
-        (*COMMON_FLAGS, *flags),
-        lambda args: answer_file(questions(args), args),
-    )
-
-
+# LLaVA's (some with underscores, as there), those of pruning, and ours.
 COMMON_FLAGS = (
     add_answering_flags,
     path_flag("--image-folder", "where images are found by name", required=False, default=Path()),
@@ -296,38 +278,37 @@ LETTER_FLAG = flag(
 )
 
 
-def json_lines(args: Namespace) -> QuestionList:
-    """Open LLaVA's usual question file."""
-    return JsonLines(args.question_file, args.image_folder)
+@program("llava.eval.model_vqa", *COMMON_FLAGS)
+def model_vqa(args: Namespace) -> int:
+    """Answer a question file about images, at length."""
+    return answer_file(JsonLines(args.question_file, args.image_folder), args)
 
 
-def science_file(args: Namespace) -> QuestionList:
-    """Open LLaVA's ScienceQA file."""
-    suffix = OPTION_LETTER if args.single_pred_prompt else ""
-    return ScienceQAFile(args.question_file, args.image_folder, suffix)
-
-
-def mmbench_table(args: Namespace) -> QuestionList:
-    """Open one of MMBench's tables."""
-    suffix = SUFFIXES[args.lang] if args.single_pred_prompt else ""
-    return MMBenchTable(args.question_file, suffix, args.all_rounds)
-
-
-model_vqa = answering("model_vqa", "Answer a question file about images, at length.", json_lines)
-model_vqa_loader = answering(
-    "model_vqa_loader",
-    "Answer a question file about images.",
-    json_lines,
+@program(
+    "llava.eval.model_vqa_loader",
+    *COMMON_FLAGS,
     flag("--max_new_tokens", type=int, default=128),
 )
-model_vqa_science = answering(
-    "model_vqa_science", "Answer LLaVA's ScienceQA file.", science_file, LETTER_FLAG
-)
-model_vqa_mmbench = answering(
-    "model_vqa_mmbench",
-    "Answer one of MMBench's tables.",
-    mmbench_table,
+def model_vqa_loader(args: Namespace) -> int:
+    """Answer a question file about images."""
+    return answer_file(JsonLines(args.question_file, args.image_folder), args)
+
+
+@program("llava.eval.model_vqa_science", *COMMON_FLAGS, LETTER_FLAG)
+def model_vqa_science(args: Namespace) -> int:
+    """Answer LLaVA's ScienceQA file."""
+    suffix = OPTION_LETTER if args.single_pred_prompt else ""
+    return answer_file(ScienceQAFile(args.question_file, args.image_folder, suffix), args)
+
+
+@program(
+    "llava.eval.model_vqa_mmbench",
+    *COMMON_FLAGS,
     flag("--all-rounds", action="store_true", help="ask with the options in every rotation"),
     LETTER_FLAG,
     flag("--lang", choices=tuple(SUFFIXES), default="en", help="of that request"),
 )
+def model_vqa_mmbench(args: Namespace) -> int:
+    """Answer one of MMBench's tables."""
+    suffix = SUFFIXES[args.lang] if args.single_pred_prompt else ""
+    return answer_file(MMBenchTable(args.question_file, suffix, args.all_rounds), args)

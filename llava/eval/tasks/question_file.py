@@ -18,9 +18,9 @@ from llava.eval.tasks.files import (
     Kind,
     Row,
     check_fields,
+    hash_files,
     index_by,
     is_file,
-    read_bytes,
     read_json,
     read_jsonl,
 )
@@ -91,18 +91,13 @@ class QuestionFile(Benchmark):
         return self._draw(name)
 
     def data_hash(self) -> str:
-        digest = hashlib.sha256()
         files = [self.root / "questions.jsonl", self.root / "answers.jsonl"]
         if self.image_folder is None:
-            files.append(self.root / "manifest.json")
-        for file in files:
-            digest.update(hashlib.sha256(read_bytes(file)).digest())
-        if self.image_folder is not None:
-            for name in sorted({image for item in self.items() for image in item.images}):
-                file = self.image_folder / name
-                content = file.read_bytes() if is_file(file) else b"missing"
-                digest.update(hashlib.sha256(content).digest())
-        return digest.hexdigest()
+            return hash_files([*files, self.root / "manifest.json"])
+        names = sorted({image for item in self.items() for image in item.images})
+        images = {name: self.image_folder / name for name in names}
+        files += [path for path in images.values() if is_file(path)]
+        return hash_files(files, [(name, -1) for name in names if not is_file(images[name])])
 
     def item_score(self, item: Item, answer: str) -> float:
         return float(is_correct(answer, item.data["answer"]))

@@ -7,8 +7,8 @@ and "A." are wrong.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,44 +55,6 @@ ROWS = Dataset(
 )
 
 
-def is_correct(text: str, letter: str) -> bool:
-    """Tell whether `text` is exactly the letter of the right option."""
-    return text == letter
-
-
-@dataclass(frozen=True)
-class Tally:
-    """`correct` of `total` questions."""
-
-    correct: int
-    total: int
-
-    @property
-    def percent(self) -> float | None:
-        """Accuracy x 100; None without questions."""
-        return self.correct / self.total * 100 if self.total else None
-
-
-def by_type(questions: Sequence[Mapping[str, Any]], right: Sequence[bool]) -> dict[int, Tally]:
-    """Return {question type: tally}, types ascending."""
-    groups: dict[int, list[bool]] = {}
-    for question, value in zip(questions, right, strict=True):
-        groups.setdefault(question["question_type_id"], []).append(value)
-    return {kind: Tally(sum(groups[kind]), len(groups[kind])) for kind in sorted(groups)}
-
-
-def total(
-    questions: Sequence[Mapping[str, Any]], right: Sequence[bool], data_type: str | None = None
-) -> Tally:
-    """Count all questions, or those about an `image` or a `video`."""
-    chosen = [
-        value
-        for question, value in zip(questions, right, strict=True)
-        if data_type in (None, question["data_type"])
-    ]
-    return Tally(sum(chosen), len(chosen))
-
-
 def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], dict[int, str]]:
     """Read the questions of `SEED-Bench.json` and {question type: its name}. Raises TaskError."""
     content = read_json(path, task)
@@ -125,16 +87,17 @@ def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], di
     return questions, names
 
 
-def report(
-    questions: Sequence[Mapping[str, Any]], types: Mapping[int, str], right: Sequence[bool]
-) -> list[str]:
+def report(questions: Sequence[Row], types: Mapping[int, str], right: Sequence[bool]) -> list[str]:
     """Return the lines that LLaVA prints: each type, all, images, videos."""
-    lines = [f"{types[kind]}: {_percent(row)}" for kind, row in by_type(questions, right).items()]
+    by_type: dict[int, list[bool]] = defaultdict(list)
+    by_data: dict[str, list[bool]] = defaultdict(list)
+    for question, value in zip(questions, right, strict=True):
+        by_type[question["question_type_id"]].append(value)
+        by_data[question["data_type"]].append(value)
     return [
-        *lines,
-        f"Total accuracy: {_percent(total(questions, right))}",
-        f"image accuracy: {_percent(total(questions, right, 'image'))}",
-        f"video accuracy: {_percent(total(questions, right, 'video'))}",
+        *(f"{types[kind]}: {_percent(by_type[kind])}" for kind in sorted(by_type)),
+        f"Total accuracy: {_percent(right)}",
+        *(f"{data_type} accuracy: {_percent(by_data[data_type])}" for data_type in DATA_TYPES),
     ]
 
 
@@ -147,8 +110,8 @@ def upload(questions: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> st
     )
 
 
-def _percent(tally: Tally) -> str:
-    return "n/a" if tally.percent is None else f"{tally.percent:.2f}%"
+def _percent(right: Sequence[bool]) -> str:
+    return f"{sum(right) / len(right) * 100:.2f}%" if right else "n/a"
 
 
 @register_benchmark
@@ -191,7 +154,7 @@ class SEEDBench(PublishedQuestions):
         return ({key: question[key] for key in keys} for question in found)
 
     def item_score(self, item: Item, answer: str) -> float:
-        return float(is_correct(answer, item.data["answer"]))
+        return float(answer == item.data["answer"])
 
     def groups(self, items: Sequence[Item]) -> Mapping[str, Sequence[Item]]:
         """`image_accuracy`; under `all` also `video_accuracy` and `accuracy` of both together."""
