@@ -39,7 +39,7 @@ class Item:
     size: int
     x: int
     y: int
-    partner: int | None = None  # index of the item it stands beside
+    partner: int | None = None  # index of the item it stands next to
     partner_side: str | None = None  # where that partner is, seen from this item
 
 

@@ -55,7 +55,11 @@ class Store:
 
 @contextmanager
 def open_store(path: Path) -> Iterator[Store]:
-    """Open a folder, a .zip or a .tar (also compressed). Raises TaskError for anything else."""
+    """Open a folder, a .zip or a .tar (also compressed).
+
+    Raises:
+        TaskError: it is anything else.
+    """
     try:
         if path.is_dir():
             found = (file for file in sorted(path.rglob("*")) if file.is_file())

@@ -7,13 +7,13 @@ What no `build` makes is written here, in the published format. Questions and pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from llava.eval.data.layout import Dataset, Layout, Read
+from llava.eval.data.layout import Layout, Read
 from llava.eval.tasks import gqa, mme
 from llava.eval.tasks.base import get_benchmark
 from llava.eval.tasks.files import SHORT_ANSWER, Row
@@ -224,11 +224,7 @@ def write_rows(
         | row(asked)
         for asked in draw_questions(families, count, salt=salt)
     ]
-
-    def read(_: Dataset) -> Iterator[Row]:
-        return map(dict, rows)
-
-    build(task, root, read)
+    build(task, root, lambda _: map(dict, rows))
 
 
 def build(task: str, root: Path, read: Read) -> None:

@@ -23,7 +23,11 @@ from llava.storage import write_atomically
 
 
 def texts_of(answers: Path) -> dict[Any, str]:
-    """Read {question id: answer} of an answer file. Raises TaskError for an unusable one."""
+    """Read {question id: answer} of an answer file.
+
+    Raises:
+        TaskError: the file cannot be used.
+    """
     return {name: row["text"] for name, row in read_answers(answers).items()}
 
 

@@ -1,7 +1,7 @@
 """LLaVA's `model_vqa*`: answer a question file, over the same loop as every other run.
 
 The four programs differ in the question file they read. An interrupted command continues where it
-stopped when it is given again: what was answered lies beside the answers file, in a hidden folder,
+stopped when it is given again: what was answered is next to the answers file, in a hidden folder,
 under a key of every setting, so that answers never mix.
 """
 

@@ -58,12 +58,20 @@ def how_to_get(task: str | None) -> str:
 
 
 def read_bytes(path: Path, task: str | None = None) -> bytes:
-    """Return the contents of a file. Raises TaskError if it cannot be read."""
+    """Return the contents of a file.
+
+    Raises:
+        TaskError: it cannot be read.
+    """
     return storage.read_bytes(path, hint=how_to_get(task), error=TaskError)
 
 
 def read_json(path: Path, task: str | None = None) -> Any:
-    """Return the value in a JSON file. Raises TaskError if it is missing or damaged."""
+    """Return the value in a JSON file.
+
+    Raises:
+        TaskError: it is missing or damaged.
+    """
     return storage.read_json(path, hint=how_to_get(task), error=TaskError)
 
 
@@ -118,7 +126,10 @@ def check_fields(row: Any, where: str, fields: Fields, hint: str = "") -> None:
 def check_listed(rows: Any, what: str, path: Path, fields: Fields) -> list[Row]:
     """Return `rows` of a JSON file, if they are a list of objects that pass `check_fields`.
 
-    `what` is what one of them is called, such as "question". Raises TaskError otherwise.
+    `what` is what one of them is called, such as "question".
+
+    Raises:
+        TaskError: `rows` is not a list, or one of them does not pass.
     """
     if not isinstance(rows, list):
         raise TaskError(f"{path} must contain a JSON array of {what}s")
@@ -130,7 +141,8 @@ def check_listed(rows: Any, what: str, path: Path, fields: Fields) -> list[Row]:
 def image_names(value: Any, where: str) -> tuple[str, ...]:
     """Return the names in an `image` field: none (missing, null, ""), one, or a list of them.
 
-    Raises TaskError, naming `where`, for anything else.
+    Raises:
+        TaskError: it is anything else; the message names `where`.
     """
     if value is None or value == "":
         return ()
@@ -165,14 +177,11 @@ def as_json(value: Any) -> str:
 def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
     """Return `{row[key]: row}` in the order of `rows` of `path`.
 
-    Raises TaskError where two rows share a key, and for keys that are not text or a number.
+    Raises:
+        TaskError: two rows share a key.
     """
     found: dict[Any, Any] = {}
     for row in rows:
-        if not is_id(row[key]):
-            raise TaskError(
-                f"{key} in {path} must be text or a whole number, not {as_json(row[key])}"
-            )
         if row[key] in found:
             raise TaskError(f"{path} has {key} {row[key]!r} twice; keep one of the two lines")
         found[row[key]] = row
@@ -180,7 +189,11 @@ def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
 
 
 def check_ids(given: Iterable[Any], known: Iterable[Any], given_in: Path, known_in: Path) -> None:
-    """Refuse ids of `given_in` that are not in `known_in`. Raises TaskError with the first."""
+    """Refuse ids of `given_in` that are not in `known_in`.
+
+    Raises:
+        TaskError: one is unknown; the message names the first.
+    """
     known = set(known)
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -268,7 +281,11 @@ class ImageFolder:
     task: str | None = None
 
     def load(self, name: str, pixels: str = ORIGINAL) -> Image.Image:
-        """Return an image, RGB. Raises UserInputError if there is none or it is damaged."""
+        """Return an image, RGB.
+
+        Raises:
+            UserInputError: there is none, or it is damaged.
+        """
         self._check()
         return open_image(self.root / name, pixels)
 

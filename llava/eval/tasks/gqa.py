@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 from llava.eval.data.layout import Dataset, Layout, Read
 from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
-from llava.eval.tasks.files import SHORT_ANSWER, Row, check_ids, read_json
+from llava.eval.tasks.files import SHORT_ANSWER, Kind, Row, check_fields, check_ids, read_json
 from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, answer_lines, question_line
 
-NEEDED = ("isBalanced", "answer", "imageId", "types")
+NEEDED = {"isBalanced": Kind.ANY, "answer": Kind.TEXT, "imageId": Kind.TEXT, "types": Kind.ANY}
 IMAGES = Dataset("lmms-lab/GQA", "id image", "testdev", "testdev_balanced_images")
 QUESTIONS = Dataset(
     "lmms-lab/GQA",
@@ -108,13 +108,14 @@ class GQA(PublishedQuestions):
 
 
 def _check(question: Any, where: str) -> None:
-    """Refuse an annotation that lacks what is needed. Raises TaskError, naming `where`."""
-    if not isinstance(question, dict) or not question.keys() >= set(NEEDED):
-        raise TaskError(f"{where} lacks one of {', '.join(NEEDED)}")
+    """Refuse an annotation that lacks what is needed.
+
+    Raises:
+        TaskError: a field is missing or of another kind; the message names `where`.
+    """
+    check_fields(question, where, NEEDED)
     types = question["types"]
     if not isinstance(types, dict) or "structural" not in types:
         raise TaskError(f"{where} lacks its structural type")
-    if not all(isinstance(question[key], str) for key in ("answer", "imageId")):
-        raise TaskError(f"answer and imageId of {where} must be text")
     if not isinstance(question["isBalanced"], bool):
         raise TaskError(f"isBalanced of {where} must be true or false")

@@ -120,7 +120,11 @@ def rotate(item: Item) -> Iterator[Item]:
 
 
 def read_questions(path: Path, task: str | None = None, columns: Sequence[str] = ()) -> Table:
-    """Read a table whose `index` names its rows. Raises TaskError where it does not."""
+    """Read a table whose `index` names its rows.
+
+    Raises:
+        TaskError: an index is missing, or there twice.
+    """
     table = read_table(path, task, ("index", *columns))
     names = Counter(row["index"] for row in table.rows)
     if None in names:
@@ -152,7 +156,10 @@ def question_of(row: TableRow) -> str:
 def sheet(table: Table, answers: Mapping[Any, str]) -> tuple[list[str], list[list[Cell]]]:
     """Return columns and rows to upload: what the server lacks of the table, with `prediction`.
 
-    A row without an answer keeps an empty cell. Raises TaskError for a table of too few columns.
+    A row without an answer keeps an empty cell.
+
+    Raises:
+        TaskError: the table has too few columns.
     """
     kept = [name for name in table.columns if name not in DROPPED]
     if len(kept) < PLACE:

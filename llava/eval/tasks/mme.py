@@ -86,7 +86,8 @@ def question_key(question_id: str, prompt: str, truth: Container[Key]) -> Key:
     LLaVA replaces "Please answer yes or no." by its own instruction. MME has one or two spaces in
     front of it, so whichever of the two is in `truth` is meant.
 
-    Raises UserInputError where `truth` has neither.
+    Raises:
+        UserInputError: `truth` has neither.
     """
     category, name = question_id.split("/")[0], question_id.split("/")[-1]
     file = name.split(".")[0] + ".txt"

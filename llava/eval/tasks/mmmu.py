@@ -281,7 +281,11 @@ def _as_list(value: Any, where: str) -> list[str]:
 
 
 def _words(values: Sequence[Any], what: str) -> list[str]:
-    """Return texts and numbers as text. Raises TaskError for anything else, calling it `what`."""
+    """Return texts and numbers as text.
+
+    Raises:
+        TaskError: one is anything else, called `what` in the message.
+    """
     for value in values:
         if not isinstance(value, float) and not is_id(value):
             raise TaskError(f"{what} must be text or a number, not {value!r}"[:200])

@@ -84,9 +84,11 @@ def decide_exactly(text: str) -> Answer | None:
 def count(answers: Sequence[Answer | None], labels: Sequence[Answer]) -> Confusion:
     """Count `answers` [n] against `labels` [n], paired by position.
 
-    None is neither yes nor no and in no count, as in lmms-eval. Raises ValueError if the lengths
-    differ: the published code cuts the longer list, which is how 3,000 labels came to be scored
-    against 2,910 answers.
+    None is neither yes nor no and in no count, as in lmms-eval.
+
+    Raises:
+        ValueError: the lengths differ. The published code cuts the longer list, which is how 3,000
+            labels came to be scored against 2,910 answers.
     """
     pairs = list(zip(answers, labels, strict=True))
     return Confusion(

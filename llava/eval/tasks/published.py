@@ -43,7 +43,11 @@ class FolderBenchmark(Benchmark):
 
     @abstractmethod
     def read_items(self) -> list[Item]:
-        """Read all prompts in published order. Raises TaskError for unusable files."""
+        """Read all prompts in published order.
+
+        Raises:
+            TaskError: the files cannot be used.
+        """
 
     def published(self, count: int | None, originals: str, **more: Any) -> Sources:
         """Return `Sources` of all `files` and of the folder of images."""
@@ -88,7 +92,11 @@ class PublishedQuestions(FolderBenchmark):
         return []
 
     def annotate(self, rows: Sequence[Row]) -> Iterable[Mapping[str, Any]]:
-        """Return `Item.data` of each row, in order. Raises TaskError where they do not fit."""
+        """Return `Item.data` of each row, in order.
+
+        Raises:
+            TaskError: rows and annotations do not fit.
+        """
         return ({} for _ in rows)
 
     def rows(self) -> list[Row]:

@@ -167,7 +167,7 @@ class ScienceQA(FolderBenchmark):
         problems, _ = read_split(self.folder, "test", self.name)
         path = self.question_file
         rows = read_json(path, self.name)
-        if not check_listed(rows, "question", path, {"id": Kind.ANY, "conversations": Kind.ANY}):
+        if not check_listed(rows, "question", path, {"id": Kind.ID, "conversations": Kind.ANY}):
             raise TaskError(f"{path} has no questions")
         check_ids(index_by(rows, "id", path), problems, path, self.folder / "problems.json")
         return [self._item(*pair, problems) for pair in enumerate(rows)]
@@ -188,7 +188,8 @@ class ScienceQA(FolderBenchmark):
 def first_turn(row: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
     """Read the question of a row, without image marks, and the names of its images (one or none).
 
-    Raises TaskError, naming `where`, for a row that cannot be asked.
+    Raises:
+        TaskError: the row cannot be asked; the message names `where`.
     """
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
@@ -203,7 +204,11 @@ def first_turn(row: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]
 def read_split(
     folder: Path, split: str, task: str | None = None
 ) -> tuple[Mapping[str, Mapping[str, Any]], list[str]]:
-    """Read all problems and the ids of one split. Raises TaskError for unusable files."""
+    """Read all problems and the ids of one split.
+
+    Raises:
+        TaskError: the files cannot be used.
+    """
     problems = read_json(folder / "problems.json", task)
     splits = read_json(folder / "pid_splits.json", task)
     if not isinstance(problems, dict) or not isinstance(splits, dict):

@@ -56,7 +56,11 @@ ROWS = Dataset(
 
 
 def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], dict[int, str]]:
-    """Read the questions of `SEED-Bench.json` and {question type: its name}. Raises TaskError."""
+    """Read the questions of `SEED-Bench.json` and {question type: its name}.
+
+    Raises:
+        TaskError: the file cannot be used.
+    """
     content = read_json(path, task)
     questions = content.get("questions") if isinstance(content, dict) else None
     types = content.get("question_type") if isinstance(content, dict) else None

@@ -36,7 +36,8 @@ def question_in(prompt: str) -> str:
     Three forms exist: the question, an OCR line (before or after it) and the instruction, each on
     a line; the question and the instruction; and "OCR tokens: ... Question: ... Short answer:".
 
-    Raises UserInputError for any other form.
+    Raises:
+        UserInputError: it has another form.
     """
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
@@ -55,7 +56,8 @@ def question_in(prompt: str) -> str:
 def read_annotations(path: Path, task: str | None = None) -> dict[Key, list[str]]:
     """Read {(image id, lower-case question): human answers} of TextVQA's annotation file.
 
-    Raises UserInputError, naming `path`, for other content.
+    Raises:
+        UserInputError: it has other content; the message names `path`.
     """
     content = read_json(path, task)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
@@ -92,7 +94,11 @@ def answers_by_question(
 
 
 def answers_for(known: Mapping[Key, list[str]], image_id: Any, prompt: str) -> list[str]:
-    """Return the human answers to a prompt. Raises UserInputError where no annotation asks that."""
+    """Return the human answers to a prompt.
+
+    Raises:
+        UserInputError: no annotation asks that.
+    """
     question = question_in(prompt)
     if (image_id, question) not in known:
         raise UserInputError(

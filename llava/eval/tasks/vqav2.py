@@ -169,7 +169,11 @@ def _listed(path: Path, name: str, fields: Fields, task: str) -> list[Row]:
 
 
 def _people(annotation: Row, path: Path) -> list[str]:
-    """Return what each person answered. Raises TaskError where there is no answer."""
+    """Return what each person answered.
+
+    Raises:
+        TaskError: there is no answer.
+    """
     try:
         answers = [row["answer"] for row in annotation["answers"]]
     except (KeyError, TypeError):
