@@ -120,7 +120,6 @@ def _shared(one: PurePosixPath, other: PurePosixPath) -> int:
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     handle = tar.extractfile(member)
-    if handle is None:
-        raise TaskError(f"{member.name} in the archive is not a file; download the archive again")
+    assert handle is not None, "only files are listed"
     with handle:
         return handle.read()

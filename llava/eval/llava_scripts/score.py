@@ -88,8 +88,7 @@ def pope_confusions(
     lines = read_jsonl(question_file, fields={"question_id": Kind.ID, "category": Kind.TEXT})
     questions = index_by(lines, "question_id", question_file)
     answers = list(read_answers(result_file).values())
-    given = [row["question_id"] for row in answers]
-    check_ids(given, questions, result_file, question_file)
+    check_ids((row["question_id"] for row in answers), questions, result_file, question_file)
     place = {name: number for number, name in enumerate(questions)}
     found = {}
     paths = sorted(annotation_dir.iterdir())

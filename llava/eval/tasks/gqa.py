@@ -77,14 +77,9 @@ class GQA(PublishedQuestions):
 
     def groups(self, items: Sequence[Item]) -> Mapping[str, Sequence[Item]]:
         """`accuracy`, and that of `open` questions, which ask for a word, and the `binary` rest."""
-
-        def asking(for_word: bool) -> list[Item]:
-            kinds = (item.data["types"]["structural"] for item in items)
-            return [
-                i for i, kind in zip(items, kinds, strict=True) if (kind == "query") == for_word
-            ]
-
-        return {"accuracy": items, "binary": asking(False), "open": asking(True)}
+        binary = [item for item in items if item.data["types"]["structural"] != "query"]
+        for_word = [item for item in items if item.data["types"]["structural"] == "query"]
+        return {"accuracy": items, "binary": binary, "open": for_word}
 
     def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
         """Return the file that GQA's evaluation script reads."""

@@ -261,11 +261,8 @@ class MMBench(Benchmark):
     def build(self, read: Read, layout: Layout) -> None:
         """Make the TSV file with the columns and their order as published."""
         lines = ["\t".join(PUBLISHED_COLUMNS)]
-        for row in read(
-            Dataset(
-                "lmms-lab/MMBench", "index question hint A B C D answer image", "dev", self.language
-            )
-        ):
+        columns = "index question hint A B C D answer image"
+        for row in read(Dataset("lmms-lab/MMBench", columns, "dev", self.language)):
             image = base64.b64encode(image_bytes(row["image"], f"row {row['index']}"))
             row |= {"image": image.decode("ascii"), "l2-category": row.get("L2-category")}
             lines.append("\t".join(write_cell(row.get(key)) for key in PUBLISHED_COLUMNS))

@@ -11,7 +11,6 @@ import ast
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
@@ -177,14 +176,8 @@ class MMMU(FolderBenchmark):
         "llava": "validation, the option's letter or a phrase"
     }
     image_path = "mmmu/images"
+    question_path = "mmmu/validation.jsonl"
     submission_file = "mmmu_answers.json"
-
-    def __init__(self, root: Path, protocol: str | None = None) -> None:
-        super().__init__(root, protocol)
-        self.path = root / "mmmu" / "validation.jsonl"
-
-    def files(self) -> list[Path]:
-        return [self.path]
 
     def item_score(self, item: Item, answer: str) -> float:
         if options := item.data["options"]:
@@ -217,16 +210,17 @@ class MMMU(FolderBenchmark):
                     layout.image(self.image_folder() / f"{row['id']}_{number}.png", image)
             keys = ("id", "question", "options", "answer", "question_type")
             rows.append({key: row[key] for key in keys})
-        layout.lines(self.path, rows)
+        layout.lines(self.question_file(), rows)
 
     def read_items(self) -> list[Item]:
-        rows = read_jsonl(self.path, self.name, fields=FIELDS)
+        path = self.question_file()
+        rows = read_jsonl(path, self.name, fields=FIELDS)
         if not rows:
-            raise TaskError(f"{self.path} has no questions")
-        return [self._item(*pair) for pair in enumerate(index_by(rows, "id", self.path).values())]
+            raise TaskError(f"{path} has no questions")
+        return [self._item(*pair) for pair in enumerate(index_by(rows, "id", path).values())]
 
     def _item(self, index: int, row: Mapping[str, Any]) -> Item:
-        name, where = str(row["id"]), f"question {row['id']!r} of {self.path}"
+        name, where = str(row["id"]), f"question {row['id']!r} of {self.question_file()}"
         subject = name.split("_", 1)[-1].rpartition("_")[0]
         if subject not in _DOMAIN_OF:
             raise TaskError(f"{where} must have an id like validation_Accounting_1")

@@ -27,19 +27,29 @@ ARCHIVE = "LLaVA's evaluation archive eval.zip"
 class FolderBenchmark(Benchmark):
     """A benchmark whose images lie in one folder; its files are read once.
 
-    Class attributes, besides those of `Benchmark`:
-        image_path: the folder of images below the data root.
+    Class attributes, besides those of `Benchmark`, below the data root:
+        image_path: the folder of images.
+        question_path: the file of questions.
     """
 
     image_path: ClassVar[str]
+    question_path: ClassVar[str]
 
     def image_folder(self) -> Path:
         """Return where images lie by the names that items give them."""
         return self.root / self.image_path
 
-    @abstractmethod
+    def question_file(self) -> Path:
+        """Return the file of questions."""
+        return self.root / self.question_path
+
+    def annotation_files(self) -> list[Path]:
+        """Return every other file that `read_items` reads."""
+        return []
+
     def files(self) -> list[Path]:
         """Return every file that `read_items` reads."""
+        return [self.question_file(), *self.annotation_files()]
 
     @abstractmethod
     def read_items(self) -> list[Item]:
@@ -73,23 +83,13 @@ class FolderBenchmark(Benchmark):
 
 
 class PublishedQuestions(FolderBenchmark):
-    """Prompts published as JSON lines, one image each, with the annotations that belong to them.
+    """Prompts published as lines {question_id, image, text}, with the annotations of each.
 
     Class attributes, besides those of `FolderBenchmark`:
-        question_path: the file of lines {question_id, image, text} below the data root.
         unique_ids: whether a question id may occur only once in the question file.
     """
 
-    question_path: ClassVar[str]
     unique_ids: ClassVar[bool] = True
-
-    def question_file(self) -> Path:
-        """Return the file that `rows` reads."""
-        return self.root / self.question_path
-
-    def annotation_files(self) -> list[Path]:
-        """Return every file that `annotate` reads."""
-        return []
 
     def annotate(self, rows: Sequence[Row]) -> Iterable[Mapping[str, Any]]:
         """Return `Item.data` of each row, in order.
@@ -115,9 +115,6 @@ class PublishedQuestions(FolderBenchmark):
         if not rows:
             raise TaskError(f"{path} has no questions")
         return rows
-
-    def files(self) -> list[Path]:
-        return [self.question_file(), *self.annotation_files()]
 
     def read_items(self) -> list[Item]:
         rows = self.rows()

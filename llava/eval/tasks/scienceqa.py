@@ -131,16 +131,11 @@ class ScienceQA(FolderBenchmark):
     max_new_tokens = 1024
     headline = "image_accuracy"
     image_path = "scienceqa/images/test"
+    question_path = "scienceqa/llava_test_CQM-A.json"
     submission_file = "scienceqa_answers.jsonl"
 
-    def __init__(self, root: Path, protocol: str | None = None) -> None:
-        super().__init__(root, protocol)
-        self.folder = root / "scienceqa"
-        self.question_file = self.folder / "llava_test_CQM-A.json"
-
-    def files(self) -> list[Path]:
-        names = ("problems.json", "pid_splits.json")
-        return [self.question_file, *(self.folder / name for name in names)]
+    def annotation_files(self) -> list[Path]:
+        return [self.root / "scienceqa" / name for name in ("problems.json", "pid_splits.json")]
 
     def item_score(self, item: Item, answer: str) -> float:
         return float(judge(answer, item.data["answer"], item.data["choices"]).correct)
@@ -164,16 +159,16 @@ class ScienceQA(FolderBenchmark):
         return self.published(4_241, originals, with_image=2_017)
 
     def read_items(self) -> list[Item]:
-        problems, _ = read_split(self.folder, "test", self.name)
-        path = self.question_file
+        path, problem_file, _ = self.files()
+        problems, _ = read_split(path.parent, "test", self.name)
         rows = read_json(path, self.name)
         if not check_listed(rows, "question", path, {"id": Kind.ID, "conversations": Kind.ANY}):
             raise TaskError(f"{path} has no questions")
-        check_ids(index_by(rows, "id", path), problems, path, self.folder / "problems.json")
+        check_ids(index_by(rows, "id", path), problems, path, problem_file)
         return [self._item(*pair, problems) for pair in enumerate(rows)]
 
     def _item(self, index: int, row: dict[str, Any], problems: Mapping[str, Any]) -> Item:
-        question, images = first_turn(row, f"question {row['id']!r} of {self.question_file}")
+        question, images = first_turn(row, f"question {row['id']!r} of {self.question_file()}")
         problem = problems[row["id"]]
         return Item(
             index,

@@ -141,11 +141,8 @@ class VQAv2(PublishedQuestions):
 
     def build_test(self, read: Read, layout: Layout) -> None:
         """Make the whole test split, then test-dev."""
-        for dataset, file in zip(
-            (TEST_ROWS, TEST_DEV_ROWS),
-            (*self.annotation_files(), self.question_file()),
-            strict=True,
-        ):
+        files = {self.annotation_files()[0]: TEST_ROWS, self.question_file(): TEST_DEV_ROWS}
+        for file, dataset in files.items():
             prompts = []
             for row in read(dataset):
                 image = _image_name("test2015", row["image_id"])
