@@ -7,13 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-from llava.eval.data.demo_files import WRITERS
-from llava.storage import write_atomically
 from llava.utils import UserInputError
+from llava.world.benchmark_files import WRITERS, write_json
 
 DEFAULT_SAMPLES = 48
 STAMP = "demo.json"
-VERSION = 2  # raise it whenever a writer writes other files
+VERSION = 1  # raise it whenever a writer writes other files
 
 
 def write_playground(root: Path, samples: int = DEFAULT_SAMPLES) -> Path:
@@ -32,7 +31,7 @@ def write_playground(root: Path, samples: int = DEFAULT_SAMPLES) -> Path:
     try:
         for write in WRITERS.values():
             write(draft, samples)
-        write_atomically(draft / STAMP, json.dumps(wanted))
+        write_json(draft / STAMP, wanted)
         draft.rename(root)
     except OSError as error:
         if not _holds(root, wanted):  # another process may have been faster

@@ -7,9 +7,9 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from llava.world.benchmark_files import WRITERS
 from PIL import Image
 
-from llava.eval.data.demo_files import WRITERS
 from llava.eval.demo import write_playground
 from llava.utils import UserInputError
 from llava.world.questions import draw_questions

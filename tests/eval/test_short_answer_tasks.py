@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_llava import write_lines
+from llava.world.benchmark_files import SHORT, WRITERS, write_lines
 
-from llava.constants import SHORT_ANSWER as SHORT
-from llava.eval.data.demo_files import WRITERS
 from llava.eval.tasks.base import Benchmark, get_benchmark
 from llava.eval.tasks.question_file import TaskError
 from llava.utils import UserInputError

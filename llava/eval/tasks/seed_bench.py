@@ -194,7 +194,8 @@ class SEEDBench(PublishedQuestions):
             if row["data_type"] == "video":
                 image = f"SEED-Bench-video-image/{name}.png"
             layout.image(self.image_folder() / image, frames[len(frames) // 2] if frames else None)
-            truth.append({key: row[key] for key in ROWS.columns.split() if key != "image"})
+            keys = ("question_id", "question_type_id", "data_type", "answer", "question")
+            truth.append({key: row[key] for key in keys})
             options = [row[f"choice_{letter}"] for letter in "abcd"]
             text = with_options(row["question"], options) + OPTION_LETTER
             prompts.append(question_line(name, image, text, row["data_type"]))
