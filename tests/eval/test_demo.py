@@ -7,11 +7,11 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from llava.world.benchmark_files import WRITERS
 from PIL import Image
 
 from llava.eval.demo import write_playground
 from llava.utils import UserInputError
+from llava.world.benchmark_files import WRITERS
 from llava.world.questions import draw_questions
 
 SAMPLES = 12

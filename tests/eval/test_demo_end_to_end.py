@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from llava.world.benchmark_files import WRITERS
 from test_scripts import ROOT, run
 
 from llava.eval.__main__ import main
 from llava.eval.demo import write_playground
 from llava.eval.tasks.base import get_benchmark, list_benchmarks
+from llava.world.benchmark_files import WRITERS
 
 MODEL = ROOT / "playground/llava-tiny"
 

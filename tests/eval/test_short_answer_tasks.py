@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llava.world.benchmark_files import SHORT, WRITERS, write_lines
 
 from llava.eval.tasks.base import Benchmark, get_benchmark
 from llava.eval.tasks.question_file import TaskError
 from llava.utils import UserInputError
+from llava.world.benchmark_files import SHORT, WRITERS, write_lines
 
 # Questions that are written; MME asks two about each of two images in each of its 14 categories.
 COUNTS = {"gqa": 4, "vqav2": 3, "textvqa": 4, "pope": 9, "vizwiz": 2, "mme": 56}
