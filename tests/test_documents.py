@@ -149,3 +149,13 @@ def test_hooks_need_no_network() -> None:
     assert [hook["entry"].split()[:4] for hook in hooks] == [
         ["python", "-m", "ruff", command] for command in ("check", "format")
     ]
+
+
+def test_the_script_in_serving_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "serving.md").read_text()
+    script = re.search(r"^```python\n(.*?)^```", text, flags=re.M | re.S)[1]
+    exec(compile(script.replace('"auto"', '"cpu"'), "serving.md", "exec"), {})
+    assert capsys.readouterr().out == "white\n"

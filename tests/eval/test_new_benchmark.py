@@ -72,3 +72,24 @@ def test_missing_files_are_one_line(
     assert main([*words, "--data-root", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "questions.jsonl" in error and error.count("\n") == 1
+    assert "prepare" not in error  # nothing can get them
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            '{"question_id": 1, "image": "a.png", "text": "Where?"}',
+            "question 1 of toy lacks answer",
+        ),
+        ('[{"question_id": 1}]', "is not a JSON object; write one object a line"),
+    ],
+)
+def test_damaged_questions_are_one_line(
+    name: str, tmp_path: Path, content: str, reason: str
+) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "questions.jsonl").write_text(content)
+    with pytest.raises(base.TaskError, match=reason) as error:
+        base.get_benchmark(name)(tmp_path).items()
+    assert "prepare" not in str(error.value)

@@ -17,9 +17,15 @@ import pytest
 from PIL import Image
 
 from llava.eval.__main__ import main
-from llava.eval.data.check import list_prepared
 from llava.eval.data.layout import Layout
-from llava.eval.tasks.base import Benchmark, Sources, TaskError, get_benchmark, list_benchmarks
+from llava.eval.tasks.base import (
+    Benchmark,
+    Sources,
+    TaskError,
+    get_benchmark,
+    list_benchmarks,
+    list_prepared,
+)
 
 NEEDS_DATASETS = "the library datasets is not installed (llava[data])"
 

@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import re
 import shlex
 import subprocess
 from dataclasses import replace
@@ -26,8 +27,9 @@ from llava.eval.report.paper_table import budget_text, to_csv
 from llava.eval.tables import launch, load_table
 from llava.eval.tables.fill import Filled, RunResult, fill
 from llava.eval.tables.launch import Launch
-from llava.eval.tables.plan import arm_for, arm_name, plan, published_budget
+from llava.eval.tables.plan import arm_for, arm_name, plan, published_budget, unavailable
 from llava.eval.tables.spec import Row, Table, TableError, list_tables
+from llava.eval.tasks.base import get_benchmark
 from llava.pruning import PruningConfig
 from llava.storage import dump_json
 
@@ -373,3 +375,29 @@ def test_such_rows_run_end_to_end(
     capsys.readouterr()
     assert main(["compare", f"{run}:{name}", f"{run}:zoo@1.0"]) == 0
     assert f"A: {name} ({run})" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_comes_with_the_package_needs_no_data_root(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "tiny.toml", ["keep_tokens = 2"])
+    path.write_text(path.read_text().replace('"pope"', '"llava-tiny"'))
+    jobs = plan(load_table(path))
+    given, default = (Launch("m", root, tmp_path) for root in (tmp_path, None))
+    assert {default.root(job) for job in jobs} == {get_benchmark("llava-tiny").default_root}
+    assert {given.root(job) for job in jobs} == {tmp_path}
+
+
+def test_the_table_in_the_documents_is_complete(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "tables.md").read_text()
+    path = tmp_path / "my.toml"
+    path.write_text(re.search(r"^```toml\n(.*?)^```", text, flags=re.M | re.S)[1])
+    table = load_table(path)
+    assert [unavailable(table, row) for row in table.rows] == [None, None]
+    assert [job.task for job in plan(table)] == ["llava-tiny"]
+    assert table.rows[1].published["tiny"].source.kind == "paper"
+
+
+def test_all_missing_keys_are_named(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "tiny.toml", ["keep_tokens = 2"])
+    path.write_text(path.read_text().replace('model = "m"', "").replace('title = "tiny"', ""))
+    with pytest.raises(TableError, match="the table has no title, model"):
+        load_table(path)

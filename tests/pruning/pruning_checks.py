@@ -126,7 +126,10 @@ def check_valid_respected(name: str) -> None:
             for image, size in enumerate((20, 30)):
                 tokens = out.embeddings(image)
                 assert tokens.shape[0] == config.num_kept(size)
-                assert torch.equal(tokens, other.embeddings(image))
+                assert torch.equal(tokens, other.embeddings(image)), (
+                    "what padding holds changes the tokens that are kept; compute over "
+                    "tokens.valid_mask() only"
+                )
                 if out.kept is not None:
                     kept = out.kept[image][out.kept[image] >= 0]
                     assert visual.valid[image][kept].all()

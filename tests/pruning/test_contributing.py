@@ -60,6 +60,20 @@ def test_it_is_short() -> None:
     assert lines_of_code(CODE.search(section)[1]) <= 10
 
 
+def test_it_passes_the_type_checker() -> None:
+    """The package is checked with `disallow_untyped_defs`."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Add a method")[2]
+    functions = [
+        node
+        for node in ast.walk(ast.parse(CODE.search(section)[1]))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert functions
+    for function in functions:
+        assert function.returns is not None, function.name
+        assert all(argument.annotation for argument in function.args.args[1:]), function.name
+
+
 def test_the_methods_here_are_short() -> None:
     files = (ROOT / "llava" / "pruning" / "methods").glob("*.py")
     lines = {file.stem: lines_of_code(file.read_text()) for file in files}

@@ -77,7 +77,9 @@ def _arm_of(folder: Path, name: str | None) -> ArmAnswers:
     if name is None:
         candidates = [arm for arm in arms if arm != UNPRUNED] if len(arms) > 1 else arms
         if len(candidates) != 1:
-            raise ResultError(f"{folder} has several arms; write {folder}:ARM with one of {arms}")
+            raise ResultError(
+                f"{folder} has several arms; write {folder}:ARM, ARM one of {', '.join(arms)}"
+            )
         name = candidates[0]
     if name not in arms:
         raise ResultError(f"{folder} has no arm {name!r}; it has {', '.join(arms)}")

@@ -34,6 +34,7 @@ from llava.eval.tables.plan import (
     unavailable,
 )
 from llava.eval.tables.spec import Row, Table, TableError, list_tables, load_table
+from llava.eval.tasks.base import Benchmark
 from llava.model.loaded import load_model
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.pruning import PruningConfig
@@ -59,7 +60,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--model-path", help="checkpoint; default: the table's own, from the hub")
     add("--model-base", help="as in the run command")
     add("--conv-mode", help="conversation template; default: the table's")
-    add("--data-root", type=Path, default=Path("playground/data/eval"))
+    add("--data-root", type=Path, help=f"default: {Benchmark.default_root}")
     add("--output", type=Path, help="default: outputs/tables/NAME, or outputs/demo/NAME")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of the table")
     add("--methods", nargs="+", metavar="METHOD", help="only rows of these methods")
@@ -287,7 +288,7 @@ def describe_conditions(order: Order, command: str) -> Record:
     return {
         "command": command,
         "model": launch.model_path,
-        "data_root": str(launch.data_root),
+        "data_root": str(launch.data_root or Benchmark.default_root),
         **{flag: getattr(launch, flag) for flag in flags},
         "git": provenance.git_state(),
         "versions": provenance.package_versions(),

@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 
 from llava.eval.data.archives import open_store, take_files, take_images
-from llava.eval.data.check import check, list_prepared, open_prepared
+from llava.eval.data.check import check, open_prepared
 from llava.eval.data.hub import Reader
 from llava.eval.data.layout import Layout
-from llava.eval.tasks.base import Benchmark, Sources, TaskError
+from llava.eval.tasks.base import Benchmark, Sources, TaskError, list_prepared
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:

@@ -140,7 +140,14 @@ def plan_arms(methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]
 
     Raises:
         PruningError: an unknown method.
+        UserInputError: an option or a budget in the place of a name.
     """
+    for method in methods:
+        if ":" in method or "@" in method:
+            raise UserInputError(
+                f"--methods takes names only, not {method!r}; `llava run --arm "
+                "METHOD:OPTION=VALUE@BUDGET` sets options"
+            )
     # The unpruned arm and the control are in every plan already.
     named = [method for method in dict.fromkeys(methods) if method not in (UNPRUNED, CONTROL)]
     arms = [Arm(UNPRUNED, label="none (unpruned)")]

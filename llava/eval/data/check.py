@@ -11,7 +11,6 @@ from llava.eval.tasks.base import (
     Sources,
     TaskError,
     get_benchmark,
-    list_benchmarks,
 )
 
 
@@ -28,12 +27,6 @@ class Report:
     problem: str | None
 
 
-def list_prepared() -> list[str]:
-    """Return the names of the benchmarks whose data can be prepared, sorted."""
-    names = list_benchmarks()
-    return [name for name in names if get_benchmark(name).sources is not Benchmark.sources]
-
-
 def open_prepared(task: str, protocol: str | None, root: Path) -> tuple[Benchmark, Sources]:
     """Return a benchmark and where its data come from.
 
@@ -43,7 +36,10 @@ def open_prepared(task: str, protocol: str | None, root: Path) -> tuple[Benchmar
     benchmark = get_benchmark(task)(root, protocol)
     sources = benchmark.sources()
     if sources is None:
-        raise TaskError(f"{task} needs no preparation, or brings its own; see its documentation")
+        raise TaskError(
+            f"{task} does not say where its data come from, so there is nothing to prepare; "
+            "docs/benchmarks.md has the files that it reads"
+        )
     return benchmark, sources
 
 

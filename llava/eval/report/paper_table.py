@@ -246,7 +246,7 @@ def notes(filled: Filled) -> list[str]:
     left_out = [c.title for c in table.averaged() if c.title not in filled.covered]
     if left_out:
         found.append(
-            f"Not in the average, because a row or a score above zero to divide by is missing: "
+            "Not in the average, because a figure is missing or the unpruned one is zero: "
             f"{', '.join(left_out)}."
         )
     if not filled.demo:

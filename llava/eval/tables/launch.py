@@ -24,11 +24,12 @@ from llava.storage import dump_json, write_atomically
 class Launch:
     """What all runs of a table have in common, as the flags of `run`.
 
-    `processes`: how many share each run, one per GPU; 1 runs inside this process.
+    `processes`: how many share each run, one per GPU; 1 runs inside this process. `data_root`: None
+    for each benchmark's own default.
     """
 
     model_path: str
-    data_root: Path
+    data_root: Path | None
     output: Path
     model_base: str | None = None
     conv_mode: str | None = None
@@ -46,6 +47,10 @@ class Launch:
         """Return where the run of `job` puts its files."""
         return self.output / "cells" / job.folder
 
+    def root(self, job: Job) -> Path:
+        """Return where the files of the benchmark of `job` are."""
+        return self.data_root or get_benchmark(job.task).default_root
+
     def request(self, job: Job) -> RunRequest:
         """Return the run of `job`.
 
@@ -53,7 +58,7 @@ class Launch:
             UserInputError: a model or data that are not here.
         """
         base = None if self.model_base is None else str(local_checkpoint(self.model_base))
-        benchmark = get_benchmark(job.task)(self.data_root, job.protocol)
+        benchmark = get_benchmark(job.task)(self.root(job), job.protocol)
         benchmark.pixels = self.pixels
         return RunRequest(
             benchmark=benchmark,
@@ -86,7 +91,7 @@ class Launch:
             "--protocol": job.protocol,
             "--dtype": self.dtype,
             "--mm-next-protocol": next_protocol,
-            "--data-root": self.data_root,
+            "--data-root": self.root(job),
             "--output": self.folder(job),
             "--batch-size": self.batch_size,
             "--limit": self.limit,

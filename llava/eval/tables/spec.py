@@ -107,6 +107,7 @@ class Row:
 class Table:
     """One table of a paper, as `data/NAME.toml` describes it.
 
+    `model` is the checkpoint by default, `family` its kind (`llava.eval.tables.plan.FAMILIES`).
     `tokens` is the number of visual tokens of an unpruned image, None where it varies. `conv_mode`
     is the conversation template that the published figures were made with.
     `average_no_gap` says why the average cannot be compared with published ones.
@@ -245,8 +246,13 @@ def _read(cls: type[T], raw: Any, what: str, **known: Any) -> T:
         kind = hints[key]
         if kind in PLAIN and not isinstance(value, kind):
             raise TableError(f"{what}: {key} must be {PLAIN[kind]} but is {value!r}")
-    for own in fields(cls):  # type: ignore[arg-type]
-        required = own.default is MISSING and own.default_factory is MISSING
-        if required and own.name not in {*raw, *known}:
-            raise TableError(f"{what} has no {own.name}")
+    missing = [
+        own.name
+        for own in fields(cls)  # type: ignore[arg-type]
+        if own.default is MISSING
+        and own.default_factory is MISSING
+        and own.name not in {*raw, *known}
+    ]
+    if missing:
+        raise TableError(f"{what} has no {', '.join(missing)}")
     return cls(**raw, **known)

@@ -176,3 +176,9 @@ get_benchmark = _BENCHMARKS.get
 def list_benchmarks() -> list[str]:
     """Return the names of all benchmarks, sorted."""
     return sorted(_BENCHMARKS.entries())
+
+
+def list_prepared() -> list[str]:
+    """Return the names of the benchmarks whose data can be prepared, sorted."""
+    names = list_benchmarks()
+    return [name for name in names if get_benchmark(name).sources is not Benchmark.sources]

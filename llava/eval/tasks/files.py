@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from llava import constants, storage
-from llava.eval.tasks.base import TaskError
+from llava.eval.tasks.base import TaskError, list_prepared
 from llava.images import open_image
 from llava.pixels import ORIGINAL
 
@@ -53,8 +53,10 @@ def with_options(question: str, options: Iterable[str]) -> str:
 
 
 def how_to_get(task: str | None) -> str:
-    """Return the end of an error about a file of `task`: the command that gets the file."""
-    return f"; `python -m llava.eval prepare {task}` gets it" if task else ""
+    """Return the end of an error about a file of `task`: the command that gets it, if one does."""
+    if task is None or task not in list_prepared():
+        return ""
+    return f"; `python -m llava.eval prepare {task}` gets it"
 
 
 def read_bytes(path: Path, task: str | None = None) -> bytes:
@@ -92,6 +94,8 @@ def numbered_jsonl(
     """
     hint = how_to_get(task)
     for where, row in storage.read_jsonl(path, hint=hint, error=TaskError):
+        if not isinstance(row, dict):
+            raise TaskError(f"{where} is not a JSON object; write one object a line{hint}")
         check_fields(row, where, fields, hint)
         yield where, row
 
