@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llava.pruning.errors import PruningError, unknown
-from llava.registry import Registry
+from llava.pruning.errors import PruningError
+from llava.registry import Registry, unknown
 
 if TYPE_CHECKING:
     from llava.pruning.method import PruningMethod
@@ -54,7 +54,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> PruningMethod:
     known = [f.name for f in fields(cls) if f.init]
     for option in options:
         if option not in known:
-            raise unknown(f"option of {name!r}:", option, known)
+            raise PruningError(unknown(f"option of {name!r}:", option, known))
     return cls(**options)
 
 
