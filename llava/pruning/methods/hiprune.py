@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
-from llava.pruning.selection.rows import fill_with_top_k, top_k
+from llava.pruning.selection.rows import ranking
 
 
 @register
@@ -51,23 +51,33 @@ class HiPrune(PruningMethod):
         return torch.stack(tokens.extra("received_attention"))
 
     def select(self, rows: Rows) -> Picks:
-        grid, middle = rows.tokens.grid, rows.tokens.extra("object_attention")
-        picked = []
-        for row, count, _ in rows:
-            valid = None if rows.valid is None else rows.valid[row]
-            anchors = self.with_neighbours(middle[row], valid, grid, count)
-            picked.append(fill_with_top_k(anchors, rows.scored[row], valid, count))
-        return Picks.stack(picked)
+        middle = ranking(torch.stack(rows.tokens.extra("object_attention")), rows.valid)
+        deep = ranking(rows.scored, rows.valid)
+        return Picks.stack(
+            [
+                self.pick(middle[row], deep[row], rows.tokens.grid, count, tokens)
+                for row, count, tokens in rows
+            ]
+        )
 
-    def with_neighbours(
-        self, scores: Tensor, valid: Tensor | None, grid: tuple[int, int], count: int
-    ) -> list[int]:
-        """Return anchors, then their neighbours: at most `count` valid tokens, none twice."""
-        anchors = _highest(scores, valid, min(round(self.alpha * count / 5), count))
-        near = [n for anchor in anchors for n in self._neighbours(anchor, grid)]
+    def pick(
+        self, middle: Tensor, deep: Tensor, grid: tuple[int, int], count: int, tokens: Tensor
+    ) -> Tensor:
+        """Return `count` of the valid `tokens` of one row: anchors, buffers, then registers.
+
+        Args:
+            middle, deep: LongTensor [N], the order of attention in each layer.
+            grid: (rows, columns) of the tile.
+            count: how many.
+            tokens: LongTensor [n].
+        """
+        anchors = middle[: min(round(self.alpha * count / 5), count)].tolist()
+        buffers = [n for anchor in anchors for n in self._neighbours(anchor, grid)]
+        valid = set(tokens.tolist())
         # A dictionary keeps the first of equal entries in its place.
-        taken = list(dict.fromkeys(anchors + near))
-        return [token for token in taken if valid is None or valid[token]][:count]
+        taken = dict.fromkeys([*anchors, *buffers, *deep[:count].tolist()])
+        kept = [token for token in taken if token in valid][:count]
+        return torch.tensor(kept, dtype=torch.long, device=tokens.device)
 
     def _neighbours(self, token: int, grid: tuple[int, int]) -> list[int]:
         rows, cols = grid
@@ -77,9 +87,3 @@ class HiPrune(PruningMethod):
         row, col = divmod(token, cols)
         touching = ((row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col))
         return [r * cols + c for r, c in touching if 0 <= r < rows and 0 <= c < cols]
-
-
-def _highest(scores: Tensor, valid: Tensor | None, count: int) -> list[int]:
-    """Return the valid tokens of the highest scores, best first, ties to the lowest index."""
-    row = top_k(scores[None], count, valid=None if valid is None else valid[None]).indices[0]
-    return row[scores[row].argsort(descending=True, stable=True)].tolist()
