@@ -22,8 +22,9 @@ def merge(run: MethodRun, budgets: list[int | None]) -> PrunedTokens:
     whole = [k == n for k, n in zip(counts, sizes, strict=True)]
     work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
     if work:  # a budget of all patches only drops newlines
-        made, merged = run.merge(visual.subset(work), [counts[t] for t in work])
-        for tile, count in zip(work, made, strict=True):
+        asked = [counts[tile] for tile in work]
+        merged = run.merge(visual.subset(work), asked)
+        for tile, count in zip(work, merged.counts or asked, strict=True):
             counts[tile] = count
     width = max(counts)
     valid = visual.valid_mask()

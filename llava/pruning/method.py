@@ -98,15 +98,11 @@ class PruningMethod:
         raise NotImplementedError(f"{type(self).__name__} selects: it must define select()")
 
     def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
-        """Make counts[t] new tokens from the valid ones of every tile t; keeps gradients."""
-        raise NotImplementedError(f"{type(self).__name__} merges: it must define merge()")
+        """Make counts[t] new tokens from the valid ones of every tile t; keeps gradients.
 
-    def adapt(self, tokens: VisualTokens, counts: list[int]) -> list[int]:
-        """Return how many tokens every tile gets, at most counts[t] and at least one.
-
-        For methods that merge: those without a fixed count say here what the content asks for.
+        Without a fixed count (`fixed_count`) it may make fewer, but at least one.
         """
-        return counts
+        raise NotImplementedError(f"{type(self).__name__} merges: it must define merge()")
 
     def num_kept(self, n: int, budget: int) -> int:
         """Return the tokens an image of `n` has after pruning to `budget`: a pure function.

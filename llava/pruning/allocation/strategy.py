@@ -88,22 +88,17 @@ class MethodRun:
         self.select_seconds += time.perf_counter() - start
         return picks
 
-    def merge(self, rows: VisualTokens, counts: list[int]) -> tuple[list[int], Merged]:
+    def merge(self, rows: VisualTokens, counts: list[int]) -> Merged:
         """Let the method make new tokens of every tile, at most `counts[t]`; keeps gradients.
-
-        Returns:
-            How many it made of every tile, and these tokens.
 
         Raises:
             PruningError: a token is NaN or inf.
         """
         refuse_non_finite(rows)
         start = time.perf_counter()
-        with torch.no_grad():
-            counts = self.config.pruner.adapt(rows, counts)
         merged = self.config.pruner.merge(rows, torch.tensor(counts))
         self.select_seconds += time.perf_counter() - start
-        return counts, merged
+        return merged
 
     def patches_at(self, places: Sequence[Tensor]) -> Tensor:
         """BoolTensor [T, N]: the patches at `places`, one BoolTensor [n] per image."""
