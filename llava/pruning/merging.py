@@ -12,12 +12,12 @@ from llava.pruning.selection.rows import no_choice
 from llava.pruning.tokens import PrunedTokens, TokenSequence, gather_slots, raster_slots
 
 
-def merge(run: MethodRun, budgets: list[int | None]) -> PrunedTokens:
+def merge(run: MethodRun) -> PrunedTokens:
     """Replace the tokens of every tile that has too many by new ones; newlines go.
 
     An image without a budget keeps its tokens and newlines; they are their own single source.
     """
-    visual, counts = run.visual, tile_counts(run.visual, budgets)
+    visual, counts = run.visual, tile_counts(run.visual, run.budgets)
     sizes, device = visual.tile_sizes(), visual.projected.device
     whole = [k == n for k, n in zip(counts, sizes, strict=True)]
     work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
@@ -41,7 +41,7 @@ def merge(run: MethodRun, budgets: list[int | None]) -> PrunedTokens:
     filled = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
     slots = valid.cumsum(dim=1) - 1
     sequences = []
-    for image, (old, budget) in enumerate(zip(run.sequences, budgets, strict=True)):
+    for image, (old, budget) in enumerate(zip(run.sequences, run.budgets, strict=True)):
         tiles = visual.tiles_of(image)
         if budget is None:
             everything = torch.ones_like(old.source, dtype=torch.bool)

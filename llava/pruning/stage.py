@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.pruning.allocation import allocation_for, image_budgets
+from llava.pruning.allocation import choose_strategy, image_budgets
 from llava.pruning.allocation.budgets import fit_prompts
 from llava.pruning.allocation.strategy import MethodRun, Selection
 from llava.pruning.config import PruningConfig
@@ -42,12 +42,10 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> I
     asked = image_budgets(visual, config)
     if all(budget is None for budget in asked):
         return visual
-    run = MethodRun(visual, config)
-    allocation = allocation_for(run)
+    strategy = choose_strategy(visual, config)
     with fit_prompts(visual, asked) as budgets:
-        if config.pruner.merges:
-            return merge(run, budgets)
-        return _gather(run, allocation.select(budgets))
+        run = MethodRun(visual, config, budgets)
+        return merge(run) if config.pruner.merges else _gather(run, strategy(run, budgets))
 
 
 def _gather(run: MethodRun, selected: Selection) -> PrunedTokens:
