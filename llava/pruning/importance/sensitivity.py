@@ -153,7 +153,7 @@ def _scorer(
 
 def _black_box(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
     """Score by eq. 4 as written, for any projector: two passes per token and direction."""
-    function = _in_dtype(evaluating(projector), dtype)
+    function = _as_function(projector, dtype)
 
     def score(x: Tensor) -> Tensor:
         return _norms(_difference(function, step), x, bank, _widest(projector, x)).mean(dim=1)
@@ -183,7 +183,7 @@ def _shared_bank(parts: TwoLayer, bank: Tensor, step: float) -> Function:
 
 def _as_released(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
     """Score by eq. 4 in `dtype`, rounded wherever ZOO-Prune's released code rounds."""
-    function = _in_dtype(evaluating(projector), dtype)
+    function = _as_function(projector, dtype)
     bank = bank / (bank.norm(dim=1, keepdim=True) + 1e-12)
 
     def move(at: Tensor, direction: Tensor) -> Tensor:
@@ -206,11 +206,9 @@ def _closed_form(projector: nn.Module, parts: TwoLayer, dtype: torch.dtype) -> F
     Q = (W2^T W2) o (W1 W1^T), o elementwise.
     """
     weight1, bias1, weight2 = _weights(parts, dtype)
-
-    def quadratic_form() -> Tensor:
-        return (weight2.T @ weight2) * (weight1 @ weight1.T)
-
-    q = _quadratic_forms.get(projector, dtype, quadratic_form)
+    q = _quadratic_forms.get(
+        projector, dtype, lambda: (weight2.T @ weight2) * (weight1 @ weight1.T)
+    )
 
     def score(x: Tensor) -> Tensor:
         hidden = nn.functional.linear(x, weight1, bias1)
@@ -223,7 +221,7 @@ def _closed_form(projector: nn.Module, parts: TwoLayer, dtype: torch.dtype) -> F
 
 def _forward_mode(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
     """Score by ||J||_F / sqrt(Dv) of any projector from directional derivatives J u."""
-    function = _in_dtype(evaluating(projector), dtype)
+    function = _as_function(projector, dtype)
     width = bank.shape[1]
     if width <= BASIS_WIDTH:
         bank, dimensions = torch.eye(width, dtype=dtype, device=bank.device), width
@@ -289,8 +287,9 @@ def _weights(parts: TwoLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     )
 
 
-def _in_dtype(projector: nn.Module, dtype: torch.dtype) -> Function:
-    """Return the projector as a function in `dtype`; the module itself stays as it is."""
+def _as_function(projector: nn.Module, dtype: torch.dtype) -> Function:
+    """Return the projector outside training as a function in `dtype`; the module is unchanged."""
+    projector = evaluating(projector)
     state = {
         name: value.detach().to(dtype) if value.is_floating_point() else value.detach()
         for name, value in [*projector.named_parameters(), *projector.named_buffers()]

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
@@ -136,11 +137,10 @@ def distances_of(similarities: list[Tensor]) -> Tensor:
         distances = similarities[0][None]
     else:
         size = max(len(similarity) for similarity in similarities)
-        pads = [(0, size - len(similarity)) * 2 for similarity in similarities]
         distances = torch.stack(
             [
-                torch.nn.functional.pad(similarity, pad, value=-1.0)
-                for similarity, pad in zip(similarities, pads, strict=True)
+                pad(similarity, (0, size - len(similarity)) * 2, value=-1.0)
+                for similarity in similarities
             ]
         )
     torch.sub(distances.new_ones(()), distances, out=distances)
@@ -159,7 +159,7 @@ def cosine(z: Tensor) -> Tensor:
     if not z.isfinite().all():
         raise PruningError("z contains NaN or inf; distances to it mean nothing")
     smallest = max(1e-12, torch.finfo(z.dtype).tiny)  # 1e-12 is 0 in half precision
-    unit = z / z.norm(dim=-1, keepdim=True).clamp_min(smallest)
+    unit = normalize(z, dim=-1, eps=smallest)
     gram = unit @ unit.T
     return (gram + gram.T).div_(2)
 
