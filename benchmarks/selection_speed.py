@@ -169,9 +169,8 @@ def published_duplicates(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
 
 def anchored(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     """`hiprune` with the released code's neighbours, on a grid 24 wide; in raster order."""
-    middle, deep = ranking(weights.flip(0)[None])[0], ranking(weights[None])[0]
     tokens, grid = torch.arange(len(weights)), (len(weights) // 24, 24)
-    return HiPrune(wrap_neighbours=True).pick(middle, deep, grid, k, tokens).sort()[0]
+    return HiPrune(wrap_neighbours=True).choose(weights.flip(0), weights, tokens, k, grid).sort()[0]
 
 
 def published_anchored(similarity: Tensor, weights: Tensor, k: int) -> Tensor:

@@ -29,9 +29,9 @@ __all__ = [
 class PruningMethod:
     """A method: its fields are its options (`option`), with the published defaults.
 
-    A method that selects defines `select`, usually on top of `score`; one that merges defines
-    `merge`. Budget, padding, guards, raster order and trace are done here and in the stage.
-    `register` makes the class a frozen dataclass.
+    A method that selects defines `select`, or `pick` for one row, usually on top of `score`; one
+    that merges defines `merge`. Budget, padding, guards, raster order and trace are done here and
+    in the stage. `register` makes the class a frozen dataclass.
 
     Flags (class attributes, the method table is generated from them). One that depends on options
     is a property, see `varies`.
@@ -94,7 +94,11 @@ class PruningMethod:
         return tokens.projected
 
     def select(self, rows: Rows) -> Picks:
-        """Pick rows.counts[r] valid tokens of every row r."""
+        """Pick rows.counts[r] valid tokens of every row r; by default one row after the other."""
+        return Picks.stack([self.pick(rows, *row) for row in rows])
+
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Picks | Tensor:
+        """Pick `count` of the valid `tokens` of one row, LongTensor [n]: indices, or `Picks`."""
         raise NotImplementedError(f"{type(self).__name__} selects: it must define select()")
 
     def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:

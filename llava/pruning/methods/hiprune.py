@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
-from llava.pruning.selection.rows import ranking
+from llava.pruning.method import PruningMethod, Rows, VisualTokens, option, register
 
 
 @register
@@ -50,32 +49,23 @@ class HiPrune(PruningMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         return torch.stack(tokens.extra("received_attention"))
 
-    def select(self, rows: Rows) -> Picks:
-        middle = ranking(torch.stack(rows.tokens.extra("object_attention")), rows.valid)
-        deep = ranking(rows.scored, rows.valid)
-        return Picks.stack(
-            [
-                self.pick(middle[row], deep[row], rows.tokens.grid, count, tokens)
-                for row, count, tokens in rows
-            ]
-        )
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Tensor:
+        middle, deep = rows.tokens.extra("object_attention")[row], rows.scored[row]
+        return self.choose(middle, deep, tokens, count, rows.tokens.grid)
 
-    def pick(
-        self, middle: Tensor, deep: Tensor, grid: tuple[int, int], count: int, tokens: Tensor
+    def choose(
+        self, middle: Tensor, deep: Tensor, tokens: Tensor, count: int, grid: tuple[int, int]
     ) -> Tensor:
-        """Return `count` of the valid `tokens` of one row: anchors, buffers, then registers.
-
-        Args:
-            middle, deep: LongTensor [N], the order of attention in each layer.
-            grid: (rows, columns) of the tile.
-            count: how many.
-            tokens: LongTensor [n].
-        """
-        anchors = middle[: min(round(self.alpha * count / 5), count)].tolist()
+        """Return `count` of `tokens`: anchors and buffers by `middle` [N], registers by `deep`."""
+        middle, deep = (
+            tokens[scores[tokens].argsort(descending=True, stable=True)[:count]]
+            for scores in (middle, deep)
+        )
+        anchors = middle[: round(self.alpha * count / 5)].tolist()
         buffers = [n for anchor in anchors for n in self._neighbours(anchor, grid)]
         valid = set(tokens.tolist())
         # A dictionary keeps the first of equal entries in its place.
-        taken = dict.fromkeys([*anchors, *buffers, *deep[:count].tolist()])
+        taken = dict.fromkeys([*anchors, *buffers, *deep.tolist()])
         kept = [token for token in taken if token in valid][:count]
         return torch.tensor(kept, dtype=torch.long, device=tokens.device)
 

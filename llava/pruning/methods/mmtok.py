@@ -63,20 +63,17 @@ class MMTok(PruningMethod):
         unknown = tokens.layouts is not None and tokens.blank is None and self.padding == "cover"
         return f"{self.name}(padding=unknown)" if unknown else self.name
 
-    def select(self, rows: Rows) -> Picks:
-        visual, picked = rows.tokens, []
-        for row, count, tokens in rows:
-            own = visual.features[row, tokens]
-            parts = [self.alpha * _shares(own, own, self.tau_v)]
-            if self.text == "question":
-                words = visual.extra("question_embeddings")[int(visual.image_index[row])]
-                parts.insert(0, _shares(words, rows.z[row, tokens], self.tau_t))
-            last = None
-            if self.padding == "cover" and visual.blank is not None:
-                last = visual.blank[row, tokens].to(own.device)
-            picks = cover(torch.cat(parts), count, last)
-            picked.append(Picks(tokens[picks.indices], picks.margins))
-        return Picks.stack(picked)
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Picks:
+        visual, own = rows.tokens, rows.tokens.features[row, tokens]
+        parts = [self.alpha * _shares(own, own, self.tau_v)]
+        if self.text == "question":
+            words = visual.extra("question_embeddings")[int(visual.image_index[row])]
+            parts.insert(0, _shares(words, rows.z[row, tokens], self.tau_t))
+        last = None
+        if self.padding == "cover" and visual.blank is not None:
+            last = visual.blank[row, tokens].to(own.device)
+        picks = cover(torch.cat(parts), count, last)
+        return Picks(tokens[picks.indices], picks.margins)
 
 
 def _shares(rows: Tensor, columns: Tensor, tau: float) -> Tensor:

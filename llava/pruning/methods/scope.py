@@ -44,15 +44,12 @@ class Scope(PruningMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         return torch.stack(tokens.extra("cls_attention"))
 
-    def select(self, rows: Rows) -> Picks:
-        picked = []
-        for row, count, tokens in rows:
-            x = rows.tokens.features[row, tokens]
-            x = widen(x) if self.precision == "float32" else x
-            saliency = rows.scored[row, tokens].to(x.dtype) ** self.alpha
-            picks = self.cover(cosine(x), saliency, count)
-            picked.append(Picks(tokens[picks.indices], picks.margins))
-        return Picks.stack(picked)
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Picks:
+        x = rows.tokens.features[row, tokens]
+        x = widen(x) if self.precision == "float32" else x
+        saliency = rows.scored[row, tokens].to(x.dtype) ** self.alpha
+        picks = self.cover(cosine(x), saliency, count)
+        return Picks(tokens[picks.indices], picks.margins)
 
     def cover(self, similarity: Tensor, saliency: Tensor, count: int) -> Picks:
         """Return positions [count] of the greedy picks and their margins."""

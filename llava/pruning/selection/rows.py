@@ -23,7 +23,7 @@ class Picks(NamedTuple):
     margins: Tensor
 
     @classmethod
-    def stack(cls, rows: "list[Picks] | list[Tensor]") -> "Picks":
+    def stack(cls, rows: "Sequence[Picks | Tensor]") -> "Picks":
         """Join rows to one batch: picks of single rows, or indices [k] that were not ranked."""
         picks = [
             row if isinstance(row, Picks) else cls(row, no_choice(1, len(row), row.device)[0])
