@@ -88,7 +88,7 @@ class ImageLayout:
         return (0, 0, rows, cols) if self.window is None else self.window
 
     def box(self, index: int) -> Box | None:
-        """The part of the image that token `index` (tile * patches + patch) shows.
+        """Return the part of the image that token `index` (tile * patches + patch) shows.
 
         None for a newline, and where the image's size was not given.
         """

@@ -91,7 +91,7 @@ class MethodRun:
         return merged
 
     def patches_at(self, places: Sequence[Tensor]) -> Tensor:
-        """BoolTensor [T, N]: the patches at `places`, one BoolTensor [n] per image."""
+        """Return the patches at `places`, one BoolTensor [n] per image: BoolTensor [T, N]."""
         count, blocks = self.visual.projected.shape[1], []
         for image, (sequence, kept) in enumerate(zip(self.sequences, places, strict=True)):
             # A newline is -1, the index of the element that is added and left out again.
@@ -185,7 +185,7 @@ def select_in_images(run: MethodRun, budgets: list[int | None]) -> Selection:
 
 
 def _candidates(run: MethodRun, image: int) -> Tensor:
-    """LongTensor [L]: the places that the method selects among."""
+    """Return the places that the method selects among: LongTensor [L]."""
     source = run.sequences[image].source
     if run.config.newline == "select":
         return torch.arange(len(source), device=source.device)
@@ -195,7 +195,7 @@ def _candidates(run: MethodRun, image: int) -> Tensor:
 def _image_rows(
     run: MethodRun, candidates: dict[int, Tensor]
 ) -> tuple[VisualTokens, Tensor | None]:
-    """One row per image: its candidates in sequence order, and their scores [I, L]."""
+    """Make one row per image: its candidates in sequence order, and their scores [I, L]."""
     visual, config, scores = run.visual, run.config, run.scores
     if config.newline == "select" and scores is not None:
         raise PruningError(
@@ -209,7 +209,7 @@ def _image_rows(
         )
 
     def stack(values: Tensor) -> Tensor:
-        """Values [T, N, ...] of all tiles as [I, L, ...], padded with zeros."""
+        """Return values [T, N, ...] of all tiles as [I, L, ...], padded with zeros."""
         return pad_sequence(
             [
                 _line_up(values[visual.tiles_of(image)], run.sequences[image].source[places])
@@ -242,7 +242,7 @@ def _image_rows(
 
 
 def _line_up(values: Tensor, source: Tensor) -> Tensor:
-    """[n, ...]: values [tiles, N, ...] of an image in the order of its sequence; newlines zero."""
+    """Return values [tiles, N, ...] of an image in sequence order, newlines zero: [n, ...]."""
     flat = values.flatten(0, 1)
     # A newline is -1, the index of the row that is added.
     return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[source]

@@ -16,10 +16,10 @@ numbers. It differs from what the paper says in three ways:
 
 - The budget is a share of 2880 = 5 x 576 whatever the image has: every tile that is not all padding
   keeps int(int(2880 * ratio) / tiles), and what a short tile cannot hold is lost.
-- Newlines should be kept beside the budget, but their places are taken before the base view is put
-  in front of them. So one patch of every row is kept instead (some in the base view, the others in
-  the crops), and the newlines go. What the selection had kept anyway is not counted twice, so an
-  image keeps more than its budget by a number that depends on its content.
+- Newlines should be kept in addition to the budget, but their places are taken before the base view
+  is put in front of them. So one patch of every row is kept instead (some in the base view, the
+  others in the crops), and the newlines go. What the selection had kept anyway is not counted
+  twice, so an image keeps more than its budget by a number that depends on its content.
 - The sensitivity comes from a projector that was never trained. That is not repeated here.
 """
 
@@ -107,7 +107,7 @@ BUDGET_RULES: dict[str, Callable[[VisualTokens, PruningConfig, int], Counted]] =
 
 
 def _nominal_budget(visual: VisualTokens, config: PruningConfig) -> int:
-    """The budget of every image before it is divided among tiles."""
+    """Return the budget of every image before it is divided among tiles."""
     if config.keep_ratio is not None:
         return int(NOMINAL_TILES * visual.projected.shape[1] * config.keep_ratio)
     assert config.keep_tokens is not None  # a method with a budget has one of the two
@@ -115,9 +115,9 @@ def _nominal_budget(visual: VisualTokens, config: PruningConfig) -> int:
 
 
 def _extra_places(visual: VisualTokens, image: int) -> list[int]:
-    """Places of the unpruned sequence that are kept instead of the newlines.
+    """Return the places of the unpruned sequence that are kept instead of the newlines.
 
-    None for an image without crops or newlines, which is pruned as with every other protocol.
+    Empty for an image without crops or newlines, which is pruned as with every other protocol.
     """
     if visual.layouts is None or visual.layouts[image].tiles == 1:
         return []

@@ -1,6 +1,10 @@
 """Projector sensitivity: how strongly a visual token moves when it is nudged before the projector.
 
 ZOO-Prune, arXiv 2509.24837, eq. 2-4: S(i) = 1/m sum_j ||M(x_i + h u_j) - M(x_i - h u_j)||_2 / 2h.
+
+"exact" has a closed form for linear and Linear-activation-Linear projectors. Others are
+differentiated in forward mode (by central differences where a layer does not support it), along all
+Dv axes if Dv <= 256, beyond that along the directions, an unbiased estimate of the square.
 """
 
 from collections.abc import Callable
@@ -56,13 +60,8 @@ def sensitivity(
             through the projector as ZOO-Prune's released code makes; the result is of that type.
 
     Everything else is computed in float32 at least: in half precision most of the nudge is rounded
-    away, and noise that grows with the token is added.
-    "exact" has a closed form for linear and Linear-activation-Linear projectors. Others are
-    differentiated in forward mode (by central differences where a layer does not support it), along
-    all Dv axes if Dv <= 256, beyond that along `directions`, an unbiased estimate of the square.
-
-    Every [N, Dv] row of the leading shape is scored by itself, so an image has the same scores bit
-    for bit alone and in a batch.
+    away, and noise that grows with the token is added. Every [N, Dv] row of the leading shape is
+    scored by itself, so an image has the same scores bit for bit alone and in a batch.
 
     Returns:
         [..., N] in float32 (float64 if `features` are float64).
