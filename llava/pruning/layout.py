@@ -80,12 +80,12 @@ class ImageLayout:
             return 0, 0
         if self.crops == (0, 0):
             return 1, self.patches
-        return self._window[2:]
+        return self._canvas if self.window is None else self.window[2:]
 
-    @cached_property
-    def _window(self) -> tuple[int, int, int, int]:
-        rows, cols = (n * side for n, side in zip(self.crops, self.grid, strict=True))
-        return (0, 0, rows, cols) if self.window is None else self.window
+    @property
+    def _canvas(self) -> tuple[int, int]:
+        """(rows, columns) of patches of the canvas."""
+        return self.crops[0] * self.grid[0], self.crops[1] * self.grid[1]
 
     def box(self, index: int) -> Box | None:
         """Return the part of the image that token `index` (tile * patches + patch) shows.
@@ -99,7 +99,7 @@ class ImageLayout:
         box, shape = self.base_box, self.grid
         if tile > 0:
             down, across = divmod(tile - 1, self.crops[1])
-            box, shape = self.canvas_box, (self.crops[0] * shape[0], self.crops[1] * shape[1])
+            box, shape = self.canvas_box, self._canvas
             row, col = down * self.grid[0] + row, across * self.grid[1] + col
         return None if box is None else box_of_cell(box, shape, row, col)
 

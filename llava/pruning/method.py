@@ -9,8 +9,8 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.options import check_options, option, varies
 from llava.pruning.registry import register
-from llava.pruning.selection.rows import Merged, Picks, Rows, raster_order
-from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens
+from llava.pruning.selection.rows import Merged, Picks, Rows
+from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens, raster_order
 
 __all__ = [
     "Merged",

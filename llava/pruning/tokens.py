@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -265,7 +265,11 @@ class VisualTokens(ImageTokens):
         """Return some tiles for a method: image numbers stay, layouts and prompts are gone."""
         if tiles == list(range(self.projected.shape[0])):
             return self
-        return _take_tiles(self, tiles, extras=self.tile_extras(tiles), layouts=None, prompts=())
+        extras = {
+            key: [value[tile] for tile in tiles] if key in TILE_EXTRAS else value
+            for key, value in self.extras.items()
+        }
+        return _take_tiles(self, tiles, extras=extras, layouts=None, prompts=())
 
     def take_images(self, images: Sequence[int]) -> VisualTokens:
         tiles = [tile for image in images for tile in self.tiles_of(image)]
@@ -287,13 +291,6 @@ class VisualTokens(ImageTokens):
                 f"run it inside a model that provides it, or set extras[{key!r}]"
             )
         return self.extras[key]
-
-    def tile_extras(self, tiles: Sequence[int]) -> dict[str, Any]:
-        """Return `extras` with the entries of the given tiles."""
-        return {
-            key: [value[t] for t in tiles] if key in TILE_EXTRAS else value
-            for key, value in self.extras.items()
-        }
 
 
 @dataclass
@@ -337,13 +334,11 @@ Tokens = TypeVar("Tokens", VisualTokens, PrunedTokens)
 
 def _take_tiles(tokens: Tokens, tiles: list[int], **changes: Any) -> Tokens:
     """Return the given tiles of `tokens`, with other fields changed."""
-    rows = torch.tensor(tiles, dtype=torch.long)
-    held = {f.name: getattr(tokens, f.name) for f in fields(tokens) if f.name in _TILE_FIELDS}
-    taken: dict[str, Any] = {
-        name: None if value is None else value[rows.to(value.device)]
-        for name, value in held.items()
-    }
-    return replace(tokens, **(taken | changes))
+    for name in _TILE_FIELDS:
+        value = getattr(tokens, name, None)
+        if value is not None:
+            changes.setdefault(name, value[tiles])
+    return replace(tokens, **changes)
 
 
 def _take_images(tokens: Tokens, images: Sequence[int], **changes: Any) -> Tokens:
@@ -358,11 +353,15 @@ def _take_images(tokens: Tokens, images: Sequence[int], **changes: Any) -> Token
 
 def raster_slots(chosen: Tensor) -> Tensor:
     """Return the indices chosen in BoolTensor [T, N]: [T, K], ascending, padded with -1."""
-    count = chosen.shape[1]
-    width = int(chosen.sum(dim=1).max())
-    order = torch.arange(count, device=chosen.device).expand_as(chosen)
-    order = order.masked_fill(~chosen, count).sort(dim=1).values[:, :width]
-    return order.masked_fill(order == count, -1)
+    every = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+    return raster_order(every.masked_fill(~chosen, -1))[:, : int(chosen.sum(dim=1).max())]
+
+
+def raster_order(indices: Tensor) -> Tensor:
+    """Sort every row of LongTensor [R, K] ascending; the -1 padding stays at the end."""
+    last = torch.iinfo(indices.dtype).max
+    ordered = indices.masked_fill(indices < 0, last).sort(dim=1).values
+    return ordered.masked_fill(ordered == last, -1)
 
 
 def refuse_non_finite(visual: VisualTokens) -> None:
@@ -381,7 +380,7 @@ def refuse_non_finite(visual: VisualTokens) -> None:
     for name, values in held.items():
         of_tokens = name != "cls_feature"
         bad = ~values.isfinite()
-        if not of_tokens or bad.dim() == 3:
+        if bad.dim() > 1 + of_tokens:
             bad = bad.any(dim=-1)
         if visual.valid is not None and of_tokens:
             bad = bad & visual.valid.to(bad.device)

@@ -79,8 +79,8 @@ def sensitivity(
         raise PruningError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "model" and estimator != "zeroth_order":
         raise PruningError("precision='model' is a way to nudge tokens: use 'zeroth_order'")
-    own = precision == "model" or features.dtype == torch.float64
-    dtype = features.dtype if own else torch.float32
+    wide = torch.promote_types(features.dtype, torch.float32)
+    dtype = features.dtype if precision == "model" else wide
     # Forward-mode derivatives and version counters do not exist in inference mode.
     with torch.inference_mode(False), torch.no_grad():
         bank = _bank(directions, seed, features).to(features.device, dtype)

@@ -121,8 +121,7 @@ def max_min_with_margins(
             raise PruningError("weights below 0 would turn distance around; give at least 0")
     score = first_score(distances, weights, tokens, first)
     picks, margins = greedy(distances, weights, score, ~inside, width, combine, itself=itself)
-    filled = torch.arange(width) < torch.tensor(counts)[:, None]
-    filled = filled.to(z.device)
+    filled = (torch.arange(width) < torch.tensor(counts)[:, None]).to(z.device)
     indices = tokens.gather(1, picks).masked_fill(~filled, -1)
     return Picks(indices, margins.masked_fill(~filled, torch.inf))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
-from llava.pruning.tokens import VisualTokens, gather_slots
+from llava.pruning.tokens import VisualTokens, gather_slots, raster_order
 
 
 class Picks(NamedTuple):
@@ -147,13 +147,6 @@ def check_rows(
         if value is not None and value.shape != z.shape[:2]:
             raise PruningError(f"{name} must be {list(z.shape[:2])}, got {list(value.shape)}")
     return check_counts(k, z, valid)
-
-
-def raster_order(indices: Tensor) -> Tensor:
-    """Sort every row of LongTensor [R, K] ascending; the -1 padding stays at the end."""
-    last = torch.iinfo(indices.dtype).max
-    ordered = indices.masked_fill(indices < 0, last).sort(dim=1).values
-    return ordered.masked_fill(ordered == last, -1)
 
 
 def no_choice(rows: int, width: int, device: torch.device) -> Tensor:
