@@ -29,7 +29,7 @@ from llava.pruning.methods.vispruner import drop_duplicates
 from llava.pruning.selection.coverage import cover
 from llava.pruning.selection.dpp import greedy_map
 from llava.pruning.selection.max_min import cosine, distances_of, first_score, greedy
-from llava.pruning.selection.rows import fill_with_top_k, ranking, top_k
+from llava.pruning.selection.rows import ranking, top_k
 from llava.storage import dump_json, write_atomically
 
 PROGRAM = "python benchmarks/selection_speed.py"
@@ -169,10 +169,8 @@ def published_duplicates(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
 
 def anchored(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     """`hiprune` with the released code's neighbours, on a grid 24 wide; in raster order."""
-    method = HiPrune(wrap_neighbours=True)
-    grid = (len(weights) // 24, 24)
-    anchors = method.with_neighbours(weights.flip(0), None, grid, k)
-    return fill_with_top_k(anchors, weights, None, k).sort()[0]
+    tokens, grid = torch.arange(len(weights)), (len(weights) // 24, 24)
+    return HiPrune(wrap_neighbours=True).choose(weights.flip(0), weights, tokens, k, grid).sort()[0]
 
 
 def published_anchored(similarity: Tensor, weights: Tensor, k: int) -> Tensor:

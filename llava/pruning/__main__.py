@@ -24,32 +24,29 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.pruning
 
 
 def build_parser(prog: str = "python -m llava.pruning") -> OneLineParser:
-    """The parser: `list` here is `methods` of the console script."""
+    """Make the parser: `list` here is `methods` of the console script."""
     parser = OneLineParser(prog=prog, description="The pruning methods, from their classes.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("list", "methods"):
-        _add_list(commands.add_parser(name, help="list the pruning methods"))
+        add = commands.add_parser(name, help="list the pruning methods").add_argument
+        add("--markdown", action="store_true", help="print a Markdown table")
+        add(
+            "--results",
+            type=Path,
+            metavar="FILE",
+            help="result file with our figures; default: playground/results/llava-tiny.json of the "
+            "checkout that an updated file lies in, else the one that comes with the package",
+        )
+        add(
+            "--update",
+            "--update-readme",
+            type=Path,
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="write the Markdown table between the methods markers of this file; repeatable",
+        )
     return parser
-
-
-def _add_list(parser: OneLineParser) -> None:
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        metavar="FILE",
-        help="result file with our figures; default: playground/results/llava-tiny.json of the "
-        "checkout that an updated file lies in, else the one that comes with the package",
-    )
-    parser.add_argument(
-        "--update",
-        "--update-readme",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="write the Markdown table between the methods markers of this file; repeatable",
-    )
 
 
 if __name__ == "__main__":

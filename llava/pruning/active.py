@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 
-
-class _Block(NamedTuple):
-    """One `with prune(...)`: the model it is about and its setting."""
-
-    model: Prunable
-    config: PruningConfig | None
-
-
-# The blocks around the caller, outermost first.
-_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("pruning_blocks", default=())
+# Model and setting of the `with prune(...)` blocks around the caller, outermost first.
+_blocks: ContextVar[tuple[tuple[Prunable, PruningConfig | None], ...]] = ContextVar(
+    "pruning_blocks", default=()
+)
 
 
 class Prunable:
@@ -40,9 +34,9 @@ class Prunable:
     @property
     def pruning(self) -> PruningConfig | None:
         """The setting that applies to the caller; assigning changes the default of all callers."""
-        for block in reversed(_blocks.get()):
-            if block.model is self:
-                return block.config
+        for model, config in reversed(_blocks.get()):
+            if model is self:
+                return config
         return self.default_pruning
 
     @pruning.setter
@@ -83,7 +77,7 @@ def prune(
         raise PruningError(f"{words}: settings go with a method name, prune(model, 'zoo', ...)")
     else:
         config = PruningConfig.read(config)
-    own = _Block(target, config)
+    own = (target, config)
     _blocks.set((*_blocks.get(), own))
     try:
         yield config

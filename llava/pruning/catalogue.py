@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.markdown import fill_sections, find_drift, table
+from llava.markdown import fill_sections, table
 from llava.pruning.errors import PruningError
 from llava.pruning.registry import get_method, list_methods
 from llava.shipped import shipped_path
@@ -159,23 +159,11 @@ def tracked_results(file: Path | None = None) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def drift(file: Path, results: Path | None) -> str | None:
-    """Say why the catalogue in `file` is not that of the registered methods; None if it is.
-
-    Raises:
-        UserInputError: the file cannot be read or has no markers.
-    """
-    return find_drift(file, _sections(results), f"llava methods --update {file}")
-
-
 def update(file: Path, results: Path | None) -> None:
     """Write the catalogue between the markers of `file`.
 
     Raises:
-        UserInputError: as in `drift`.
+        UserInputError: the file cannot be read or has no markers.
     """
-    file.write_text(fill_sections(file, _sections(results)), encoding="utf-8")
-
-
-def _sections(results: Path | None) -> dict[str, str]:
-    return {SECTION: render(markdown=True, results=results)}
+    sections = {SECTION: render(markdown=True, results=results)}
+    file.write_text(fill_sections(file, sections), encoding="utf-8")

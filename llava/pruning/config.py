@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from llava.pruning.errors import PruningError, unknown
+from llava.pruning.errors import PruningError
 from llava.pruning.method import PruningMethod
 from llava.pruning.registry import get_method, make_method
+from llava.registry import unknown
 
 BUDGETS = ("keep_tokens", "keep_ratio")
 
@@ -91,7 +92,7 @@ class PruningConfig:
         for name, (values, _) in CHOICES.items():
             value = getattr(self, name)
             if value not in values:
-                raise unknown(name, value, values)
+                raise PruningError(unknown(name, value, values))
             if self.pruner.merges and value != values[0]:
                 raise PruningError(
                     f"{self.method!r} makes new tokens, so {name} can only be {values[0]!r}; for "
@@ -148,7 +149,7 @@ class PruningConfig:
         allowed = ("method", *BUDGETS, "options", *CHOICES, *ALIASES)
         for key in _mapping("a pruning setting", data):
             if key not in allowed:
-                raise unknown("pruning setting", key, allowed)
+                raise PruningError(unknown("pruning setting", key, allowed))
         options: Any = {} if data.get("options") is None else data["options"]
         choices = {name: data[name] for name in CHOICES if name in data}
         return cls(data.get("method", "none"), **_budget(data), options=options, **choices)
@@ -172,9 +173,9 @@ class PruningConfig:
     @classmethod
     def of(cls, method: str, **settings: Any) -> PruningConfig:
         """Make a setting from keywords: `PruningConfig.of("zoo", keep_tokens=64, seed=1)`."""
-        budget = {key: settings.pop(key) for key in (*BUDGETS, *ALIASES) if key in settings}
-        choices = {key: settings.pop(key) for key in CHOICES if key in settings}
-        return cls(method, **_budget(budget), options=settings, **choices)
+        words = (*BUDGETS, *CHOICES, *ALIASES)
+        own = {key: settings.pop(key) for key in words if key in settings}
+        return cls.from_dict({"method": method, "options": settings, **own})
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:

@@ -80,15 +80,15 @@ class ImageLayout:
             return 0, 0
         if self.crops == (0, 0):
             return 1, self.patches
-        return self._window[2:]
+        return self._canvas if self.window is None else self.window[2:]
 
-    @cached_property
-    def _window(self) -> tuple[int, int, int, int]:
-        rows, cols = (n * side for n, side in zip(self.crops, self.grid, strict=True))
-        return (0, 0, rows, cols) if self.window is None else self.window
+    @property
+    def _canvas(self) -> tuple[int, int]:
+        """(rows, columns) of patches of the canvas."""
+        return self.crops[0] * self.grid[0], self.crops[1] * self.grid[1]
 
     def box(self, index: int) -> Box | None:
-        """The part of the image that token `index` (tile * patches + patch) shows.
+        """Return the part of the image that token `index` (tile * patches + patch) shows.
 
         None for a newline, and where the image's size was not given.
         """
@@ -96,24 +96,23 @@ class ImageLayout:
             return None
         tile, patch = divmod(index, self.patches)
         row, col = divmod(patch, self.grid[1])
-        if tile == 0:
-            return _cell(self.base_box, self.grid, row, col)
-        down, across = divmod(tile - 1, self.crops[1])
-        shape = self.crops[0] * self.grid[0], self.crops[1] * self.grid[1]
-        return _cell(self.canvas_box, shape, down * self.grid[0] + row, across * self.grid[1] + col)
+        box, shape = self.base_box, self.grid
+        if tile > 0:
+            down, across = divmod(tile - 1, self.crops[1])
+            box, shape = self.canvas_box, self._canvas
+            row, col = down * self.grid[0] + row, across * self.grid[1] + col
+        return None if box is None else box_of_cell(box, shape, row, col)
 
 
-def _cell(box: Box | None, shape: tuple[int, int], row: int, col: int) -> Box | None:
-    """Cell (row, col) of `shape` equal cells over `box`."""
-    if box is None:
-        return None
+def box_of_cell(box: Box, shape: tuple[int, int], row: int, col: int) -> Box:
+    """Return cell (row, col) of `shape` equal cells over `box`."""
     left, top, right, bottom = box
-    height, width = (bottom - top) / shape[0], (right - left) / shape[1]
+    height, width = bottom - top, right - left
     return (
-        left + col * width,
-        top + row * height,
-        left + (col + 1) * width,
-        top + (row + 1) * height,
+        left + col * width / shape[1],
+        top + row * height / shape[0],
+        left + (col + 1) * width / shape[1],
+        top + (row + 1) * height / shape[0],
     )
 
 

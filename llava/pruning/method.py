@@ -9,8 +9,8 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.options import check_options, option, varies
 from llava.pruning.registry import register
-from llava.pruning.selection.rows import Merged, Picks, Rows, raster_order
-from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens
+from llava.pruning.selection.rows import Merged, Picks, Rows
+from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens, raster_order
 
 __all__ = [
     "Merged",
@@ -29,9 +29,9 @@ __all__ = [
 class PruningMethod:
     """A method: its fields are its options (`option`), with the published defaults.
 
-    A method that selects defines `select`, usually on top of `score`; one that merges defines
-    `merge`. Budget, padding, guards, raster order and trace are done here and in the stage.
-    `register` makes the class a frozen dataclass.
+    A method that selects defines `select`, or `pick` for one row, usually on top of `score`; one
+    that merges defines `merge`. Budget, padding, guards, raster order and trace are done here and
+    in the stage. `register` makes the class a frozen dataclass.
 
     Flags (class attributes, the method table is generated from them). One that depends on options
     is a property, see `varies`.
@@ -94,19 +94,19 @@ class PruningMethod:
         return tokens.projected
 
     def select(self, rows: Rows) -> Picks:
-        """Pick rows.counts[r] valid tokens of every row r."""
+        """Pick rows.counts[r] valid tokens of every row r; by default one row after the other."""
+        return Picks.stack([self.pick(rows, *row) for row in rows])
+
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Picks | Tensor:
+        """Pick `count` of the valid `tokens` of one row, LongTensor [n]: indices, or `Picks`."""
         raise NotImplementedError(f"{type(self).__name__} selects: it must define select()")
 
     def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
-        """Make counts[t] new tokens from the valid ones of every tile t; keeps gradients."""
-        raise NotImplementedError(f"{type(self).__name__} merges: it must define merge()")
+        """Make counts[t] new tokens from the valid ones of every tile t; keeps gradients.
 
-    def adapt(self, tokens: VisualTokens, counts: list[int]) -> list[int]:
-        """Return how many tokens every tile gets, at most counts[t] and at least one.
-
-        For methods that merge: those without a fixed count say here what the content asks for.
+        Without a fixed count (`fixed_count`) it may make fewer, but at least one.
         """
-        return counts
+        raise NotImplementedError(f"{type(self).__name__} merges: it must define merge()")
 
     def num_kept(self, n: int, budget: int) -> int:
         """Return the tokens an image of `n` has after pruning to `budget`: a pure function.

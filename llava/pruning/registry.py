@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llava.pruning.errors import PruningError, unknown
-from llava.registry import Registry
+from llava.pruning.errors import PruningError
+from llava.registry import Registry, unknown
 
 if TYPE_CHECKING:
     from llava.pruning.method import PruningMethod
@@ -16,32 +16,24 @@ Method = TypeVar("Method", bound="type[PruningMethod]")
 
 
 class _Methods(Registry["PruningMethod"]):
-    def register(self, cls: type[PruningMethod]) -> type[PruningMethod]:
+    def register(self, cls: Method) -> Method:
+        """Decorate a `PruningMethod` subclass: make it known under its `name`.
+
+        A class that is not a dataclass yet becomes a frozen one, so that its options are fields.
+
+        Raises:
+            PruningError: the class has no name, or the name belongs to another class.
+        """
         if "__dataclass_params__" not in vars(cls):
             dataclass(frozen=True)(cls)
-        return super().register(cls)
+        super().register(cls)
+        return cls
 
 
 METHODS = _Methods(
     "pruning method", "llava.pruning.methods", group="llava.pruners", error=PruningError
 )
-
-
-def register(cls: Method) -> Method:
-    """Decorate a `PruningMethod` subclass: make it known under its `name`.
-
-    A class that is not a dataclass yet becomes a frozen one, so that its options are fields.
-
-    Raises:
-        PruningError: the class has no name, or the name belongs to another class.
-    """
-    METHODS.register(cls)
-    return cls
-
-
-def get_method(name: str) -> type[PruningMethod]:
-    """Return the class registered as `name`; PruningError naming the nearest names otherwise."""
-    return METHODS.get(name)
+register, get_method = METHODS.register, METHODS.get
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> PruningMethod:
@@ -54,7 +46,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> PruningMethod:
     known = [f.name for f in fields(cls) if f.init]
     for option in options:
         if option not in known:
-            raise unknown(f"option of {name!r}:", option, known)
+            raise PruningError(unknown(f"option of {name!r}:", option, known))
     return cls(**options)
 
 

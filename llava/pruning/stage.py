@@ -7,15 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from llava.pruning.allocation import allocation_for, image_budgets
-from llava.pruning.allocation.budgets import fit_prompts
+from llava.pruning.allocation import choose_strategy, image_budgets
+from llava.pruning.allocation.budgets import fit_prompts, tile_counts
 from llava.pruning.allocation.strategy import MethodRun, Selection
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
-from llava.pruning.merging import merge
 from llava.pruning.precision import outside_autocast
-from llava.pruning.tokens import ImageTokens, PrunedTokens, VisualTokens, gather_slots, raster_slots
+from llava.pruning.selection.rows import Merged, no_choice
+from llava.pruning.tokens import (
+    ImageTokens,
+    PrunedTokens,
+    TokenSequence,
+    VisualTokens,
+    gather_slots,
+    raster_slots,
+)
 from llava.utils import describe_value
 
 
@@ -24,7 +32,7 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> I
     """Reduce every image of `visual` to `config.num_kept(its tokens)`.
 
     Scores and selection run without gradients and outside autocast; kept tokens keep their
-    gradients. The **same object** comes back when there is nothing to remove (no config, `none`, or
+    gradients. The same object comes back when there is nothing to remove (no config, `none`, or
     a budget of at least every image's tokens), so an unpruned run is the unpruned model bit for
     bit.
 
@@ -42,12 +50,10 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> I
     asked = image_budgets(visual, config)
     if all(budget is None for budget in asked):
         return visual
-    run = MethodRun(visual, config)
-    allocation = allocation_for(run)
+    strategy = choose_strategy(visual, config)
     with fit_prompts(visual, asked) as budgets:
-        if config.pruner.merges:
-            return merge(run, budgets)
-        return _gather(run, allocation.select(budgets))
+        run = MethodRun(visual, config, budgets)
+        return _merge(run) if config.pruner.merges else _gather(run, strategy(run, budgets))
 
 
 def _gather(run: MethodRun, selected: Selection) -> PrunedTokens:
@@ -60,6 +66,66 @@ def _gather(run: MethodRun, selected: Selection) -> PrunedTokens:
     ]
     projected = gather_slots(visual.projected, kept)
     return run.result(projected, kept >= 0, sequences, selected.margins, kept=kept)
+
+
+def _merge(run: MethodRun) -> PrunedTokens:
+    """Replace the tokens of every tile that has too many by new ones; newlines go.
+
+    An image without a budget keeps its tokens and newlines; they are their own single source.
+    """
+    visual, counts = run.visual, tile_counts(run.visual, run.budgets)
+    sizes, device = visual.tile_sizes(), visual.projected.device
+    whole = [k == n for k, n in zip(counts, sizes, strict=True)]
+    work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
+    if work:  # a budget of all patches only drops newlines
+        asked = [counts[tile] for tile in work]
+        merged = run.merge(visual.subset(work), asked)
+        for tile, count in zip(work, merged.counts or asked, strict=True):
+            counts[tile] = count
+    width = max(counts)
+    valid = visual.valid_mask()
+    kept = raster_slots(valid & torch.tensor(whole, device=device)[:, None])
+    kept = pad(kept, (0, width - kept.shape[1]), value=-1)
+    projected, sources, places, _ = Merged.as_picked(visual, kept)
+    if work:
+        at, free = torch.tensor(work, device=device), width - merged.projected.shape[1]
+        projected = projected.index_copy(0, at, pad(merged.projected, (0, 0, 0, free)))
+        sources[at] = pad(merged.sources, (0, 0, 0, free))
+        if merged.places is not None:
+            places = kept.index_copy(0, at, pad(merged.places, (0, free)))
+    filled = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
+    slots = valid.cumsum(dim=1) - 1
+    sequences = []
+    for image, (old, budget) in enumerate(zip(run.sequences, run.budgets, strict=True)):
+        tiles = visual.tiles_of(image)
+        if budget is None:
+            everything = torch.ones_like(old.source, dtype=torch.bool)
+            sequences.append(old.keep(everything, slots[tiles], width))
+            continue
+        source = filled[tiles].flatten().nonzero().flatten()
+        if places is not None:
+            place = places[tiles].flatten()[source]
+            source = source[_reading_order(place, source // width, old.source, valid.shape[1])]
+        sequences.append(TokenSequence(source, None, old.total))
+    margins = no_choice(len(counts), width, device)
+    return run.result(projected, filled, sequences, margins, sources=sources)
+
+
+def _reading_order(place: Tensor, tile: Tensor, sequence: Tensor, count: int) -> Tensor:
+    """Order the merged tokens of an image, LongTensor [n]; see `Merged.places`.
+
+    Args:
+        place: LongTensor [n], patch of its tile or below zero.
+        tile: LongTensor [n], ascending.
+        sequence: LongTensor, the unpruned sequence.
+        count: patches of a tile.
+    """
+    rank = torch.zeros(int(tile.max() + 1) * count, dtype=torch.long, device=place.device)
+    patches = (sequence >= 0) & (sequence < len(rank))
+    rank[sequence[patches]] = patches.nonzero().flatten()
+    key = torch.where(place >= 0, rank[tile * count + place.clamp(min=0)], len(sequence) * -place)
+    # The base view stays as it is, before everything else; the sort is stable.
+    return key.masked_fill(tile == 0, -1).argsort(stable=True)
 
 
 def select(
@@ -126,7 +192,7 @@ def _check_tokens(name: str, tokens: Any) -> None:
 
 
 def _grid(grid: Any, count: int) -> tuple[int, int]:
-    """(rows, cols) of `count` tokens: as given, or a square, or one row."""
+    """Return (rows, cols) of `count` tokens: as given, or a square, or one row."""
     if grid is None:
         side = round(count**0.5)
         return (side, side) if side * side == count else (1, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -51,7 +51,7 @@ class TokenSequence(NamedTuple):
     total: int
 
     def keep(self, places: Tensor, slots: Tensor, width: int) -> TokenSequence:
-        """What is left of an unpruned sequence.
+        """Return what is left of an unpruned sequence.
 
         Args:
             places: BoolTensor [n], which tokens are kept.
@@ -74,7 +74,7 @@ class Prompt(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Visual tokens that fit beside the text; at least one for each image."""
+        """Visual tokens that fit next to the text; at least one for each image."""
         return max(self.limit - self.text, len(self.images))
 
 
@@ -109,7 +109,7 @@ class ImageTokens:
         return int(self.image_index.max()) + 1 if self.image_index.numel() else 0
 
     def tiles_of(self, image: int) -> list[int]:
-        """Tile numbers of one image, base tile first.
+        """Return the tile numbers of one image, base tile first.
 
         Raises:
             PruningError: the batch has no such image.
@@ -120,18 +120,18 @@ class ImageTokens:
         return tiles
 
     def sequence(self, image: int) -> TokenSequence:
-        """The tokens of `image` in the order in which the language model reads them."""
+        """Return the tokens of `image` in the order in which the language model reads them."""
         raise NotImplementedError
 
     def take_images(self, images: Sequence[int]) -> ImageTokens:
-        """The given images in that order, repeats allowed, numbered from 0.
+        """Return the given images in that order, repeats allowed, numbered from 0.
 
         They come without prompts and without a trace, which describe the whole batch.
         """
         raise NotImplementedError
 
     def embeddings(self, image: int) -> Tensor:
-        """[n, D]: what the language model reads of `image`, newlines included."""
+        """Return what the language model reads of `image`, newlines included: [n, D]."""
         tiles = self.tiles_of(image)
         tokens = self.projected[tiles[0] : tiles[-1] + 1].flatten(0, 1)
         source = self.sequence(image).source
@@ -141,7 +141,7 @@ class ImageTokens:
         return torch.where((source == NEWLINE)[:, None], line, tokens[source.clamp(min=0)])
 
     def boxes(self, image: int) -> list[Box | None]:
-        """For every token that is left of `image`: the part of the image that it shows.
+        """Return the part of the image that every token left of `image` shows.
 
         (left, top, right, bottom) in pixels of the original image; None for newlines. Patches at
         the edge of a padded image reach beyond it.
@@ -231,7 +231,7 @@ class VisualTokens(ImageTokens):
                 raise PruningError(f"{name} must be [{tiles}, {count}], got {[*mask.shape]}")
 
     def tile_sizes(self) -> list[int]:
-        """Valid tokens of every tile, length T."""
+        """Count the valid tokens of every tile, length T."""
         if self.layouts is not None:
             return [size for layout in self.layouts for size in layout.tile_sizes]
         if self.valid is None:
@@ -239,14 +239,14 @@ class VisualTokens(ImageTokens):
         return [int(size) for size in self.valid.sum(dim=1).tolist()]
 
     def valid_mask(self) -> Tensor:
-        """BoolTensor [T, N]: `valid`, all True where that is None."""
+        """Return `valid`, all True where that is None: BoolTensor [T, N]."""
         if self.valid is not None:
             return self.valid
         shape, device = self.projected.shape[:2], self.projected.device
         return torch.ones(shape, dtype=torch.bool, device=device)
 
     def lengths(self) -> list[int]:
-        """Tokens that the language model reads of every image if nothing is pruned."""
+        """Count the tokens that the language model reads of every image if nothing is pruned."""
         if self.layouts is not None:
             return [len(layout.sequence) for layout in self.layouts]
         sizes = self.tile_sizes()
@@ -262,10 +262,14 @@ class VisualTokens(ImageTokens):
         return TokenSequence(source, torch.arange(len(source), device=device), len(source))
 
     def subset(self, tiles: list[int]) -> VisualTokens:
-        """Some tiles, as a method sees them: image numbers stay, layouts and prompts are gone."""
+        """Return some tiles for a method: image numbers stay, layouts and prompts are gone."""
         if tiles == list(range(self.projected.shape[0])):
             return self
-        return _take_tiles(self, tiles, extras=self.tile_extras(tiles), layouts=None, prompts=())
+        extras = {
+            key: [value[tile] for tile in tiles] if key in TILE_EXTRAS else value
+            for key, value in self.extras.items()
+        }
+        return _take_tiles(self, tiles, extras=extras, layouts=None, prompts=())
 
     def take_images(self, images: Sequence[int]) -> VisualTokens:
         tiles = [tile for image in images for tile in self.tiles_of(image)]
@@ -276,7 +280,7 @@ class VisualTokens(ImageTokens):
         return _take_images(self, images, extras=extras, prompts=())
 
     def extra(self, key: str) -> Any:
-        """`extras[key]`.
+        """Return `extras[key]`.
 
         Raises:
             PruningError: the pipeline did not provide it.
@@ -287,13 +291,6 @@ class VisualTokens(ImageTokens):
                 f"run it inside a model that provides it, or set extras[{key!r}]"
             )
         return self.extras[key]
-
-    def tile_extras(self, tiles: Sequence[int]) -> dict[str, Any]:
-        """`extras` with the entries of the given tiles."""
-        return {
-            key: [value[t] for t in tiles] if key in TILE_EXTRAS else value
-            for key, value in self.extras.items()
-        }
 
 
 @dataclass
@@ -336,18 +333,16 @@ Tokens = TypeVar("Tokens", VisualTokens, PrunedTokens)
 
 
 def _take_tiles(tokens: Tokens, tiles: list[int], **changes: Any) -> Tokens:
-    """The given tiles of `tokens`, with other fields changed."""
-    rows = torch.tensor(tiles, dtype=torch.long)
-    held = {f.name: getattr(tokens, f.name) for f in fields(tokens) if f.name in _TILE_FIELDS}
-    taken: dict[str, Any] = {
-        name: None if value is None else value[rows.to(value.device)]
-        for name, value in held.items()
-    }
-    return replace(tokens, **(taken | changes))
+    """Return the given tiles of `tokens`, with other fields changed."""
+    for name in _TILE_FIELDS:
+        value = getattr(tokens, name, None)
+        if value is not None:
+            changes.setdefault(name, value[tiles])
+    return replace(tokens, **changes)
 
 
 def _take_images(tokens: Tokens, images: Sequence[int], **changes: Any) -> Tokens:
-    """The tiles and layouts of the given images, with other fields changed."""
+    """Return the tiles and layouts of the given images, with other fields changed."""
     groups = [tokens.tiles_of(image) for image in images]
     owners = [position for position, group in enumerate(groups) for _ in group]
     changes["image_index"] = torch.tensor(owners, device=tokens.image_index.device)
@@ -357,18 +352,25 @@ def _take_images(tokens: Tokens, images: Sequence[int], **changes: Any) -> Token
 
 
 def raster_slots(chosen: Tensor) -> Tensor:
-    """BoolTensor [T, N] -> LongTensor [T, K]: the chosen indices, ascending, padded with -1."""
-    count = chosen.shape[1]
-    width = int(chosen.sum(dim=1).max())
-    order = torch.arange(count, device=chosen.device).expand_as(chosen)
-    order = order.masked_fill(~chosen, count).sort(dim=1).values[:, :width]
-    return order.masked_fill(order == count, -1)
+    """Return the indices chosen in BoolTensor [T, N]: [T, K], ascending, padded with -1."""
+    every = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+    return raster_order(every.masked_fill(~chosen, -1))[:, : int(chosen.sum(dim=1).max())]
+
+
+def raster_order(indices: Tensor) -> Tensor:
+    """Sort every row of LongTensor [R, K] ascending; the -1 padding stays at the end."""
+    last = torch.iinfo(indices.dtype).max
+    ordered = indices.masked_fill(indices < 0, last).sort(dim=1).values
+    return ordered.masked_fill(ordered == last, -1)
 
 
 def refuse_non_finite(visual: VisualTokens) -> None:
-    """Raise PruningError if a valid token holds NaN or inf: every comparison would lie.
+    """Refuse valid tokens with NaN or inf, which would make every comparison wrong.
 
-    Or what was read of it in the tower, which can overflow where its features do not.
+    The same goes for what was read of them in the tower, which can overflow where features do not.
+
+    Raises:
+        PruningError: there is such a token.
     """
     held = {"features": visual.features, "projected": visual.projected}
     for name in TILE_EXTRAS:
@@ -378,7 +380,7 @@ def refuse_non_finite(visual: VisualTokens) -> None:
     for name, values in held.items():
         of_tokens = name != "cls_feature"
         bad = ~values.isfinite()
-        if not of_tokens or bad.dim() == 3:
+        if bad.dim() > 1 + of_tokens:
             bad = bad.any(dim=-1)
         if visual.valid is not None and of_tokens:
             bad = bad & visual.valid.to(bad.device)
@@ -393,6 +395,6 @@ def refuse_non_finite(visual: VisualTokens) -> None:
 
 
 def gather_slots(tokens: Tensor, kept: Tensor) -> Tensor:
-    """[T, K, D]: tokens [T, N, D] at LongTensor kept [T, K]; zero where that is -1."""
+    """Return tokens [T, N, D] at LongTensor kept [T, K], zero where that is -1: [T, K, D]."""
     rows = kept.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1])
     return tokens.gather(1, rows).masked_fill((kept < 0)[..., None], 0)

@@ -58,10 +58,10 @@ class PruningTrace:
         def plain(values: Tensor) -> list[float | None]:
             return [value if value < float("inf") else None for value in values.tolist()]
 
-        kept = self.kept.tolist() if self.kept is not None else None
+        kept = None if self.kept is None else self.kept.tolist()
         return {
             "method": self.method,
-            "kept": [[i for i in row if i >= 0] for row in kept] if kept is not None else None,
+            "kept": None if kept is None else [[i for i in row if i >= 0] for row in kept],
             "first_margin": plain(self.first_margin),
             "last_margin": plain(self.last_margin),
             "tokens_before": list(self.tokens_before),

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.pruning.layout import Box
+from llava.pruning.layout import Box, box_of_cell
 from llava.pruning.tokens import ImageTokens
 
 # (left, top, right, bottom) in whole pixels of the image, right and bottom excluded.
@@ -89,17 +89,11 @@ def overlay(
     width, height = image.size
     side = max(width, height) if pad else min(width, height)
     left, top = -((side - width) // 2), -((side - height) // 2)
-    shown = []
+    square, shown = (left, top, left + side, top + side), []
     for index in kept[kept >= 0].tolist():
         if index >= rows * cols:
             raise IndexError(f"patch {index} lies outside the grid {grid}")
-        row, col = divmod(index, cols)
-        box = (
-            left + col * side / cols,
-            top + row * side / rows,
-            left + (col + 1) * side / cols,
-            top + (row + 1) * side / rows,
-        )
+        box = box_of_cell(square, grid, *divmod(index, cols))
         shown.append(covered_pixels(box, image.size))
     return _dim_others(image, shown, dim)
 

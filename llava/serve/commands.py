@@ -12,7 +12,7 @@ from typing import Any
 from llava.images import open_image
 from llava.pruning import PruningConfig, get_method, list_methods, parse_options
 from llava.pruning.config import CHOICES
-from llava.pruning.errors import unknown
+from llava.registry import unknown
 from llava.serve.session import Session, describe, describe_budget
 from llava.serve.turn import Turn
 from llava.utils import UserInputError
@@ -47,7 +47,7 @@ def run_command(session: Session, line: str) -> str:
     name, _, argument = line.partition(" ")
     argument = argument.strip()
     if name not in COMMANDS:
-        raise unknown("command", name, COMMANDS)
+        raise UserInputError(unknown("command", name, COMMANDS))
     command = COMMANDS[name]
     if argument and not command.argument:
         raise UserInputError(f"{name} takes no argument; type {name} alone")

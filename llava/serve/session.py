@@ -32,8 +32,8 @@ from llava.model.prompt_length import (
 from llava.pixels import VIEWER
 from llava.pruning import PruningConfig, PruningError, get_method, prune
 from llava.pruning.config import BUDGETS, CHOICES
-from llava.pruning.errors import unknown
 from llava.pruning.visualize import overlay_tokens
+from llava.registry import unknown
 from llava.sampling import Sampling
 from llava.serve.turn import ClockedStreamer, PipelineClock, Turn
 from llava.utils import UserInputError
@@ -123,7 +123,7 @@ class Session:
         """
         for name in choices:
             if name not in CHOICES:
-                raise unknown("setting", name, CHOICES)
+                raise PruningError(unknown("setting", name, CHOICES))
         self.model.pruning = replace(self.model.pruning or PruningConfig(), **choices)
 
     def use_budget(self, budget: dict[str, Any]) -> None:

@@ -111,7 +111,7 @@ def one_tile(visual: VisualTokens, tile: int) -> VisualTokens:
         torch.zeros(1, dtype=torch.long),
         visual.grid,
         None if visual.valid is None else visual.valid[tile : tile + 1].clone(),
-        visual.tile_extras([tile]),
+        visual.subset([tile]).extras,
     )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from pruning_checks import registered
 
 import llava.pruning
-from llava.markdown import markers
+from llava.markdown import find_drift, markers
 from llava.pruning import catalogue, list_methods
 from llava.pruning.__main__ import main
 from llava.pruning.catalogue import (
@@ -26,7 +26,6 @@ from llava.pruning.catalogue import (
     SECTION,
     SOURCES,
     Retention,
-    drift,
     method_table,
     tracked_results,
 )
@@ -36,6 +35,12 @@ from llava.pruning.visualize import overlay
 
 PACKAGE = Path(llava.pruning.__file__).parent
 ROOT = PACKAGE.parents[1]
+
+
+def drift(page: Path, results: Path | None) -> str | None:
+    """Say why the catalogue in `page` is not that of the registered methods; None if it is."""
+    sections = {SECTION: catalogue.render(markdown=True, results=results)}
+    return find_drift(page, sections, f"llava methods --update {page}")
 
 
 def test_public_names_exist() -> None:

@@ -1,14 +1,20 @@
 """How many tokens every image keeps, and among which tokens a method selects them.
 
 The settings and the model's tile protocol choose a strategy here, and nowhere else. LLaVA-1.5 has
-one tile an image and is served by `PerTile`; all others are about the tiles of LLaVA-1.6.
+one tile an image and is served by `select_in_tiles`; all others are about the tiles of LLaVA-1.6.
 """
 
 from __future__ import annotations
 
-from llava.pruning.allocation.newlines import KeepNewlines
-from llava.pruning.allocation.strategy import Allocation, MethodRun, PerTile, WholeImage
-from llava.pruning.allocation.tile_protocols import BUDGET_RULES, ZooRelease
+from functools import partial
+
+from llava.pruning.allocation.newlines import keep_newlines
+from llava.pruning.allocation.strategy import Strategy, select_in_images, select_in_tiles
+from llava.pruning.allocation.tile_protocols import (
+    BUDGET_RULES,
+    check_zoo_release,
+    select_as_zoo_release,
+)
 from llava.pruning.config import PruningConfig
 from llava.pruning.tokens import VisualTokens
 
@@ -28,13 +34,14 @@ def image_budgets(visual: VisualTokens, config: PruningConfig) -> list[int | Non
     return budgets
 
 
-def allocation_for(run: MethodRun) -> Allocation:
+def choose_strategy(visual: VisualTokens, config: PruningConfig) -> Strategy:
     """Choose how the budgets of a batch are spent.
 
     Raises:
         PruningError: settings that the tile protocol does not have.
     """
-    if run.visual.tile_protocol == "zoo-release":
-        return ZooRelease(run)
-    allocation: Allocation = WholeImage(run) if run.config.allocation == "global" else PerTile(run)
-    return KeepNewlines(run, allocation) if run.config.newline == "keep" else allocation
+    if visual.tile_protocol == "zoo-release":
+        check_zoo_release(config)
+        return select_as_zoo_release
+    strategy = select_in_images if config.allocation == "global" else select_in_tiles
+    return partial(keep_newlines, strategy) if config.newline == "keep" else strategy

@@ -52,20 +52,20 @@ def fit_prompts(visual: VisualTokens, budgets: list[int | None]) -> Iterator[lis
         PruningError: as raised inside, with the limit where a lowered budget may be the cause.
     """
     lowered, reason = lower_budgets(visual, budgets)
-    if reason is None:
-        yield lowered
-        return
     try:
         yield lowered
     except PruningError as error:
+        if reason is None:
+            raise
         raise PruningError(
             f"{error} ({reason}; keep fewer tokens or shorten the prompt)"
         ) from error
-    logger.warning(
-        "%s; visual tokens are dropped before any text is cut: keep fewer tokens or shorten the "
-        "prompt to choose the number yourself",
-        reason,
-    )
+    if reason is not None:
+        logger.warning(
+            "%s; visual tokens are dropped before any text is cut: keep fewer tokens or shorten "
+            "the prompt to choose the number yourself",
+            reason,
+        )
 
 
 def lower_budgets(

@@ -2,70 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from llava.pruning.allocation.strategy import Allocation, MethodRun, Selection
+from llava.pruning.allocation.strategy import MethodRun, Selection, Strategy
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
 
 
-@dataclass
-class KeepNewlines:
-    """Keep the newline of every row that still has a patch.
+def keep_newlines(strategy: Strategy, run: MethodRun, budgets: list[int | None]) -> Selection:
+    """Select by `strategy`, and keep the newline of every row that still has a patch.
 
     At first every row's newline is reserved. What rows without a patch give back goes to more
     patches, half of it at a time, because a new patch may need the newline of its row as well. If
     too little is left for that, it keeps newlines of the first rows without a patch.
 
-    Attributes:
-        patches: selects everything that is not a newline.
+    Args:
+        strategy: selects everything that is not a newline.
+        run, budgets: see `Strategy`.
+
+    Raises:
+        PruningError: a budget leaves no patch.
     """
+    layouts = {
+        image: layout
+        for image, layout in enumerate(run.visual.layouts or ())
+        if layout.newline and budgets[image] is not None
+    }
+    limits = {image: budgets[image] or 0 for image in layouts}
 
-    run: MethodRun
-    patches: Allocation
+    def attempt(patches: dict[int, int]) -> tuple[Selection, dict[int, int]]:
+        """Select so many patches, and count the rows that they are in."""
+        selected = strategy(run, [patches.get(i, k) for i, k in enumerate(budgets)])
+        rows = {i: sum(_used_rows(layout, selected.places[i])) for i, layout in layouts.items()}
+        return selected, rows
 
-    def select(self, budgets: list[int | None]) -> Selection:
-        """See `Allocation.select`.
-
-        Raises:
-            PruningError: a budget leaves no patch.
-        """
-        layouts = {
-            image: layout
-            for image, layout in enumerate(self.run.visual.layouts or ())
-            if layout.newline and budgets[image] is not None
-        }
-        limits = {image: budgets[image] or 0 for image in layouts}
-
-        def attempt(patches: dict[int, int]) -> tuple[Selection, dict[int, int]]:
-            """Select so many patches, and count the rows that they are in."""
-            selected = self.patches.select([patches.get(i, k) for i, k in enumerate(budgets)])
-            rows = {i: sum(_used_rows(layout, selected.places[i])) for i, layout in layouts.items()}
-            return selected, rows
-
-        patches = {i: _without_newlines(i, layout, limits[i]) for i, layout in layouts.items()}
-        _, rows = attempt(patches)
-        growing = set(layouts)
-        while growing:
-            more = dict(patches)
-            for i in growing:
-                step = max(1, (limits[i] - patches[i] - rows[i]) // 2)
-                more[i] = min(patches[i] + step, sum(layouts[i].tile_sizes))
-            _, needed = attempt(more)
-            growing = {
-                i for i in growing if more[i] > patches[i] and more[i] + needed[i] <= limits[i]
-            }
-            for i in growing:
-                patches[i], rows[i] = more[i], needed[i]
-        selected, _ = attempt(patches)
-        for i, layout in layouts.items():
-            used = _used_rows(layout, selected.places[i])
-            # The sort is stable: rows with a patch, then the others from the top.
-            order = sorted(range(len(used)), key=[not has_patch for has_patch in used].__getitem__)
-            layout.newline_grid(selected.places[i])[order[: limits[i] - patches[i]], -1] = True
-        return selected
+    patches = {i: _without_newlines(i, layout, limits[i]) for i, layout in layouts.items()}
+    _, rows = attempt(patches)
+    growing = set(layouts)
+    while growing:
+        more = dict(patches)
+        for i in growing:
+            step = max(1, (limits[i] - patches[i] - rows[i]) // 2)
+            more[i] = min(patches[i] + step, sum(layouts[i].tile_sizes))
+        _, needed = attempt(more)
+        growing = {i for i in growing if more[i] > patches[i] and more[i] + needed[i] <= limits[i]}
+        for i in growing:
+            patches[i], rows[i] = more[i], needed[i]
+    selected, _ = attempt(patches)
+    for i, layout in layouts.items():
+        used = _used_rows(layout, selected.places[i])
+        # The sort is stable: rows with a patch, then the others from the top.
+        order = sorted(range(len(used)), key=[not has_patch for has_patch in used].__getitem__)
+        layout.newline_grid(selected.places[i])[order[: limits[i] - patches[i]], -1] = True
+    return selected
 
 
 def _without_newlines(image: int, layout: ImageLayout, budget: int) -> int:

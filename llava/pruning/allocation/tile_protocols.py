@@ -16,19 +16,19 @@ numbers. It differs from what the paper says in three ways:
 
 - The budget is a share of 2880 = 5 x 576 whatever the image has: every tile that is not all padding
   keeps int(int(2880 * ratio) / tiles), and what a short tile cannot hold is lost.
-- Newlines should be kept beside the budget, but their places are taken before the base view is put
-  in front of them. So one patch of every row is kept instead (some in the base view, the others in
-  the crops), and the newlines go. What the selection had kept anyway is not counted twice, so an
-  image keeps more than its budget by a number that depends on its content.
+- Newlines should be kept in addition to the budget, but their places are taken before the base view
+  is put in front of them. So one patch of every row is kept instead (some in the base view, the
+  others in the crops), and the newlines go. What the selection had kept anyway is not counted
+  twice, so an image keeps more than its budget by a number that depends on its content.
 - The sensitivity comes from a projector that was never trained. That is not repeated here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from llava.pruning.allocation.strategy import PerTile, Selection
+from llava.pruning.allocation.budgets import tile_counts
+from llava.pruning.allocation.strategy import MethodRun, Selection, select_counted
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.tokens import VisualTokens
@@ -40,51 +40,42 @@ NOMINAL_TILES = 5
 Counted = tuple[int, int] | None
 
 
-@dataclass
-class ZooRelease(PerTile):
-    """Select in every tile as ZOO-Prune's released code does."""
+def check_zoo_release(config: PruningConfig) -> None:
+    """Raise PruningError for settings that ZOO-Prune's released code does not have."""
+    if config.pruner.merges or config.allocation != "per_tile" or config.newline != "drop":
+        raise PruningError(
+            "mm_next_protocol 'zoo-release' selects in every tile: it needs a method that "
+            "selects, allocation='per_tile' and newline='drop'"
+        )
 
-    def __post_init__(self) -> None:
-        """Refuse settings that the released code does not have.
 
-        Raises:
-            PruningError: one of them is set.
-        """
-        config = self.run.config
-        if config.pruner.merges or config.allocation != "per_tile" or config.newline != "drop":
+def select_as_zoo_release(run: MethodRun, budgets: list[int | None]) -> Selection:
+    """Select in every tile as ZOO-Prune's released code does, see `Strategy`.
+
+    Raises:
+        PruningError: a budget leaves no token for a tile.
+    """
+    visual, sizes, counts = run.visual, run.visual.tile_sizes(), tile_counts(run.visual, budgets)
+    extras: dict[int, list[int]] = {}
+    for image, budget in enumerate(budgets):
+        extra = [] if budget is None else _extra_places(visual, image)
+        if budget is None or not extra:
+            continue
+        extras[image], tiles = extra, visual.tiles_of(image)
+        # The budget includes the extra places; a limited prompt may leave less than is nominal.
+        nominal = min(_nominal_budget(visual, run.config), budget - len(extra))
+        share = nominal // sum(sizes[tile] > 0 for tile in tiles)
+        if share < 1:
             raise PruningError(
-                "mm_next_protocol 'zoo-release' selects in every tile: it needs a method that "
-                "selects, allocation='per_tile' and newline='drop'"
+                f"mm_next_protocol 'zoo-release': {max(nominal, 0)} tokens leave none for a "
+                f"tile of image {image}; keep more tokens"
             )
-
-    def count(self, budgets: list[int | None]) -> list[int]:
-        visual, counts = self.run.visual, super().count(budgets)
-        sizes = visual.tile_sizes()
-        for image, extra in self._extra(budgets).items():
-            tiles, budget = visual.tiles_of(image), budgets[image] or 0
-            # The budget includes the extra places; a limited prompt may leave less than is nominal.
-            nominal = min(_nominal_budget(visual, self.run.config), budget - len(extra))
-            share = nominal // sum(sizes[tile] > 0 for tile in tiles)
-            if share < 1:
-                raise PruningError(
-                    f"mm_next_protocol 'zoo-release': {max(nominal, 0)} tokens leave none for a "
-                    f"tile of image {image}; keep more tokens"
-                )
-            for tile in tiles:
-                counts[tile] = min(share, sizes[tile])
-        return counts
-
-    def select(self, budgets: list[int | None]) -> Selection:
-        selected = super().select(budgets)
-        for image, extra in self._extra(budgets).items():
-            selected.places[image][extra] = True
-        return selected
-
-    def _extra(self, budgets: list[int | None]) -> dict[int, list[int]]:
-        """Extra places of every pruned image that has any."""
-        pruned = [image for image, budget in enumerate(budgets) if budget is not None]
-        found = {image: _extra_places(self.run.visual, image) for image in pruned}
-        return {image: places for image, places in found.items() if places}
+        for tile in tiles:
+            counts[tile] = min(share, sizes[tile])
+    selected = select_counted(run, budgets, counts)
+    for image, extra in extras.items():
+        selected.places[image][extra] = True
+    return selected
 
 
 def _count_as_zoo(visual: VisualTokens, config: PruningConfig, image: int) -> Counted:
@@ -116,7 +107,7 @@ BUDGET_RULES: dict[str, Callable[[VisualTokens, PruningConfig, int], Counted]] =
 
 
 def _nominal_budget(visual: VisualTokens, config: PruningConfig) -> int:
-    """The budget of every image before it is divided among tiles."""
+    """Return the budget of every image before it is divided among tiles."""
     if config.keep_ratio is not None:
         return int(NOMINAL_TILES * visual.projected.shape[1] * config.keep_ratio)
     assert config.keep_tokens is not None  # a method with a budget has one of the two
@@ -124,9 +115,9 @@ def _nominal_budget(visual: VisualTokens, config: PruningConfig) -> int:
 
 
 def _extra_places(visual: VisualTokens, image: int) -> list[int]:
-    """Places of the unpruned sequence that are kept instead of the newlines.
+    """Return the places of the unpruned sequence that are kept instead of the newlines.
 
-    None for an image without crops or newlines, which is pruned as with every other protocol.
+    Empty for an image without crops or newlines, which is pruned as with every other protocol.
     """
     if visual.layouts is None or visual.layouts[image].tiles == 1:
         return []

@@ -89,12 +89,16 @@ class WeightCache:
         self._lock = Lock()
 
     def get(self, module: nn.Module, key: Hashable, compute: Callable[[], Value]) -> Value:
-        """Return `compute()`, or its last result for this module, key and these weights."""
+        """Return `compute()`, or its last result for this module, key and these weights.
+
+        It runs outside autocast, without gradients, and gives no inference tensors.
+        """
         state = _fingerprint(module)
         with self._lock:  # a WeakKeyDictionary is not made for several threads
             known = self._entries.setdefault(module, {}).get(key)
         if known is None or known[0] != state:
-            known = (state, compute())
+            with outside_autocast(), torch.inference_mode(False), torch.no_grad():
+                known = (state, compute())
             with self._lock:
                 self._entries.setdefault(module, {})[key] = known
         return cast(Value, known[1])
@@ -129,12 +133,7 @@ def low_rank(projector: nn.Module, rank: int) -> nn.Module:
     columns, so every ||J u|| stays what it is while the output shrinks from D to `rank`.
     The copy serves sensitivities only; its outputs are not embeddings.
     """
-
-    def build() -> nn.Module:
-        with outside_autocast(), torch.inference_mode(False), torch.no_grad():
-            return _truncated(projector, rank)
-
-    return _low_rank_copies.get(projector, rank, build)
+    return _low_rank_copies.get(projector, rank, lambda: _truncated(projector, rank))
 
 
 def untrained(projector: nn.Module, rank: int, seed: int) -> nn.Module:
@@ -161,10 +160,7 @@ def untrained(projector: nn.Module, rank: int, seed: int) -> nn.Module:
         return _linear((outer @ inner).to(layer.weight.device))
 
     def build() -> nn.Module:
-        with outside_autocast(), torch.inference_mode(False), torch.no_grad():
-            return nn.Sequential(
-                product(parts.first), copy.deepcopy(parts.act), product(parts.second)
-            )
+        return nn.Sequential(product(parts.first), copy.deepcopy(parts.act), product(parts.second))
 
     return _low_rank_copies.get(projector, ("untrained", rank, seed), build)
 

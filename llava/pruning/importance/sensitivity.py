@@ -1,6 +1,10 @@
 """Projector sensitivity: how strongly a visual token moves when it is nudged before the projector.
 
 ZOO-Prune, arXiv 2509.24837, eq. 2-4: S(i) = 1/m sum_j ||M(x_i + h u_j) - M(x_i - h u_j)||_2 / 2h.
+
+"exact" has a closed form for linear and Linear-activation-Linear projectors. Others are
+differentiated in forward mode (by central differences where a layer does not support it), along all
+Dv axes if Dv <= 256, beyond that along the directions, an unbiased estimate of the square.
 """
 
 from collections.abc import Callable
@@ -56,13 +60,8 @@ def sensitivity(
             through the projector as ZOO-Prune's released code makes; the result is of that type.
 
     Everything else is computed in float32 at least: in half precision most of the nudge is rounded
-    away, and noise that grows with the token is added.
-    "exact" has a closed form for linear and Linear-activation-Linear projectors. Others are
-    differentiated in forward mode (by central differences where a layer does not support it), along
-    all Dv axes if Dv <= 256, beyond that along `directions`, an unbiased estimate of the square.
-
-    Every [N, Dv] row of the leading shape is scored by itself, so an image has the same scores bit
-    for bit alone and in a batch.
+    away, and noise that grows with the token is added. Every [N, Dv] row of the leading shape is
+    scored by itself, so an image has the same scores bit for bit alone and in a batch.
 
     Returns:
         [..., N] in float32 (float64 if `features` are float64).
@@ -80,8 +79,8 @@ def sensitivity(
         raise PruningError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "model" and estimator != "zeroth_order":
         raise PruningError("precision='model' is a way to nudge tokens: use 'zeroth_order'")
-    own = precision == "model" or features.dtype == torch.float64
-    dtype = features.dtype if own else torch.float32
+    wide = torch.promote_types(features.dtype, torch.float32)
+    dtype = features.dtype if precision == "model" else wide
     # Forward-mode derivatives and version counters do not exist in inference mode.
     with torch.inference_mode(False), torch.no_grad():
         bank = _bank(directions, seed, features).to(features.device, dtype)
@@ -153,7 +152,7 @@ def _scorer(
 
 def _black_box(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
     """Score by eq. 4 as written, for any projector: two passes per token and direction."""
-    function = _in_dtype(evaluating(projector), dtype)
+    function = _as_function(projector, dtype)
 
     def score(x: Tensor) -> Tensor:
         return _norms(_difference(function, step), x, bank, _widest(projector, x)).mean(dim=1)
@@ -183,7 +182,7 @@ def _shared_bank(parts: TwoLayer, bank: Tensor, step: float) -> Function:
 
 def _as_released(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
     """Score by eq. 4 in `dtype`, rounded wherever ZOO-Prune's released code rounds."""
-    function = _in_dtype(evaluating(projector), dtype)
+    function = _as_function(projector, dtype)
     bank = bank / (bank.norm(dim=1, keepdim=True) + 1e-12)
 
     def move(at: Tensor, direction: Tensor) -> Tensor:
@@ -206,11 +205,9 @@ def _closed_form(projector: nn.Module, parts: TwoLayer, dtype: torch.dtype) -> F
     Q = (W2^T W2) o (W1 W1^T), o elementwise.
     """
     weight1, bias1, weight2 = _weights(parts, dtype)
-
-    def quadratic_form() -> Tensor:
-        return (weight2.T @ weight2) * (weight1 @ weight1.T)
-
-    q = _quadratic_forms.get(projector, dtype, quadratic_form)
+    q = _quadratic_forms.get(
+        projector, dtype, lambda: (weight2.T @ weight2) * (weight1 @ weight1.T)
+    )
 
     def score(x: Tensor) -> Tensor:
         hidden = nn.functional.linear(x, weight1, bias1)
@@ -223,7 +220,7 @@ def _closed_form(projector: nn.Module, parts: TwoLayer, dtype: torch.dtype) -> F
 
 def _forward_mode(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
     """Score by ||J||_F / sqrt(Dv) of any projector from directional derivatives J u."""
-    function = _in_dtype(evaluating(projector), dtype)
+    function = _as_function(projector, dtype)
     width = bank.shape[1]
     if width <= BASIS_WIDTH:
         bank, dimensions = torch.eye(width, dtype=dtype, device=bank.device), width
@@ -289,8 +286,9 @@ def _weights(parts: TwoLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     )
 
 
-def _in_dtype(projector: nn.Module, dtype: torch.dtype) -> Function:
-    """Return the projector as a function in `dtype`; the module itself stays as it is."""
+def _as_function(projector: nn.Module, dtype: torch.dtype) -> Function:
+    """Return the projector outside training as a function in `dtype`; the module is unchanged."""
+    projector = evaluating(projector)
     state = {
         name: value.detach().to(dtype) if value.is_floating_point() else value.detach()
         for name, value in [*projector.named_parameters(), *projector.named_buffers()]

@@ -1,10 +1,10 @@
 """Score tokens by cosine similarity: to the others of their row, or to an instruction."""
 
-import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from llava.pruning.importance.normalise import map_rows
-from llava.pruning.precision import outside_autocast
+from llava.pruning.precision import outside_autocast, widen
 
 
 @outside_autocast()
@@ -23,7 +23,7 @@ def distinctiveness(z: Tensor, valid: Tensor | None = None) -> Tensor:
     """
 
     def of_row(own: Tensor) -> Tensor:
-        unit = own / own.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        unit = normalize(own, dim=-1)
         others = unit @ unit.sum(dim=0) - unit.square().sum(dim=-1)
         return -others / max(len(own) - 1, 1)
 
@@ -42,8 +42,5 @@ def text_relevance(image: Tensor, text: Tensor) -> Tensor:
         [N] in float32 (float64 for float64). With CLIP, patches that show what the text mentions
         have the *lower* cosines.
     """
-    wide = torch.promote_types(image.dtype, torch.float32)
-    tokens, segments = (
-        x.to(wide) / x.to(wide).norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (image, text)
-    )
-    return (tokens @ segments.to(image.device).T).mean(dim=-1)
+    tokens = normalize(widen(image), dim=-1)
+    return (tokens @ normalize(text.to(tokens), dim=-1).T).mean(dim=-1)

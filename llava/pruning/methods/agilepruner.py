@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.method import PruningMethod, Rows, VisualTokens, option, register
 from llava.pruning.precision import widen
 from llava.pruning.selection.max_min import cosine
 
@@ -44,12 +44,9 @@ class AgilePruner(PruningMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         return torch.stack(tokens.extra("cls_attention"))
 
-    def select(self, rows: Rows) -> Picks:
-        picked = []
-        for row, count, tokens in rows:
-            order = tokens[rows.scored[row, tokens].argsort(descending=True, stable=True)]
-            picked.append(order[self._walk(rows.tokens.features[row, order], count)])
-        return Picks.stack(picked)
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Tensor:
+        order = tokens[rows.scored[row, tokens].argsort(descending=True, stable=True)]
+        return order[self._walk(rows.tokens.features[row, order], count)]
 
     def _walk(self, x: Tensor, count: int) -> Tensor:
         """Return which of x [n, C], ordered by attention, are kept: LongTensor [count]."""
@@ -69,7 +66,7 @@ class AgilePruner(PruningMethod):
 
 
 def effective_rank(x: Tensor, *, centre: bool) -> float:
-    """exp of the entropy of x's singular values [n, C] divided by their sum; 1 for equal rows."""
+    """Return exp of the entropy of x's [n, C] singular values by their sum; 1 for equal rows."""
     x = x.double()
     if centre:
         x = x - x.mean(dim=0)

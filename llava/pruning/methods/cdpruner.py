@@ -16,7 +16,6 @@ from llava.pruning.method import (
     varies,
 )
 from llava.pruning.selection.dpp import dpp
-from llava.pruning.selection.rows import raster_order
 
 CLIP = ("clip_image", "clip_text")
 
@@ -117,25 +116,10 @@ class CDPruner(PruningMethod):
             rows.z, rows.counts, quality=quality, valid=rows.valid, rank_guard=self.rank_guard
         )
 
-    def adapt(self, tokens: VisualTokens, counts: list[int]) -> list[int]:
-        """Return, without the guard, the number of different tokens among the picks."""
-        if self.rank_guard:
-            return counts
-        picks = self._pick_unguarded(tokens)
-        return [len(set(row[:count])) for row, count in zip(picks, counts, strict=True)]
-
     def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
-        # The first so many different ones, in raster order.
-        rows = [
-            torch.tensor(list(dict.fromkeys(row))[:count])
-            for row, count in zip(self._pick_unguarded(tokens), counts.tolist(), strict=True)
-        ]
-        picks = Picks.stack(rows).indices.to(tokens.projected.device)
-        return Merged.as_picked(tokens, raster_order(picks))
-
-    @torch.no_grad()
-    def _pick_unguarded(self, tokens: VisualTokens) -> list[list[int]]:
-        """Pick as often as every tile has tokens: both callers have to see the same noise."""
-        sizes = torch.tensor(tokens.tile_sizes())
-        picks = self.select(self.rows(tokens, self.score(tokens), sizes)).indices.tolist()
-        return [row[:size] for row, size in zip(picks, sizes.tolist(), strict=True)]
+        """Return, without the guard, the different tokens among the picks, in raster order."""
+        with torch.no_grad():
+            picks = self.select(self.rows(tokens, self.score(tokens), counts)).indices
+        different = [row.unique() for row in picks]
+        kept = Picks.stack([row[row >= 0] for row in different]).indices
+        return Merged.as_picked(tokens, kept)

@@ -13,7 +13,7 @@ from llava.pruning.method import (
     varies,
 )
 from llava.pruning.selection.max_min import max_min_with_margins
-from llava.pruning.selection.rows import raster_order
+from llava.pruning.tokens import raster_order
 
 
 @register

@@ -59,15 +59,11 @@ class FoPru(PruningMethod):
         return (received * queries - of_class) / (queries - 1)
 
     def select(self, rows: Rows) -> Picks:
-        if self.strategy == "rank":
-            return rows.highest()
+        return rows.highest() if self.strategy == "rank" else super().select(rows)
+
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Tensor:
         columns = rows.tokens.grid[1]
-        return Picks.stack(
-            [
-                tokens[_by_rows(rows.scored[row, tokens], tokens // columns)[:count]]
-                for row, count, tokens in rows
-            ]
-        )
+        return tokens[_by_rows(rows.scored[row, tokens], tokens // columns)[:count]]
 
 
 def _by_rows(scores: Tensor, row: Tensor) -> Tensor:

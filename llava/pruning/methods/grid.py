@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, register
+from llava.pruning.method import PruningMethod, Rows, register
 from llava.pruning.selection.lattice import centres, lattice_shape, valid_rectangle
 
 
@@ -18,16 +18,11 @@ class Grid(PruningMethod):
     signal = "place"
     equivariant = False
 
-    def select(self, rows: Rows) -> Picks:
-        return Picks.stack([_spaced(rows.tokens, *row) for row in rows])
-
-
-def _spaced(visual: VisualTokens, tile: int, count: int, tokens: Tensor) -> Tensor:
-    """Return `count` of a tile's valid tokens, LongTensor."""
-    rectangle = valid_rectangle(visual, tile)
-    shape = lattice_shape(count, *rectangle[2:]) if rectangle is not None else None
-    if rectangle is None or shape is None:
-        return tokens[centres(count, len(tokens)).to(tokens.device)]
-    top, left, rows, cols = rectangle
-    down, across = top + centres(shape[0], rows), left + centres(shape[1], cols)
-    return (down[:, None] * visual.grid[1] + across).flatten().to(tokens.device)
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Tensor:
+        rectangle = valid_rectangle(rows.tokens, row)
+        shape = lattice_shape(count, *rectangle[2:]) if rectangle is not None else None
+        if rectangle is None or shape is None:
+            return tokens[centres(count, len(tokens)).to(tokens.device)]
+        top, left, height, width = rectangle
+        down, across = top + centres(shape[0], height), left + centres(shape[1], width)
+        return (down[:, None] * rows.tokens.grid[1] + across).flatten().to(tokens.device)

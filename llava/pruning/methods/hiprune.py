@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
-from llava.pruning.selection.rows import fill_with_top_k, top_k
+from llava.pruning.method import PruningMethod, Rows, VisualTokens, option, register
 
 
 @register
@@ -50,24 +49,25 @@ class HiPrune(PruningMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         return torch.stack(tokens.extra("received_attention"))
 
-    def select(self, rows: Rows) -> Picks:
-        grid, middle = rows.tokens.grid, rows.tokens.extra("object_attention")
-        picked = []
-        for row, count, _ in rows:
-            valid = None if rows.valid is None else rows.valid[row]
-            anchors = self.with_neighbours(middle[row], valid, grid, count)
-            picked.append(fill_with_top_k(anchors, rows.scored[row], valid, count))
-        return Picks.stack(picked)
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Tensor:
+        middle, deep = rows.tokens.extra("object_attention")[row], rows.scored[row]
+        return self.choose(middle, deep, tokens, count, rows.tokens.grid)
 
-    def with_neighbours(
-        self, scores: Tensor, valid: Tensor | None, grid: tuple[int, int], count: int
-    ) -> list[int]:
-        """Return anchors, then their neighbours: at most `count` valid tokens, none twice."""
-        anchors = _highest(scores, valid, min(round(self.alpha * count / 5), count))
-        near = [n for anchor in anchors for n in self._neighbours(anchor, grid)]
+    def choose(
+        self, middle: Tensor, deep: Tensor, tokens: Tensor, count: int, grid: tuple[int, int]
+    ) -> Tensor:
+        """Return `count` of `tokens`: anchors and buffers by `middle` [N], registers by `deep`."""
+        middle, deep = (
+            tokens[scores[tokens].argsort(descending=True, stable=True)[:count]]
+            for scores in (middle, deep)
+        )
+        anchors = middle[: round(self.alpha * count / 5)].tolist()
+        buffers = [n for anchor in anchors for n in self._neighbours(anchor, grid)]
+        valid = set(tokens.tolist())
         # A dictionary keeps the first of equal entries in its place.
-        taken = list(dict.fromkeys(anchors + near))
-        return [token for token in taken if valid is None or valid[token]][:count]
+        taken = dict.fromkeys([*anchors, *buffers, *deep.tolist()])
+        kept = [token for token in taken if token in valid][:count]
+        return torch.tensor(kept, dtype=torch.long, device=tokens.device)
 
     def _neighbours(self, token: int, grid: tuple[int, int]) -> list[int]:
         rows, cols = grid
@@ -77,9 +77,3 @@ class HiPrune(PruningMethod):
         row, col = divmod(token, cols)
         touching = ((row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col))
         return [r * cols + c for r, c in touching if 0 <= r < rows and 0 <= c < cols]
-
-
-def _highest(scores: Tensor, valid: Tensor | None, count: int) -> list[int]:
-    """Return the valid tokens of the highest scores, best first, ties to the lowest index."""
-    row = top_k(scores[None], count, valid=None if valid is None else valid[None]).indices[0]
-    return row[scores[row].argsort(descending=True, stable=True)].tolist()

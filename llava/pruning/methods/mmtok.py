@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
+from llava.pruning.precision import widen
 from llava.pruning.selection.coverage import cover
 
 
@@ -61,26 +63,21 @@ class MMTok(PruningMethod):
         unknown = tokens.layouts is not None and tokens.blank is None and self.padding == "cover"
         return f"{self.name}(padding=unknown)" if unknown else self.name
 
-    def select(self, rows: Rows) -> Picks:
-        visual, picked = rows.tokens, []
-        for row, count, tokens in rows:
-            own = visual.features[row, tokens]
-            parts = [self.alpha * _shares(own, own, self.tau_v)]
-            if self.text == "question":
-                words = visual.extra("question_embeddings")[int(visual.image_index[row])]
-                parts.insert(0, _shares(words.to(own.device), rows.z[row, tokens], self.tau_t))
-            last = None
-            if self.padding == "cover" and visual.blank is not None:
-                last = visual.blank[row, tokens].to(own.device)
-            picks = cover(torch.cat(parts), count, last)
-            picked.append(Picks(tokens[picks.indices], picks.margins))
-        return Picks.stack(picked)
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Picks:
+        visual, own = rows.tokens, rows.tokens.features[row, tokens]
+        parts = [self.alpha * _shares(own, own, self.tau_v)]
+        if self.text == "question":
+            words = visual.extra("question_embeddings")[int(visual.image_index[row])]
+            parts.insert(0, _shares(words, rows.z[row, tokens], self.tau_t))
+        last = None
+        if self.padding == "cover" and visual.blank is not None:
+            last = visual.blank[row, tokens].to(own.device)
+        picks = cover(torch.cat(parts), count, last)
+        return Picks(tokens[picks.indices], picks.margins)
 
 
 def _shares(rows: Tensor, columns: Tensor, tau: float) -> Tensor:
     """Return softmax over the columns of cosine / tau, divided by r: [r, c]."""
-    wide = torch.promote_types(columns.dtype, torch.float32)
-    unit = [
-        x.to(wide) / x.to(wide).norm(dim=-1, keepdim=True).clamp_min(1e-8) for x in (rows, columns)
-    ]
-    return (unit[0] @ unit[1].T / tau).softmax(dim=-1) / max(len(rows), 1)
+    columns = normalize(widen(columns), dim=-1, eps=1e-8)
+    rows = normalize(rows.to(columns), dim=-1, eps=1e-8)
+    return (rows @ columns.T / tau).softmax(dim=-1) / max(len(rows), 1)

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, pad
+from torch.nn.functional import adaptive_avg_pool2d
 
 from llava.pruning.errors import PruningError
 from llava.pruning.method import Merged, PruningMethod, VisualTokens, register
@@ -23,7 +23,7 @@ class Pool(PruningMethod):
     equivariant = False
 
     def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
-        made, sources = [], []
+        made = []
         # Pooling the identity matrix shows which patches went into which output.
         total, device = tokens.projected.shape[1], tokens.projected.device
         identity = torch.eye(total, dtype=torch.float32, device=device)
@@ -32,10 +32,12 @@ class Pool(PruningMethod):
             if rectangle is None:
                 raise PruningError(f"pool: the valid patches of tile {tile} form no rectangle")
             shape = _shape(count, rectangle)
-            fill = (0, 0, 0, int(counts.max()) - count)
-            made.append(pad(_pool(tokens.projected[tile], tokens.grid, rectangle, shape), fill))
-            sources.append(pad(_pool(identity, tokens.grid, rectangle, shape) > 0, fill))
-        return Merged(torch.stack(made), torch.stack(sources))
+            new, share = (
+                _pool(values, tokens.grid, rectangle, shape)
+                for values in (tokens.projected[tile], identity)
+            )
+            made.append((new, share > 0))
+        return Merged.stack(made)
 
 
 def _pool(z: Tensor, grid: tuple[int, int], rectangle: Rectangle, shape: tuple[int, int]) -> Tensor:

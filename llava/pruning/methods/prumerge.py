@@ -54,17 +54,6 @@ class PruMerge(PruningMethod):
     def fixed_count(self) -> bool:
         return not self.adaptive
 
-    def adapt(self, tokens: VisualTokens, counts: list[int]) -> list[int]:
-        if not self.adaptive:
-            return counts
-        adapted = []
-        for tile, ceiling in enumerate(counts):
-            attention = self._attention(tokens, tile)
-            attended = count_outliers(attention)
-            samples = self._sample_adaptively(attention, attended)
-            adapted.append(min(ceiling, attended + len(samples) + 1))
-        return adapted
-
     def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
         tiles = enumerate(counts.tolist())
         merged = Merged.stack([self._merge_tile(tokens, tile, k - 1) for tile, k in tiles])
@@ -74,18 +63,11 @@ class PruMerge(PruningMethod):
     def _attention_key(self) -> str:
         return "next_single_head_attention" if self.single_head else "next_cls_attention"
 
-    def _attention(self, tokens: VisualTokens, tile: int) -> Tensor:
-        """[n] of the tile's valid tokens; of one head or a mean over heads, so at most 1 in all."""
-        own = selectable(tokens.projected, tokens.valid, tile)
-        return tokens.extra(self._attention_key)[tile][own]
-
     def _choose(self, attention: Tensor, count: int) -> Tensor:
-        """Pick `count` of n tokens, LongTensor, in the order they are emitted."""
+        """Pick `count` of n tokens, or fewer, LongTensor, in the order they are emitted."""
+        if self.adaptive:
+            count = min(count, count_outliers(attention))
         return attention.argsort(descending=True, stable=True)[:count]
-
-    def _sample_adaptively(self, attention: Tensor, attended: int) -> Tensor:
-        """Pick tokens besides the `attended` most attended ones."""
-        return attention.new_empty(0, dtype=torch.long)
 
     def _merge_tile(
         self, tokens: VisualTokens, tile: int, count: int
@@ -93,7 +75,8 @@ class PruMerge(PruningMethod):
         """Return projected tokens [K, D], their sources [K, N] and places [K]."""
         own = selectable(tokens.projected, tokens.valid, tile)
         with torch.no_grad():
-            attention = self._attention(tokens, tile)
+            # Of one head or a mean over heads, so at most 1 in all.
+            attention = tokens.extra(self._attention_key)[tile][own]
             kept = self._choose(attention, count)
             if self.emit_order == "raster":
                 kept = kept.sort().values

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llava.pruning.errors import PruningError
 from llava.pruning.method import option, register
-from llava.pruning.methods.prumerge import PruMerge, count_outliers, unkept
+from llava.pruning.methods.prumerge import PruMerge, unkept
 
 
 @register
@@ -47,9 +47,12 @@ class PruMergePlus(PruMerge):
 
     def _choose(self, attention: Tensor, count: int) -> Tensor:
         if self.adaptive:
-            attended = count_outliers(attention)
-            samples = self._sample_adaptively(attention, attended)
-            return torch.cat([super()._choose(attention, attended), samples])[:count]
+            attended = super()._choose(attention, len(attention))
+            step = max(1, len(attention) // len(attended) // 3)
+            rest = unkept(attention, attended)
+            # The last token is never sampled, as in the released code.
+            samples = rest[(rest % step == 0) & (rest < len(attention) - 1)]
+            return torch.cat([attended, samples])[:count]
         if self.split == "release":
             spaced = _sample_as_released(len(attention), count)
             highest = super()._choose(attention, len(spaced))
@@ -59,12 +62,6 @@ class PruMergePlus(PruMerge):
         wanted = count - len(kept)
         places = torch.arange(wanted, device=kept.device) * len(rest) // max(1, wanted)
         return torch.cat([kept, rest[places]])
-
-    def _sample_adaptively(self, attention: Tensor, attended: int) -> Tensor:
-        step = max(1, len(attention) // attended // 3)
-        rest = unkept(attention, super()._choose(attention, attended))
-        # The last token is never sampled, as in the released code.
-        return rest[(rest % step == 0) & (rest < len(attention) - 1)]
 
 
 def _sample_as_released(n: int, count: int) -> Tensor:

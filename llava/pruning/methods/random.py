@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.method import PruningMethod, Rows, VisualTokens, option, register
 
 
 @register
@@ -25,13 +25,10 @@ class Random(PruningMethod):
 
     seed: int = option(0, at_least=0, below=2**64)
 
-    def select(self, rows: Rows) -> Picks:
-        picked = []
-        for row, count, tokens in rows:
-            generator = torch.Generator().manual_seed(self._row_seed(rows.tokens, row, tokens))
-            order = torch.randperm(len(tokens), generator=generator)[:count]
-            picked.append(tokens[order.to(tokens.device)])
-        return Picks.stack(picked)
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self._row_seed(rows.tokens, row, tokens))
+        order = torch.randperm(len(tokens), generator=generator)[:count]
+        return tokens[order.to(tokens.device)]
 
     def _row_seed(self, visual: VisualTokens, row: int, tokens: Tensor) -> int:
         image = int(visual.image_index[row])

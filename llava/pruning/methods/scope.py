@@ -5,7 +5,8 @@ from torch import Tensor
 
 from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
 from llava.pruning.precision import widen
-from llava.pruning.selection.max_min import cosine, first_argmax
+from llava.pruning.selection.coverage import cover
+from llava.pruning.selection.max_min import cosine
 
 
 @register
@@ -43,31 +44,15 @@ class Scope(PruningMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         return torch.stack(tokens.extra("cls_attention"))
 
-    def select(self, rows: Rows) -> Picks:
-        picked = []
-        for row, count, tokens in rows:
-            x = rows.tokens.features[row, tokens]
-            x = widen(x) if self.precision == "float32" else x
-            saliency = rows.scored[row, tokens].to(x.dtype) ** self.alpha
-            picks = self.cover(cosine(x), saliency, count)
-            picked.append(Picks(tokens[picks.indices], picks.margins))
-        return Picks.stack(picked)
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Picks:
+        x = rows.tokens.features[row, tokens]
+        x = widen(x) if self.precision == "float32" else x
+        saliency = rows.scored[row, tokens].to(x.dtype) ** self.alpha
+        picks = self.cover(cosine(x), saliency, count)
+        return Picks(tokens[picks.indices], picks.margins)
 
     def cover(self, similarity: Tensor, saliency: Tensor, count: int) -> Picks:
         """Return positions [count] of the greedy picks and their margins."""
-        covered = similarity.new_zeros(len(similarity))
-        taken = torch.zeros(len(similarity), dtype=torch.bool, device=similarity.device)
-        picks = torch.empty(count, dtype=torch.long, device=similarity.device)
-        margins = similarity.new_empty(count)
-        added = torch.empty_like(similarity)  # fresh memory of this size costs more than the sums
-        for step in range(count):
-            # S is symmetric, so rows serve as columns and are read in one piece.
-            torch.sub(similarity, covered, out=added)
-            gain = added.clamp_min_(0).sum(dim=1)
-            score = gain * saliency if self.combine == "multiply" else gain + saliency
-            score = score.masked_fill(taken, -torch.inf)
-            picks[step] = pick = first_argmax(score)
-            taken = taken.scatter(0, pick[None], True)
-            margins[step] = score[pick] - score.masked_fill(taken, -torch.inf).amax()
-            covered = torch.maximum(covered, similarity[pick])
-        return Picks(picks, margins)
+        weigh = torch.mul if self.combine == "multiply" else torch.add
+        # S is symmetric: transposed, its columns are read in one piece.
+        return cover(similarity.T, count, score=lambda gain: weigh(gain, saliency))

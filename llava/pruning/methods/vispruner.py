@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register
+from llava.pruning.method import PruningMethod, Rows, VisualTokens, option, register
 from llava.pruning.precision import widen
 from llava.pruning.selection.max_min import cosine
-from llava.pruning.selection.rows import ranking
 
 # Duplicates that leave in one round.
 ROUND = 8
@@ -47,16 +46,12 @@ class VisPruner(PruningMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         return torch.stack(tokens.extra("cls_attention"))
 
-    def select(self, rows: Rows) -> Picks:
-        ranked = ranking(rows.scored, rows.valid)
-        picked = []
-        for row, count, tokens in rows:
-            important = int(count * self.important_ratio)
-            first, rest = ranked[row, :important], ranked[row, important : len(tokens)]
-            similarity = cosine(widen(rows.tokens.features[row, rest]))
-            diverse = drop_duplicates(similarity, count - important)
-            picked.append(torch.cat([first, rest[diverse]]))
-        return Picks.stack(picked)
+    def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Tensor:
+        order = tokens[rows.scored[row, tokens].argsort(descending=True, stable=True)]
+        important = int(count * self.important_ratio)
+        first, rest = order[:important], order[important:]
+        similarity = cosine(widen(rows.tokens.features[row, rest]))
+        return torch.cat([first, rest[drop_duplicates(similarity, count - important)]])
 
 
 def drop_duplicates(similarity: Tensor, count: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Which k tokens, given features and importance?"""
+"""Selection rules: which k tokens, given features and importance."""

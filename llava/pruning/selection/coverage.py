@@ -1,5 +1,7 @@
 """Greedy maximum coverage: the tokens that together represent most of what there is."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,12 @@ from llava.pruning.selection.max_min import first_argmax
 from llava.pruning.selection.rows import Picks
 
 
-def cover(similarity: Tensor, k: int, last: Tensor | None = None) -> Picks:
+def cover(
+    similarity: Tensor,
+    k: int,
+    last: Tensor | None = None,
+    score: Callable[[Tensor], Tensor] | None = None,
+) -> Picks:
     """Pick k columns so that every row has a high value in some picked column.
 
     Step t takes the untaken j with the highest gain sum_u max(0, C_uj - best_u), where best_u is
@@ -20,9 +27,10 @@ def cover(similarity: Tensor, k: int, last: Tensor | None = None) -> Picks:
         similarity: C [u, n], not negative, of u things to be covered by n candidates.
         k: how many, at most n.
         last: BoolTensor [n], columns that are picked only once all others are; None for none.
+        score: makes of the gains [n] what the highest is picked of; None for the gains themselves.
 
     Returns:
-        Positions LongTensor [k] in pick order and the margins [k] of the gain.
+        Positions LongTensor [k] in pick order and the margins [k] of the score.
 
     Raises:
         PruningError: a similarity is NaN or inf, or k is above n.
@@ -41,10 +49,11 @@ def cover(similarity: Tensor, k: int, last: Tensor | None = None) -> Picks:
     for step in range(k):
         torch.sub(similarity, best, out=added)
         closed = taken if last is None or step >= others else taken | last
-        gain = added.clamp_min_(0).sum(dim=0).masked_fill_(closed, -torch.inf)
-        pick = first_argmax(gain)
+        gain = added.clamp_min_(0).sum(dim=0)
+        own = (gain if score is None else score(gain)).masked_fill_(closed, -torch.inf)
+        pick = first_argmax(own)
         taken = taken.scatter(0, pick[None], True)
-        passed_over = gain.masked_fill(taken, -torch.inf).amax()
-        picks[step], margins[step] = pick, gain[pick] - passed_over
-        best = torch.maximum(best, similarity.index_select(1, pick[None]))
+        passed_over = own.masked_fill(taken, -torch.inf).amax()
+        picks[step], margins[step] = pick, own[pick] - passed_over
+        best = torch.maximum(best, similarity[:, pick[None]])
     return Picks(picks, margins)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
-from llava.pruning.precision import outside_autocast
+from llava.pruning.precision import outside_autocast, widen
 from llava.pruning.selection.max_min import cosine, first_argmax
 from llava.pruning.selection.rows import Picks, check_rows, selectable
 
@@ -46,18 +46,17 @@ def dpp(
         PruningError: NaN or inf, k above the number of valid tokens, or wrong shapes.
     """
     counts = check_rows(z, k, valid, quality=quality)
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     rows = []
     for row, count in enumerate(counts):
         tokens = selectable(z, valid, row)
-        similarity = cosine(z[row, tokens].to(dtype))
+        similarity = cosine(widen(z[row, tokens]))
         # Exactly 1, so that rounding does not choose among tokens of equal quality.
         itself = similarity.diagonal()
-        itself.copy_((itself > 0).to(dtype))
+        itself.copy_(itself > 0)
         own = similarity.new_ones(len(tokens)) if quality is None else quality[row, tokens]
         if not own.isfinite().all():
             raise PruningError("quality contains NaN or inf")
-        picked = greedy_map(similarity, own.to(dtype), count, rank_guard=rank_guard)
+        picked = greedy_map(similarity, own.to(similarity), count, rank_guard=rank_guard)
         rows.append(Picks(tokens[picked.indices], picked.margins))
     return Picks.stack(rows)
 

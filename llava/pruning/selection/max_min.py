@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
@@ -120,8 +121,7 @@ def max_min_with_margins(
             raise PruningError("weights below 0 would turn distance around; give at least 0")
     score = first_score(distances, weights, tokens, first)
     picks, margins = greedy(distances, weights, score, ~inside, width, combine, itself=itself)
-    filled = torch.arange(width) < torch.tensor(counts)[:, None]
-    filled = filled.to(z.device)
+    filled = (torch.arange(width) < torch.tensor(counts)[:, None]).to(z.device)
     indices = tokens.gather(1, picks).masked_fill(~filled, -1)
     return Picks(indices, margins.masked_fill(~filled, torch.inf))
 
@@ -136,11 +136,10 @@ def distances_of(similarities: list[Tensor]) -> Tensor:
         distances = similarities[0][None]
     else:
         size = max(len(similarity) for similarity in similarities)
-        pads = [(0, size - len(similarity)) * 2 for similarity in similarities]
         distances = torch.stack(
             [
-                torch.nn.functional.pad(similarity, pad, value=-1.0)
-                for similarity, pad in zip(similarities, pads, strict=True)
+                pad(similarity, (0, size - len(similarity)) * 2, value=-1.0)
+                for similarity in similarities
             ]
         )
     torch.sub(distances.new_ones(()), distances, out=distances)
@@ -159,7 +158,7 @@ def cosine(z: Tensor) -> Tensor:
     if not z.isfinite().all():
         raise PruningError("z contains NaN or inf; distances to it mean nothing")
     smallest = max(1e-12, torch.finfo(z.dtype).tiny)  # 1e-12 is 0 in half precision
-    unit = z / z.norm(dim=-1, keepdim=True).clamp_min(smallest)
+    unit = normalize(z, dim=-1, eps=smallest)
     gram = unit @ unit.T
     return (gram + gram.T).div_(2)
 

@@ -1,6 +1,6 @@
 """What a selection gets, `Rows`, what comes of it, `Picks` or `Merged`, and plain top-k."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
-from llava.pruning.tokens import VisualTokens, gather_slots
+from llava.pruning.tokens import VisualTokens, gather_slots, raster_order
 
 
 class Picks(NamedTuple):
@@ -23,7 +23,7 @@ class Picks(NamedTuple):
     margins: Tensor
 
     @classmethod
-    def stack(cls, rows: "list[Picks] | list[Tensor]") -> "Picks":
+    def stack(cls, rows: "Sequence[Picks | Tensor]") -> "Picks":
         """Join rows to one batch: picks of single rows, or indices [k] that were not ranked."""
         picks = [
             row if isinstance(row, Picks) else cls(row, no_choice(1, len(row), row.device)[0])
@@ -42,32 +42,37 @@ class Merged(NamedTuple):
     A token that is none of the N, such as the class token, has no source. `places` LongTensor
     [T, K] says where outputs of crops (LLaVA-1.6) go in the sequence: to the place of that patch of
     their tile, or after all those, first -1, then -2, tile by tile. Base views, and everything
-    without `places`, are read in the order of K.
+    without `places`, are read in the order of K. `counts` are the tokens of every tile; None where
+    they are as many as asked for.
     """
 
     projected: Tensor
     sources: Tensor
     places: Tensor | None = None
+    counts: list[int] | None = None
 
     @classmethod
-    def stack(cls, tiles: list[tuple[Tensor, Tensor, Tensor]]) -> "Merged":
-        """Join (projected [K, D], sources [K, N], places [K]) of every tile to one batch."""
-        projected, sources, places = zip(*tiles, strict=True)
+    def stack(cls, tiles: Sequence[tuple[Tensor, ...]]) -> "Merged":
+        """Join (projected [K, D], sources [K, N]) or (projected, sources, places [K]) of tiles."""
+        projected, sources, *places = (list(part) for part in zip(*tiles, strict=True))
         return cls(
-            pad_sequence(list(projected), batch_first=True),
-            pad_sequence(list(sources), batch_first=True),
-            pad_sequence(list(places), batch_first=True, padding_value=-1),
+            pad_sequence(projected, batch_first=True),
+            pad_sequence(sources, batch_first=True),
+            pad_sequence(places[0], batch_first=True, padding_value=-1) if places else None,
+            [len(tokens) for tokens in projected],
         )
 
     @classmethod
     def as_picked(cls, tokens: VisualTokens, picks: Tensor) -> "Merged":
-        """Emit tokens in the order of LongTensor picks [T, K], repeats included.
+        """Emit tokens in the order of LongTensor picks [T, K], -1 padded, repeats included.
 
         For options that reproduce what no set of tokens in raster order can: such methods then
         merge.
         """
         every = torch.arange(tokens.projected.shape[1], device=picks.device)
-        return cls(gather_slots(tokens.projected, picks), picks[..., None] == every)
+        counts = (picks >= 0).sum(dim=1).tolist()
+        made = gather_slots(tokens.projected, picks)
+        return cls(made, picks[..., None] == every, counts=counts)
 
 
 @dataclass(frozen=True)
@@ -144,13 +149,6 @@ def check_rows(
     return check_counts(k, z, valid)
 
 
-def raster_order(indices: Tensor) -> Tensor:
-    """Sort every row of LongTensor [R, K] ascending; the -1 padding stays at the end."""
-    last = torch.iinfo(indices.dtype).max
-    ordered = indices.masked_fill(indices < 0, last).sort(dim=1).values
-    return ordered.masked_fill(ordered == last, -1)
-
-
 def no_choice(rows: int, width: int, device: torch.device) -> Tensor:
     """Return [rows, width] float32 margins of picks that had no choice: `inf`."""
     return torch.full((rows, width), torch.inf, dtype=torch.float32, device=device)
@@ -185,14 +183,6 @@ def top_k(scores: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> Pi
     return _top_k_of_any(scores, counts, valid)
 
 
-def fill_with_top_k(taken: list[int], scores: Tensor, valid: Tensor | None, count: int) -> Tensor:
-    """Return `count` tokens of one row, LongTensor: `taken`, then the others of highest scores."""
-    first = torch.tensor(taken, dtype=torch.long, device=scores.device)
-    rest = scores.index_fill(0, first, -torch.inf)[None]
-    free = None if valid is None else valid.index_fill(0, first, False)[None]
-    return torch.cat([first, top_k(rest, count - len(taken), valid=free).indices[0]])
-
-
 def _top_k_of_any(scores: Tensor, counts: list[int], valid: Tensor | None) -> Picks:
     """Do `top_k` for ties, padding and a count for every row."""
     if scores.isnan().any() if valid is None else scores.isnan().logical_and(valid).any():
@@ -201,15 +191,14 @@ def _top_k_of_any(scores: Tensor, counts: list[int], valid: Tensor | None) -> Pi
     width = max(counts, default=0)
     slots = torch.arange(width, device=scores.device)
     filled = slots < torch.tensor(counts, device=scores.device)[:, None]
-    last = torch.iinfo(order.dtype).max
-    picked = order[:, :width].masked_fill(~filled, last).sort(dim=1).values
+    picked = raster_order(order[:, :width].masked_fill(~filled, -1))
     ranked = scores if valid is None else scores.masked_fill(~valid, -torch.inf)
     ranked = torch.nn.functional.pad(ranked.gather(1, order), (1, 1), value=-torch.inf)
     edge = torch.tensor(counts, device=scores.device)[:, None]
     lowest, best_left = ranked.gather(1, edge), ranked.gather(1, edge + 1)
     margin = torch.where(lowest == best_left, 0, lowest - best_left)
     margins = margin.expand(-1, width).masked_fill(~filled, torch.inf)
-    return Picks(picked.masked_fill(picked == last, -1), margins)
+    return Picks(picked, margins)
 
 
 def ranking(scores: Tensor, valid: Tensor | None = None) -> Tensor:
