@@ -56,15 +56,13 @@ class LoraAdapter:
     """An adapter as its folder holds it, weights under the names the model has in memory.
 
     Attributes:
-        factors: name of a weight [out, in] -> (A [r, in], B [out, r]).
-        scales: name of that weight -> s.
+        factors: name of a weight [out, in] -> (A [r, in], B [out, r], s).
         whole: weights that were trained as they are (biases, PEFT's `modules_to_save`).
         targets: every linear layer of the language model whose name ends in one of these has
             factors; empty where the settings choose layers by another rule.
     """
 
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    scales: Mapping[str, float]
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
     whole: Mapping[str, torch.Tensor]
     targets: tuple[str, ...] = ()
 
@@ -191,9 +189,7 @@ def _projector(folder: Path) -> dict[str, torch.Tensor]:
         part = next((p for p in (f"{_PROJECTOR}.", "embed_tokens.") if p in key), None)
         name = None if part is None else f"model.{part}{key.split(part, 1)[1]}"
         if name is None or name in weights:
-            fault = (
-                "which is not a weight of a projector" if name is None else "a weight it has twice"
-            )
+            fault = "a weight it has twice" if name else "which is not a weight of a projector"
             raise UserInputError(
                 f"{_PROJECTOR}.bin in {str(folder)!r} holds {key!r}, {fault}; save the projector "
                 "again"
@@ -221,11 +217,12 @@ def read_adapter(folder: Path) -> LoraAdapter:
         key = key.removeprefix(_WRAPPER)
         factor = _FACTOR.fullmatch(key)
         if factor is not None:
-            name = name_in_memory(f"{_WRAPPED_PART.sub('', factor['module'])}.weight")
-            _check_factor(folder, key, value, known=name in sides[factor["side"]])
-            sides[factor["side"]][name] = value
-            if factor["side"] == "A":
-                scales[name] = _scale(config, factor["module"], value.shape[0])
+            side, module = sides[factor["side"]], factor["module"]
+            name = name_in_memory(f"{_WRAPPED_PART.sub('', module)}.weight")
+            _check_factor(folder, key, value, known=name in side)
+            side[name] = value
+            if side is sides["A"]:
+                scales[name] = _scale(config, module, value.shape[0])
         elif "lora_" in key:
             raise UserInputError(
                 f"the adapter in {str(folder)!r} holds {key!r}, which is not part of a plain LoRA "
@@ -235,17 +232,15 @@ def read_adapter(folder: Path) -> LoraAdapter:
             whole[name_in_memory(_WRAPPED_PART.sub("", key))] = value
     halves = sorted(set(sides["A"]) ^ set(sides["B"]))
     if halves:
-        raise UserInputError(
-            f"the adapter in {str(folder)!r} holds only one of the two factors of {halves[0]!r}; "
-            "download or save it again"
-        )
+        raise _damaged(str(folder), f"holds only one of the two factors of {halves[0]!r}")
     if not scales:
-        raise UserInputError(
-            f"the adapter in {str(folder)!r} has no factors (lora_A, lora_B), so it changes "
-            "nothing; download or save it again"
-        )
-    factors = {name: (a, sides["B"][name]) for name, a in sides["A"].items()}
-    return LoraAdapter(factors, scales, whole, _target_names(config))
+        raise _damaged(str(folder), "has no factors (lora_A, lora_B), so it changes nothing")
+    factors = {name: (a, sides["B"][name], scales[name]) for name, a in sides["A"].items()}
+    return LoraAdapter(factors, whole, _target_names(config))
+
+
+def _damaged(folder: str, fault: str) -> UserInputError:
+    return UserInputError(f"the adapter in {folder!r} {fault}; download or save it again")
 
 
 def _check_factor(folder: Path, key: str, value: torch.Tensor, known: bool) -> None:
@@ -257,9 +252,7 @@ def _check_factor(folder: Path, key: str, value: torch.Tensor, known: bool) -> N
     elif known:
         fault = "twice, with and without the adapter's name"
     if fault is not None:
-        raise UserInputError(
-            f"the adapter in {str(folder)!r} holds {key!r} {fault}; download or save it again"
-        )
+        raise _damaged(str(folder), f"holds {key!r} {fault}")
 
 
 def _target_names(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -340,7 +333,7 @@ def merge_adapter(model: nn.Module, adapter: LoraAdapter, where: str) -> None:
     parameters = dict(model.named_parameters())
     linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     _check_targets(linear, adapter, where)
-    for name, (a, b) in adapter.factors.items():
+    for name, (a, b, scale) in adapter.factors.items():
         if name not in linear:
             raise UserInputError(
                 f"the adapter in {where!r} changes {name!r}, which is not a linear layer of the "
@@ -354,7 +347,7 @@ def merge_adapter(model: nn.Module, adapter: LoraAdapter, where: str) -> None:
             )
         dtype = torch.promote_types(weight.dtype, torch.float32)
         a, b = a.to(weight.device, dtype), b.to(weight.device, dtype)
-        weight.copy_(torch.addmm(weight.to(dtype), b, a, alpha=adapter.scales[name]))
+        weight.copy_(torch.addmm(weight.to(dtype), b, a, alpha=scale))
 
 
 def _check_targets(linear: set[str], adapter: LoraAdapter, where: str) -> None:
@@ -363,7 +356,5 @@ def _check_targets(linear: set[str], adapter: LoraAdapter, where: str) -> None:
     trained = {name for name in linear if name.startswith("model.layers.") and name.endswith(ends)}
     lost = sorted(trained - set(adapter.factors)) if ends else []
     if lost:
-        raise UserInputError(
-            f"the adapter in {where!r} lacks the factors of {len(lost)} layers that its "
-            f"target_modules name, for example {lost[0]!r}; download or save it again"
-        )
+        some = f"{len(lost)} layers that its target_modules name, for example {lost[0]!r}"
+        raise _damaged(where, f"lacks the factors of {some}")

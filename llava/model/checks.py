@@ -13,6 +13,7 @@ from llava.model.types import VisualModel
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.utils import UserInputError, describe_value
+from llava.value_rules import unfit
 
 # LLaVA takes every other value for "square", so that a misspelt one changes all pixels silently.
 ASPECTS = ("pad", "anyres", "square")
@@ -33,19 +34,13 @@ def check_config(model: VisualModel) -> None:
     config = model.config
     limit = getattr(config, "tokenizer_model_max_length", None)
     if limit is not None and (type(limit) is not int or limit < 1):
-        raise UserInputError(
-            f"tokenizer_model_max_length in config.json is {limit!r}; give the longest prompt in "
-            "tokens, such as 4096, or null for no limit"
-        )
-    for name, values in (
-        ("image_aspect_ratio", ASPECTS),
-        ("tokenizer_padding_side", PADDING_SIDES),
-    ):
+        remedy = "give the longest prompt in tokens, such as 4096, or null for no limit"
+        raise unfit("tokenizer_model_max_length", limit, "in config.json", remedy)
+    words = {"image_aspect_ratio": ASPECTS, "tokenizer_padding_side": PADDING_SIDES}
+    for name, known in words.items():
         value = getattr(config, name, None)
-        if value is not None and value not in values:
-            raise UserInputError(
-                f"{name} in config.json is {value!r}; use one of {', '.join(values)}"
-            )
+        if value is not None and value not in known:
+            raise unfit(name, value, "in config.json", f"use one of {', '.join(known)}")
     conv_mode_for("", config)
     settings = getattr(config, "mm_token_pruning", None)
     try:

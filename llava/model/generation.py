@@ -1,6 +1,7 @@
 """What `generate` takes: settings of files and arguments, by the same rules; rows one by one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,45 +84,10 @@ RULES: dict[str, Rule] = {
 # Settings for which None means "not given"; filters of draws are switched off by it.
 _UNSET = set(RULES) - {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"}
 
-_Settings = Mapping[str, Any]
 _ASSISTED = "assisted decoding is not supported"
 _GONE = "transformers no longer decodes in this way"
 _READS_IDS = "it reads the ids of a prompt, and a prompt with images is made of embeddings"
-# What cannot be done with prompts of embeddings, and would in part leave the model changed: the
-# setting, whether its value asks for that with the other settings, and why.
-_UNUSABLE: tuple[tuple[str, Callable[[Any, _Settings], bool], str], ...] = (
-    ("assistant_model", lambda value, _: True, _ASSISTED),
-    ("prompt_lookup_num_tokens", lambda value, _: True, _ASSISTED),
-    ("assistant_early_exit", lambda value, _: True, _ASSISTED),
-    ("use_mtp", lambda value, _: value, _ASSISTED),
-    ("is_assistant", lambda value, _: value, _ASSISTED),
-    ("constraints", lambda value, _: True, _GONE),
-    ("force_words_ids", lambda value, _: True, _GONE),
-    ("dola_layers", lambda value, call: call["num_beams"] in (None, 1), _GONE),
-    ("penalty_alpha", lambda value, call: value > 0 and _contrastive(call), _GONE),
-    (
-        "num_beam_groups",
-        lambda value, call: value > 1 and call["num_beams"] not in (None, 1),
-        _GONE,
-    ),
-    ("low_memory", lambda value, call: value and call["num_beams"] not in (None, 1), _GONE),
-    ("guidance_scale", lambda value, _: value != 1, _READS_IDS),
-    ("token_healing", lambda value, _: value, _READS_IDS),
-    ("prefill_chunk_size", lambda value, _: True, _READS_IDS),
-    ("custom_generate", lambda value, _: isinstance(value, str), "code from the hub is not run"),
-    (
-        "cache_implementation",
-        lambda value, call: str(value).startswith("offloaded") and call["device"] != "cuda",
-        "this cache needs CUDA",
-    ),
-    (
-        "cache_implementation",
-        lambda value, _: (
-            value == "quantized" and not (is_optimum_quanto_available() or is_hqq_available())
-        ),
-        "this cache needs a package that is not installed, optimum-quanto or hqq",
-    ),
-)
+_NEEDS_PACKAGE = "this cache needs a package that is not installed, optimum-quanto or hqq"
 
 
 def _that(wanted: str, fits: Callable[[Any], bool]) -> Rule:
@@ -225,36 +191,51 @@ def check_settings(model: VisualModel, arguments: Mapping[str, Any]) -> dict[str
     elif answers > beams:
         remedy = f"without do_sample there is one for each beam, so give num_beams={answers}"
         raise unfit("num_return_sequences", answers, "of generate", remedy)
-    asked = {name: effective(model, read, name) for name, *_ in _UNUSABLE} | chosen
-    for name, reason in unusable_settings(asked, model.device.type):
-        raise unfit(name, asked[name], "of generate", f"leave it out: {reason}")
+    setting = partial(effective, model, read)
+    for name, reason in unusable_settings(setting, model.device.type):
+        raise unfit(name, setting(name), "of generate", f"leave it out: {reason}")
     return read
 
 
-def unusable_settings(settings: _Settings, device: str) -> Iterator[tuple[str, str]]:
+def unusable_settings(setting: Callable[[str], Any], device: str) -> Iterator[tuple[str, str]]:
     """Find the settings that cannot be carried out for prompts with images, and say why.
 
+    transformers would refuse some later, with the model left changed.
+
     Args:
-        settings: of a call by name, `num_beams`, `do_sample` and `top_k` among them.
+        setting: returns what a call of `generate` is told under a name; None for nothing.
         device: kind of device that the model is on.
     """
-    call = {**settings, "device": device}
-    for name, asks_for_it, reason in _UNUSABLE:
-        value = settings.get(name)
-        if value is None:
-            continue
-        try:
-            found = asks_for_it(value, call)
-        except TypeError:  # a value of another kind
-            found = True
-        if found:
+    beams = setting("num_beams") not in (None, 1)
+    contrastive = not (beams or setting("do_sample") or setting("top_k") == 1)
+    cache = setting("cache_implementation")
+    offloaded = str(cache).startswith("offloaded") and device != "cuda"
+    quantized = cache == "quantized" and not (is_optimum_quanto_available() or is_hqq_available())
+    from_hub = isinstance(setting("custom_generate"), str)
+    # A setting, its values that ask for nothing, whether any other counts in this call, and why.
+    rules: tuple[tuple[str, tuple[float, ...], bool, str], ...] = (
+        ("assistant_model", (), True, _ASSISTED),
+        ("prompt_lookup_num_tokens", (), True, _ASSISTED),
+        ("assistant_early_exit", (), True, _ASSISTED),
+        ("use_mtp", (False,), True, _ASSISTED),
+        ("is_assistant", (False,), True, _ASSISTED),
+        ("constraints", (), True, _GONE),
+        ("force_words_ids", (), True, _GONE),
+        ("dola_layers", (), not beams, _GONE),
+        ("penalty_alpha", (0,), contrastive, _GONE),
+        ("num_beam_groups", (0, 1), beams, _GONE),
+        ("low_memory", (False,), beams, _GONE),
+        ("guidance_scale", (1,), True, _READS_IDS),
+        ("token_healing", (False,), True, _READS_IDS),
+        ("prefill_chunk_size", (), True, _READS_IDS),
+        ("custom_generate", (), from_hub, "code from the hub is not run"),
+        ("cache_implementation", (), offloaded, "this cache needs CUDA"),
+        ("cache_implementation", (), quantized, _NEEDS_PACKAGE),
+    )
+    for name, harmless, counts, reason in rules:
+        value = setting(name)
+        if counts and value is not None and value not in harmless:
             yield name, reason
-
-
-def _contrastive(call: _Settings) -> bool:
-    """Whether a `penalty_alpha` makes a call of `generate` a contrastive search."""
-    alone = not call["do_sample"] and call["num_beams"] in (None, 1)
-    return alone and (call["top_k"] or 50) > 1
 
 
 def effective(model: VisualModel, arguments: Mapping[str, Any], name: str) -> Any:
