@@ -26,6 +26,7 @@ from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.tokenizer import LlamaTokenizer
 from llava.pruning.config import PruningConfig
 from llava.utils import UserInputError
+from llava.value_rules import library_errors
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def load_pretrained_model(
     _check_attention(kwargs.get("attn_implementation"))
     quantization = quantization_config(load_8bit, load_4bit, device)
     if quantization is not None:
-        if part is not None and part.adapter is not None:
+        if part is not None and part.factors:
             raise UserInputError(
                 "an adapter cannot be merged into 8-bit or 4-bit weights; load it without "
                 "load_8bit and load_4bit, save the merged model, and load that quantized"
@@ -283,17 +284,14 @@ def load_tokenizer(folder: Path) -> Any:
                 f"({' or '.join(_TOKENIZER_FILES)}); download the missing file"
             )
         return None
-    try:
+    # Readers of model files raise errors without a common base class.
+    with library_errors(f"the tokenizer in {str(folder)!r} cannot be read", "download it again"):
         settings = read_json_object(file) if file.is_file() else {}
         if settings.get("tokenizer_class") not in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
             return AutoTokenizer.from_pretrained(str(folder), use_fast=False)
         # LLaVA's prompts begin with BOS also where the file does not say so.
         bos: dict[str, Any] = {} if "add_bos_token" in settings else {"add_bos_token": True}
         return LlamaTokenizer.from_pretrained(str(folder), use_fast=False, **bos)
-    except Exception as error:  # readers of model files raise errors without a common base
-        raise UserInputError(
-            f"the tokenizer in {str(folder)!r} cannot be read ({error}); download it again"
-        ) from error
 
 
 def _match_tokenizer(model: LlavaCausalLM, tokenizer: Any) -> None:

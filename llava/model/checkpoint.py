@@ -17,7 +17,7 @@ from llava.model.checks import check_weights
 from llava.shipped import shipped_checkpoint
 from llava.storage import read_json
 from llava.utils import UserInputError, user_path
-from llava.value_rules import TEXT, list_of, one_line, read_values
+from llava.value_rules import TEXT, list_of, read_values
 
 # LLaVA's files nest the CLIP model twice and keep an inner level that CLIPVisionModel has lost.
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -270,20 +270,6 @@ def _readable(file: Path) -> Iterator[None]:
         raise UserInputError(
             f"the weight file {str(file)!r} is not a plain weight file ({type(error).__name__}); "
             "use a safetensors file or a .bin file that holds tensors only"
-        ) from error
-
-
-@contextmanager
-def loading_errors(folder: Path) -> Iterator[None]:
-    """Turn what transformers says of arguments and settings it cannot use into one clear error."""
-    try:
-        yield
-    except UserInputError:
-        raise
-    except (ValueError, ImportError, OSError) as error:
-        raise UserInputError(
-            f"{str(folder)!r} cannot be loaded ({one_line(error)}); correct its config.json, or "
-            "the arguments it is loaded with"
         ) from error
 
 

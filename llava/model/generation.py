@@ -22,9 +22,9 @@ from llava.value_rules import (
     TEXT,
     Rule,
     either,
+    library_errors,
     list_of,
     number,
-    one_line,
     one_of,
     read_values,
     unfit,
@@ -157,13 +157,10 @@ def read_generation_config(
     values = read_values(values, RULES, place, _OR_REMOVE)
     for name in _TOKENS:
         values[name] = known_tokens(name, values.get(name), config.vocab_size, place)
-    try:
+    what = f"the settings {place} cannot be used"
+    remedy = "correct them, or remove the file for the defaults"
+    with library_errors(what, remedy, (ValueError, TypeError, AttributeError)):
         return PublishedGenerationConfig(**values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserInputError(
-            f"the settings {place} cannot be used ({one_line(error)}); correct them, or remove "
-            "the file for the defaults"
-        ) from error
 
 
 def check_settings(model: VisualModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,7 +210,7 @@ def unusable_settings(setting: Callable[[str], Any], device: str) -> Iterator[tu
     quantized = cache == "quantized" and not (is_optimum_quanto_available() or is_hqq_available())
     from_hub = isinstance(setting("custom_generate"), str)
     # A setting, its values that ask for nothing, whether any other counts in this call, and why.
-    rules: tuple[tuple[str, tuple[float, ...], bool, str], ...] = (
+    table: tuple[tuple[str, tuple[float, ...], bool, str], ...] = (
         ("assistant_model", (), True, _ASSISTED),
         ("prompt_lookup_num_tokens", (), True, _ASSISTED),
         ("assistant_early_exit", (), True, _ASSISTED),
@@ -232,7 +229,7 @@ def unusable_settings(setting: Callable[[str], Any], device: str) -> Iterator[tu
         ("cache_implementation", (), offloaded, "this cache needs CUDA"),
         ("cache_implementation", (), quantized, _NEEDS_PACKAGE),
     )
-    for name, harmless, counts, reason in rules:
+    for name, harmless, counts, reason in table:
         value = setting(name)
         if counts and value is not None and value not in harmless:
             yield name, reason

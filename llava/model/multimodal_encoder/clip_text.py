@@ -11,12 +11,12 @@ from transformers import CLIPModel, CLIPTokenizer
 from llava.model.checkpoint import read_json_object
 from llava.model.multimodal_encoder.vision_tower import CONFIG_FILE, VisionTower, find_file
 from llava.utils import UserInputError
+from llava.value_rules import library_errors
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
-# Beside the towers, not inside them: a saved model must not contain its text tower.
+# Kept next to the towers, not inside them: a saved model must not contain its text tower.
 _loaded: "WeakKeyDictionary[VisionTower, CLIPTextTower]" = WeakKeyDictionary()
-
 _complete: "WeakKeyDictionary[VisionTower, bool]" = WeakKeyDictionary()
 
 # Threads that share a tower wait for one of them to load its text tower.
@@ -74,17 +74,13 @@ def has_text_tower(tower: VisionTower) -> bool:
     """Whether the folder or hub model that a tower is read from is a complete CLIP model."""
     with _lock:
         if tower not in _complete:
-            _complete[tower] = _is_complete(tower)
+            config = find_file(tower.source, CONFIG_FILE)
+            _complete[tower] = (
+                config is not None
+                and read_json_object(config).get("model_type") == "clip"
+                and any(find_file(tower.source, name) for name in _TOKENIZER_FILES)
+            )
         return _complete[tower]
-
-
-def _is_complete(tower: VisionTower) -> bool:
-    config = find_file(tower.source, CONFIG_FILE)
-    return (
-        config is not None
-        and read_json_object(config).get("model_type") == "clip"
-        and any(find_file(tower.source, name) for name in _TOKENIZER_FILES)
-    )
 
 
 def text_tower_of(tower: VisionTower) -> CLIPTextTower:
@@ -108,17 +104,13 @@ def _load(tower: VisionTower) -> CLIPTextTower:
             "complete CLIP model with its tokenizer. Set mm_vision_tower to one, or choose a "
             "setting that reads no question, such as cdpruner with relevance=none"
         )
-    try:
+    what = f"cannot load the text tower of {name!r} from {tower.source!r}"
+    with library_errors(what, "download its files again"):
         loaded: Any = CLIPModel.from_pretrained(
             tower.source, dtype=tower.dtype, output_loading_info=True
         )
         model, info = loaded
         tokenizer = CLIPTokenizer.from_pretrained(tower.source)
-    except Exception as error:  # readers of model files raise errors without a common base
-        raise UserInputError(
-            f"cannot load the text tower of {name!r} from {tower.source!r} ({error}); download its "
-            "files again"
-        ) from error
     parts = ("text_model.", "text_projection.", "visual_projection.")
     missing = sorted(k for k in info["missing_keys"] if k.startswith(parts))
     if missing or model.visual_projection.in_features != tower.hidden_size:

@@ -3,17 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llava.utils import UserInputError
-from llava.value_rules import (
-    FLAG,
-    Rule,
-    list_of,
-    number,
-    one_line,
-    read_values,
-    unfit,
-    whole,
-)
+from llava.value_rules import FLAG, Rule, library_errors, list_of, number, read_values, unfit, whole
 
 # Larger pictures than this are refused before they are scaled up to it.
 _MAX_SIDE = 2**12
@@ -81,13 +71,10 @@ def make_processor(raw: Mapping[str, Any], cls: Any, side: int, place: str) -> A
     # Without a crop its size plays no part, but says how large the pixels are.
     values["crop_size"] = _sides(values.get("crop_size") if crops else None, side, shortest=False)
     _check_sizes(values, side, place)
-    try:
+    what = f"the image processor {place} cannot be used"
+    errors = (ValueError, TypeError, KeyError, AttributeError)
+    with library_errors(what, "download the file again", errors):
         return cls(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserInputError(
-            f"the image processor {place} cannot be used ({one_line(error)}); download the file "
-            "again"
-        ) from error
 
 
 def _sides(sides: dict[str, int] | None, tower_side: int, shortest: bool) -> dict[str, int]:
