@@ -228,11 +228,9 @@ def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
         if device == "cuda":
             logger.warning("CUDA is not available; the model is loaded on the CPU in float32")
         return {"": "cpu"}, torch.float32
-    if device not in ("auto", "cuda"):
-        device_map = {"": device}
-        if _device_type(device) == "cpu":
-            return device_map, torch.float32
-    return device_map, torch.float16
+    if device in ("auto", "cuda"):
+        return device_map, torch.float16
+    return {"": device}, torch.float32 if _device_type(device) == "cpu" else torch.float16
 
 
 def _device_type(device: str) -> str:

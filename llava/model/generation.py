@@ -10,9 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from llava.model.checkpoint import read_json_object
+from llava.model.checkpoint import read_config, read_json_object
 from llava.model.checks import check_questions, check_sizes
 from llava.model.config_values import TOKENS, known_tokens
+from llava.model.hugging_face import native_form
 from llava.model.splice import share_images, unpadded
 from llava.model.types import GenerativeModel, Images, VisualModel
 from llava.pruning.active import prune
@@ -132,15 +133,12 @@ class PublishedGenerationConfig(GenerationConfig):
         super().validate(strict=False, user_set_attributes=user_set_attributes)
 
 
-def read_generation_config(
-    folder: Path, config: Any, raw_config: Mapping[str, Any]
-) -> GenerationConfig:
+def read_generation_config(folder: Path, config: Any) -> GenerationConfig:
     """Read how a checkpoint answers: from generation_config.json, else from config.json.
 
     Args:
         folder: of the checkpoint.
         config: of the model; its tokens are the defaults of those that no file names.
-        raw_config: config.json in LLaVA's form, which older checkpoints kept such settings in.
 
     Raises:
         UserInputError: the file is damaged, or a value cannot be used.
@@ -150,7 +148,8 @@ def read_generation_config(
         values, place = read_json_object(file), f"in {str(file)!r}"
     else:
         place = f"in {str(folder / 'config.json')!r}"
-        values = {name: raw_config[name] for name in RULES if name in raw_config}
+        older = native_form(read_config(folder), str(folder))  # where older checkpoints kept them
+        values = {name: older[name] for name in RULES if name in older}
         values["_from_model_config"] = True
     values = {**{name: getattr(config, name, None) for name in TOKENS}, **values}
     values = {name: value for name, value in values.items() if name not in _OF_A_CALL}

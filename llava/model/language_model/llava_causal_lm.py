@@ -109,10 +109,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
         torch_dtype = kwargs.pop("torch_dtype", None)  # its older name
         asked = kwargs.pop("dtype", None) or torch_dtype
         kwargs["dtype"] = choose_dtype(asked, config, (v.dtype for v in weights.values()))
-        answers = kwargs.pop("generation_config", None)
-        if answers is None:
-            raw = native_form(read_config(folder), str(folder))
-            answers = read_generation_config(folder, config, raw)
+        answers = kwargs.pop("generation_config", None) or read_generation_config(folder, config)
         config.name_or_path = str(folder)  # a relative name of a tower refers to it
         tower_config = read_own_tower(config, weights, folder)
         what = f"{str(folder)!r} cannot be loaded"

@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPModel, CLIPTokenizer
 
 from llava.model.checkpoint import read_json_object
@@ -48,15 +49,11 @@ class CLIPTextTower:
         A text of more ids than CLIP reads is cut into consecutive segments, wherever they end, as
         CDPruner does; only the first begins with CLIP's start token.
         """
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
-        length = self.segment_length
-        segments = [ids[start : start + length] for start in range(0, len(ids), length)]
-        width = len(segments[0])
-        rows = torch.tensor([part + [0] * (width - len(part)) for part in segments])
-        mask = torch.tensor([[1] * len(part) + [0] * (width - len(part)) for part in segments])
-        device = self.text_projection.weight.device
-        pooled = self.text_model(rows.to(device), mask.to(device)).pooler_output
-        return self.text_projection(pooled)
+        ids = torch.tensor(self.tokenizer(text, verbose=False)["input_ids"])
+        segments = ids.to(self.text_projection.weight.device).split(self.segment_length)
+        rows = pad_sequence(segments, batch_first=True)
+        mask = pad_sequence([torch.ones_like(part) for part in segments], batch_first=True)
+        return self.text_projection(self.text_model(rows, mask).pooler_output)
 
     @torch.no_grad()
     def embed_patches(self, tower: VisionTower, features: torch.Tensor) -> torch.Tensor:
