@@ -17,10 +17,10 @@ from torch import nn
 
 from llava.model.checkpoint import (
     TOWER_PREFIX,
-    has_weights,
     name_in_memory,
     read_json_object,
     read_weights,
+    weight_file,
 )
 from llava.utils import UserInputError
 
@@ -164,7 +164,7 @@ def read_partial(folder: Path, model_base: str | None) -> PartialCheckpoint | No
         UserInputError: `model_base` is missing or superfluous, or files are damaged.
     """
     is_lora = (folder / CONFIG_FILE).is_file()
-    complete = has_weights(folder)
+    complete = weight_file(folder) is not None
     stems = [folder / f"{_PROJECTOR}.{suffix}" for suffix in ("safetensors", "bin")]
     is_projector = not is_lora and not complete and any(file.is_file() for file in stems)
     if not (is_lora or is_projector):

@@ -17,7 +17,7 @@ from llava.model.checks import check_weights
 from llava.shipped import shipped_checkpoint
 from llava.storage import read_json
 from llava.utils import UserInputError, user_path
-from llava.value_rules import TEXT, list_of, read_values
+from llava.value_rules import TEXT, library_errors, list_of, read_values
 
 # LLaVA's files nest the CLIP model twice and keep an inner level that CLIPVisionModel has lost.
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -53,12 +53,7 @@ def name_in_memory(key: str) -> str:
     return key
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a folder has weights of a whole model, in one file or in shards."""
-    return _weight_file(folder) is not None
-
-
-def _weight_file(folder: Path) -> Path | None:
+def weight_file(folder: Path) -> Path | None:
     """Find the weights of a whole model: one file, or the index of its shards."""
     names = (name + suffix for name in _WEIGHT_FILES for suffix in ("", _INDEX))
     return next((folder / name for name in names if (folder / name).is_file()), None)
@@ -131,13 +126,10 @@ def _snapshot(name: str, revision: str | None, **options: Any) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = ["*.json", "*.model", "*.safetensors", "*.bin"]
-    try:
+    what = f"{name!r} is not a local folder, and the hub does not return it"
+    remedy = "check the spelling and the network, or download the model and give its folder"
+    with library_errors(what, remedy, (OSError, HfHubHTTPError, HFValidationError, ValueError)):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        raise UserInputError(
-            f"{name!r} is not a local folder, and the hub does not return it ({error}); check the "
-            "spelling and the network, or download the model and give its folder"
-        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -180,7 +172,7 @@ def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserInputError: no weights, a missing shard, or a file that is damaged.
     """
-    file = _weight_file(folder)
+    file = weight_file(folder)
     if file is None:
         raise UserInputError(
             f"{str(folder)!r} has no weights (none of {', '.join(_WEIGHT_FILES)} nor their index "

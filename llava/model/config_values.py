@@ -25,7 +25,6 @@ from llava.value_rules import (
     library_errors,
     list_of,
     number,
-    one_line,
     one_of,
     read_values,
     short_repr,
@@ -246,15 +245,13 @@ def _check_heads(config: Any, place: str) -> None:
 
 def _check_rope(config: Any, place: str) -> None:
     """Make the frequencies once: what they are made of differs from kind to kind."""
-    remedy = "correct it, or remove it for the default"
-    try:
+    given = short_repr(dict(config.rope_parameters))
+    what = f"rope_scaling {place} is {given}, which cannot be used"
+    with library_errors(what, "correct it, or remove it for the default"):
         with torch.device("cpu"):
             frequencies = LlamaRotaryEmbedding(config).inv_freq
         if not bool(torch.isfinite(frequencies).all()):
             raise ValueError("its frequencies are not finite")
-    except Exception as error:  # each kind of rope fails in its own way
-        text = f"{remedy} ({one_line(error)})"
-        raise unfit("rope_scaling", dict(config.rope_parameters), place, text) from error
 
 
 def as_dtype(value: Any) -> torch.dtype | None:

@@ -247,11 +247,11 @@ class LlavaMetaForCausalLM(Prunable):
         config = self.config
         merged = cut_rows(merged, rows, getattr(config, "tokenizer_model_max_length", None))
         own_side = getattr(config, "tokenizer_padding_side", "right")
-        batch = pad_rows(merged, call_context().padding_side or own_side)
+        batch, batch_mask = pad_rows(merged, call_context().padding_side or own_side)
         original = visual is not None and visual.original_positions
         positions = batch.positions if original else _as_given(batch.positions, position_ids)
-        needs_mask = original and attention_mask is None
-        mask = batch.mask if needs_mask else _as_given(batch.mask, attention_mask)
+        implied = original and attention_mask is None
+        mask = batch_mask if implied else _as_given(batch_mask, attention_mask)
         return positions, mask, batch.embeds, _as_given(batch.labels, labels)
 
     def prepare_inputs_labels_for_multimodal(

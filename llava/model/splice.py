@@ -25,15 +25,6 @@ class Row(NamedTuple):
     positions: torch.Tensor
 
 
-class Batch(NamedTuple):
-    """Padded rows: embeds [B, L, D], labels [B, L], mask bool [B, L], positions int64 [B, L]."""
-
-    embeds: torch.Tensor
-    labels: torch.Tensor
-    mask: torch.Tensor
-    positions: torch.Tensor
-
-
 def unpadded(rows: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
     """Free the rows of [B, L] of padding, wherever it is; without a mask all tokens count."""
     if mask is None:
@@ -164,12 +155,15 @@ def _like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return x.to(device=reference.device, dtype=reference.dtype)
 
 
-def pad_rows(rows: list[Row], side: str) -> Batch:
+def pad_rows(rows: Sequence[Row], side: str) -> tuple[Row, torch.Tensor]:
     """Pad rows with zero embeddings to the longest one.
 
     Args:
         rows: merged sequences.
         side: "left" or "right": where the padding goes.
+
+    Returns:
+        All rows as one, each tensor with a batch dimension, and their mask bool [B, L].
 
     Raises:
         UserInputError: another side.
@@ -177,9 +171,6 @@ def pad_rows(rows: list[Row], side: str) -> Batch:
     if side not in ("left", "right"):
         raise UserInputError(f"tokenizer_padding_side is {side!r}; use 'left' or 'right'")
     pad = partial(pad_sequence, batch_first=True, padding_side=side)
-    return Batch(
-        pad([row.embeds for row in rows]),
-        pad([row.labels for row in rows], padding_value=IGNORE_INDEX),
-        pad([torch.ones_like(row.labels, dtype=torch.bool) for row in rows]),
-        pad([row.positions for row in rows]),
-    )
+    embeds, labels, positions = map(list, zip(*rows, strict=True))
+    mask = pad([torch.ones_like(row, dtype=torch.bool) for row in labels])
+    return Row(pad(embeds), pad(labels, padding_value=IGNORE_INDEX), pad(positions)), mask
