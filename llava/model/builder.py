@@ -95,11 +95,6 @@ def load_pretrained_model(
     _check_attention(kwargs.get("attn_implementation"))
     quantization = quantization_config(load_8bit, load_4bit, device)
     if quantization is not None:
-        if part is not None and part.factors:
-            raise UserInputError(
-                "an adapter cannot be merged into 8-bit or 4-bit weights; load it without "
-                "load_8bit and load_4bit, save the merged model, and load that quantized"
-            )
         kwargs["quantization_config"] = quantization
     model = _load_model(folder, base, part, device_map=placement, **kwargs)
     if pruning is not None:
@@ -110,8 +105,7 @@ def load_pretrained_model(
     if tokenizer is None and part is not None:
         tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
-        _match_tokenizer(model, tokenizer)
-        model.text_tokenizer = tokenizer
+        _attach_tokenizer(model, tokenizer)
     tower = model.get_vision_tower()
     image_processor = None if tower is None else tower.image_processor
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
@@ -135,6 +129,12 @@ def _load_model(
         raise UserInputError(
             f"{str(folder)!r} is a plain language model without a vision tower; "
             "give a LLaVA checkpoint"
+        )
+    quantized = kwargs.get("quantization_config") is not None
+    if quantized and part is not None and part.factors:
+        raise UserInputError(
+            "an adapter cannot be merged into 8-bit or 4-bit weights; load it without "
+            "load_8bit and load_4bit, save the merged model, and load that quantized"
         )
     cls = model_class(raw)
     if part is None:
@@ -292,8 +292,9 @@ def load_tokenizer(folder: Path) -> Any:
         return LlamaTokenizer.from_pretrained(str(folder), use_fast=False, **bos)
 
 
-def _match_tokenizer(model: LlavaCausalLM, tokenizer: Any) -> None:
+def _attach_tokenizer(model: LlavaCausalLM, tokenizer: Any) -> None:
     """Add the image tokens the config asks for and give every token a row of embeddings."""
+    model.text_tokenizer = tokenizer
     if getattr(model.config, "mm_use_im_patch_token", True):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if getattr(model.config, "mm_use_im_start_end", False):
