@@ -41,7 +41,7 @@ KEY_MAPPING = {
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
 # Buffers that old checkpoints stored and the model computes itself.
-_DERIVED_KEY = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+DERIVED_KEY = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 def name_in_memory(key: str) -> str:
@@ -302,7 +302,7 @@ def check_loading(info: dict[str, Any], folder: Path, supplied: Collection[str] 
         names = sorted(
             str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{kind}_keys", ())
         )
-        names = [name for name in names if name not in supplied and not _DERIVED_KEY.search(name)]
+        names = [name for name in names if name not in supplied and not DERIVED_KEY.search(name)]
         if names:
             raise UserInputError(
                 f"{str(folder)!r} has {len(names)} {kind} weights, for example {names[0]!r}: "

@@ -35,16 +35,15 @@ from llava.value_rules import (
 GENERATION_FILE = "generation_config.json"
 _OR_REMOVE = ", or remove it for the default"
 _TOKENS = (*TOKENS, "forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id")
-# What a program asks for; a checkpoint that asks for it would surprise the next program.
-_OF_A_CALL = (
+_OUTPUTS = (
     "return_dict_in_generate",
     "output_attentions",
     "output_hidden_states",
     "output_scores",
     "output_logits",
-    "compile_config",
-    "cache_implementation",
 )
+# What a program asks for; a checkpoint that asks for it would surprise the next program.
+_OF_A_CALL = (*_OUTPUTS, "compile_config", "cache_implementation")
 # Arguments of `generate` that hold all rows, or are told which row they are asked about.
 _OF_A_BATCH = (
     "streamer",
@@ -65,8 +64,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"), FLAG
     ),
-    **{f"output_{part}": FLAG for part in ("attentions", "hidden_states", "scores", "logits")},
-    "return_dict_in_generate": FLAG,
+    **dict.fromkeys(_OUTPUTS, FLAG),
     "num_beams": whole(1, 1024),
     "num_return_sequences": whole(1, 1024),
     "early_stopping": either(FLAG, one_of(("never",))),

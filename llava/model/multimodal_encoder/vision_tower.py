@@ -10,14 +10,12 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from llava.model.call_context import call_context
-from llava.model.checkpoint import read_json_object
+from llava.model.checkpoint import DERIVED_KEY, read_json_object
 from llava.model.config_values import build_config
 from llava.model.multimodal_encoder.preprocessor import make_processor
 from llava.utils import UserInputError, user_path
 from llava.value_rules import library_errors, unfit
 
-# Buffers that old checkpoints stored and the model computes itself.
-_DERIVED_KEYS = ("embeddings.position_ids",)
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 # In files; a model of images and texts has blocks for texts too.
@@ -95,7 +93,7 @@ class VisionTower(nn.Module):
                 device_map=device_map,
                 output_loading_info=True,
             )
-        missing = sorted(k for k in info["missing_keys"] if not k.endswith(_DERIVED_KEYS))
+        missing = sorted(k for k in info["missing_keys"] if not DERIVED_KEY.search(k))
         if missing:
             raise UserInputError(
                 f"the vision tower in {self.source!r} lacks {len(missing)} weights, for example "
