@@ -86,7 +86,7 @@ class Sampling:
         """
         config = model.generation_config
         settings = {**vars(config), **self.arguments()}
-        refused = dict(unusable_settings(settings, model.device.type))
+        refused = dict(unusable_settings(settings.get, model.device.type))
         if (config.num_return_sequences or 1) > 1:
             refused["num_return_sequences"] = "every question gets one answer"
         for name, reason in refused.items():

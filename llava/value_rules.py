@@ -7,7 +7,8 @@ after that and does not fit is refused with the name of the key, the file and wh
 import math
 import numbers
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from llava.utils import UserInputError
@@ -65,6 +66,28 @@ def short_repr(value: Any) -> str:
 def one_line(error: BaseException) -> str:
     """Return what an error of a library says, on one line; its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def library_errors(
+    what: str, remedy: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Turn what a library raises about the user's files and settings into one line.
+
+    Args:
+        what: what cannot be done; the library's reason follows in brackets.
+        remedy: what to do about it.
+        errors: what the library raises, where that has a common base class.
+
+    Raises:
+        UserInputError: one of `errors` was raised inside.
+    """
+    try:
+        yield
+    except UserInputError:
+        raise
+    except errors as error:
+        raise UserInputError(f"{what} ({one_line(error)}); {remedy}") from error
 
 
 def check_characters(text: str, name: str) -> None:

@@ -8,7 +8,7 @@ hit the vision tower (leaf names such as `q_proj` fit CLIP too) end up where the
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,10 @@ from torch import nn
 
 from llava.model.checkpoint import (
     TOWER_PREFIX,
-    has_weights,
     name_in_memory,
     read_json_object,
     read_weights,
+    weight_file,
 )
 from llava.utils import UserInputError
 
@@ -50,38 +50,27 @@ _VARIANTS = (
     "alora_invocation_tokens",
 )
 
-
-@dataclass(frozen=True)
-class LoraAdapter:
-    """An adapter as its folder holds it, weights under the names the model has in memory.
-
-    Attributes:
-        factors: name of a weight [out, in] -> (A [r, in], B [out, r]).
-        scales: name of that weight -> s.
-        whole: weights that were trained as they are (biases, PEFT's `modules_to_save`).
-        targets: every linear layer of the language model whose name ends in one of these has
-            factors; empty where the settings choose layers by another rule.
-    """
-
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    scales: Mapping[str, float]
-    whole: Mapping[str, torch.Tensor]
-    targets: tuple[str, ...] = ()
+# Name of a weight [out, in] -> (A [r, in], B [out, r], s).
+_Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
 
 
 @dataclass(frozen=True)
 class PartialCheckpoint:
-    """What a folder adds to a base model.
+    """What a folder adds to a base model, weights under the names the model has in memory.
 
     Attributes:
         folder: where it was read.
-        weights: weights that replace those of the base, under the names the model has in memory.
-        adapter: what is merged into weights of the base; None for a projector-only folder.
+        weights: weights that replace those of the base: trained as they are, as biases and PEFT's
+            `modules_to_save` are.
+        factors: of the LoRA adapter that is merged into the base; empty without one.
+        targets: every linear layer of the language model whose name ends in one of these has
+            factors; empty where the settings choose layers by another rule.
     """
 
     folder: Path
     weights: Mapping[str, torch.Tensor]
-    adapter: LoraAdapter | None
+    factors: _Factors = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
 
     @torch.no_grad()
     def apply(self, model: "LlavaCausalLM") -> None:
@@ -96,11 +85,10 @@ class PartialCheckpoint:
         for name, value in self.weights.items():
             self._check(name, value, state.get(name))
             state[name].copy_(value)
-        changed = set(self.weights)
-        if self.adapter is not None:
-            merge_adapter(model, self.adapter, str(self.folder))
-            changed |= set(self.adapter.factors)
+        if self.factors:
+            self._merge_factors(model)
         tower = model.get_vision_tower()
+        changed = (*self.weights, *self.factors)
         if tower is not None and any(name.startswith(TOWER_PREFIX) for name in changed):
             # The tower has changed, so it must be saved with the model.
             tower.from_checkpoint = True
@@ -110,7 +98,7 @@ class PartialCheckpoint:
         """Refuse parts of a projector: mixed with another training's it would be useless."""
         own = {name for name in state if name.startswith(_PROJECTOR_PREFIX)}
         lost = sorted(own - set(self.weights))
-        if lost and (self.adapter is None or len(lost) < len(own)):
+        if lost and (not self.factors or len(lost) < len(own)):
             raise UserInputError(
                 f"{str(self.folder)!r} holds {len(own) - len(lost)} of the {len(own)} weights of "
                 f"the projector, {lost[0]!r} is missing; download or save it again, with the "
@@ -129,6 +117,45 @@ class PartialCheckpoint:
                 f"{list(own.shape)}; give the model_base and the config.json it was trained with"
             )
 
+    def _merge_factors(self, model: nn.Module) -> None:
+        """Add every s B A to its weight in place; one weight at a time is in memory twice.
+
+        Products are taken in float32 (float64 for float64 weights) and rounded once, to the
+        weight's own dtype. PEFT's `fan_in_fan_out` means nothing here, as in PEFT: only layers that
+        are not `nn.Linear` store their weights transposed, and LLaVA has none.
+        """
+        parameters = dict(model.named_parameters())
+        linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self._check_targets(linear)
+        where = f"the adapter in {str(self.folder)!r}"
+        for name, (a, b, scale) in self.factors.items():
+            if name not in linear:
+                raise UserInputError(
+                    f"{where} changes {name!r}, which is not a linear layer of the model; give the "
+                    "model_base and the config.json it was trained with"
+                )
+            weight = parameters[name]
+            if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
+                raise UserInputError(
+                    f"{where} has factors {list(a.shape)} and {list(b.shape)} for {name!r} of "
+                    f"shape {list(weight.shape)}; give the model_base it was trained on"
+                )
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            a, b = a.to(weight.device, dtype), b.to(weight.device, dtype)
+            weight.copy_(torch.addmm(weight.to(dtype), b, a, alpha=scale))
+
+    def _check_targets(self, linear: set[str]) -> None:
+        """Refuse an adapter that lost factors: what it trained would be half there."""
+        ends = tuple(f".{name}.weight" for name in self.targets)
+        lost = sorted(
+            name
+            for name in linear - set(self.factors)
+            if name.startswith("model.layers.") and name.endswith(ends)
+        )
+        if lost:
+            some = f"{len(lost)} layers that its target_modules name, for example {lost[0]!r}"
+            raise _damaged(self.folder, f"lacks the factors of {some}")
+
 
 def read_partial(folder: Path, model_base: str | None) -> PartialCheckpoint | None:
     """Read what a folder adds to `model_base`, by its files; None for a complete checkpoint.
@@ -137,7 +164,7 @@ def read_partial(folder: Path, model_base: str | None) -> PartialCheckpoint | No
         UserInputError: `model_base` is missing or superfluous, or files are damaged.
     """
     is_lora = (folder / CONFIG_FILE).is_file()
-    complete = has_weights(folder)
+    complete = weight_file(folder) is not None
     stems = [folder / f"{_PROJECTOR}.{suffix}" for suffix in ("safetensors", "bin")]
     is_projector = not is_lora and not complete and any(file.is_file() for file in stems)
     if not (is_lora or is_projector):
@@ -151,9 +178,8 @@ def read_partial(folder: Path, model_base: str | None) -> PartialCheckpoint | No
     if model_base is None:
         raise UserInputError(_ask_for_base(folder, is_lora, complete))
     if is_lora:
-        adapter = read_adapter(folder)
-        return PartialCheckpoint(folder, {**_rest(folder), **adapter.whole}, adapter)
-    return PartialCheckpoint(folder, _projector(folder), None)
+        return _read_adapter(folder)
+    return PartialCheckpoint(folder, _projector(folder))
 
 
 def _ask_for_base(folder: Path, is_lora: bool, complete: bool) -> str:
@@ -191,9 +217,7 @@ def _projector(folder: Path) -> dict[str, torch.Tensor]:
         part = next((p for p in (f"{_PROJECTOR}.", "embed_tokens.") if p in key), None)
         name = None if part is None else f"model.{part}{key.split(part, 1)[1]}"
         if name is None or name in weights:
-            fault = (
-                "which is not a weight of a projector" if name is None else "a weight it has twice"
-            )
+            fault = "a weight it has twice" if name else "which is not a weight of a projector"
             raise UserInputError(
                 f"{_PROJECTOR}.bin in {str(folder)!r} holds {key!r}, {fault}; save the projector "
                 "again"
@@ -202,8 +226,8 @@ def _projector(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def read_adapter(folder: Path) -> LoraAdapter:
-    """Read `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
+def _read_adapter(folder: Path) -> PartialCheckpoint:
+    """Read an adapter's config and weights, and the weights that were trained with it.
 
     Raises:
         UserInputError: files missing or damaged, or a variant of LoRA that cannot be merged.
@@ -221,11 +245,12 @@ def read_adapter(folder: Path) -> LoraAdapter:
         key = key.removeprefix(_WRAPPER)
         factor = _FACTOR.fullmatch(key)
         if factor is not None:
-            name = name_in_memory(f"{_WRAPPED_PART.sub('', factor['module'])}.weight")
-            _check_factor(folder, key, value, known=name in sides[factor["side"]])
-            sides[factor["side"]][name] = value
-            if factor["side"] == "A":
-                scales[name] = _scale(config, factor["module"], value.shape[0])
+            side, module = sides[factor["side"]], factor["module"]
+            name = name_in_memory(f"{_WRAPPED_PART.sub('', module)}.weight")
+            _check_factor(folder, key, value, known=name in side)
+            side[name] = value
+            if side is sides["A"]:
+                scales[name] = _scale(config, module, value.shape[0])
         elif "lora_" in key:
             raise UserInputError(
                 f"the adapter in {str(folder)!r} holds {key!r}, which is not part of a plain LoRA "
@@ -235,17 +260,15 @@ def read_adapter(folder: Path) -> LoraAdapter:
             whole[name_in_memory(_WRAPPED_PART.sub("", key))] = value
     halves = sorted(set(sides["A"]) ^ set(sides["B"]))
     if halves:
-        raise UserInputError(
-            f"the adapter in {str(folder)!r} holds only one of the two factors of {halves[0]!r}; "
-            "download or save it again"
-        )
+        raise _damaged(folder, f"holds only one of the two factors of {halves[0]!r}")
     if not scales:
-        raise UserInputError(
-            f"the adapter in {str(folder)!r} has no factors (lora_A, lora_B), so it changes "
-            "nothing; download or save it again"
-        )
-    factors = {name: (a, sides["B"][name]) for name, a in sides["A"].items()}
-    return LoraAdapter(factors, scales, whole, _target_names(config))
+        raise _damaged(folder, "has no factors (lora_A, lora_B), so it changes nothing")
+    factors = {name: (a, sides["B"][name], scales[name]) for name, a in sides["A"].items()}
+    return PartialCheckpoint(folder, {**_rest(folder), **whole}, factors, _target_names(config))
+
+
+def _damaged(folder: Path, fault: str) -> UserInputError:
+    return UserInputError(f"the adapter in {str(folder)!r} {fault}; download or save it again")
 
 
 def _check_factor(folder: Path, key: str, value: torch.Tensor, known: bool) -> None:
@@ -257,9 +280,7 @@ def _check_factor(folder: Path, key: str, value: torch.Tensor, known: bool) -> N
     elif known:
         fault = "twice, with and without the adapter's name"
     if fault is not None:
-        raise UserInputError(
-            f"the adapter in {str(folder)!r} holds {key!r} {fault}; download or save it again"
-        )
+        raise _damaged(folder, f"holds {key!r} {fault}")
 
 
 def _target_names(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -324,46 +345,3 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
             alpha = value
             break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-@torch.no_grad()
-def merge_adapter(model: nn.Module, adapter: LoraAdapter, where: str) -> None:
-    """Add every B A to its weight in place; one weight at a time is in memory twice.
-
-    Products are taken in float32 (float64 for float64 weights) and rounded once, to the weight's
-    own dtype. PEFT's `fan_in_fan_out` means nothing here, as in PEFT: only layers that are not
-    `nn.Linear` store their weights transposed, and LLaVA has none.
-
-    Raises:
-        UserInputError: a module the model lacks or the adapter does, or another shape.
-    """
-    parameters = dict(model.named_parameters())
-    linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    _check_targets(linear, adapter, where)
-    for name, (a, b) in adapter.factors.items():
-        if name not in linear:
-            raise UserInputError(
-                f"the adapter in {where!r} changes {name!r}, which is not a linear layer of the "
-                "model; give the model_base and the config.json it was trained with"
-            )
-        weight = parameters[name]
-        if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
-            raise UserInputError(
-                f"the adapter in {where!r} has factors {list(a.shape)} and {list(b.shape)} for "
-                f"{name!r} of shape {list(weight.shape)}; give the model_base it was trained on"
-            )
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        a, b = a.to(weight.device, dtype), b.to(weight.device, dtype)
-        weight.copy_(torch.addmm(weight.to(dtype), b, a, alpha=adapter.scales[name]))
-
-
-def _check_targets(linear: set[str], adapter: LoraAdapter, where: str) -> None:
-    """Refuse an adapter that lost factors: what it trained would be half there."""
-    ends = tuple(f".{name}.weight" for name in adapter.targets)
-    trained = {name for name in linear if name.startswith("model.layers.") and name.endswith(ends)}
-    lost = sorted(trained - set(adapter.factors)) if ends else []
-    if lost:
-        raise UserInputError(
-            f"the adapter in {where!r} lacks the factors of {len(lost)} layers that its "
-            f"target_modules name, for example {lost[0]!r}; download or save it again"
-        )

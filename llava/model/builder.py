@@ -26,6 +26,7 @@ from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.tokenizer import LlamaTokenizer
 from llava.pruning.config import PruningConfig
 from llava.utils import UserInputError
+from llava.value_rules import library_errors
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +95,6 @@ def load_pretrained_model(
     _check_attention(kwargs.get("attn_implementation"))
     quantization = quantization_config(load_8bit, load_4bit, device)
     if quantization is not None:
-        if part is not None and part.adapter is not None:
-            raise UserInputError(
-                "an adapter cannot be merged into 8-bit or 4-bit weights; load it without "
-                "load_8bit and load_4bit, save the merged model, and load that quantized"
-            )
         kwargs["quantization_config"] = quantization
     model = _load_model(folder, base, part, device_map=placement, **kwargs)
     if pruning is not None:
@@ -109,8 +105,7 @@ def load_pretrained_model(
     if tokenizer is None and part is not None:
         tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
-        _match_tokenizer(model, tokenizer)
-        model.text_tokenizer = tokenizer
+        _attach_tokenizer(model, tokenizer)
     tower = model.get_vision_tower()
     image_processor = None if tower is None else tower.image_processor
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
@@ -134,6 +129,12 @@ def _load_model(
         raise UserInputError(
             f"{str(folder)!r} is a plain language model without a vision tower; "
             "give a LLaVA checkpoint"
+        )
+    quantized = kwargs.get("quantization_config") is not None
+    if quantized and part is not None and part.factors:
+        raise UserInputError(
+            "an adapter cannot be merged into 8-bit or 4-bit weights; load it without "
+            "load_8bit and load_4bit, save the merged model, and load that quantized"
         )
     cls = model_class(raw)
     if part is None:
@@ -227,11 +228,9 @@ def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
         if device == "cuda":
             logger.warning("CUDA is not available; the model is loaded on the CPU in float32")
         return {"": "cpu"}, torch.float32
-    if device not in ("auto", "cuda"):
-        device_map = {"": device}
-        if _device_type(device) == "cpu":
-            return device_map, torch.float32
-    return device_map, torch.float16
+    if device in ("auto", "cuda"):
+        return device_map, torch.float16
+    return {"": device}, torch.float32 if _device_type(device) == "cpu" else torch.float16
 
 
 def _device_type(device: str) -> str:
@@ -283,21 +282,19 @@ def load_tokenizer(folder: Path) -> Any:
                 f"({' or '.join(_TOKENIZER_FILES)}); download the missing file"
             )
         return None
-    try:
+    # Readers of model files raise errors without a common base class.
+    with library_errors(f"the tokenizer in {str(folder)!r} cannot be read", "download it again"):
         settings = read_json_object(file) if file.is_file() else {}
         if settings.get("tokenizer_class") not in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
             return AutoTokenizer.from_pretrained(str(folder), use_fast=False)
         # LLaVA's prompts begin with BOS also where the file does not say so.
         bos: dict[str, Any] = {} if "add_bos_token" in settings else {"add_bos_token": True}
         return LlamaTokenizer.from_pretrained(str(folder), use_fast=False, **bos)
-    except Exception as error:  # readers of model files raise errors without a common base
-        raise UserInputError(
-            f"the tokenizer in {str(folder)!r} cannot be read ({error}); download it again"
-        ) from error
 
 
-def _match_tokenizer(model: LlavaCausalLM, tokenizer: Any) -> None:
+def _attach_tokenizer(model: LlavaCausalLM, tokenizer: Any) -> None:
     """Add the image tokens the config asks for and give every token a row of embeddings."""
+    model.text_tokenizer = tokenizer
     if getattr(model.config, "mm_use_im_patch_token", True):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if getattr(model.config, "mm_use_im_start_end", False):

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers.modeling_utils import load_state_dict
 
 from llava.model.checks import check_weights
 from llava.shipped import shipped_checkpoint
 from llava.storage import read_json
 from llava.utils import UserInputError, user_path
-from llava.value_rules import TEXT, list_of, one_line, read_values
+from llava.value_rules import TEXT, library_errors, list_of, read_values
 
 # LLaVA's files nest the CLIP model twice and keep an inner level that CLIPVisionModel has lost.
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -38,15 +39,9 @@ KEY_MAPPING = {
 
 # Single-file and index names in the order transformers prefers them.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# How safetensors calls the precisions that models run in.
-_HEADER_TYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_INDEX = ".index.json"
 # Buffers that old checkpoints stored and the model computes itself.
-_DERIVED_KEY = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+DERIVED_KEY = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 def name_in_memory(key: str) -> str:
@@ -58,10 +53,10 @@ def name_in_memory(key: str) -> str:
     return key
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a folder has weights of a whole model, in one file or in shards."""
-    names = [*_WEIGHT_FILES, *(f"{name}.index.json" for name in _WEIGHT_FILES)]
-    return any((folder / name).is_file() for name in names)
+def weight_file(folder: Path) -> Path | None:
+    """Find the weights of a whole model: one file, or the index of its shards."""
+    names = (name + suffix for name in _WEIGHT_FILES for suffix in ("", _INDEX))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def local_checkpoint(path: str | Path, revision: str | None = None) -> Path:
@@ -131,13 +126,10 @@ def _snapshot(name: str, revision: str | None, **options: Any) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = ["*.json", "*.model", "*.safetensors", "*.bin"]
-    try:
+    what = f"{name!r} is not a local folder, and the hub does not return it"
+    remedy = "check the spelling and the network, or download the model and give its folder"
+    with library_errors(what, remedy, (OSError, HfHubHTTPError, HFValidationError, ValueError)):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        raise UserInputError(
-            f"{name!r} is not a local folder, and the hub does not return it ({error}); check the "
-            "spelling and the network, or download the model and give its folder"
-        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -180,16 +172,13 @@ def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserInputError: no weights, a missing shard, or a file that is damaged.
     """
-    for name in _WEIGHT_FILES:
-        if (folder / name).is_file():
-            return _file_weights(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return _indexed_weights(index)
-    raise UserInputError(
-        f"{str(folder)!r} has no weights (none of {', '.join(_WEIGHT_FILES)} nor their index "
-        "files); give the folder of a complete checkpoint"
-    )
+    file = weight_file(folder)
+    if file is None:
+        raise UserInputError(
+            f"{str(folder)!r} has no weights (none of {', '.join(_WEIGHT_FILES)} nor their index "
+            "files); give the folder of a complete checkpoint"
+        )
+    return _indexed_weights(file) if file.name.endswith(_INDEX) else _file_weights(file)
 
 
 def _indexed_weights(index: Path) -> dict[str, torch.Tensor]:
@@ -251,19 +240,12 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def _file_weights(file: Path) -> dict[str, torch.Tensor]:
     with _readable(file):
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as handle:
-                return {name: _on_meta(handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
+            return load_state_dict(str(file), map_location="meta")
         # Mapped and on the meta device: only names and shapes are read. Files of old versions
         # of torch are not archives and cannot be mapped.
         mapped = zipfile.is_zipfile(file)
         weights = torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
         return {name: value for name, value in weights.items() if torch.is_tensor(value)}
-
-
-def _on_meta(part: Any) -> torch.Tensor:
-    """Make a tensor of the shape and type that the header of a safetensors file gives."""
-    dtype = _HEADER_TYPES.get(part.get_dtype(), torch.uint8)
-    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 @contextmanager
@@ -280,20 +262,6 @@ def _readable(file: Path) -> Iterator[None]:
         raise UserInputError(
             f"the weight file {str(file)!r} is not a plain weight file ({type(error).__name__}); "
             "use a safetensors file or a .bin file that holds tensors only"
-        ) from error
-
-
-@contextmanager
-def loading_errors(folder: Path) -> Iterator[None]:
-    """Turn what transformers says of arguments and settings it cannot use into one clear error."""
-    try:
-        yield
-    except UserInputError:
-        raise
-    except (ValueError, ImportError, OSError) as error:
-        raise UserInputError(
-            f"{str(folder)!r} cannot be loaded ({one_line(error)}); correct its config.json, or "
-            "the arguments it is loaded with"
         ) from error
 
 
@@ -334,7 +302,7 @@ def check_loading(info: dict[str, Any], folder: Path, supplied: Collection[str] 
         names = sorted(
             str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{kind}_keys", ())
         )
-        names = [name for name in names if name not in supplied and not _DERIVED_KEY.search(name)]
+        names = [name for name in names if name not in supplied and not DERIVED_KEY.search(name)]
         if names:
             raise UserInputError(
                 f"{str(folder)!r} has {len(names)} {kind} weights, for example {names[0]!r}: "

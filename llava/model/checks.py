@@ -13,11 +13,13 @@ from llava.model.types import VisualModel
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.utils import UserInputError, describe_value
+from llava.value_rules import list_of, unfit, whole
 
 # LLaVA takes every other value for "square", so that a misspelt one changes all pixels silently.
 ASPECTS = ("pad", "anyres", "square")
 PADDING_SIDES = ("left", "right")
 _PREPARE = "make them with process_images(pictures, image_processor, model.config)"
+_PAIR = list_of(whole(1), length=2)
 _GIVE_SIZES = "give image_sizes=[(width, height), ...], one pair of pixel counts for each image"
 
 
@@ -33,19 +35,13 @@ def check_config(model: VisualModel) -> None:
     config = model.config
     limit = getattr(config, "tokenizer_model_max_length", None)
     if limit is not None and (type(limit) is not int or limit < 1):
-        raise UserInputError(
-            f"tokenizer_model_max_length in config.json is {limit!r}; give the longest prompt in "
-            "tokens, such as 4096, or null for no limit"
-        )
-    for name, values in (
-        ("image_aspect_ratio", ASPECTS),
-        ("tokenizer_padding_side", PADDING_SIDES),
-    ):
+        remedy = "give the longest prompt in tokens, such as 4096, or null for no limit"
+        raise unfit("tokenizer_model_max_length", limit, "in config.json", remedy)
+    words = {"image_aspect_ratio": ASPECTS, "tokenizer_padding_side": PADDING_SIDES}
+    for name, known in words.items():
         value = getattr(config, name, None)
-        if value is not None and value not in values:
-            raise UserInputError(
-                f"{name} in config.json is {value!r}; use one of {', '.join(values)}"
-            )
+        if value is not None and value not in known:
+            raise unfit(name, value, "in config.json", f"use one of {', '.join(known)}")
     conv_mode_for("", config)
     settings = getattr(config, "mm_token_pruning", None)
     try:
@@ -137,25 +133,19 @@ def check_images(images: Any) -> None:
     """
     if images is None:
         return
-    parts = list(images) if isinstance(images, list | tuple) else [images]
-    for part in parts:
+    for part in images if isinstance(images, list | tuple) else [images]:
+        fault, remedy = None, _PREPARE
         if not isinstance(part, torch.Tensor):
-            raise UserInputError(f"images must be tensors; got {describe_value(part)}; {_PREPARE}")
-        if not part.is_floating_point():
-            raise UserInputError(
-                f"images must be normalised pixels in floating point; got {describe_value(part)}; "
-                f"{_PREPARE}"
-            )
-        if part.numel() == 0:
-            raise UserInputError(
-                f"images have no pixels: got shape {list(part.shape)}; pass at least one tile for "
-                "each image, and images=None where there is none"
-            )
-        if part.ndim >= 4 and part.shape[-3] != 3:
-            raise UserInputError(
-                f"images must have 3 colour channels [.., 3, H, W], got {list(part.shape)}; "
-                f"{_PREPARE}"
-            )
+            fault = f"must be tensors; got {describe_value(part)}"
+        elif not part.is_floating_point():
+            fault = f"must be normalised pixels in floating point; got {describe_value(part)}"
+        elif part.numel() == 0:
+            fault = f"have no pixels: got shape {list(part.shape)}"
+            remedy = "pass at least one tile for each image, and images=None where there is none"
+        elif part.ndim >= 4 and part.shape[-3] != 3:
+            fault = f"must have 3 colour channels [.., 3, H, W], got {list(part.shape)}"
+        if fault is not None:
+            raise UserInputError(f"images {fault}; {remedy}")
 
 
 def check_sizes(image_sizes: Any, count: int) -> list[Size] | None:
@@ -175,26 +165,20 @@ def check_sizes(image_sizes: Any, count: int) -> list[Size] | None:
         )
     checked = []
     for number, size in enumerate(map(_plain, sizes)):
-        pair = isinstance(size, list | tuple) and len(size) == 2 and all(map(_is_length, size))
-        if not pair:
+        try:
+            width, height = _PAIR.read([_plain(length) for length in size])
+        except (TypeError, ValueError) as error:
             raise UserInputError(
                 f"image_sizes[{number}] is {size!r}, not the (width, height) of an image; "
                 f"{_GIVE_SIZES}"
-            )
-        checked.append((int(size[0]), int(size[1])))
+            ) from error
+        checked.append((width, height))
     return checked
 
 
 def _plain(value: Any) -> Any:
     """Turn tensors and arrays into lists."""
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _is_length(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool) and int(value) == value and value >= 1
-    except (TypeError, ValueError, OverflowError):  # no number, NaN, inf
-        return False
 
 
 def check_questions(questions: Any, count: int, kind: str) -> None:

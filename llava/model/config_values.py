@@ -22,9 +22,9 @@ from llava.utils import UserInputError
 from llava.value_rules import (
     FLAG,
     TEXT,
+    library_errors,
     list_of,
     number,
-    one_line,
     one_of,
     read_values,
     short_repr,
@@ -65,8 +65,11 @@ _LLAVA_RULES = {
     "unfreeze_mm_vision_tower": FLAG,
     "max_sequence_length": whole(1),
 }
-# Keys of LLaVA for which null means what a missing key does; for others it is a value.
-_LLAVA_DEFAULTS = (
+# Keys for which null means what a missing key does; for others it is a value.
+_NULL_IS_DEFAULT = (
+    "image_size",
+    "patch_size",
+    "rope_theta",
     "mm_hidden_size",
     "mm_projector_type",
     "mm_vision_select_layer",
@@ -119,19 +122,15 @@ def build_config(
     values = clean_values(cls, raw, place)
     # The config would keep the precision that is asked for, "auto" included, for a file's own.
     asked = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
-    try:
+    # Validators of transformers raise errors without a common base class.
+    with library_errors(
+        f"the settings {place} cannot be used", "correct them, or download the file again"
+    ):
         config, rest = cls.from_dict(values, return_unused_kwargs=True, **kwargs)
         config.validate()
         _check_heads(config, place)
         if getattr(config, "rope_parameters", None):
             _check_rope(config, place)
-    except UserInputError:
-        raise
-    except Exception as error:  # validators of transformers have no common base class
-        raise UserInputError(
-            f"the settings {place} cannot be used ({one_line(error)}); correct them, or download "
-            "the file again"
-        ) from error
     return config, {**rest, **asked}
 
 
@@ -146,16 +145,13 @@ def clean_values(cls: type[PretrainedConfig], raw: Mapping[str, Any], place: str
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {k: copy.deepcopy(v) for k, v in raw.items() if _has_part(k, cls, k in fields)}
-    for name in _LLAVA_DEFAULTS:
+    for name in _NULL_IS_DEFAULT:
         if values.get(name, ...) is None:
             del values[name]
     values = read_values(values, {**_MODEL_RULES, **_LLAVA_RULES}, place, _OR_REMOVE)
     names = values.get("architectures", [])  # of a part; read_config checks those of the whole
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         del values["architectures"]
-    for name in ("image_size", "patch_size"):
-        if values.get(name, ...) is None:
-            del values[name]
     longest = values.get("max_position_embeddings")
     if type(longest) is int and longest < 1:  # as others write "no limit"
         del values["max_position_embeddings"]
@@ -165,7 +161,10 @@ def clean_values(cls: type[PretrainedConfig], raw: Mapping[str, Any], place: str
         if name in values and as_dtype(values[name]) is None:
             del values[name]
     _clean_rope(values, place)
-    _clean_tokens(values, getattr(cls, "vocab_size", None), place)
+    vocabulary = values.get("vocab_size") or getattr(cls, "vocab_size", None)
+    for name in TOKENS:
+        if vocabulary is not None and name in values:
+            values[name] = known_tokens(name, values[name], vocabulary, place)
     return values
 
 
@@ -211,18 +210,6 @@ def _clean_rope(values: dict[str, Any], place: str) -> None:
         inner, outer = values[name].get("rope_theta"), values.get("rope_theta")
         if inner is not None and outer is not None and inner != outer:
             raise unfit("rope_theta", outer, place, f"{name} says {inner}; remove one of the two")
-    if values.get("rope_theta", ...) is None:
-        del values["rope_theta"]
-
-
-def _clean_tokens(values: dict[str, Any], default_vocabulary: int | None, place: str) -> None:
-    """Take out ids that no token has: -1 for "none", or beyond the vocabulary."""
-    vocabulary = values.get("vocab_size") or default_vocabulary
-    if vocabulary is None:
-        return
-    for name in TOKENS:
-        if name in values:
-            values[name] = known_tokens(name, values[name], vocabulary, place)
 
 
 def known_tokens(name: str, value: Any, vocabulary: int, place: str) -> Any:
@@ -258,15 +245,13 @@ def _check_heads(config: Any, place: str) -> None:
 
 def _check_rope(config: Any, place: str) -> None:
     """Make the frequencies once: what they are made of differs from kind to kind."""
-    remedy = "correct it, or remove it for the default"
-    try:
+    given = short_repr(dict(config.rope_parameters))
+    what = f"rope_scaling {place} is {given}, which cannot be used"
+    with library_errors(what, "correct it, or remove it for the default"):
         with torch.device("cpu"):
             frequencies = LlamaRotaryEmbedding(config).inv_freq
-    except Exception as error:  # each kind of rope fails in its own way
-        text = f"{remedy} ({one_line(error)})"
-        raise unfit("rope_scaling", dict(config.rope_parameters), place, text) from error
-    if not bool(torch.isfinite(frequencies).all()):
-        raise unfit("rope_scaling", dict(config.rope_parameters), place, remedy)
+        if not bool(torch.isfinite(frequencies).all()):
+            raise ValueError("its frequencies are not finite")
 
 
 def as_dtype(value: Any) -> torch.dtype | None:

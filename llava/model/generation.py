@@ -1,6 +1,7 @@
 """What `generate` takes: settings of files and arguments, by the same rules; rows one by one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from llava.model.checkpoint import read_json_object
+from llava.model.checkpoint import read_config, read_json_object
 from llava.model.checks import check_questions, check_sizes
 from llava.model.config_values import TOKENS, known_tokens
+from llava.model.hugging_face import native_form
 from llava.model.splice import share_images, unpadded
 from llava.model.types import GenerativeModel, Images, VisualModel
 from llava.pruning.active import prune
@@ -21,9 +23,9 @@ from llava.value_rules import (
     TEXT,
     Rule,
     either,
+    library_errors,
     list_of,
     number,
-    one_line,
     one_of,
     read_values,
     unfit,
@@ -33,16 +35,15 @@ from llava.value_rules import (
 GENERATION_FILE = "generation_config.json"
 _OR_REMOVE = ", or remove it for the default"
 _TOKENS = (*TOKENS, "forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id")
-# What a program asks for; a checkpoint that asks for it would surprise the next program.
-_OF_A_CALL = (
+_OUTPUTS = (
     "return_dict_in_generate",
     "output_attentions",
     "output_hidden_states",
     "output_scores",
     "output_logits",
-    "compile_config",
-    "cache_implementation",
 )
+# What a program asks for; a checkpoint that asks for it would surprise the next program.
+_OF_A_CALL = (*_OUTPUTS, "compile_config", "cache_implementation")
 # Arguments of `generate` that hold all rows, or are told which row they are asked about.
 _OF_A_BATCH = (
     "streamer",
@@ -63,8 +64,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"), FLAG
     ),
-    **{f"output_{part}": FLAG for part in ("attentions", "hidden_states", "scores", "logits")},
-    "return_dict_in_generate": FLAG,
+    **dict.fromkeys(_OUTPUTS, FLAG),
     "num_beams": whole(1, 1024),
     "num_return_sequences": whole(1, 1024),
     "early_stopping": either(FLAG, one_of(("never",))),
@@ -83,45 +83,10 @@ RULES: dict[str, Rule] = {
 # Settings for which None means "not given"; filters of draws are switched off by it.
 _UNSET = set(RULES) - {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"}
 
-_Settings = Mapping[str, Any]
 _ASSISTED = "assisted decoding is not supported"
 _GONE = "transformers no longer decodes in this way"
 _READS_IDS = "it reads the ids of a prompt, and a prompt with images is made of embeddings"
-# What cannot be done with prompts of embeddings, and would in part leave the model changed: the
-# setting, whether its value asks for that with the other settings, and why.
-_UNUSABLE: tuple[tuple[str, Callable[[Any, _Settings], bool], str], ...] = (
-    ("assistant_model", lambda value, _: True, _ASSISTED),
-    ("prompt_lookup_num_tokens", lambda value, _: True, _ASSISTED),
-    ("assistant_early_exit", lambda value, _: True, _ASSISTED),
-    ("use_mtp", lambda value, _: value, _ASSISTED),
-    ("is_assistant", lambda value, _: value, _ASSISTED),
-    ("constraints", lambda value, _: True, _GONE),
-    ("force_words_ids", lambda value, _: True, _GONE),
-    ("dola_layers", lambda value, call: call["num_beams"] in (None, 1), _GONE),
-    ("penalty_alpha", lambda value, call: value > 0 and _contrastive(call), _GONE),
-    (
-        "num_beam_groups",
-        lambda value, call: value > 1 and call["num_beams"] not in (None, 1),
-        _GONE,
-    ),
-    ("low_memory", lambda value, call: value and call["num_beams"] not in (None, 1), _GONE),
-    ("guidance_scale", lambda value, _: value != 1, _READS_IDS),
-    ("token_healing", lambda value, _: value, _READS_IDS),
-    ("prefill_chunk_size", lambda value, _: True, _READS_IDS),
-    ("custom_generate", lambda value, _: isinstance(value, str), "code from the hub is not run"),
-    (
-        "cache_implementation",
-        lambda value, call: str(value).startswith("offloaded") and call["device"] != "cuda",
-        "this cache needs CUDA",
-    ),
-    (
-        "cache_implementation",
-        lambda value, _: (
-            value == "quantized" and not (is_optimum_quanto_available() or is_hqq_available())
-        ),
-        "this cache needs a package that is not installed, optimum-quanto or hqq",
-    ),
-)
+_NEEDS_PACKAGE = "this cache needs a package that is not installed, optimum-quanto or hqq"
 
 
 def _that(wanted: str, fits: Callable[[Any], bool]) -> Rule:
@@ -166,15 +131,12 @@ class PublishedGenerationConfig(GenerationConfig):
         super().validate(strict=False, user_set_attributes=user_set_attributes)
 
 
-def read_generation_config(
-    folder: Path, config: Any, raw_config: Mapping[str, Any]
-) -> GenerationConfig:
+def read_generation_config(folder: Path, config: Any) -> GenerationConfig:
     """Read how a checkpoint answers: from generation_config.json, else from config.json.
 
     Args:
         folder: of the checkpoint.
         config: of the model; its tokens are the defaults of those that no file names.
-        raw_config: config.json in LLaVA's form, which older checkpoints kept such settings in.
 
     Raises:
         UserInputError: the file is damaged, or a value cannot be used.
@@ -184,20 +146,18 @@ def read_generation_config(
         values, place = read_json_object(file), f"in {str(file)!r}"
     else:
         place = f"in {str(folder / 'config.json')!r}"
-        values = {name: raw_config[name] for name in RULES if name in raw_config}
+        older = native_form(read_config(folder), str(folder))  # where older checkpoints kept them
+        values = {name: older[name] for name in RULES if name in older}
         values["_from_model_config"] = True
     values = {**{name: getattr(config, name, None) for name in TOKENS}, **values}
     values = {name: value for name, value in values.items() if name not in _OF_A_CALL}
     values = read_values(values, RULES, place, _OR_REMOVE)
     for name in _TOKENS:
         values[name] = known_tokens(name, values.get(name), config.vocab_size, place)
-    try:
+    what = f"the settings {place} cannot be used"
+    remedy = "correct them, or remove the file for the defaults"
+    with library_errors(what, remedy, (ValueError, TypeError, AttributeError)):
         return PublishedGenerationConfig(**values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserInputError(
-            f"the settings {place} cannot be used ({one_line(error)}); correct them, or remove "
-            "the file for the defaults"
-        ) from error
 
 
 def check_settings(model: VisualModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,36 +185,51 @@ def check_settings(model: VisualModel, arguments: Mapping[str, Any]) -> dict[str
     elif answers > beams:
         remedy = f"without do_sample there is one for each beam, so give num_beams={answers}"
         raise unfit("num_return_sequences", answers, "of generate", remedy)
-    asked = {name: effective(model, read, name) for name, *_ in _UNUSABLE} | chosen
-    for name, reason in unusable_settings(asked, model.device.type):
-        raise unfit(name, asked[name], "of generate", f"leave it out: {reason}")
+    setting = partial(effective, model, read)
+    for name, reason in unusable_settings(setting, model.device.type):
+        raise unfit(name, setting(name), "of generate", f"leave it out: {reason}")
     return read
 
 
-def unusable_settings(settings: _Settings, device: str) -> Iterator[tuple[str, str]]:
+def unusable_settings(setting: Callable[[str], Any], device: str) -> Iterator[tuple[str, str]]:
     """Find the settings that cannot be carried out for prompts with images, and say why.
 
+    transformers would refuse some later, with the model left changed.
+
     Args:
-        settings: of a call by name, `num_beams`, `do_sample` and `top_k` among them.
+        setting: returns what a call of `generate` is told under a name; None for nothing.
         device: kind of device that the model is on.
     """
-    call = {**settings, "device": device}
-    for name, asks_for_it, reason in _UNUSABLE:
-        value = settings.get(name)
-        if value is None:
-            continue
-        try:
-            found = asks_for_it(value, call)
-        except TypeError:  # a value of another kind
-            found = True
-        if found:
+    beams = setting("num_beams") not in (None, 1)
+    contrastive = not (beams or setting("do_sample") or setting("top_k") == 1)
+    cache = setting("cache_implementation")
+    offloaded = str(cache).startswith("offloaded") and device != "cuda"
+    quantized = cache == "quantized" and not (is_optimum_quanto_available() or is_hqq_available())
+    from_hub = isinstance(setting("custom_generate"), str)
+    # A setting, its values that ask for nothing, whether any other counts in this call, and why.
+    table: tuple[tuple[str, tuple[float, ...], bool, str], ...] = (
+        ("assistant_model", (), True, _ASSISTED),
+        ("prompt_lookup_num_tokens", (), True, _ASSISTED),
+        ("assistant_early_exit", (), True, _ASSISTED),
+        ("use_mtp", (False,), True, _ASSISTED),
+        ("is_assistant", (False,), True, _ASSISTED),
+        ("constraints", (), True, _GONE),
+        ("force_words_ids", (), True, _GONE),
+        ("dola_layers", (), not beams, _GONE),
+        ("penalty_alpha", (0,), contrastive, _GONE),
+        ("num_beam_groups", (0, 1), beams, _GONE),
+        ("low_memory", (False,), beams, _GONE),
+        ("guidance_scale", (1,), True, _READS_IDS),
+        ("token_healing", (False,), True, _READS_IDS),
+        ("prefill_chunk_size", (), True, _READS_IDS),
+        ("custom_generate", (), from_hub, "code from the hub is not run"),
+        ("cache_implementation", (), offloaded, "this cache needs CUDA"),
+        ("cache_implementation", (), quantized, _NEEDS_PACKAGE),
+    )
+    for name, harmless, counts, reason in table:
+        value = setting(name)
+        if counts and value is not None and value not in harmless:
             yield name, reason
-
-
-def _contrastive(call: _Settings) -> bool:
-    """Whether a `penalty_alpha` makes a call of `generate` a contrastive search."""
-    alone = not call["do_sample"] and call["num_beams"] in (None, 1)
-    return alone and (call["top_k"] or 50) > 1
 
 
 def effective(model: VisualModel, arguments: Mapping[str, Any], name: str) -> Any:

@@ -143,26 +143,6 @@ def _canvas_box(size: Size, canvas: Size) -> Box:
     return left, top, right, bottom
 
 
-def image_layouts(
-    geometry: TileGeometry,
-    tiles: Sequence[int],
-    sizes: Sequence[Size] | None,
-    stacked: bool,
-) -> tuple[ImageLayout, ...]:
-    """Make one layout for each image.
-
-    Args:
-        geometry: the model's settings.
-        tiles: tiles of every image.
-        sizes: original (width, height) of every image; None where they are unknown.
-        stacked: see `TileGeometry.layout`.
-    """
-    known = [None] * len(tiles) if sizes is None else sizes
-    return tuple(
-        geometry.layout(count, size, stacked) for count, size in zip(tiles, known, strict=True)
-    )
-
-
 def tile_grid(tower: Any, tokens: int) -> tuple[int, int]:
     """Return (rows, columns) of the `tokens` that `tower` makes of a tile."""
     side = tower.num_patches_per_side
@@ -183,7 +163,8 @@ def blank_patches(
     Args:
         aspect: `image_aspect_ratio`.
         grid: (rows, columns) of patches in a tile.
-        tiles, sizes: see `image_layouts`.
+        tiles: tiles of every image.
+        sizes: original (width, height) of every image; None where they are unknown.
 
     Returns:
         None where it cannot be told: sizes are unknown, or tokens form no square.

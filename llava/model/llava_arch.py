@@ -247,17 +247,12 @@ class LlavaMetaForCausalLM(Prunable):
         config = self.config
         merged = cut_rows(merged, rows, getattr(config, "tokenizer_model_max_length", None))
         own_side = getattr(config, "tokenizer_padding_side", "right")
-        batch = pad_rows(merged, call_context().padding_side or own_side)
+        batch, batch_mask = pad_rows(merged, call_context().padding_side or own_side)
         original = visual is not None and visual.original_positions
-        positions: torch.Tensor | None = batch.positions
-        mask: torch.Tensor | None = batch.mask
-        if not original:
-            positions = None if position_ids is None else batch.positions.to(position_ids.dtype)
-        if attention_mask is not None:
-            mask = batch.mask.to(attention_mask.dtype)
-        elif not original:
-            mask = None
-        return positions, mask, batch.embeds, None if labels is None else batch.labels
+        positions = batch.positions if original else _as_given(batch.positions, position_ids)
+        implied = original and attention_mask is None
+        mask = batch_mask if implied else _as_given(batch_mask, attention_mask)
+        return positions, mask, batch.embeds, _as_given(batch.labels, labels)
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -312,3 +307,8 @@ class LlavaMetaForCausalLM(Prunable):
             visual, input_ids, position_ids, attention_mask, labels
         )
         return None, position_ids, attention_mask, past_key_values, inputs_embeds, labels
+
+
+def _as_given(value: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a value in the type that the caller gave it in; None where it was not given."""
+    return None if given is None else value.to(given.dtype)

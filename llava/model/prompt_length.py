@@ -79,9 +79,7 @@ def prompt_length(
     config = model.pruning
     count = visual.num_images
     totals = visual.lengths()
-    budgets: list[int | None] = [None] * count
-    if config is not None:
-        budgets = image_budgets(visual, config)
+    budgets: list[int | None] = [None] * count if config is None else image_budgets(visual, config)
     limit = getattr(model.config, "tokenizer_model_max_length", None)
     if give_way and limit is not None:
         prompt = Prompt(tuple(range(count)), text, limit)

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.pruning.tokens import ImageTokens, TokenSequence
@@ -16,24 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """One merged sequence: embeds [L, D], int64 labels [L] and positions [L] (None: 0, 1, ...)."""
+    """One merged sequence: embeds [L, D], int64 labels [L] and positions [L]."""
 
     embeds: torch.Tensor
     labels: torch.Tensor
-    positions: torch.Tensor | None = None
-
-    def first(self, length: int) -> "Row":
-        """Cut the row to its first tokens."""
-        positions = None if self.positions is None else self.positions[:length]
-        return Row(self.embeds[:length], self.labels[:length], positions)
-
-
-class Batch(NamedTuple):
-    """Padded rows: embeds [B, L, D], labels [B, L], mask bool [B, L], positions int64 [B, L]."""
-
-    embeds: torch.Tensor
-    labels: torch.Tensor
-    mask: torch.Tensor
     positions: torch.Tensor
 
 
@@ -82,11 +70,12 @@ def splice_prompts(
     merged = []
     for ids, targets, share in zip(rows, labels, share_images(rows, count), strict=True):
         images = [] if visual is None else [visual.embeddings(image) for image in share]
-        row = splice_row(ids, targets, images, embed)
+        embeds, targets = splice_row(ids, targets, images, embed)
         if visual is not None and visual.original_positions:
-            places = row_positions(ids, [visual.sequence(image) for image in share])
-            row = row._replace(positions=places)
-        merged.append(row)
+            positions = row_positions(ids, [visual.sequence(image) for image in share])
+        else:
+            positions = torch.arange(len(targets), device=targets.device)
+        merged.append(Row(embeds, targets, positions))
     return merged
 
 
@@ -108,12 +97,12 @@ def cut_rows(merged: Sequence[Row], rows: Sequence[torch.Tensor], limit: int | N
                 f"but tokenizer_model_max_length is {limit}: its last {length - limit} tokens are "
                 "cut off"
             )
-    return [row.first(limit) for row in merged]
+    return [Row(*(part[:limit] for part in row)) for row in merged]
 
 
 def splice_row(
     ids: torch.Tensor, labels: torch.Tensor, images: list[torch.Tensor], embed: nn.Module
-) -> Row:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace every image mark of a row by that image's embeddings.
 
     Args:
@@ -121,6 +110,9 @@ def splice_row(
         labels: int64 [L].
         images: embeddings [N_i, D] for each mark; one extra for a row without a mark.
         embed: the language model's embedding table.
+
+    Returns:
+        Embeddings [merged length, D] and labels of the merged row.
     """
     at = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
     is_text = ids != IMAGE_TOKEN_INDEX
@@ -129,12 +121,12 @@ def splice_row(
     text_labels = labels[is_text].split(lengths)
     if not at:
         # The unseen dummy joins with length 0, so every rank has a gradient for the projector.
-        return Row(torch.cat([texts[0], *(_like(x[:0], texts[0]) for x in images)]), labels)
+        return torch.cat([texts[0], *(_like(x[:0], texts[0]) for x in images)]), labels
     embeds, merged = [texts[0]], [text_labels[0]]
     for image, text, label in zip(images, texts[1:], text_labels[1:], strict=True):
         embeds += [_like(image, text), text]
         merged += [label.new_full((len(image),), IGNORE_INDEX), label]
-    return Row(torch.cat(embeds), torch.cat(merged))
+    return torch.cat(embeds), torch.cat(merged)
 
 
 def row_positions(ids: torch.Tensor, images: list[TokenSequence]) -> torch.Tensor:
@@ -163,33 +155,22 @@ def _like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return x.to(device=reference.device, dtype=reference.dtype)
 
 
-def pad_rows(rows: list[Row], side: str) -> Batch:
+def pad_rows(rows: Sequence[Row], side: str) -> tuple[Row, torch.Tensor]:
     """Pad rows with zero embeddings to the longest one.
 
     Args:
         rows: merged sequences.
         side: "left" or "right": where the padding goes.
 
+    Returns:
+        All rows as one, each tensor with a batch dimension, and their mask bool [B, L].
+
     Raises:
         UserInputError: another side.
     """
     if side not in ("left", "right"):
         raise UserInputError(f"tokenizer_padding_side is {side!r}; use 'left' or 'right'")
-    longest = max(len(row.labels) for row in rows)
-    embeds, labels, _ = rows[0]
-    shape = (len(rows), longest)
-    batch = Batch(
-        embeds.new_zeros(*shape, embeds.shape[-1]),
-        labels.new_full(shape, IGNORE_INDEX),
-        torch.zeros(shape, dtype=torch.bool, device=labels.device),
-        torch.zeros(shape, dtype=torch.long, device=labels.device),
-    )
-    for i, row in enumerate(rows):
-        length = len(row.labels)
-        place = slice(longest - length, longest) if side == "left" else slice(0, length)
-        batch.embeds[i, place] = row.embeds
-        batch.labels[i, place] = row.labels
-        batch.mask[i, place] = True
-        counted = torch.arange(length, device=labels.device)
-        batch.positions[i, place] = counted if row.positions is None else row.positions
-    return batch
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    embeds, labels, positions = map(list, zip(*rows, strict=True))
+    mask = pad([torch.ones_like(row, dtype=torch.bool) for row in labels])
+    return Row(pad(embeds), pad(labels, padding_value=IGNORE_INDEX), pad(positions)), mask

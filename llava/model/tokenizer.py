@@ -1,6 +1,5 @@
 """Llama's tokenizer with the ids of sentencepiece, which LLaVA was trained with."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -10,6 +9,8 @@ from typing import Any
 import transformers
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2, sentencepiece_pb2
 from tokenizers import Encoding, PreTokenizedString, Token, Tokenizer
+
+from llava.storage import dump_json, read_json, write_atomically
 
 SPACE = "▁"  # what sentencepiece writes for a space
 
@@ -82,10 +83,8 @@ class LlamaTokenizer(transformers.LlamaTokenizer):
         lead = f"{prefix}-" if prefix else ""
         settings = Path(save_directory, f"{lead}tokenizer_config.json")
         flags = {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
-        saved = json.loads(settings.read_text(encoding="utf-8")) | flags
-        settings.write_text(
-            json.dumps(saved, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        saved = read_json(settings) | flags
+        write_atomically(settings, dump_json(dict(sorted(saved.items()))))
         model = Path(save_directory, f"{lead}tokenizer.model")
         model.write_bytes(self.sentencepiece_model)
         return (*names, str(model))

@@ -10,7 +10,7 @@ from torch import nn
 from llava.anyres import Size, next_protocol
 from llava.model.call_context import tower_read_by
 from llava.model.checks import check_images, check_projected, check_sizes
-from llava.model.layouts import TileGeometry, blank_patches, image_layouts, padding_mask, tile_grid
+from llava.model.layouts import TileGeometry, blank_patches, padding_mask, tile_grid
 from llava.model.multimodal_encoder.readings import CLASS_FEATURE, TowerReader
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.types import Images, VisualModel
@@ -182,7 +182,8 @@ def _with_geometry(
     grid = tile_grid(tower, encoded.projected.shape[1])
     geometry = TileGeometry.of(config, grid, tower.config.image_size, tower.crops_centre)
     stacked = not isinstance(images, torch.Tensor) or images.ndim == 5
-    layouts = image_layouts(geometry, tiles, sizes, stacked)
+    known: Sequence[Size | None] = sizes or [None] * len(tiles)
+    layouts = tuple(geometry.layout(n, size, stacked) for n, size in zip(tiles, known, strict=True))
     valid = padding_mask(layouts)
     blank = blank_patches(geometry.aspect, grid, tiles, sizes)
     return VisualTokens(

@@ -37,7 +37,7 @@ TEXT = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48},
     **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
 }
-# What the released LLaVA-1.5 has beside the sizes.
+# What the released LLaVA-1.5 has besides the sizes.
 OLD_KEYS = {
     "_name_or_path": "./checkpoints/llava-v1.5-7b",
     "bos_token_id": 1,

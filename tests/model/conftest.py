@@ -20,7 +20,7 @@ CHECKPOINTS = Path(__file__).parents[1] / "goldens" / "llava" / "checkpoints"
 
 @pytest.fixture
 def tiny_folder() -> Path:
-    """Recorded checkpoint without tower weights; its tower lies in the folder beside it."""
+    """Recorded checkpoint without tower weights; its tower lies in the folder next to it."""
     return CHECKPOINTS / "llava15-tiny"
 
 
@@ -31,7 +31,7 @@ def tiny(tiny_folder: Path) -> LlavaLlamaForCausalLM:
 
 @pytest.fixture
 def pixels() -> Callable[..., torch.Tensor]:
-    """``pixels(n, side=336, seed=0)``: float32 [n, 3, side, side]."""
+    """`pixels(n, side=336, seed=0)`: float32 [n, 3, side, side]."""
 
     def make(count: int, side: int = 336, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -52,7 +52,7 @@ SIZES = {
 
 @pytest.fixture
 def small_tower() -> Callable[..., CLIPVisionModel]:
-    """``small_tower(folder)``: save a random CLIP tower of 28 pixels, 4 patches, 3 layers."""
+    """`small_tower(folder)`: save a random CLIP tower of 28 pixels, 4 patches, 3 layers."""
 
     def make(folder: Path, **changes: object) -> CLIPVisionModel:
         torch.manual_seed(1)
@@ -65,7 +65,7 @@ def small_tower() -> Callable[..., CLIPVisionModel]:
 
 @pytest.fixture
 def small_siglip() -> Callable[..., SiglipVisionModel]:
-    """``small_siglip(folder)``: save a random SigLIP tower of the same sizes, no class token."""
+    """`small_siglip(folder)`: save a random SigLIP tower of the same sizes, no class token."""
 
     def make(folder: Path, **changes: object) -> SiglipVisionModel:
         torch.manual_seed(1)
@@ -81,7 +81,7 @@ def small_siglip() -> Callable[..., SiglipVisionModel]:
 
 @pytest.fixture
 def small_model(tmp_path: Path, small_tower: Callable) -> Callable[..., LlavaLlamaForCausalLM]:
-    """``small_model(**config changes)``: a random model of 2 layers over a small tower."""
+    """`small_model(**config changes)`: a random model of 2 layers over a small tower."""
 
     def make(**changes: object) -> LlavaLlamaForCausalLM:
         tower = tmp_path / "tower"
@@ -116,7 +116,7 @@ def small_model(tmp_path: Path, small_tower: Callable) -> Callable[..., LlavaLla
 
 @pytest.fixture
 def small_next(small_model: Callable) -> Callable[..., LlavaLlamaForCausalLM]:
-    """``small_next(**config changes)``: a random LLaVA-1.6 with tiles of 28 pixels, 4 patches."""
+    """`small_next(**config changes)`: a random LLaVA-1.6 with tiles of 28 pixels, 4 patches."""
 
     def make(**changes: object) -> LlavaLlamaForCausalLM:
         settings = {

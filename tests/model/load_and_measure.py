@@ -1,8 +1,8 @@
 """Load a checkpoint in a fresh process and print what it took: run by test_loading_memory.py.
 
-``python load_and_measure.py FOLDER [--base FOLDER] [--dtype NAME] [--twice]`` prints one line of
+`python load_and_measure.py FOLDER [--base FOLDER] [--dtype NAME] [--twice]` prints one line of
 JSON, sizes in MiB. Every page of the weights is read once after loading, so that weights which are
-still only mapped from the file count. ``--twice`` loads the naive way, which holds two copies.
+still only mapped from the file count. `--twice` loads the naive way, which holds two copies.
 """
 
 import argparse
@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 def resident(field: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (highest so far) of this process."""
+    """`VmRSS` (now) or `VmHWM` (highest so far) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024

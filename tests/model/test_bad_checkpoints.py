@@ -1,4 +1,4 @@
-"""Bad checkpoints: each gives one UserInputError that names the cause and the mend."""
+"""Bad checkpoints: each gives one UserInputError that names the cause and the remedy."""
 
 import json
 import pickle

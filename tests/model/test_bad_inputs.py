@@ -1,4 +1,4 @@
-"""Inputs that no model can read: each gives one UserInputError that names cause and mend."""
+"""Inputs that no model can read: each gives one UserInputError that names cause and remedy."""
 
 import math
 from collections.abc import Callable

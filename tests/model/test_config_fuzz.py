@@ -2,7 +2,7 @@
 
 The tables below say what every change must do. `same`: the answer of the unchanged checkpoint, bit
 for bit, because the change restores a default, says the same in another way, or is about something
-that has no part in answers. `other`: another answer, for the reason that stands beside it
+that has no part in answers. `other`: another answer, for the reason next to it
 (`test_old_configs` compares some of these with the setting applied by hand). Whatever is not in the
 tables must be refused with one line.
 """

@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 
 
 class Case:
-    """One recorded run, its inputs prepared with our own code on ``model``."""
+    """One recorded run, its inputs prepared with our own code on `model`."""
 
     def __init__(self, name: str) -> None:
         folder = GOLDENS / "cases" / name

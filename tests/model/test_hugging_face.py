@@ -341,7 +341,7 @@ def test_next_is_pruned_and_saved_as_a_native_one(their_next, tmp_path: Path) ->
 
 
 def test_the_name_llava_stays_theirs() -> None:
-    """Ours is registered under other names, so that nobody's AutoModel is hijacked."""
+    """Ours is registered under other names, so that no other AutoModel is hijacked."""
     assert type(AutoConfig.for_model("llava")) is LlavaConfig
     assert type(AutoConfig.for_model("llava_next")) is LlavaNextConfig
 

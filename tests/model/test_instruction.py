@@ -60,7 +60,7 @@ def save_clip(folder: Path) -> CLIPModel:
 
 @pytest.fixture
 def clip_folder(tmp_path: Path, tiny_folder: Path) -> Path:
-    """llava15-tiny beside a complete CLIP model."""
+    """llava15-tiny next to a complete CLIP model."""
     save_clip(tmp_path / "clip-tiny-patch14-336")
     shutil.copytree(tiny_folder, tmp_path / "llava15-tiny")
     return tmp_path / "llava15-tiny"
@@ -252,7 +252,7 @@ def test_forward_reads_the_question_too(tiny, pixels) -> None:
 
 def test_nothing_is_computed_unasked(with_text, pixels, monkeypatch) -> None:
     def never(*_):
-        raise AssertionError("nobody asked for this")
+        raise AssertionError("this was not asked for")
 
     monkeypatch.setattr(clip_text, "_load", never)
     with_text.text_tokenizer = never

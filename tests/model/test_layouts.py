@@ -18,7 +18,7 @@ from llava.mm_utils import (
     select_best_resolution,
     unpad_image,
 )
-from llava.model.layouts import TileGeometry, image_layouts, padding_mask
+from llava.model.layouts import TileGeometry, padding_mask
 from llava.pruning.layout import NEWLINE, ImageLayout
 from llava.pruning.visualize import covered_pixels
 from llava.utils import UserInputError
@@ -65,7 +65,7 @@ def test_sequence_is_unpad_and_newline_of_the_map(size) -> None:
     ids = torch.arange((1 + across * down) * 576)
     crops = ids[576:].view(down, across, 24, 24)
     canvas = torch.cat([torch.cat(list(row), dim=1) for row in crops], dim=0)[None]
-    flat = image_layouts(_geometry("flat"), [1 + across * down], [size], stacked=True)[0]
+    flat = _geometry("flat").layout(1 + across * down, size, stacked=True)
     assert torch.equal(flat.sequence, ids)
     spatial = _layout(size, "spatial")
     assert torch.equal(spatial.sequence, torch.cat([ids[:576], canvas.flatten()]))

@@ -61,7 +61,7 @@ def _measure(*arguments: object) -> dict[str, float]:
 
 
 def _lora(checkpoint: Path, folder: Path) -> Path:
-    """An adapter of all attention projections, with the projector beside it."""
+    """An adapter of all attention projections, with the projector next to it."""
     (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
     shutil.copy(checkpoint / "config.json", folder)
     weights = {}
@@ -100,7 +100,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def record_peak(request: pytest.FixtureRequest) -> Callable[[dict[str, float]], None]:
-    """Shown by ``pytest -rP``."""
+    """Shown by `pytest -rP`."""
     return lambda measured: print(request.node.name, measured)
 
 
@@ -122,7 +122,7 @@ def test_bin(checkpoint: Path, folder: Path, record_peak) -> None:
 
 
 def test_another_dtype(checkpoint: Path, record_peak) -> None:
-    """The file's pages count as resident beside the converted weights until they are dropped."""
+    """The file's pages count as resident next to the converted weights until they are dropped."""
     measured = _measure(checkpoint, "--dtype", "float16")
     assert measured["model"] < 0.6 * _size(checkpoint)
     _check(measured, _size(checkpoint), record_peak)

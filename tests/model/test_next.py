@@ -37,7 +37,7 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def prepared(model, sizes: list[tuple[int, int]]) -> dict:
-    """``images`` and ``image_sizes`` of noise pictures, the same for the same size and place."""
+    """`images` and `image_sizes` of noise pictures, the same for the same size and place."""
     pictures = [picture(size, seed) for seed, size in enumerate(sizes)]
     pixels = process_images(pictures, model.get_vision_tower().image_processor, model.config)
     return {"images": pixels, "image_sizes": sizes}
@@ -142,7 +142,7 @@ def test_original_positions(small_next: Make) -> None:
         out = model.prepare_inputs_labels_for_multimodal(
             *(ids, None, None, None, None), *inputs.values()
         )
-        assert out[1] is not None and out[2] is not None, "positions need a mask beside them"
+        assert out[1] is not None and out[2] is not None, "positions need a mask too"
         out = model.prepare_inputs_labels_for_multimodal(
             *(ids, None, mask, None, None), *inputs.values()
         )
@@ -233,7 +233,7 @@ def test_errors(small_next: Make, small_model: Make, pixels) -> None:
 
 
 def as_mistral(llama: LlavaLlamaForCausalLM, folder: Path, **changes) -> LlavaMistralForCausalLM:
-    """The same weights as a Mistral, saved in ``folder`` and loaded by what it holds."""
+    """The same weights as a Mistral, saved in `folder` and loaded by what it holds."""
     llama.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral"}

@@ -101,7 +101,7 @@ def test_without_a_file_of_answers_the_model_knows_its_end(tmp_path: Path) -> No
 
 
 def test_a_published_file_of_answers_is_saved_again(folder: Path, tmp_path: Path) -> None:
-    """Vicuna's has a temperature without do_sample, which transformers refuses to write anew."""
+    """Vicuna's has a temperature without do_sample, which transformers refuses to write again."""
     load_pretrained_model(str(folder), device="cpu")[1].save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
     assert (saved["temperature"], saved["top_p"], saved["max_length"]) == (0.9, 0.6, 4096)

@@ -34,7 +34,7 @@ def able(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_only_the_language_model_is_quantized(bits: int, small_model: Make) -> None:
-    """Asked of transformers' own rule: names without their ``model.`` would not be kept."""
+    """Asked of transformers' own rule: names without their `model.` would not be kept."""
     kept = builder.bits_and_bytes(bits).llm_int8_skip_modules
     model = small_model()
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]

@@ -61,11 +61,11 @@ def test_nothing_is_read_that_no_method_asked_for(model, pixels, monkeypatch) ->
     calls: list[str] = []
     for name, reading in readings.READINGS.items():
 
-        def counted(*args, name=name, value=reading.value):
+        def counted(*args, name=name, reading=reading):
             calls.append(name)
-            return value(*args)
+            return reading(*args)
 
-        monkeypatch.setitem(readings.READINGS, name, reading._replace(value=counted))
+        monkeypatch.setitem(readings.READINGS, name, counted)
     images = pixels(2, side=28)
     ids = torch.tensor([[1, IMAGE_TOKEN_INDEX], [1, IMAGE_TOKEN_INDEX]])
 

@@ -16,7 +16,6 @@ from llava.model.checkpoint import (
     check_loading,
     check_shapes,
     checkpoint_weights,
-    loading_errors,
     local_checkpoint,
     name_in_memory,
     read_config,
@@ -32,16 +31,11 @@ from llava.model.generation import (
 from llava.model.hugging_face import native_form
 from llava.model.layouts import MERGE_TYPES
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
-from llava.model.multimodal_encoder.builder import (
-    TOWER_CLASSES,
-    is_portable,
-    read_tower_config,
-    resolve_vision_tower,
-)
+from llava.model.multimodal_encoder.builder import TOWER_CLASSES, is_portable, read_own_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.types import Images
 from llava.utils import UserInputError
-from llava.value_rules import one_line
+from llava.value_rules import library_errors
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +109,13 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
         torch_dtype = kwargs.pop("torch_dtype", None)  # its older name
         asked = kwargs.pop("dtype", None) or torch_dtype
         kwargs["dtype"] = choose_dtype(asked, config, (v.dtype for v in weights.values()))
-        answers = kwargs.pop("generation_config", None)
-        if answers is None:
-            raw = native_form(read_config(folder), str(folder))
-            answers = read_generation_config(folder, config, raw)
+        answers = kwargs.pop("generation_config", None) or read_generation_config(folder, config)
         config.name_or_path = str(folder)  # a relative name of a tower refers to it
-        tower_config = _held_tower(config, weights, folder)
-        with tower_from_checkpoint(tower_config), loading_errors(folder):
+        tower_config = read_own_tower(config, weights, folder)
+        what = f"{str(folder)!r} cannot be loaded"
+        remedy = "correct its config.json, or the arguments it is loaded with"
+        refusals = library_errors(what, remedy, (ValueError, ImportError, OSError))
+        with tower_from_checkpoint(tower_config), refusals:
             if getattr(config, "quantization_config", None) is None:  # else weights are packed
                 with torch.device("meta"):
                     check_shapes(cls(config), weights, folder, supplied)
@@ -296,14 +290,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
         if positions is not None:
             kwargs["position_ids"] = positions
         check_length(self, kwargs, embeds.shape[1])
-        try:
+        what = "generate cannot run with these arguments"
+        with library_errors(what, "correct them, or leave them out", (ValueError, ImportError)):
             return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
-        except UserInputError:
-            raise
-        except (ValueError, ImportError) as error:  # unknown arguments, absent packages, ...
-            raise UserInputError(
-                f"generate cannot run with these arguments: {one_line(error)}"
-            ) from error
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Return transformers' processors, with `repetition_penalty` on every new token of a row.
@@ -316,15 +305,6 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
             if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):
                 processor.prompt_ignore_length = None
         return processors
-
-
-def _held_tower(config: Any, weights: Collection[str], folder: Path) -> Any:
-    """Read the config of the tower that a checkpoint has weights of; None without any."""
-    name = getattr(config, "mm_vision_tower", None)
-    held = {k.removeprefix(TOWER_PREFIX) for k in weights if k.startswith(TOWER_PREFIX)}
-    if not name or not held:
-        return None
-    return read_tower_config(resolve_vision_tower(name, str(folder)), name, held)
 
 
 def native_config(

@@ -1,12 +1,14 @@
 """Find and build the vision tower a config names."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava.model.checkpoint import read_json_object
+from transformers import SiglipVisionConfig
+
+from llava.model.checkpoint import TOWER_PREFIX, read_json_object
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower, without_unheld_head
+from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
 from llava.model.multimodal_encoder.vision_tower import VisionTower, read_vision_config
 from llava.utils import UserInputError, user_path
 
@@ -39,19 +41,27 @@ def build_vision_tower(config: Any, delay_load: bool = False) -> VisionTower:
     return cls(name, config, delay_load=delay_load, source=source)
 
 
-def read_tower_config(source: str, name: str, weights: Collection[str]) -> Any:
-    """Read transformers' config of a tower whose weights are in a checkpoint.
+def read_own_tower(config: Any, weights: Iterable[str], folder: Path) -> Any:
+    """Read transformers' config of the tower whose weights a checkpoint has; None without any.
 
     Args:
-        source: folder or hub name that describes the tower.
-        name: its name in the checkpoint's config.
-        weights: names of the weights inside the tower.
+        config: of the checkpoint.
+        weights: their names in memory.
+        folder: of the checkpoint.
 
     Raises:
-        UserInputError: there is none, or it describes no tower that is known.
+        UserInputError: no file describes the tower, or one describes no tower that is known.
     """
-    raw = read_vision_config(source, name)
-    return without_unheld_head(_tower_class(raw, name).parse_config(raw, name), weights)
+    name = getattr(config, "mm_vision_tower", None)
+    own = {k.removeprefix(TOWER_PREFIX) for k in weights if k.startswith(TOWER_PREFIX)}
+    if not name or not own:
+        return None
+    raw = read_vision_config(resolve_vision_tower(name, str(folder)), name)
+    tower_config = _tower_class(raw, name).parse_config(raw, name)
+    if isinstance(tower_config, SiglipVisionConfig):
+        # Checkpoints may lack the pooling head: no LLaVA runs it.
+        tower_config.vision_use_head = any(name.startswith("head.") for name in own)
+    return tower_config
 
 
 def _tower_class(raw: dict[str, Any], name: str) -> type[VisionTower]:

@@ -6,17 +6,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPModel, CLIPTokenizer
 
 from llava.model.checkpoint import read_json_object
 from llava.model.multimodal_encoder.vision_tower import CONFIG_FILE, VisionTower, find_file
 from llava.utils import UserInputError
+from llava.value_rules import library_errors
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
-# Beside the towers, not inside them: a saved model must not contain its text tower.
+# Kept next to the towers, not inside them: a saved model must not contain its text tower.
 _loaded: "WeakKeyDictionary[VisionTower, CLIPTextTower]" = WeakKeyDictionary()
-
 _complete: "WeakKeyDictionary[VisionTower, bool]" = WeakKeyDictionary()
 
 # Threads that share a tower wait for one of them to load its text tower.
@@ -48,15 +49,11 @@ class CLIPTextTower:
         A text of more ids than CLIP reads is cut into consecutive segments, wherever they end, as
         CDPruner does; only the first begins with CLIP's start token.
         """
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
-        length = self.segment_length
-        segments = [ids[start : start + length] for start in range(0, len(ids), length)]
-        width = len(segments[0])
-        rows = torch.tensor([part + [0] * (width - len(part)) for part in segments])
-        mask = torch.tensor([[1] * len(part) + [0] * (width - len(part)) for part in segments])
-        device = self.text_projection.weight.device
-        pooled = self.text_model(rows.to(device), mask.to(device)).pooler_output
-        return self.text_projection(pooled)
+        ids = torch.tensor(self.tokenizer(text, verbose=False)["input_ids"])
+        segments = ids.to(self.text_projection.weight.device).split(self.segment_length)
+        rows = pad_sequence(segments, batch_first=True)
+        mask = pad_sequence([torch.ones_like(part) for part in segments], batch_first=True)
+        return self.text_projection(self.text_model(rows, mask).pooler_output)
 
     @torch.no_grad()
     def embed_patches(self, tower: VisionTower, features: torch.Tensor) -> torch.Tensor:
@@ -74,17 +71,13 @@ def has_text_tower(tower: VisionTower) -> bool:
     """Whether the folder or hub model that a tower is read from is a complete CLIP model."""
     with _lock:
         if tower not in _complete:
-            _complete[tower] = _is_complete(tower)
+            config = find_file(tower.source, CONFIG_FILE)
+            _complete[tower] = (
+                config is not None
+                and read_json_object(config).get("model_type") == "clip"
+                and any(find_file(tower.source, name) for name in _TOKENIZER_FILES)
+            )
         return _complete[tower]
-
-
-def _is_complete(tower: VisionTower) -> bool:
-    config = find_file(tower.source, CONFIG_FILE)
-    return (
-        config is not None
-        and read_json_object(config).get("model_type") == "clip"
-        and any(find_file(tower.source, name) for name in _TOKENIZER_FILES)
-    )
 
 
 def text_tower_of(tower: VisionTower) -> CLIPTextTower:
@@ -108,17 +101,13 @@ def _load(tower: VisionTower) -> CLIPTextTower:
             "complete CLIP model with its tokenizer. Set mm_vision_tower to one, or choose a "
             "setting that reads no question, such as cdpruner with relevance=none"
         )
-    try:
+    what = f"cannot load the text tower of {name!r} from {tower.source!r}"
+    with library_errors(what, "download its files again"):
         loaded: Any = CLIPModel.from_pretrained(
             tower.source, dtype=tower.dtype, output_loading_info=True
         )
         model, info = loaded
         tokenizer = CLIPTokenizer.from_pretrained(tower.source)
-    except Exception as error:  # readers of model files raise errors without a common base
-        raise UserInputError(
-            f"cannot load the text tower of {name!r} from {tower.source!r} ({error}); download its "
-            "files again"
-        ) from error
     parts = ("text_model.", "text_projection.", "visual_projection.")
     missing = sorted(k for k in info["missing_keys"] if k.startswith(parts))
     if missing or model.visual_projection.in_features != tower.hidden_size:

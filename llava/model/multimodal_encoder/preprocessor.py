@@ -3,29 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llava.utils import UserInputError
-from llava.value_rules import (
-    FLAG,
-    Rule,
-    list_of,
-    number,
-    one_line,
-    read_values,
-    unfit,
-    whole,
-)
+from llava.value_rules import FLAG, Rule, library_errors, list_of, number, read_values, unfit, whole
 
 # Larger pictures than this are refused before they are scaled up to it.
 _MAX_SIDE = 2**12
 _SIDE = whole(1, _MAX_SIDE)
 
 
-def _read_sides(value: Any) -> dict[str, int]:
-    """Read `{"square": n}` of a bare number, as in old files, else the sides by their names."""
+def _read_sides(value: Any) -> int | dict[str, int]:
+    """Read the side of a square, as in old files, or the sides by their names."""
     if isinstance(value, list | tuple):
         value = dict(zip(("height", "width"), value, strict=True))
     if not isinstance(value, Mapping):
-        return {"square": _SIDE.read(value)}
+        return _SIDE.read(value)
     sides = {name: _SIDE.read(side) for name, side in value.items() if side is not None}
     if set(sides) not in ({"shortest_edge"}, {"height", "width"}):
         raise ValueError
@@ -77,25 +67,20 @@ def make_processor(raw: Mapping[str, Any], cls: Any, side: int, place: str) -> A
     values["do_center_crop"] = crops = bool(
         values.get("do_center_crop", getattr(cls, "do_center_crop", False))
     )
-    values["size"] = _sides(values.get("size"), side, shortest="shortest_edge" in cls.size)
+    values["size"] = _sides(values.get("size", side), shortest="shortest_edge" in cls.size)
     # Without a crop its size plays no part, but says how large the pixels are.
-    values["crop_size"] = _sides(values.get("crop_size") if crops else None, side, shortest=False)
+    values["crop_size"] = _sides(values.get("crop_size", side) if crops else side, shortest=False)
     _check_sizes(values, side, place)
-    try:
+    what = f"the image processor {place} cannot be used"
+    errors = (ValueError, TypeError, KeyError, AttributeError)
+    with library_errors(what, "download the file again", errors):
         return cls(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserInputError(
-            f"the image processor {place} cannot be used ({one_line(error)}); download the file "
-            "again"
-        ) from error
 
 
-def _sides(sides: dict[str, int] | None, tower_side: int, shortest: bool) -> dict[str, int]:
-    sides = sides or {"square": tower_side}
-    if "square" not in sides:
+def _sides(sides: int | dict[str, int], shortest: bool) -> dict[str, int]:
+    if isinstance(sides, dict):
         return sides
-    side = sides["square"]
-    return {"shortest_edge": side} if shortest else {"height": side, "width": side}
+    return {"shortest_edge": sides} if shortest else {"height": sides, "width": sides}
 
 
 def _check_sizes(values: Mapping[str, Any], side: int, place: str) -> None:

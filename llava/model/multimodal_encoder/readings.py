@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,36 +85,26 @@ def _widen(tokens: Tensor) -> Tensor:
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
-def _feature_block(used: int, total: int) -> int:
-    return used - 1
-
-
-def _next_block(used: int, total: int) -> int:
-    return used
-
-
-def _object_block(used: int, total: int) -> int:
-    # HiPrune's 9th of 24, as a share of the depth.
-    return max(1, round(total * 9 / 24)) - 1
-
-
-class _Reading(NamedTuple):
-    """Which block is read, from (blocks that run, blocks there are), and what of it."""
-
-    block: Callable[[int, int], int]
-    value: Callable[[Any, Tensor, int], Tensor]
-
-
-# By the name that methods put into `needs`; `cls_feature` is not read from a block.
-READINGS = {
-    "cls_attention": _Reading(_feature_block, attention_from_class),
-    "received_attention": _Reading(_feature_block, attention_received),
-    "encoder_keys": _Reading(_feature_block, mean_keys),
-    "object_attention": _Reading(_object_block, attention_received),
-    "next_cls_attention": _Reading(_next_block, mean_attention_from_class),
-    "next_single_head_attention": _Reading(_next_block, single_head_attention),
-    "next_keys": _Reading(_next_block, whole_keys),
+# What is read of a block, by the name that methods put into `needs`; `cls_feature` is not read from
+# one. Names that begin with `next_` are of the first block that does not run.
+READINGS: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
+    "cls_attention": attention_from_class,
+    "received_attention": attention_received,
+    "encoder_keys": mean_keys,
+    "object_attention": attention_received,
+    "next_cls_attention": mean_attention_from_class,
+    "next_single_head_attention": single_head_attention,
+    "next_keys": whole_keys,
 }
+
+
+def block_of(name: str, used: int, total: int) -> int:
+    """Return which of `total` blocks a reading is of, where the first `used` run."""
+    if name == "object_attention":  # HiPrune's 9th of 24, as a share of the depth
+        return max(1, round(total * 9 / 24)) - 1
+    return used if name.startswith("next_") else used - 1
+
+
 CLASS_FEATURE = "cls_feature"
 
 
@@ -140,14 +130,14 @@ class TowerReader:
         names = [
             name
             for name in self.found
-            if name in READINGS and READINGS[name].block(used, len(layers)) == index
+            if name in READINGS and block_of(name, used, len(layers)) == index
         ]
         if names:
             norm = layers[index].layer_norm1
             # Under autocast the tower's hidden state may have another type than its weights.
             x = norm(hidden.to(norm.weight.dtype))
             for name in names:
-                self.found[name].append(READINGS[name].value(layers[index].self_attn, x, first))
+                self.found[name].append(READINGS[name](layers[index].self_attn, x, first))
 
     def read_output(self, hidden: Tensor) -> None:
         """Read the tower's last hidden state [B, S, C]."""

@@ -1,6 +1,5 @@
 """The SigLIP vision tower (arXiv 2303.15343) of later models of LLaVA's form."""
 
-from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -27,13 +26,3 @@ class SiglipVisionTower(VisionTower):
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.vision_tower.embeddings(pixels)
-
-
-def without_unheld_head(config: Any, weights: Collection[str]) -> Any:
-    """Take SigLIP's pooling head out of the config of a tower without it: no LLaVA runs it.
-
-    Checkpoints that hold the tower's weights may therefore lack the head's.
-    """
-    if isinstance(config, SiglipVisionConfig):
-        config.vision_use_head = any(name.startswith("head.") for name in weights)
-    return config

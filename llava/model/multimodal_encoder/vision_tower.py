@@ -10,14 +10,12 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from llava.model.call_context import call_context
-from llava.model.checkpoint import read_json_object
+from llava.model.checkpoint import DERIVED_KEY, read_json_object
 from llava.model.config_values import build_config
 from llava.model.multimodal_encoder.preprocessor import make_processor
 from llava.utils import UserInputError, user_path
-from llava.value_rules import one_line, unfit
+from llava.value_rules import library_errors, unfit
 
-# Buffers that old checkpoints stored and the model computes itself.
-_DERIVED_KEYS = ("embeddings.position_ids",)
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 # In files; a model of images and texts has blocks for texts too.
@@ -82,7 +80,12 @@ class VisionTower(nn.Module):
         if self.is_loaded:
             return
         config = self.config
-        try:
+        what = f"cannot load the vision tower {self.vision_tower_name!r} from {self.source!r}"
+        remedy = (
+            "put its model file into that folder, or set mm_vision_tower in config.json to a "
+            f"complete {self.family} model"
+        )
+        with library_errors(what, remedy, (OSError, ValueError, RuntimeError)):
             tower, info = self.model_class.from_pretrained(
                 self.source,
                 config=config,
@@ -90,13 +93,7 @@ class VisionTower(nn.Module):
                 device_map=device_map,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserInputError(
-                f"cannot load the vision tower {self.vision_tower_name!r} from {self.source!r}: "
-                f"{one_line(error)}. Put its model file into that folder, or set mm_vision_tower "
-                f"in config.json to a complete {self.family} model"
-            ) from error
-        missing = sorted(k for k in info["missing_keys"] if not k.endswith(_DERIVED_KEYS))
+        missing = sorted(k for k in info["missing_keys"] if not DERIVED_KEY.search(k))
         if missing:
             raise UserInputError(
                 f"the vision tower in {self.source!r} lacks {len(missing)} weights, for example "
