@@ -203,9 +203,9 @@ class Session:
         picture = overlay_tokens(self.image, visual)
         try:
             picture.save(path)
-        except (OSError, ValueError) as error:  # ValueError: an ending that names no format
+        except (OSError, ValueError) as error:  # ValueError: an unknown ending
             raise UserInputError(
-                f"cannot save {path}: {error}; give a path that ends in .png"
+                f"cannot save {path}: {error}; give another path, one that ends in .png"
             ) from error
 
     def _ids(self, prompt: str) -> torch.Tensor:

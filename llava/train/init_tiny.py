@@ -1,4 +1,4 @@
-"""Write the untrained language model of llava-tiny: ``python -m llava.train.init_tiny DIR``."""
+"""Write the untrained language model of llava-tiny: `python -m llava.train.init_tiny DIR`."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ SIZES = {"tiny": (128, 344, 4, 4), "small": (512, 1376, 8, 8)}
 
 
 def init_language_model(folder: Path, size: str, seed: int) -> None:
-    """A random Llama in the shape of ``size`` with the tokenizer of the world's prompts."""
+    """A random Llama in the shape of `size` with the tokenizer of the world's prompts."""
     make_tokenizer(folder)
     tokenizer = load_tokenizer(folder)
     torch.manual_seed(seed)

@@ -27,7 +27,7 @@ CLASSES = {
 
 
 def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """Int64 class maps ``[24, 24]`` for every key of ``CLASSES``; ``-1`` where none applies."""
+    """Int64 class maps `[24, 24]` for every key of `CLASSES`; `-1` where none applies."""
     labels = {name: np.full((ROWS, COLUMNS), IGNORE, dtype=np.int64) for name in CLASSES}
     labels["shape"][:] = 0
     for item in scene.items:

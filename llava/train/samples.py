@@ -16,7 +16,7 @@ class Sample(NamedTuple):
     Attributes:
         name: what errors call it.
         turns: what user and model say in turn, the user first.
-        images: file names, one for each ``<image>`` mark of the turns.
+        images: file names, one for each `<image>` mark of the turns.
     """
 
     name: str
@@ -29,7 +29,7 @@ def read_samples(path: str) -> list[Sample]:
 
     Raises:
         UserInputError: the file is missing, or not a JSON array of LLaVA's samples; see
-            ``parse_sample``.
+            `parse_sample`.
     """
     fault = f"cannot read --data_path {path}"
     try:
@@ -59,9 +59,9 @@ def read_samples(path: str) -> list[Sample]:
 
 
 def parse_sample(sample: Any, number: int = 0) -> Sample:
-    """One sample from its JSON form ``{"id", "image", "conversations"}``.
+    """One sample from its JSON form `{"id", "image", "conversations"}`.
 
-    ``image`` may be a file name, a list of them, or missing or null where there is none. A first
+    `image` may be a file name, a list of them, or missing or null where there is none. A first
     turn by the model is dropped, as in LLaVA; a last question may lack an answer.
 
     Args:

@@ -41,7 +41,7 @@ def _corpus(lines: int = 4000) -> list[str]:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Write ``tokenizer.model`` and ``tokenizer_config.json`` (LLaVA-1.5's files) to ``folder``.
+    """Write `tokenizer.model` and `tokenizer_config.json` (LLaVA-1.5's files) to `folder`.
 
     Raises:
         UserInputError: sentencepiece is too old.

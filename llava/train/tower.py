@@ -1,4 +1,4 @@
-"""Train the vision tower of llava-tiny: ``python -m llava.train.tower --output DIR``.
+"""Train the vision tower of llava-tiny: `python -m llava.train.tower --output DIR`.
 
 A small CLIP vision transformer learns to say what every patch shows, from its penultimate layer,
 the one LLaVA reads. Its last block serves the CLS token alone, which learns what is in the image,
@@ -36,7 +36,7 @@ _MOSTLY_NOTHING = {"shape", "partner", "up", "down", "left", "right"}  # class 0
 
 
 class SceneDataset(Dataset):
-    """Training scenes ``start .. stop`` as (pixels, labels, pairs in the image)."""
+    """Training scenes `start .. stop` as (pixels, labels, pairs in the image)."""
 
     def __init__(self, start: int, stop: int, split: str = "train") -> None:
         self.start, self.stop, self.split = start, stop, split
@@ -103,7 +103,7 @@ class DenseTower(nn.Module):
                     layer.weight[rows, : 2 * quarter] = 2.8 * start
 
     def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Uint8 ``[B, 3, 336, 336]`` to per-patch logits ``[B, 576, C]`` and image logits."""
+        """Uint8 `[B, 3, 336, 336]` to per-patch logits `[B, 576, C]` and image logits."""
         pixels = (pixels - self.image_mean) / self.image_std
         states = self.clip.pre_layrnorm(self.clip.embeddings(pixels))
         *blocks, last = self.clip.encoder.layers
@@ -115,7 +115,7 @@ class DenseTower(nn.Module):
 
     @staticmethod
     def _read_out(block: nn.Module, states: Tensor) -> Tensor:
-        """The last block for the CLS token only ``[B, D]``: nobody reads its patch outputs."""
+        """The last block for the CLS token only `[B, D]`: nobody reads its patch outputs."""
         batch, _, width = states.shape
         attention = block.self_attn
         normed = block.layer_norm1(states)
@@ -129,10 +129,10 @@ class DenseTower(nn.Module):
 
 
 def _neighbour_match(rates: Tensor, span: int, step: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Query and key maps ``[span, 4 F]`` whose match is best ``step`` patches away.
+    """Query and key maps `[span, 4 F]` whose match is best `step` patches away.
 
-    Channels are sin and cos at the ``F`` rates of the row, then of the column. A head reads
-    ``span / 4`` of the rates; turning by ``rate * step`` moves a wave by ``step`` patches.
+    Channels are sin and cos at the `F` rates of the row, then of the column. A head reads
+    `span / 4` of the rates; turning by `rate * step` moves a wave by `step` patches.
     """
     count = len(rates)
     chosen = torch.arange(span // 4) * count // (span // 4)
@@ -226,7 +226,7 @@ def build(args: argparse.Namespace) -> tuple[DenseTower, Optimizer, LambdaLR]:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run to ``args.steps``, from the checkpoint in ``args.output`` if there is one."""
+    """Run to `args.steps`, from the checkpoint in `args.output` if there is one."""
     model, optimizer, scheduler = build(args)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     args.output.mkdir(parents=True, exist_ok=True)

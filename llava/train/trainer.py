@@ -50,10 +50,9 @@ class LlavaTrainer(transformers.Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.mm_projector_lr is not None:
-            groups = self._groups()
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(groups, **settings)
-        return super().create_optimizer() if self.optimizer is None else self.optimizer
+            self.optimizer = cls(self._groups(), **settings)
+        return super().create_optimizer()
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """Batches for one step; raises here what the loader's workers found wrong."""
@@ -84,7 +83,7 @@ class LlavaTrainer(transformers.Trainer):
             super()._save(output_dir, state_dict)
         finally:
             config.use_cache = running
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save and folder.resolve() != self._tokenizer_folder.resolve():
             for name in _TOKENIZER_FILES:
                 if (self._tokenizer_folder / name).is_file():
@@ -109,15 +108,15 @@ class LlavaTrainer(transformers.Trainer):
 
 
 def merge(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch of ``Collator`` as the language model takes it: images in their places in the text.
+    """A batch of `Collator` as the language model takes it: images in their places in the text.
 
     Args:
         model: a LLaVA, perhaps wrapped.
-        batch: ``input_ids``, ``labels``, ``turns`` and ``attention_mask`` ``[B, L]``; ``images``
-            and ``image_sizes`` where a row has an image mark.
+        batch: `input_ids`, `labels`, `turns` and `attention_mask` `[B, L]`; `images`
+            and `image_sizes` where a row has an image mark.
 
     Returns:
-        Keyword arguments of the model, with ``labels`` of the merged length.
+        Keyword arguments of the model, with `labels` of the merged length.
     """
     ids, labels, turns = batch["input_ids"], batch["labels"], batch["turns"]
     if batch.get("images") is None:
@@ -142,7 +141,7 @@ def merge(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at(values: Tensor, places: Tensor, fill: int) -> Tensor:
-    """``values`` ``[B, L]`` at ``places`` ``[B, L']``; ``fill`` where no token of the text is."""
+    """`values` `[B, L]` at `places` `[B, L']`; `fill` where no token of the text is."""
     of_text = places != IGNORE_INDEX
     return torch.where(of_text, values.gather(1, places.clamp(min=0)), fill)
 

@@ -64,7 +64,7 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (run_llava, ("--top_p", "0"), r"top_p must be a share in \(0, 1\], got 0"),
     (run_llava, ("--top_p", "1.5"), r"top_p must be a share in \(0, 1\], got 1.5"),
     (run_llava, ("--num_beams", "0"), r"num_beams must be a whole number of at least 1, got 0"),
-    (run_llava, ("--conv-mode", "v2"), r"unknown --conv-mode 'v2'; valid: "),
+    (run_llava, ("--conv-mode", "v2"), r"unknown --conv-mode 'v2'; did you mean 'v1'"),
     (run_llava, ("--conv-mode", "plain"), r"'plain' is for captions, not for a chat; use another"),
     (run_llava, ("--query", ""), r"query '' asks nothing; write the question, such as"),
     (run_llava, ("--query", " <image>\n"), r"query ' <image>\\n' asks nothing; write the quest"),

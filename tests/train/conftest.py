@@ -89,9 +89,9 @@ def run_train(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., Run]:
-    """``run_train(samples, *arguments, base=...)`` is the command, run in this process.
+    """`run_train(samples, *arguments, base=...)` is the command, run in this process.
 
-    ``samples`` are written as data; None takes those of ``work``.
+    `samples` are written as data; None takes those of `work`.
     """
 
     def run(samples: Any, *extra: str, base: Path | None = None, tower: bool = True) -> Run:
