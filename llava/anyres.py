@@ -253,9 +253,7 @@ def process_anyres_image(
     side = processor.size.get("shortest_edge") or tile
     views = [image.resize((side, side))]
     views += divide_to_patches(resize_and_pad_image(image, canvas), tile)
-    return torch.stack(
-        [processor.preprocess(view, return_tensors="pt")["pixel_values"][0] for view in views]
-    )
+    return torch.stack([_preprocess(view, processor) for view in views])
 
 
 def tile_side(processor: Any) -> int:
@@ -297,21 +295,21 @@ def process_images(
     if aspect == "anyres":
         canvases = canvas_choices(model_cfg, tile_side(image_processor))
         choose = canvas_rule(model_cfg)
-        tiles = [process_anyres_image(image, image_processor, canvases, choose) for image in images]
-        same = all(t.shape == tiles[0].shape for t in tiles)
-        return torch.stack(tiles) if same else tiles
-    for image in images:
-        _refuse_strip(image.size, aspect, image_processor)
-    if aspect == "pad":
-        background = tuple(int(mean * 255) for mean in image_processor.image_mean)
-        images = [expand2square(image, background) for image in images]
-    pixels = [
-        image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
-        for image in images
-    ]
-    if all(p.shape == pixels[0].shape for p in pixels):
-        return torch.stack(pixels)
-    return pixels
+        pixels = [
+            process_anyres_image(image, image_processor, canvases, choose) for image in images
+        ]
+    else:
+        for image in images:
+            _refuse_strip(image.size, aspect, image_processor)
+        if aspect == "pad":
+            background = tuple(int(mean * 255) for mean in image_processor.image_mean)
+            images = [expand2square(image, background) for image in images]
+        pixels = [_preprocess(image, image_processor) for image in images]
+    return pixels if len({p.shape for p in pixels}) > 1 else torch.stack(pixels)
+
+
+def _preprocess(image: Image.Image, processor: Any) -> torch.Tensor:
+    return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
 
 def _refuse_strip(size: Size, aspect: str | None, processor: Any) -> None:

@@ -124,7 +124,7 @@ def _decode(source: Path | BytesIO, name: str, pixels: str) -> Image.Image:
                 image = Image.open(file, formats=_readable())
             with image:
                 _check_size(image.size, name)
-                reading = read_pixels(image, pixels, name)
+                shown, note = read_pixels(image, pixels, name)
     except UserInputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -141,10 +141,10 @@ def _decode(source: Path | BytesIO, name: str, pixels: str) -> Image.Image:
         raise UserInputError(
             f"{name} is damaged or cut short ({one_line(error)}); download or save it again"
         ) from error
-    if reading.note is not None and reading.note not in _noted:
-        _noted.add(reading.note)
-        logger.warning(reading.note)
-    return reading.image
+    if note is not None and note not in _noted:
+        _noted.add(note)
+        logger.warning(note)
+    return shown
 
 
 def _readable() -> list[str]:

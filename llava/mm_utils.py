@@ -24,7 +24,7 @@ from llava.anyres import (  # noqa: F401 - LLaVA's import path of these
 )
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.images import decode_base64
-from llava.utils import UserInputError, user_path
+from llava.utils import user_path
 from llava.value_rules import check_characters
 
 
@@ -34,12 +34,7 @@ def load_image_from_base64(image: str) -> Image.Image:
     Raises:
         UserInputError: the text does not hold an image, or one that is cut short or too large.
     """
-    try:
-        return decode_base64(image, "it")
-    except UserInputError as error:
-        raise UserInputError(
-            f"the base64 text does not hold an image that can be read: {error}"
-        ) from error
+    return decode_base64(image, "the image")
 
 
 def tokenizer_image_token(

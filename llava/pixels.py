@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -54,22 +53,16 @@ def warnings_as(action: Literal["error", "ignore"], category: type[Warning]) -> 
         yield
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A picture as RGB, and one line where the other reading differs from it, else None."""
-
-    image: Image.Image
-    note: str | None
-
-
 def check_pixels(pixels: str) -> None:
     """Raise UserInputError for a reading that does not exist."""
     if pixels not in PIXELS:
         raise UserInputError(f"pixels is {pixels!r}; use {' or '.join(PIXELS)}")
 
 
-def read_pixels(image: Image.Image, pixels: str, name: str) -> Reading:
+def read_pixels(image: Image.Image, pixels: str, name: str) -> tuple[Image.Image, str | None]:
     """Read an opened picture that has not been loaded yet.
+
+    Returns the picture as RGB, and one line where the other reading differs from it, else None.
 
     Args:
         image: what `Image.open` returned; of an animation its first frame is read.
@@ -94,7 +87,7 @@ def read_pixels(image: Image.Image, pixels: str, name: str) -> Reading:
         if found
     ]
     if not differences:
-        return Reading(image.convert("RGB"), None)
+        return image.convert("RGB"), None
     try:
         original = _original(image)
     except ValueError as error:
@@ -107,8 +100,8 @@ def read_pixels(image: Image.Image, pixels: str, name: str) -> Reading:
     shown = _viewer(image, orientation, frame, raw_mode)
     chosen = shown if original is None or pixels == VIEWER else original
     if original is not None and _equal(original, shown):
-        return Reading(chosen, None)
-    return Reading(chosen, _note(name, pixels, " and ".join(differences)))
+        return chosen, None
+    return chosen, _note(name, pixels, " and ".join(differences))
 
 
 def _viewer(

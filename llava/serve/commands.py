@@ -40,11 +40,6 @@ class Command:
     optional: bool = False
 
 
-def is_command(line: str) -> bool:
-    """Whether a line is a command rather than a question."""
-    return line.startswith("/")
-
-
 def run_command(session: Session, line: str) -> str:
     """Carry out `/name argument` and return what to print.
 
