@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from llava.pixels import VIEWER, check_pixels, read_pixels, warnings_as
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,9 @@ def decode_base64(text: str | bytes, name: str, pixels: str = VIEWER) -> Image.I
 
 def _existing_file(location: str | Path) -> Path:
     try:
-        path = Path(location).expanduser()
+        path = user_path(location)
         found, is_file = path.exists(), path.is_file()
-    except (OSError, RuntimeError, ValueError):  # no such home folder, impossible names
+    except (OSError, ValueError):  # impossible names
         found = is_file = False
     if not found:
         raise UserInputError(f"cannot read image {_short(location)}: no such file; check the path")

@@ -76,7 +76,7 @@ def check_characters(text: str, name: str) -> None:
         name: what errors call it.
 
     Raises:
-        UserInputError: says what is no character, and where.
+        UserInputError: says what is not a character, and where.
     """
     try:
         text.encode()

@@ -136,9 +136,10 @@ def side_by_side(turns: Sequence[Turn], width: int) -> str:
         label = "answer" if number == 0 else ""
         texts = [answer[number] if number < len(answer) else "" for answer in answers]
         lines.append([label, *texts])
-    lines.append(["tokens", *(str(turn.cost.after) for turn in turns)])
+    costs = [turn.cost for turn in turns if turn.cost is not None]
+    lines.append(["tokens", *(str(cost.after) for cost in costs)])
     for label, name in MILLISECONDS.items():
-        times = [getattr(turn.cost, name) for turn in turns]
+        times = [getattr(cost, name) for cost in costs]
         lines.append([label, *("-" if time is None else f"{time:.1f}" for time in times)])
     return "\n".join(
         "  ".join([line[0].ljust(10), *(cell.ljust(column) for cell in line[1:])]).rstrip()

@@ -35,7 +35,7 @@ _SCALE = 0.15  # root mean square of projected tokens and of the words that name
 
 
 def words() -> dict[str, tuple[str, int]]:
-    """Which label and class each word names."""
+    """Return the label and the class that each word names."""
     named: dict[str, tuple[str, int]] = {"sign": ("shape", SIGN)}
     for index, shape in enumerate(SHAPES):
         named[shape] = named[PLURALS[shape]] = ("shape", index + 1)
@@ -44,7 +44,7 @@ def words() -> dict[str, tuple[str, int]]:
 
 
 def read_patches(data: Path, scenes: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Features `[P, Dv]` of foreground patches of the first training scenes, and their labels."""
+    """Read features `[P, Dv]` of foreground patches of the first scenes, and their labels."""
     store = np.load(data / "features.npy", mmap_mode="r")
     features, labels = [], []
     for index in range(min(scenes, len(store))):
@@ -60,7 +60,7 @@ def read_patches(data: Path, scenes: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def effects(values: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What each class of each label adds to `values` `[P, D]`: `[classes, D]`, mean zero.
+    """Estimate what each class of a label adds to `values` `[P, D]`: `[classes, D]`, mean zero.
 
     One ridge regression on all labels together, so that the effect of a colour is not mixed with
     that of the shapes which happen to have it.
@@ -82,15 +82,15 @@ def effects(values: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def predict(found: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    """The sum of the effects `[P, D]` that the labels of each patch bring."""
+    """Sum the effects `[P, D]` that the labels of each patch bring."""
     return sum(
         rows[labels[name].clamp(min=0)] * (labels[name] != IGNORE)[:, None]
         for name, rows in found.items()
     )
 
 
-def starting_projector(features: Tensor, labels: dict[str, Tensor], hidden: int) -> nn.Sequential:
-    """Linear-GELU-Linear that is nearly linear and brings out what the labels explain.
+def make_projector(features: Tensor, labels: dict[str, Tensor], hidden: int) -> nn.Sequential:
+    """Make a Linear-GELU-Linear that is nearly linear and brings out what the labels explain.
 
     It whitens what no label explains, so that facts stand out from it; the bias moves the GELU to
     where it is almost straight.
@@ -119,7 +119,7 @@ def starting_projector(features: Tensor, labels: dict[str, Tensor], hidden: int)
 
 
 def class_bases(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Orthonormal rows `[r, D]`: of shapes, colours, all classes, other facts, what is left."""
+    """Return orthonormal rows `[r, D]` of shapes, colours, all classes, other facts, the rest."""
     bases = {
         "shape": _span(found["shape"]),
         "color": _span(found["color"]),
@@ -133,13 +133,13 @@ def class_bases(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _span(rows: Tensor) -> Tensor:
-    """Orthonormal basis of `rows`, strongest direction first, without the faintest."""
+    """Return an orthonormal basis of `rows`, strongest direction first, without the faintest."""
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
     return vectors[values > 0.05 * values[0]]
 
 
 def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image: Tensor) -> None:
-    """First layer: a word attends to the image tokens of its class and takes what they hold.
+    """Let a word attend to the image tokens of its class in a layer, and take what they hold.
 
     `text` and `image` `[D]` are the unit directions that mark the two kinds of token. Matches
     use the slow rotary channels, so that distance hardly matters.
@@ -181,7 +181,7 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     features, labels = read_patches(data, scenes)
-    projector = starting_projector(features, labels, model.config.hidden_size)
+    projector = make_projector(features, labels, model.config.hidden_size)
     found = effects(projector(features), labels)
     bases = class_bases(found)
     text, image = bases["rest"][-2:]  # quiet directions of the features mark what a token is

@@ -69,7 +69,7 @@ class ModelArguments:
     )
     mm_projector_type: str | None = _argument(None, "kind of projector; mlp2x_gelu for a new one")
     mm_patch_merge_type: str | None = _argument(None, "how tiles are joined; flat for a new LLaVA")
-    pretrain_mm_mlp_adapter: str | None = _argument(None, "weights of the projector to start from")
+    pretrain_mm_mlp_adapter: str | None = _argument(None, "file with the projector to start from")
     freeze_backbone: bool = _argument(False, "freeze the language model")
     tune_mm_mlp_adapter: bool = _argument(
         False, "train only the projector, and save it as mm_projector.bin too"
@@ -101,7 +101,7 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """transformers' arguments with LLaVA's additions and defaults."""
+    """Add LLaVA's arguments and defaults to transformers'."""
 
     remove_unused_columns: bool = False
     # Names that LLaVA's scripts use and transformers has dropped.
@@ -112,7 +112,9 @@ class TrainingArguments(transformers.TrainingArguments):
         "tokens kept of a sample; by default the model's own tokenizer_model_max_length, 2048 for "
         "a new LLaVA",
     )
-    mm_projector_lr: float | None = _argument(None, "learning rate of the projector, if its own")
+    mm_projector_lr: float | None = _argument(
+        None, "learning rate of the projector, if it has its own"
+    )
 
     def __post_init__(self) -> None:
         if self.warmup_ratio is not None:
@@ -131,7 +133,7 @@ def _unbuilt(default: Any, what: str) -> Any:
 
 @dataclass
 class UnbuiltArguments:
-    """LLaVA's arguments for what this trainer lacks; only the defaults are accepted."""
+    """Accept LLaVA's arguments for what this trainer lacks, with their defaults only."""
 
     bits: int = _unbuilt(16, "training of 4-bit or 8-bit weights")
     double_quant: bool | None = _unbuilt(None, "training of 4-bit or 8-bit weights")

@@ -1,4 +1,4 @@
-"""Samples as the model takes them, and batches of them."""
+"""Prepare samples for the model, and batches of them."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from llava.utils import UserInputError, user_path
 
 
 class SupervisedDataset(Dataset):
-    """Samples of a LLaVA JSON file; text and images are prepared when they are asked for.
+    """Hold the samples of a LLaVA JSON file; prepare text and images when they are asked for.
 
     An item has the int64 `[L]` tensors `input_ids`, `labels` and `turns`, and of every image in
     order: in `images` its pixels `[3, H, W]`, tiles `[T, 3, H, W]` or cached features `[N, Dv]`, in
@@ -79,7 +79,7 @@ class SupervisedDataset(Dataset):
         }
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any] | UserInputError]:
-        """What a loader asks for: items, or the error in an item's place.
+        """Return items for a loader; in place of a bad one, its error.
 
         A worker that raised would hand on its traceback with the message.
         """
@@ -141,9 +141,9 @@ class Collator:
 
 
 def turn_mask(turns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask `[B, 1, L, L]` of turns `[B, L]` that do not see one another.
+    """Make the additive mask `[B, 1, L, L]` of turns `[B, L]` that do not see one another.
 
-    A token sees what stands before it in its own turn and in turn 0, which is common to all.
+    A token sees what is before it in its own turn and in turn 0, which is common to all.
     """
     length = turns.shape[1]
     key = turns[:, None, :]
@@ -154,12 +154,12 @@ def turn_mask(turns: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _read_features(path: str | None, config: Any) -> np.ndarray | None:
-    """Cached features `[images, N, Dv]`, mapped rather than read; None without a file."""
+    """Map cached features `[images, N, Dv]`; None without a file."""
     if path is None:
         return None
     if getattr(config, "image_aspect_ratio", None) == "anyres":
         raise UserInputError(
-            "--feature_file holds one view of each image, but image_aspect_ratio 'anyres' shows "
+            "--feature_file has one view of each image, but image_aspect_ratio 'anyres' shows "
             "several; give --image_folder, or --image_aspect_ratio pad"
         )
     try:
@@ -172,14 +172,14 @@ def _read_features(path: str | None, config: Any) -> np.ndarray | None:
     shape, kind = features.shape, features.dtype.kind
     if len(shape) != 3 or shape[2] != config.mm_hidden_size or 0 in shape or kind != "f":
         raise UserInputError(
-            f"--feature_file {path} holds {features.dtype} of shape {list(shape)}; {wanted}, made "
+            f"--feature_file {path} has {features.dtype} of shape {list(shape)}; {wanted}, made "
             "by this model's vision tower"
         )
     return features
 
 
 def _row(features: np.ndarray, name: str) -> Tensor:
-    """Features `[N, Dv]` of the image whose file name is the number of their row."""
+    """Return the features `[N, Dv]` of the image whose file name is the number of their row."""
     stem = Path(name).stem
     if not stem.isdecimal() or int(stem) >= len(features):
         raise UserInputError(

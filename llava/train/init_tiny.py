@@ -14,7 +14,7 @@ SIZES = {"tiny": (128, 344, 4, 4), "small": (512, 1376, 8, 8)}
 
 
 def init_language_model(folder: Path, size: str, seed: int) -> None:
-    """A random Llama in the shape of `size` with the tokenizer of the world's prompts."""
+    """Write a random Llama in the shape of `size` with the tokenizer of the world's prompts."""
     make_tokenizer(folder)
     tokenizer = load_tokenizer(folder)
     torch.manual_seed(seed)
@@ -22,7 +22,7 @@ def init_language_model(folder: Path, size: str, seed: int) -> None:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=4096,
-        # a slow base: what a token is matters here more than how far it stands away
+        # a slow base: what a token is matters here more than how far away it is
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -22,7 +22,7 @@ def package(checkpoint: Path, tokenizer: Path, output: Path) -> None:
     model = LlavaLlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     tower = model.get_vision_tower()
     tower.load_model()
-    # the tower travels inside the checkpoint, so its name is a folder beside the weights
+    # the tower travels inside the checkpoint, so its name is a folder next to the weights
     tower.vision_tower_name = model.config.mm_vision_tower = TOWER_NAME
     model.config.unfreeze_mm_vision_tower = True
     model.config.mm_conv_mode = "vicuna_v1"

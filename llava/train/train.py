@@ -46,7 +46,7 @@ _MAX_LENGTH = 2048
 
 
 def build_model(args: ModelArguments, dtype: torch.dtype) -> LlavaCausalLM:
-    """The model with a loaded, frozen tower and the parts that train marked so.
+    """Load the model with a frozen tower, and mark the parts that train.
 
     Raises:
         UserInputError: no such model, or parts that do not fit together.
@@ -70,10 +70,10 @@ def build_model(args: ModelArguments, dtype: torch.dtype) -> LlavaCausalLM:
 
 
 def configure(model: LlavaCausalLM, data: DataArguments, training: TrainingArguments) -> None:
-    """Bring into the config what arguments ask for, and what a new LLaVA has to say.
+    """Write into the config what arguments ask for, and what a new LLaVA needs.
 
     Raises:
-        UserInputError: settings that no LLaVA has, or that training lacks.
+        UserInputError: settings that LLaVA does not have, or that training lacks.
     """
     config = model.config
     if data.image_aspect_ratio is not None:
@@ -94,8 +94,8 @@ def configure(model: LlavaCausalLM, data: DataArguments, training: TrainingArgum
         )
 
 
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint that is asked for, else the newest complete one in `--output_dir`.
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """Return the checkpoint that is asked for, else the newest complete one in `--output_dir`.
 
     Raises:
         UserInputError: the one that is asked for cannot be used.
@@ -153,7 +153,7 @@ def train() -> None:
             f"the {len(dataset)} samples do not fill a batch; give more, or a smaller batch, "
             "or leave out --dataloader_drop_last"
         )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
     trainer.save_state()
     trainer.save_model(args.output_dir)
     if model_args.tune_mm_mlp_adapter and trainer.is_world_process_zero():
@@ -180,7 +180,7 @@ def _check_generation(model: LlavaCausalLM) -> None:
 
 
 def main() -> None:
-    """Run `train`; what the user can put right is one line and exit code 2."""
+    """Run `train`; print what the user can correct on one line, with exit code 2."""
     try:
         train()
     except CORRECTABLE as error:

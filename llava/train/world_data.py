@@ -29,7 +29,9 @@ BLIND_EVERY = 25
 def conversation(
     made: Scene, rng: np.random.RandomState, turns: int, lists: bool
 ) -> list[dict[str, str]]:
-    """`turns` turns about one scene: with `lists` one of each family, then questions, shuffled.
+    """Make `turns` turns about one scene: with `lists` one list of each kind, then questions.
+
+    They are shuffled.
 
     No question is asked twice: a repeated one teaches to copy the answer, not to look.
     """
@@ -54,7 +56,7 @@ def conversation(
 def write_conversations(
     path: Path, split: str, scenes: int, variants: int, turns: int, lists: bool
 ) -> None:
-    """`variants` conversations for each scene, LLaVA's sample format.
+    """Write `variants` conversations for each scene in LLaVA's sample format.
 
     Without `lists` one conversation in 25 shows no image. LLaVA learns from text alone too; here
     the model learns to guess blindly, which is the floor that pruning is held against.
@@ -84,7 +86,7 @@ def draw_pixels(processor: Any, names: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def write_features(output: Path, tower_folder: Path, split: str, scenes: int, workers: int) -> None:
-    """`features.npy`: float16 `[scenes, N, Dv]`, row i for scene i."""
+    """Write `features.npy`: float16 `[scenes, N, Dv]`, row i for scene i."""
     settings = argparse.Namespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
     tower = CLIPVisionTower(str(tower_folder), settings)
     done_file, path = output / "features.done", output / "features.npy"
