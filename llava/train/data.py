@@ -78,19 +78,6 @@ class SupervisedDataset(Dataset):
             "image_sizes": [size for _, size in shown],
         }
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any] | UserInputError]:
-        """Return items for a loader; in place of a bad one, its error.
-
-        A worker that raised would hand on its traceback with the message.
-        """
-        items: list[dict[str, Any] | UserInputError] = []
-        for index in indices:
-            try:
-                items.append(self[index])
-            except UserInputError as error:
-                items.append(error)
-        return items
-
     def _parallel(self, index: int) -> bool:
         """Spread the share of parallel samples evenly over the file."""
         share = self.args.parallel_turns
@@ -107,17 +94,13 @@ class SupervisedDataset(Dataset):
 class Collator:
     """Pad a batch on the right; its mask `[B, L]` says where the tokens are.
 
-    `images` and `image_sizes` are those of all marks in order. An error among the samples
-    becomes the batch, see `SupervisedDataset.__getitems__`.
+    `images` and `image_sizes` are those of all marks in order.
     """
 
     def __init__(self, pad_token_id: int, max_length: int) -> None:
         self.pad_token_id, self.max_length = pad_token_id, max_length
 
-    def __call__(self, examples: list[dict[str, Any] | UserInputError]) -> dict[str, Any]:
-        error = next((e for e in examples if isinstance(e, UserInputError)), None)
-        if error is not None:
-            return {"error": error}
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "turns": 0}
         texts = {key: [e[key][: self.max_length] for e in examples] for key in fill}
         masks = [torch.ones_like(row) for row in texts["turns"]]

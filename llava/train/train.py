@@ -184,7 +184,9 @@ def main() -> None:
     try:
         train()
     except CORRECTABLE as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        # A worker of the data loader puts its whole traceback before the message.
+        message = explain(error).rpartition(f"{UserInputError.__name__}: ")[2]
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 

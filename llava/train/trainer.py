@@ -1,7 +1,6 @@
 """Train on batches of text and images; saved models keep what was not trained."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,6 @@ class LlavaTrainer(transformers.Trainer):
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(self._parameter_groups(), **settings)
         return super().create_optimizer()
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        """Return batches for one step; raise here what the loader's workers found wrong."""
-        return super().get_batch_samples(_without_errors(epoch_iterator), *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         """Return the model's loss on the merged batch.
@@ -144,10 +139,3 @@ def _at(values: Tensor, places: Tensor, fill: int) -> Tensor:
     """Return `values` `[B, L]` at `places` `[B, L']`, `fill` where a place is not in the text."""
     of_text = places != IGNORE_INDEX
     return torch.where(of_text, values.gather(1, places.clamp(min=0)), fill)
-
-
-def _without_errors(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if "error" in batch:
-            raise batch["error"]
-        yield batch
