@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -245,10 +244,9 @@ class Session:
         if room is not None:
             sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
         clock = PipelineClock(self.model.device)
-        streamer = ClockedStreamer(tokenizer, silent)
+        streamer = ClockedStreamer(tokenizer, self.model.device, silent)
         setting = describe(self.model.pruning)
         stopped = False
-        start = time.perf_counter()
         try:
             with steps_run_by(clock.run), torch.inference_mode():
                 self.model.generate(
@@ -264,7 +262,7 @@ class Session:
             stopped = True
             streamer.end()  # print what is held back, and the end of the line
         answer = tokenizer.decode(streamer.tokens, skip_special_tokens=True).strip()
-        cost = clock.cost(start, streamer.arrivals)
+        cost = clock.cost(streamer.laps)
         visual = clock.tokens.get("prune")
         full = room is not None and len(streamer.tokens) >= room
         turn = Turn(setting, answer, stopped, not self._warm, cost, visual, full)

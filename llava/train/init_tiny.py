@@ -20,6 +20,7 @@ from llava.utils import UserInputError
 from llava.world import FAMILIES, ask, scene
 from llava.world.font import ALPHABET
 from llava.world.questions import text as text_family
+from llava.world.shapes import COLORS
 
 # hidden size, MLP width, layers, heads
 SIZES = {"tiny": (128, 344, 4, 4), "small": (512, 1376, 8, 8)}
@@ -42,8 +43,7 @@ def _corpus(lines: int = 4000) -> list[str]:
     for index in range(lines):
         question, answer = ask(rng, made[index % len(made)], families[index % len(families)])
         corpus += [f"USER: {question} ASSISTANT: {answer}", question, answer]
-    colors = ["red", "green", "blue", "yellow", "purple", "white"]
-    corpus += [f"What does the {color} sign say?" for color in colors for _ in range(lines // 20)]
+    corpus += [f"What does the {color} sign say?" for color in COLORS for _ in range(lines // 20)]
     return corpus + [conv_templates["vicuna_v1"].system] * (lines // 20)
 
 

@@ -44,7 +44,7 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (cli, (*CHAT, "--newline", "kept"), r"--newline: invalid choice: 'kept' \(choose from "),
     (cli, (*CHAT, "--newline", "select"), r"needs allocation='global'"),
     (cli, ("--pruner", "pool", "--keep-tokens", "8", "--positions", "original"), r"makes new tok"),
-    (cli, ("--conv-mode", "vicuna"), r"'vicuna'; valid: .*vicuna_v1"),
+    (cli, ("--conv-mode", "vicuna"), r"'vicuna'; did you mean 'vicuna_v1'"),
     (cli, ("--conv-mode", "plain"), r"'plain' is for captions, not for a chat; use another"),
     (cli, ("--temperature", "nan"), r"temperature must be a number of at least 0, got nan"),
     (cli, ("--temperature", "warm"), r"--temperature: invalid float value: 'warm'"),
