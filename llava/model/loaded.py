@@ -82,13 +82,17 @@ def load_from_flags(args: argparse.Namespace, name: str | None = None) -> Loaded
             loaded or asked.
     """
     pruning = pruning_from(args)
+    loading = {"load_8bit": args.load_8bit, "load_4bit": args.load_4bit}
+    for key in ("dtype", "mm_next_protocol"):
+        if getattr(args, key) not in (None, "native"):
+            loading[key] = getattr(args, key)
     loaded = load_model(
         args.model_path,
         args.device,
         base=args.model_base,
         conv_mode=args.conv_mode,
         name=name,
-        **loading_from(args),
+        **loading,
     )
     loaded.model.pruning = loaded.own_pruning if pruning is None else pruning
     own = conv_mode_for(loaded.name, loaded.model.config)
@@ -97,25 +101,6 @@ def load_from_flags(args: argparse.Namespace, name: str | None = None) -> Loaded
             f"note: --conv-mode {loaded.template} replaces {own}, this model's own", file=sys.stderr
         )
     return loaded
-
-
-def loading_from(
-    args: argparse.Namespace, dtype: str | None = None, mm_next_protocol: str | None = None
-) -> dict[str, Any]:
-    """Return the arguments of `load_pretrained_model` that the flags give.
-
-    Args:
-        args: with the flags of `llava.command_line.add_model_flags`.
-        dtype, mm_next_protocol: what counts where the flags leave it open.
-    """
-    loading: dict[str, Any] = {"load_8bit": args.load_8bit, "load_4bit": args.load_4bit}
-    dtype = args.dtype or dtype
-    if dtype and not (args.load_8bit or args.load_4bit):
-        loading["dtype"] = dtype
-    protocol = args.mm_next_protocol or mm_next_protocol
-    if protocol and protocol != "native":
-        loading["mm_next_protocol"] = protocol
-    return loading
 
 
 def _check_complete(path: str, tokenizer: Any, processor: Any) -> None:
