@@ -164,14 +164,10 @@ def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image:
         kind = start + half - 1
         attention.q_proj.weight[kind] = 1.5 * text
         attention.k_proj.weight[kind] = 1.5 * (image - text)
-        wire_copy(attention, head, content[:span], strength=0.2)
-
-
-def wire_copy(attention: nn.Module, head: int, basis: Tensor, strength: float) -> None:
-    """Let a head pass on what its tokens hold in the rows of `basis` `[<= head_dim, D]`."""
-    columns = slice(head * attention.head_dim, head * attention.head_dim + len(basis))
-    attention.v_proj.weight[columns] = basis
-    attention.o_proj.weight[:, columns] = strength * basis.T
+        passed = content[:span]  # what the head passes on of the tokens that match
+        columns = slice(start, start + len(passed))
+        attention.v_proj.weight[columns] = passed
+        attention.o_proj.weight[:, columns] = 0.2 * passed.T
 
 
 @torch.no_grad()
