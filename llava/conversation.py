@@ -95,10 +95,10 @@ class Conversation:
         if self.sep_style is SeparatorStyle.LLAMA_2:
             yield from self._render_llama_2(turns)
             return
-        plain = self.sep_style is SeparatorStyle.PLAIN
+        plain = self.sep_style is SeparatorStyle.PLAIN  # no names, no end of the system text
         colon = self.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO)
-        two = self.sep_style in (SeparatorStyle.TWO, SeparatorStyle.PLAIN)
-        ends = (self.sep, self.sep2 if two else self.sep)
+        same_end = self.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT)
+        ends = (self.sep, self.sep if same_end else self.sep2)
         yield Piece(self.system if plain else self.system + self.sep)
         for i, (role, text) in enumerate(turns):
             if not plain:
@@ -112,7 +112,7 @@ class Conversation:
             yield Piece(f" {text}{end}" if colon else f"{text}{end}", i)
 
     def _with_image_first(self) -> list[tuple[str, Any]]:
-        """Messages with the image mark of a leading image message moved to the front."""
+        """Return the messages, the image mark of a leading image message moved to the front."""
         messages = [(role, message) for role, message in self.messages]
         if not messages or not isinstance(messages[0][1], tuple):
             return messages
