@@ -97,13 +97,13 @@ def tokenize(parts: list[Part], tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def tokenize_sample(sample: Sample, template: Conversation, tokenizer: Any) -> Tokens:
-    """Tokenize a sample whose turns follow one another."""
+    """Tokenise a sample whose turns follow one another."""
     ids, labels = tokenize(render(sample, template), tokenizer)
     return Tokens(ids, labels, zeros_like(ids))
 
 
 def tokenize_turns(sample: Sample, template: Conversation, tokenizer: Any) -> Tokens:
-    """Tokenize a sample with images whose turns do not see one another.
+    """Tokenise a sample with images whose turns do not see one another.
 
     Every question follows all images as if it were the first one asked. What all prompts share, up
     to and with the last image mark, is there once and has turn 0; the turns 1, 2, ... follow. A
