@@ -41,12 +41,7 @@ def select_best_resolution(original_size: Size, possible_resolutions: Sequence[S
     Raises:
         UserInputError: there are no canvases.
     """
-
-    def kept_pixels(canvas: Size, scaled: int) -> tuple[float, int]:
-        effective = min(scaled, math.prod(original_size))
-        return effective, effective - math.prod(canvas)
-
-    return _select_canvas(original_size, possible_resolutions, kept_pixels)
+    return _select_canvas(original_size, possible_resolutions, filled=False)
 
 
 def select_filled_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
@@ -55,25 +50,24 @@ def select_filled_resolution(original_size: Size, possible_resolutions: Sequence
     FasterVLM's released code does so. Arguments and result as in `select_best_resolution`; of
     equal shares the smallest canvas wins, then the first.
     """
-
-    def filled_share(canvas: Size, scaled: int) -> tuple[float, int]:
-        return scaled / math.prod(canvas), -math.prod(canvas)
-
-    return _select_canvas(original_size, possible_resolutions, filled_share)
+    return _select_canvas(original_size, possible_resolutions, filled=True)
 
 
-def _select_canvas(
-    size: Size, canvases: Sequence[Size], rank: Callable[[Size, int], tuple[float, int]]
-) -> Size:
-    """Return the first canvas of the highest `rank(canvas, pixels of the image fitted into it)`."""
+def _select_canvas(size: Size, canvases: Sequence[Size], filled: bool) -> Size:
+    """Return the first canvas of the highest rank under one of the two rules."""
     if not canvases:
         raise UserInputError("no canvas to choose from: image_grid_pinpoints is empty")
 
-    def rank_fitted(canvas: Size) -> tuple[float, int]:
+    def rank(canvas: Size) -> tuple[float, int]:
+        area = math.prod(canvas)
         scale = min(canvas[0] / size[0], canvas[1] / size[1])
-        return rank(canvas, int(size[0] * scale) * int(size[1] * scale))
+        scaled = int(size[0] * scale) * int(size[1] * scale)
+        if filled:
+            return scaled / area, -area
+        effective = min(scaled, math.prod(size))
+        return effective, effective - area
 
-    width, height = max(canvases, key=rank_fitted)
+    width, height = max(canvases, key=rank)
     return width, height
 
 
@@ -253,9 +247,7 @@ def process_anyres_image(
     side = processor.size.get("shortest_edge") or tile
     views = [image.resize((side, side))]
     views += divide_to_patches(resize_and_pad_image(image, canvas), tile)
-    return torch.stack(
-        [processor.preprocess(view, return_tensors="pt")["pixel_values"][0] for view in views]
-    )
+    return torch.stack([_preprocess(view, processor) for view in views])
 
 
 def tile_side(processor: Any) -> int:
@@ -297,21 +289,21 @@ def process_images(
     if aspect == "anyres":
         canvases = canvas_choices(model_cfg, tile_side(image_processor))
         choose = canvas_rule(model_cfg)
-        tiles = [process_anyres_image(image, image_processor, canvases, choose) for image in images]
-        same = all(t.shape == tiles[0].shape for t in tiles)
-        return torch.stack(tiles) if same else tiles
-    for image in images:
-        _refuse_strip(image.size, aspect, image_processor)
-    if aspect == "pad":
-        background = tuple(int(mean * 255) for mean in image_processor.image_mean)
-        images = [expand2square(image, background) for image in images]
-    pixels = [
-        image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
-        for image in images
-    ]
-    if all(p.shape == pixels[0].shape for p in pixels):
-        return torch.stack(pixels)
-    return pixels
+        pixels = [
+            process_anyres_image(image, image_processor, canvases, choose) for image in images
+        ]
+    else:
+        for image in images:
+            _refuse_strip(image.size, aspect, image_processor)
+        if aspect == "pad":
+            red, green, blue = (int(mean * 255) for mean in image_processor.image_mean)
+            images = [expand2square(image, (red, green, blue)) for image in images]
+        pixels = [_preprocess(image, image_processor) for image in images]
+    return pixels if len({p.shape for p in pixels}) > 1 else torch.stack(pixels)
+
+
+def _preprocess(image: Image.Image, processor: Any) -> torch.Tensor:
+    return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
 
 def _refuse_strip(size: Size, aspect: str | None, processor: Any) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 
 from llava import __version__
+from llava.registry import unknown
 
 
 class Command(NamedTuple):
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What `llava --help` prints."""
+    """Return what `llava --help` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -73,12 +73,10 @@ def usage() -> str:
 
 
 def refusal(name: str) -> str:
-    """Why `name` is not run: no command, or an unknown one and the nearest that exist."""
+    """Say why `name` is not run: no command was given, or an unknown one; name the nearest."""
     if not name:
         return f"give a command: {', '.join(COMMANDS)}; llava --help explains them"
-    near = get_close_matches(name, COMMANDS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "llava --help lists them"
-    return f"unknown command {name!r}; {hint}"
+    return unknown("command", name, COMMANDS)
 
 
 if __name__ == "__main__":

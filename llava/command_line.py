@@ -14,6 +14,7 @@ from llava.anyres import NEXT_PROTOCOLS
 from llava.conversation import SeparatorStyle, conv_templates
 from llava.pixels import PIXELS, PIXELS_HELP
 from llava.pruning.flags import add_pruning_flags
+from llava.registry import unknown
 from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line
 
@@ -111,8 +112,7 @@ def check_conv_mode(mode: str | None) -> None:
     if mode is None:
         return
     if mode not in conv_templates:
-        known = ", ".join(sorted(conv_templates))
-        raise UserInputError(f"unknown --conv-mode {mode!r}; valid: {known}")
+        raise UserInputError(unknown("--conv-mode", mode, conv_templates))
     check_chat_template(mode)
 
 

@@ -76,14 +76,14 @@ class Conversation:
         """Render the conversation.
 
         Raises:
-            TypeError: an answered turn under a `PLAIN` template without a second separator (as
-                LLaVA does).
+            TypeError: an answered turn under a `PLAIN` or `TWO` template without a second separator
+                (as LLaVA does).
             UserInputError: a `LLAMA_2` conversation that does not open with a user message.
         """
         return "".join(piece.text for piece in self.pieces())
 
     def pieces(self) -> Iterator[Piece]:
-        """The prompt piece by piece, each with the message it belongs to.
+        """Render the prompt piece by piece, each with the message it belongs to.
 
         What a model is to write in an answered turn is the one piece of that message: it starts
         where the prompt of the open turn would end. A message without text has no piece.
@@ -92,20 +92,27 @@ class Conversation:
             TypeError, UserInputError: as `get_prompt`.
         """
         turns = [(role, _text(message)) for role, message in self._with_image_first()]
-        match self.sep_style:
-            case SeparatorStyle.SINGLE:
-                return self._render_named(turns, (self.sep, self.sep))
-            case SeparatorStyle.TWO:
-                return self._render_named(turns, (self.sep, self.sep2))
-            case SeparatorStyle.MPT:
-                return self._render_mpt(turns)
-            case SeparatorStyle.PLAIN:
-                return self._render_plain(turns)
-            case SeparatorStyle.LLAMA_2:
-                return self._render_llama_2(turns)
+        if self.sep_style is SeparatorStyle.LLAMA_2:
+            yield from self._render_llama_2(turns)
+            return
+        plain = self.sep_style is SeparatorStyle.PLAIN  # no names, no end of the system text
+        colon = self.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO)
+        same_end = self.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT)
+        ends = (self.sep, self.sep if same_end else self.sep2)
+        yield Piece(self.system if plain else self.system + self.sep)
+        for i, (role, text) in enumerate(turns):
+            if not plain:
+                # An open turn ends at the colon: the model writes the space itself.
+                yield Piece(f"{role}:" if colon else role)
+            if not text:
+                continue
+            end = ends[i % 2]
+            if end is None:
+                raise TypeError("this template has no separator (sep2) to close an answer")
+            yield Piece(f" {text}{end}" if colon else f"{text}{end}", i)
 
     def _with_image_first(self) -> list[tuple[str, Any]]:
-        """Messages with the image mark of a leading image message moved to the front."""
+        """Return the messages, the image mark of a leading image message moved to the front."""
         messages = [(role, message) for role, message in self.messages]
         if not messages or not isinstance(messages[0][1], tuple):
             return messages
@@ -115,33 +122,6 @@ class Conversation:
             shown = (self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>")
             return [shown, (self.roles[1], "Received."), (role, text), *messages[1:]]
         return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"), *messages[1:]]
-
-    def _render_named(
-        self, turns: list[tuple[str, str]], seps: tuple[str, str | None]
-    ) -> Iterator[Piece]:
-        yield Piece(self.system + seps[0])
-        for i, (role, text) in enumerate(turns):
-            # An open turn ends at the colon: the model writes the space itself.
-            yield Piece(f"{role}:")
-            if text:
-                yield Piece(f" {text}{seps[i % 2]}", i)
-
-    def _render_mpt(self, turns: list[tuple[str, str]]) -> Iterator[Piece]:
-        yield Piece(self.system + self.sep)
-        for i, (role, text) in enumerate(turns):
-            yield Piece(role)
-            if text:
-                yield Piece(text + self.sep, i)
-
-    def _render_plain(self, turns: list[tuple[str, str]]) -> Iterator[Piece]:
-        yield Piece(self.system)
-        for i, (_, text) in enumerate(turns):
-            if not text:
-                continue
-            sep = (self.sep, self.sep2)[i % 2]
-            if sep is None:
-                raise TypeError("this plain template has no separator (sep2) to close an answer")
-            yield Piece(text + sep, i)
 
     def _render_llama_2(self, turns: list[tuple[str, str]]) -> Iterator[Piece]:
         for i, (role, text) in enumerate(turns):
@@ -284,48 +264,39 @@ _EXAMPLE_ANSWER = (
     "instability.\n"
 )
 
-
-def _template(
-    system: str,
-    roles: tuple[str, str],
-    style: SeparatorStyle,
-    sep: str,
-    sep2: str | None = None,
-    version: str = "Unknown",
-    example: tuple[tuple[str, str], ...] = (),
-) -> Conversation:
-    return Conversation(
-        system, roles, example, len(example), sep_style=style, sep=sep, sep2=sep2, version=version
-    )
-
-
 _HUMAN = ("Human", "Assistant")
 _USER = ("USER", "ASSISTANT")
 _CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 _EXAMPLE = (("Human", _EXAMPLE_QUESTION), ("Assistant", _EXAMPLE_ANSWER))
 _S = SeparatorStyle
 
-conv_vicuna_v0 = _template(_CURIOUS_HUMAN, _HUMAN, _S.SINGLE, "###", example=_EXAMPLE)
-conv_vicuna_v1 = _template(_CURIOUS_USER, _USER, _S.TWO, " ", "</s>", "v1")
-conv_llama_2 = _template(_LLAMA_2_SYSTEM, _USER, _S.LLAMA_2, "<s>", "</s>", "llama_v2")
-conv_mistral_instruct = _template("", _USER, _S.LLAMA_2, "", "</s>", "llama_v2")
-conv_chatml_direct = _template(
-    "<|im_start|>system\nAnswer the questions.", _CHATML, _S.MPT, "<|im_end|>", version="mpt"
+conv_vicuna_v0 = Conversation(_CURIOUS_HUMAN, _HUMAN, _EXAMPLE, len(_EXAMPLE), _S.SINGLE, "###")
+conv_vicuna_v1 = Conversation(_CURIOUS_USER, _USER, (), 0, _S.TWO, " ", "</s>", "v1")
+conv_llama_2 = Conversation(_LLAMA_2_SYSTEM, _USER, (), 0, _S.LLAMA_2, "<s>", "</s>", "llama_v2")
+conv_mistral_instruct = Conversation("", _USER, (), 0, _S.LLAMA_2, "", "</s>", "llama_v2")
+conv_chatml_direct = Conversation(
+    "<|im_start|>system\nAnswer the questions.", _CHATML, (), 0, _S.MPT, "<|im_end|>", version="mpt"
 )
-conv_mpt = _template(
+conv_mpt = Conversation(
     "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
     "The assistant gives helpful and honest answers.",
     _CHATML,
+    (),
+    0,
     _S.MPT,
     "<|im_end|>",
     version="mpt",
 )
-conv_llava_plain = _template("", ("", ""), _S.PLAIN, "\n")
-conv_llava_v0 = _template(_CURIOUS_HUMAN, _HUMAN, _S.SINGLE, "###")
-conv_llava_v0_mmtag = _template(_VISUAL_CONTENT, _HUMAN, _S.SINGLE, "###", version="v0_mmtag")
-conv_llava_v1 = _template(_CURIOUS_HUMAN, _USER, _S.TWO, " ", "</s>", "v1")
-conv_llava_v1_mmtag = _template(_VISUAL_CONTENT, _USER, _S.TWO, " ", "</s>", "v1_mmtag")
-conv_llava_llama_2 = _template(_LLAVA_LLAMA_2_SYSTEM, _USER, _S.LLAMA_2, "<s>", "</s>", "llama_v2")
+conv_llava_plain = Conversation("", ("", ""), (), 0, _S.PLAIN, "\n")
+conv_llava_v0 = Conversation(_CURIOUS_HUMAN, _HUMAN, (), 0, _S.SINGLE, "###")
+conv_llava_v0_mmtag = Conversation(
+    _VISUAL_CONTENT, _HUMAN, (), 0, _S.SINGLE, "###", version="v0_mmtag"
+)
+conv_llava_v1 = Conversation(_CURIOUS_HUMAN, _USER, (), 0, _S.TWO, " ", "</s>", "v1")
+conv_llava_v1_mmtag = Conversation(_VISUAL_CONTENT, _USER, (), 0, _S.TWO, " ", "</s>", "v1_mmtag")
+conv_llava_llama_2 = Conversation(
+    _LLAVA_LLAMA_2_SYSTEM, _USER, (), 0, _S.LLAMA_2, "<s>", "</s>", "llama_v2"
+)
 
 conv_templates: dict[str, Conversation] = {
     "default": conv_vicuna_v0,

@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from llava.pixels import VIEWER, check_pixels, read_pixels, warnings_as
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,9 @@ def decode_base64(text: str | bytes, name: str, pixels: str = VIEWER) -> Image.I
 
 def _existing_file(location: str | Path) -> Path:
     try:
-        path = Path(location).expanduser()
+        path = user_path(location)
         found, is_file = path.exists(), path.is_file()
-    except (OSError, RuntimeError, ValueError):  # no such home folder, impossible names
+    except (OSError, ValueError):  # impossible names
         found = is_file = False
     if not found:
         raise UserInputError(f"cannot read image {_short(location)}: no such file; check the path")
@@ -124,7 +124,7 @@ def _decode(source: Path | BytesIO, name: str, pixels: str) -> Image.Image:
                 image = Image.open(file, formats=_readable())
             with image:
                 _check_size(image.size, name)
-                reading = read_pixels(image, pixels, name)
+                shown, note = read_pixels(image, pixels, name)
     except UserInputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -141,10 +141,10 @@ def _decode(source: Path | BytesIO, name: str, pixels: str) -> Image.Image:
         raise UserInputError(
             f"{name} is damaged or cut short ({one_line(error)}); download or save it again"
         ) from error
-    if reading.note is not None and reading.note not in _noted:
-        _noted.add(reading.note)
-        logger.warning(reading.note)
-    return reading.image
+    if note is not None and note not in _noted:
+        _noted.add(note)
+        logger.warning(note)
+    return shown
 
 
 def _readable() -> list[str]:

@@ -24,7 +24,7 @@ from llava.anyres import (  # noqa: F401 - LLaVA's import path of these
 )
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.images import decode_base64
-from llava.utils import UserInputError, user_path
+from llava.utils import user_path
 from llava.value_rules import check_characters
 
 
@@ -34,12 +34,7 @@ def load_image_from_base64(image: str) -> Image.Image:
     Raises:
         UserInputError: the text does not hold an image, or one that is cut short or too large.
     """
-    try:
-        return decode_base64(image, "it")
-    except UserInputError as error:
-        raise UserInputError(
-            f"the base64 text does not hold an image that can be read: {error}"
-        ) from error
+    return decode_base64(image, "the image")
 
 
 def tokenizer_image_token(
@@ -124,12 +119,9 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         self.keywords = list(keywords)
         self.tokenizer = tokenizer
         self.prompt_ids = input_ids
-        self.keyword_ids: list[list[int]] = []
-        for keyword in self.keywords:
-            ids = list(tokenizer(keyword).input_ids)
-            if len(ids) > 1 and ids[0] == tokenizer.bos_token_id:
-                ids = ids[1:]
-            self.keyword_ids.append(ids)
+        found: list[list[int]] = [list(tokenizer(keyword).input_ids) for keyword in self.keywords]
+        bos = tokenizer.bos_token_id
+        self.keyword_ids = [ids[1:] if len(ids) > 1 and ids[0] == bos else ids for ids in found]
         self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
 
     def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> bool:
@@ -137,10 +129,9 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         return all(self._row_stops(row) for row in self._new_tokens(output_ids))
 
     def _new_tokens(self, output_ids: torch.Tensor) -> torch.Tensor:
-        length = self.prompt_ids.shape[-1]
         prompt = self.prompt_ids.to(output_ids.device)
-        head = output_ids[:, :length]
-        return output_ids[:, length:] if torch.equal(head, prompt) else output_ids
+        head, new = output_ids.tensor_split([prompt.shape[-1]], dim=1)
+        return new if torch.equal(head, prompt) else output_ids
 
     def _row_stops(self, row: torch.Tensor) -> bool:
         tail = row[-self.max_keyword_len :].tolist() if self.max_keyword_len else []

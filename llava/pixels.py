@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -54,27 +53,26 @@ def warnings_as(action: Literal["error", "ignore"], category: type[Warning]) -> 
         yield
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A picture as RGB, and one line where the other reading differs from it, else None."""
-
-    image: Image.Image
-    note: str | None
-
-
 def check_pixels(pixels: str) -> None:
-    """Raise UserInputError for a reading that does not exist."""
+    """Refuse a reading that does not exist.
+
+    Raises:
+        UserInputError: names those that do.
+    """
     if pixels not in PIXELS:
         raise UserInputError(f"pixels is {pixels!r}; use {' or '.join(PIXELS)}")
 
 
-def read_pixels(image: Image.Image, pixels: str, name: str) -> Reading:
+def read_pixels(image: Image.Image, pixels: str, name: str) -> tuple[Image.Image, str | None]:
     """Read an opened picture that has not been loaded yet.
 
     Args:
         image: what `Image.open` returned; of an animation its first frame is read.
         pixels: `viewer` or `original`.
         name: what the note and errors call the picture.
+
+    Returns:
+        The picture as RGB, and one line where the other reading differs from it, else None.
 
     Raises:
         UserInputError: `original` for a kind of picture that LLaVA's own reading fails on.
@@ -94,7 +92,7 @@ def read_pixels(image: Image.Image, pixels: str, name: str) -> Reading:
         if found
     ]
     if not differences:
-        return Reading(image.convert("RGB"), None)
+        return image.convert("RGB"), None
     try:
         original = _original(image)
     except ValueError as error:
@@ -107,12 +105,12 @@ def read_pixels(image: Image.Image, pixels: str, name: str) -> Reading:
     shown = _viewer(image, orientation, frame, raw_mode)
     chosen = shown if original is None or pixels == VIEWER else original
     if original is not None and _equal(original, shown):
-        return Reading(chosen, None)
-    return Reading(chosen, _note(name, pixels, " and ".join(differences)))
+        return chosen, None
+    return chosen, _note(name, pixels, " and ".join(differences))
 
 
 def _viewer(
-    image: Image.Image, orientation: int, frame: tuple[int, ...] | None, raw_mode: str
+    image: Image.Image, orientation: int, frame: tuple[int, int, int, int] | None, raw_mode: str
 ) -> Image.Image:
     if _is_deep(image):
         rgb = _grey(image).convert("RGB")
@@ -154,11 +152,12 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _frame(image: Image.Image) -> tuple[int, ...] | None:
+def _frame(image: Image.Image) -> tuple[int, int, int, int] | None:
     """Return where the first frame of a GIF lies, if it does not cover the picture."""
     if image.format != "GIF" or not getattr(image, "tile", None):
         return None
-    box = tuple(image.tile[0][1])  # type: ignore[attr-defined]
+    left, top, right, bottom = image.tile[0][1]  # type: ignore[attr-defined]
+    box = (left, top, right, bottom)
     return None if box == (0, 0, *image.size) else box
 
 
@@ -208,8 +207,8 @@ def _grey(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image)
     if image.mode.startswith("I;16"):
-        white = 4095 if tags.get(_BITS) == (12,) else 65535
-        table = np.minimum((np.arange(65536) * 255 + white // 2) // white, 255).astype(np.uint8)
+        full = 4095 if tags.get(_BITS) == (12,) else 65535
+        table = np.minimum((np.arange(65536) * 255 + full // 2) // full, 255).astype(np.uint8)
         grey = table[values]
         key = image.info.get("transparency")
         if isinstance(key, int):

@@ -1,4 +1,4 @@
-"""Names for classes: one registry for methods, benchmarks and whatever else is chosen by name."""
+"""Find classes by name: methods, benchmarks and whatever else is chosen by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def unknown(kind: str, word: Any, known: Iterable[str]) -> str:
-    """Message about an unknown name: the nearest valid ones, or all of them.
+    """Say that a name is unknown, with the nearest valid ones, or all of them.
 
     Args:
         kind: what the name should be, such as `pruning method`.
@@ -77,14 +77,18 @@ class Registry(Generic[T]):
         return cls
 
     def get(self, name: str) -> type[T]:
-        """The class called `name`. Raises `error`, naming the nearest names, for an unknown one."""
+        """Return the class called `name`.
+
+        Raises:
+            UserInputError: (`error`) an unknown name; the message has the nearest ones.
+        """
         entries = self.entries()
         if not isinstance(name, str) or name not in entries:
             raise self.error(unknown(self.kind, name, entries))
         return entries[name]
 
     def entries(self) -> Mapping[str, type[T]]:
-        """Every class by its name, read-only."""
+        """Return every class by its name, read-only."""
         self._load()
         return MappingProxyType(self._entries)
 

@@ -1,4 +1,4 @@
-"""Where the files lie that come with the package: llava-tiny, its benchmark, its results."""
+"""Find the files that come with the package: llava-tiny, its benchmark, its results."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ _ROOTS = (_PACKAGE / "playground", _PACKAGE.parent / "playground")
 
 
 def shipped_path(name: str) -> Path:
-    """Absolute path of a file or folder below `playground`, such as `llava-tiny/benchmark`.
+    """Return the absolute path of a file or folder below `playground`: `llava-tiny/benchmark`.
 
-    Without one, as in a copy of the package alone, the path where a checkout would have it.
+    Where it does not exist, as in a copy of the package alone, this is where a checkout has it.
     """
     return next((root / name for root in _ROOTS if (root / name).exists()), _ROOTS[-1] / name)
 
 
 def shipped_checkpoint(name: str) -> Path | None:
-    """The folder of the model that is called `name` and comes with the package, or None."""
+    """Return the folder of the model called `name` that comes with the package, or None."""
     folder = shipped_path(LLAVA_TINY)
     return folder if name == LLAVA_TINY and folder.is_dir() else None

@@ -20,7 +20,11 @@ class StorageError(UserInputError):
 
 
 def read_bytes(path: Path, *, hint: str = "", error: type[UserInputError] = StorageError) -> bytes:
-    """Contents of a file. Raises `error`, whose message ends in `hint`, where it cannot be read."""
+    """Return the contents of a file.
+
+    Raises:
+        StorageError: (`error`) it cannot be read; the message ends in `hint`.
+    """
     try:
         return path.read_bytes()
     except OSError as cause:
@@ -30,7 +34,11 @@ def read_bytes(path: Path, *, hint: str = "", error: type[UserInputError] = Stor
 def parse_json(
     content: bytes, what: str, *, hint: str = "", error: type[UserInputError] = StorageError
 ) -> Any:
-    """The value of JSON text in UTF-8; `what` is what errors call it. Raises `error`."""
+    """Return the value of JSON text in UTF-8; errors call it `what`.
+
+    Raises:
+        StorageError: (`error`) it is not JSON; the message ends in `hint`.
+    """
     try:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as cause:
@@ -38,7 +46,11 @@ def parse_json(
 
 
 def read_json(path: Path, *, hint: str = "", error: type[UserInputError] = StorageError) -> Any:
-    """The value in a JSON file. Raises `error` where it is missing or damaged."""
+    """Return the value in a JSON file.
+
+    Raises:
+        StorageError: (`error`) it is missing or damaged; the message ends in `hint`.
+    """
     content = read_bytes(path, hint=hint, error=error)
     return parse_json(content, f"{path}", hint=hint, error=error)
 
@@ -46,10 +58,12 @@ def read_json(path: Path, *, hint: str = "", error: type[UserInputError] = Stora
 def read_jsonl(
     path: Path, *, hint: str = "", error: type[UserInputError] = StorageError
 ) -> Iterator[tuple[str, Any]]:
-    """(place, value) of every line of a JSON lines file, blank lines left out.
+    """Yield (place, value) of every line of a JSON lines file, blank lines left out.
 
     A place, such as "line 3 of questions.jsonl", is what messages about the value should name.
-    Raises `error` where the file is missing or a line is damaged.
+
+    Raises:
+        StorageError: (`error`) the file is missing, or a line is damaged.
     """
     # Not splitlines(): JSON may hold U+2028 unescaped, which splitlines takes for a line end.
     content = read_bytes(path, hint=hint, error=error)
@@ -60,19 +74,22 @@ def read_jsonl(
 
 
 def dump_json(content: Mapping[str, Any]) -> str:
-    """JSON text of a file that people read and diff."""
+    """Return JSON text for a file that people read and diff."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def dump_lines(records: Sequence[Mapping[str, Any]]) -> str:
-    """JSONL text, one record a line."""
+    """Return JSONL text, one record a line."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` so that a reader, or a crash, sees the old or the new content and no mixture.
+    """Replace `path` so that a reader, or a crash, sees the old or the new content, never both.
 
-    Folders above it are made. Raises StorageError where it cannot be written.
+    Folders above it are made.
+
+    Raises:
+        StorageError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -87,7 +104,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_through(handle: FileIO, data: bytes) -> None:
-    """Put `data` on disk. No buffer is left that would be written again when the file closes."""
+    """Put `data` on disk; leave no buffer that would be written again when the file closes."""
     rest = memoryview(data)
     while rest:
         rest = rest[handle.write(rest) :]
@@ -95,7 +112,7 @@ def write_through(handle: FileIO, data: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> StorageError:
-    """The error of a file that cannot be written, such as on a full disk."""
+    """Make the error of a file that cannot be written, such as on a full disk."""
     return StorageError(
         f"cannot write {path}: {error.strerror}; every answer that was given before is kept: make "
         "room and run the same command again"
@@ -105,7 +122,8 @@ def cannot_write(path: Path, error: OSError) -> StorageError:
 def lock(path: Path, what: str) -> FileLock:
     """Hold `path` for this process until `release()` or the end of the process, killed or not.
 
-    Raises StorageError, which calls the thing that is locked `what`, where it is held already.
+    Raises:
+        StorageError: it is held already; the message calls the thing that is locked `what`.
     """
     held = FileLock(path, timeout=0, thread_local=False)
     try:
@@ -121,7 +139,8 @@ def lock(path: Path, what: str) -> FileLock:
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone: two writers would interleave their batches.
 
-    Raises StorageError if it cannot be made, or if another process holds it.
+    Raises:
+        StorageError: it cannot be made, or another process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 class UserInputError(ValueError):
     """Something the user gave cannot be used.
@@ -20,6 +18,8 @@ class UserInputError(ValueError):
 
 def describe_value(value: Any) -> str:
     """Say what was given instead of a tensor of the right kind: `int64 tensor [4]`, or a type."""
+    import torch  # here, so that `llava --help` does not wait for it
+
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)}"
     return type(value).__name__
@@ -41,22 +41,20 @@ def once(function: Callable[[], None]) -> Callable[[], None]:
     at once. If it raises, the next call tries again.
     """
     lock = threading.RLock()
-    running = done = False
+    called = False
 
     @wraps(function)
     def run() -> None:
-        nonlocal running, done
-        if done:
-            return
+        nonlocal called
         with lock:
-            if done or running:
+            if called:
                 return
-            running = True
+            called = True
             try:
                 function()
-                done = True
-            finally:
-                running = False
+            except BaseException:
+                called = False
+                raise
 
     return run
 

@@ -29,14 +29,15 @@ class Rule(NamedTuple):
 
 
 def read_values(
-    values: Mapping[str, Any], rules: Mapping[str, Rule], place: str, advice: str = ""
+    values: Mapping[str, Any], rules: Mapping[str, Rule], place: str = "", advice: str = ""
 ) -> dict[str, Any]:
     """Copy `values`, with those that `rules` name read as they are used; None stays None.
 
     Args:
         values: settings by name; names without a rule are kept as they are.
         rules: what the settings can hold.
-        place: what errors call the settings, such as "in config.json".
+        place: where errors say the settings are, such as "in config.json"; empty where the names
+            say it.
         advice: ends the errors, such as ", or remove it for the default".
 
     Raises:
@@ -54,7 +55,7 @@ def read_values(
 
 def unfit(name: str, value: Any, place: str, remedy: str) -> UserInputError:
     """Make the one-line error about a value that cannot be used."""
-    return UserInputError(f"{name} {place} is {short_repr(value)}; {remedy}")
+    return UserInputError(f"{f'{name} {place}'.rstrip()} is {short_repr(value)}; {remedy}")
 
 
 def short_repr(value: Any) -> str:
@@ -98,7 +99,7 @@ def check_characters(text: str, name: str) -> None:
         name: what errors call it.
 
     Raises:
-        UserInputError: says what is no character, and where.
+        UserInputError: says what is not a character, and where.
     """
     try:
         text.encode()

@@ -1,4 +1,4 @@
-"""Errors that a user can mend are one line with the mend and exit code 2; bugs keep a traceback."""
+"""Errors that a user can fix are one line with the fix and exit code 2; bugs keep a traceback."""
 
 from __future__ import annotations
 

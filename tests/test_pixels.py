@@ -457,7 +457,7 @@ BASE64: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", BASE64)
 def test_base64_that_holds_no_usable_picture(name: str) -> None:
     text, message = BASE64[name]
-    with pytest.raises(UserInputError, match=rf"^the base64 text does not hold .*{message}") as no:
+    with pytest.raises(UserInputError, match=rf"^the image .*{message}") as no:
         load_image_from_base64(text)
     assert "\n" not in str(no.value)
 

@@ -20,7 +20,7 @@ from llava.images import open_image
 from llava.model.loaded import load_from_flags
 from llava.pixels import VIEWER
 from llava.sampling import Sampling
-from llava.serve.commands import Leave, is_command, run_command
+from llava.serve.commands import Leave, run_command
 from llava.serve.session import Session
 from llava.shipped import LLAVA_TINY, shipped_path
 from llava.utils import UserInputError
@@ -97,7 +97,7 @@ def chat(session: Session, overlay: Path | None = None) -> None:
 
 def respond(session: Session, line: str, overlay: Path | None) -> None:
     """Carry out a command, or stream the answer to a question and its status line."""
-    if is_command(line):
+    if line.startswith("/"):
         print(run_command(session, line), flush=True)
         return
     print(f"{plain_role(session.chat.roles[1])}: ", end="", flush=True)

@@ -6,7 +6,6 @@ import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llava.images import open_image
@@ -15,10 +14,19 @@ from llava.pruning.config import CHOICES
 from llava.registry import unknown
 from llava.serve.session import Session, describe, describe_budget
 from llava.serve.turn import Turn
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
+
+# Rows of a comparison, and the attributes of a `Cost` that they show.
+MILLISECONDS = {
+    "encode ms": "encode",
+    "score ms": "score",
+    "select ms": "select",
+    "prefill ms": "prefill",
+    "ms/token": "per_token",
+}
 
 
-class Leave(Exception):  # noqa: N818 - a request, no error
+class Leave(Exception):  # noqa: N818 - a request, not an error
     """The user wants to leave."""
 
 
@@ -30,11 +38,6 @@ class Command:
     argument: str
     summary: str
     optional: bool = False
-
-
-def is_command(line: str) -> bool:
-    """Whether a line is a command rather than a question."""
-    return line.startswith("/")
 
 
 def run_command(session: Session, line: str) -> str:
@@ -57,12 +60,12 @@ def run_command(session: Session, line: str) -> str:
 
 
 def set_method(session: Session, argument: str) -> str:
+    note = None
     if argument:
         name, *pairs = argument.split()
         note = session.use_method(name, parse_options(pairs))
-        if note is not None:
-            return f"[{describe(session.model.pruning)}]\n({note})"
-    return f"[{describe(session.model.pruning)}]"
+    setting = f"[{describe(session.model.pruning)}]"
+    return setting if note is None else f"{setting}\n({note})"
 
 
 def set_budget(session: Session, argument: str) -> str:
@@ -133,46 +136,32 @@ def side_by_side(turns: Sequence[Turn], width: int) -> str:
         label = "answer" if number == 0 else ""
         texts = [answer[number] if number < len(answer) else "" for answer in answers]
         lines.append([label, *texts])
-    for label, value in COST_ROWS.items():
-        lines.append([label, *(value(turn.cost) for turn in turns)])
+    costs = [turn.cost for turn in turns if turn.cost is not None]
+    lines.append(["tokens", *(str(cost.after) for cost in costs)])
+    for label, name in MILLISECONDS.items():
+        times = [getattr(cost, name) for cost in costs]
+        lines.append([label, *("-" if time is None else f"{time:.1f}" for time in times)])
     return "\n".join(
         "  ".join([line[0].ljust(10), *(cell.ljust(column) for cell in line[1:])]).rstrip()
         for line in lines
     )
 
 
-def _milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-COST_ROWS: dict[str, Callable[[Any], str]] = {
-    "tokens": lambda cost: str(cost.after),
-    "encode ms": lambda cost: _milliseconds(cost.encode),
-    "score ms": lambda cost: _milliseconds(cost.score),
-    "select ms": lambda cost: _milliseconds(cost.select),
-    "prefill ms": lambda cost: _milliseconds(cost.prefill),
-    "ms/token": lambda cost: _milliseconds(cost.per_token),
-}
-
-
 def save_overlay(session: Session, argument: str) -> str:
-    try:
-        path = Path(strip_quotes(argument)).expanduser()
-    except RuntimeError as error:  # no such home folder
-        raise UserInputError(f"cannot save {argument}: {error}; give another path") from error
+    path = user_path(strip_quotes(argument))
     session.save_overlay(path)
     return f"[saved {path}]"
 
 
 def show_methods(session: Session, _: str) -> str:
-    names = list_methods()
-    width = max(len(name) for name in names)
-    return "\n".join(f"{name:<{width}}  {summary_of(name)}" for name in names)
+    docstrings = {name: get_method(name).__doc__ or "" for name in list_methods()}
+    return align({name: text.strip().partition("\n")[0] for name, text in docstrings.items()})
 
 
-def summary_of(method: str) -> str:
-    """Return the first line of a method's docstring."""
-    return (get_method(method).__doc__ or "").strip().partition("\n")[0]
+def align(rows: dict[str, str]) -> str:
+    """Lay out names and what they mean in two columns."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {meaning}" for name, meaning in rows.items())
 
 
 def change_image(session: Session, argument: str) -> str:
@@ -193,10 +182,12 @@ def reset(session: Session, _: str) -> str:
 
 
 def show_help(session: Session, _: str) -> str:
-    usages = {f"{name} {command.argument}".strip(): command for name, command in COMMANDS.items()}
-    width = max(len(usage) for usage in usages)
-    lines = [f"{usage:<{width}}  {command.summary}" for usage, command in usages.items()]
-    return "\n".join(lines)
+    return align(
+        {
+            f"{name} {command.argument}".strip(): command.summary
+            for name, command in COMMANDS.items()
+        }
+    )
 
 
 def leave(session: Session, _: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 
 from llava.command_line import check_chat_template
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.eval.prompts import image_mark
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -128,7 +127,7 @@ class Session:
 
     def use_budget(self, budget: dict[str, Any]) -> None:
         """Keep as many tokens from now on; without a method the budget waits for the next one."""
-        budgets = {name: budget.get(name) for name in BUDGETS}
+        budgets: dict[str, Any] = {name: budget.get(name) for name in BUDGETS}
         # Built also where nothing uses it yet: it checks numbers.
         config = replace(self.model.pruning or PruningConfig(), **budgets)
         if config.pruner.budgeted:
@@ -192,29 +191,28 @@ class Session:
         Raises:
             UserInputError: there is no turn, tokens were merged, or it cannot be written.
         """
-        visual = self.last.visual if self.last is not None else None
-        if visual is None:
+        last = self.last
+        if last is None or last.visual is None:
             raise UserInputError("there is no turn to draw yet; ask a question first")
-        if visual.sources is not None:
+        if last.visual.sources is not None:
             raise UserInputError(
-                f"{self.last.setting}: this method merges tokens, it keeps none to show; choose "
+                f"{last.setting}: this method merges tokens, it keeps none to show; choose "
                 "one that selects"
             )
-        picture = overlay_tokens(self.image, visual)
+        picture = overlay_tokens(self.image, last.visual)
         try:
             picture.save(path)
-        except (OSError, ValueError) as error:  # ValueError: an ending that names no format
+        except (OSError, ValueError) as error:  # ValueError: an unknown ending
             raise UserInputError(
-                f"cannot save {path}: {error}; give a path that ends in .png"
+                f"cannot save {path}: {error}; give another path, one that ends in .png"
             ) from error
 
     def _ids(self, prompt: str) -> torch.Tensor:
         """Tokenise the prompt: int64 [1, L]."""
         if self.debug:
             print(f"\n{prompt!r}", file=sys.stderr)
-        tokenizer = self.loaded.tokenizer
-        ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
-        return ids[None].to(self.model.device)
+        ids = tokenizer_image_token(prompt, self.loaded.tokenizer)
+        return torch.tensor([ids], device=self.model.device)
 
     def _measure(self, ids: torch.Tensor) -> tuple[PromptLength, list[Limit]]:
         """Measure a prompt [1, L]: its length and the limits that it exceeds, the lowest first."""
@@ -246,10 +244,9 @@ class Session:
         if room is not None:
             sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
         clock = PipelineClock(self.model.device)
-        streamer = ClockedStreamer(tokenizer, silent)
+        streamer = ClockedStreamer(tokenizer, self.model.device, silent)
         setting = describe(self.model.pruning)
         stopped = False
-        start = time.perf_counter()
         try:
             with steps_run_by(clock.run), torch.inference_mode():
                 self.model.generate(
@@ -265,7 +262,7 @@ class Session:
             stopped = True
             streamer.end()  # print what is held back, and the end of the line
         answer = tokenizer.decode(streamer.tokens, skip_special_tokens=True).strip()
-        cost = clock.cost(start, streamer.arrivals)
+        cost = clock.cost(streamer.laps)
         visual = clock.tokens.get("prune")
         full = room is not None and len(streamer.tokens) >= room
         turn = Turn(setting, answer, stopped, not self._warm, cost, visual, full)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from transformers import TextStreamer
 
+from llava.eval.engine.decode import Stopwatch
 from llava.pruning import VisualTokens
 
 
@@ -78,20 +79,24 @@ class Turn:
 
 
 class ClockedStreamer(TextStreamer):
-    """Collects the tokens of one row, remembers when each arrived, and prints their text."""
+    """Collect the tokens of one row, time each, and print their text.
 
-    def __init__(self, tokenizer: Any, silent: bool = False) -> None:
+    Attributes:
+        tokens: new ones.
+        laps: ms up to the prompt, and up to every new token after that.
+    """
+
+    def __init__(self, tokenizer: Any, device: torch.device, silent: bool = False) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.silent = silent
-        self.arrivals: list[float] = []
         self.tokens: list[int] = []
-        self._prompt_seen = False
+        self.laps: list[float] = []
+        self._watch = Stopwatch(device)
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:  # the tensor is on the CPU, so its work is finished
-            self.arrivals.append(time.perf_counter())
+        if self.laps:  # the first call brings the prompt
             self.tokens += value.flatten().tolist()
-        self._prompt_seen = True  # the first call carries the prompt
+        self.laps.append(self._watch.lap())
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -100,36 +105,29 @@ class ClockedStreamer(TextStreamer):
 
 
 class PipelineClock:
-    """Times the encode and prune steps of one call and keeps the tokens they produced."""
+    """Time the encode and prune steps of one call and keep the tokens they produced."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds = {"encode": 0.0, "prune": 0.0}
+        self.milliseconds = {"encode": 0.0, "prune": 0.0}
         self.tokens: dict[str, VisualTokens] = {}
 
     def run(self, name: str, step: Callable[..., VisualTokens], *arguments: Any) -> VisualTokens:
         """Run a step of the pipeline and time it; see `llava.model.call_context`."""
-        start = self._now()
+        watch = Stopwatch(self.device)
         self.tokens[name] = step(*arguments)
-        self.seconds[name] += self._now() - start
+        self.milliseconds[name] += watch.lap()
         return self.tokens[name]
 
-    def cost(self, start: float, arrivals: Sequence[float]) -> Cost | None:
-        """Return the cost of the turn that began at `start`; its new tokens came at `arrivals`."""
+    def cost(self, laps: Sequence[float]) -> Cost | None:
+        """Return the cost of the turn whose streamer took these laps."""
         if "prune" not in self.tokens:
             return None
         before, after = (self.tokens[step].embeddings(0).shape[0] for step in ("encode", "prune"))
         trace = self.tokens["prune"].trace
         score, select = (trace.score_seconds, trace.select_seconds) if trace else (0.0, 0.0)
-        prefill = per_token = None
-        if arrivals:
-            prefill = 1000 * (arrivals[0] - start - sum(self.seconds.values()))
-        if len(arrivals) > 1:
-            per_token = 1000 * (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
-        encode = 1000 * self.seconds["encode"]
+        vision = sum(self.milliseconds.values())
+        prefill = sum(laps[:2]) - vision if len(laps) > 1 else None
+        per_token = fmean(laps[2:]) if len(laps) > 2 else None
+        encode = self.milliseconds["encode"]
         return Cost(before, after, encode, 1000 * score, 1000 * select, prefill, per_token)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()

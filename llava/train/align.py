@@ -1,7 +1,7 @@
 """Give the untrained language model of llava-tiny words for what the tower sees.
 
-``python -m llava.train.align --model INIT --data DATA`` rewrites the weights in ``INIT`` and adds
-the starting projector as ``INIT/mm_projector.bin`` (LLaVA's ``--pretrain_mm_mlp_adapter``).
+`python -m llava.train.align --model INIT --data DATA` rewrites the weights in `INIT` and adds
+the starting projector as `INIT/mm_projector.bin` (LLaVA's `--pretrain_mm_mlp_adapter`).
 
 A real LLaVA starts from a tower that was trained against language and a language model that knows
 its words and how to look things up. From random weights, four small layers still guessed after 550
@@ -11,7 +11,7 @@ and takes over what they hold. It is a start, not a loss: nothing in training ho
 
 The projector of this start is nearly linear, which needs hidden units far from zero. Adam at the
 rate of the language model then moves all tokens together and undoes the rest (colour still guessed
-at step 250); train it with a small ``--mm_projector_lr``.
+at step 250); train it with a small `--mm_projector_lr`.
 """
 
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM
 from llava.command_line import OneLineParser, one_line_errors
 from llava.model.builder import load_tokenizer
 from llava.train.patch_labels import CLASSES, IGNORE, SIGN, patch_labels
+from llava.train.train import save_projector
 from llava.world import scene
 from llava.world.font import ALPHABET
 from llava.world.shapes import COLORS, PLURALS, SHAPES
@@ -34,7 +35,7 @@ _SCALE = 0.15  # root mean square of projected tokens and of the words that name
 
 
 def words() -> dict[str, tuple[str, int]]:
-    """Which label and class each word names."""
+    """Return the label and the class that each word names."""
     named: dict[str, tuple[str, int]] = {"sign": ("shape", SIGN)}
     for index, shape in enumerate(SHAPES):
         named[shape] = named[PLURALS[shape]] = ("shape", index + 1)
@@ -43,7 +44,7 @@ def words() -> dict[str, tuple[str, int]]:
 
 
 def read_patches(data: Path, scenes: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Features ``[P, Dv]`` of foreground patches of the first training scenes, and their labels."""
+    """Read features `[P, Dv]` of foreground patches of the first scenes, and their labels."""
     store = np.load(data / "features.npy", mmap_mode="r")
     features, labels = [], []
     for index in range(min(scenes, len(store))):
@@ -59,7 +60,7 @@ def read_patches(data: Path, scenes: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def effects(values: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What each class of each label adds to ``values`` ``[P, D]``: ``[classes, D]``, mean zero.
+    """Estimate what each class of a label adds to `values` `[P, D]`: `[classes, D]`, mean zero.
 
     One ridge regression on all labels together, so that the effect of a colour is not mixed with
     that of the shapes which happen to have it.
@@ -81,15 +82,15 @@ def effects(values: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def predict(found: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    """The sum of the effects ``[P, D]`` that the labels of each patch bring."""
+    """Sum the effects `[P, D]` that the labels of each patch bring."""
     return sum(
         rows[labels[name].clamp(min=0)] * (labels[name] != IGNORE)[:, None]
         for name, rows in found.items()
     )
 
 
-def starting_projector(features: Tensor, labels: dict[str, Tensor], hidden: int) -> nn.Sequential:
-    """Linear-GELU-Linear that is nearly linear and brings out what the labels explain.
+def make_projector(features: Tensor, labels: dict[str, Tensor], hidden: int) -> nn.Sequential:
+    """Make a Linear-GELU-Linear that is nearly linear and brings out what the labels explain.
 
     It whitens what no label explains, so that facts stand out from it; the bias moves the GELU to
     where it is almost straight.
@@ -118,7 +119,7 @@ def starting_projector(features: Tensor, labels: dict[str, Tensor], hidden: int)
 
 
 def class_bases(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Orthonormal rows ``[r, D]``: of shapes, colours, all classes, other facts, what is left."""
+    """Return orthonormal rows `[r, D]` of shapes, colours, all classes, other facts, the rest."""
     bases = {
         "shape": _span(found["shape"]),
         "color": _span(found["color"]),
@@ -132,15 +133,15 @@ def class_bases(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _span(rows: Tensor) -> Tensor:
-    """Orthonormal basis of ``rows``, strongest direction first, without the faintest."""
+    """Return an orthonormal basis of `rows`, strongest direction first, without the faintest."""
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
     return vectors[values > 0.05 * values[0]]
 
 
 def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image: Tensor) -> None:
-    """First layer: a word attends to the image tokens of its class and takes what they hold.
+    """Let a word attend to the image tokens of its class in a layer, and take what they hold.
 
-    ``text`` and ``image`` ``[D]`` are the unit directions that mark the two kinds of token. Matches
+    `text` and `image` `[D]` are the unit directions that mark the two kinds of token. Matches
     use the slow rotary channels, so that distance hardly matters.
     """
     attention, span = layer.self_attn, layer.self_attn.head_dim
@@ -163,24 +164,20 @@ def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image:
         kind = start + half - 1
         attention.q_proj.weight[kind] = 1.5 * text
         attention.k_proj.weight[kind] = 1.5 * (image - text)
-        wire_copy(attention, head, content[:span], strength=0.2)
-
-
-def wire_copy(attention: nn.Module, head: int, basis: Tensor, strength: float) -> None:
-    """Let a head pass on what its tokens hold in the rows of ``basis`` ``[<= head_dim, D]``."""
-    columns = slice(head * attention.head_dim, head * attention.head_dim + len(basis))
-    attention.v_proj.weight[columns] = basis
-    attention.o_proj.weight[:, columns] = strength * basis.T
+        passed = content[:span]  # what the head passes on of the tokens that match
+        columns = slice(start, start + len(passed))
+        attention.v_proj.weight[columns] = passed
+        attention.o_proj.weight[:, columns] = 0.2 * passed.T
 
 
 @torch.no_grad()
 def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
-    """Rewrite the language model in ``folder`` and add ``mm_projector.bin``."""
+    """Rewrite the language model in `folder` and add `mm_projector.bin`."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     features, labels = read_patches(data, scenes)
-    projector = starting_projector(features, labels, model.config.hidden_size)
+    projector = make_projector(features, labels, model.config.hidden_size)
     found = effects(projector(features), labels)
     bases = class_bases(found)
     text, image = bases["rest"][-2:]  # quiet directions of the features mark what a token is
@@ -195,8 +192,7 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
     projector[2].bias.add_(0.5 * length * image)
     wire_lookup(model.model.layers[0], bases, text, image)
     model.save_pretrained(folder)
-    state = {f"model.mm_projector.{name}": value for name, value in projector.state_dict().items()}
-    torch.save(state, folder / "mm_projector.bin")
+    save_projector(projector, folder / "mm_projector.bin")
 
 
 def main() -> None:

@@ -1,11 +1,16 @@
-"""Command-line arguments of ``llava.train.train``, under LLaVA's names."""
+"""Command-line arguments of `llava.train.train`, under LLaVA's names.
 
+Some are read but not built yet. LLaVA's own scripts name many of them with the value that changes
+nothing; any other value is refused rather than ignored.
+"""
+
+import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import transformers
 from transformers.integrations import get_available_reporting_integrations
@@ -13,89 +18,102 @@ from transformers.integrations import get_available_reporting_integrations
 from llava.conversation import conv_templates
 from llava.model.checks import ASPECTS
 from llava.pixels import PIXELS, PIXELS_HELP, VIEWER
-from llava.train.unbuilt import UnbuiltArguments, check_built
+from llava.registry import unknown
 from llava.utils import UserInputError
-from llava.value_rules import one_line
+from llava.value_rules import number, one_line, read_values, whole
+
+_NOT_BUILT = "not built yet"
+# Arguments of transformers' trainer that this one cannot honour, and what they ask for.
+_OF_TRANSFORMERS = {
+    "deepspeed": "DeepSpeed",
+    "fsdp": "FSDP",
+    "label_smoothing_factor": "label smoothing",
+    "do_eval": "evaluation during training",
+    "do_predict": "prediction",
+    "eval_strategy": "evaluation during training",
+    "load_best_model_at_end": "evaluation during training",
+    "remove_unused_columns": "dropping columns of the data",
+}
+_ABOVE_ZERO, _FROM_ZERO, _SEED = number(0, above=True), number(0), whole(0, 2**32 - 1)
+_NUMBERS = {
+    "--per_device_train_batch_size": _ABOVE_ZERO,
+    "--gradient_accumulation_steps": _ABOVE_ZERO,
+    "--model_max_length": _ABOVE_ZERO,
+    "--num_train_epochs": _ABOVE_ZERO,
+    "--save_steps": _ABOVE_ZERO,
+    "--dataloader_num_workers": _FROM_ZERO,
+    "--learning_rate": _FROM_ZERO,
+    "--mm_projector_lr": _FROM_ZERO,
+    "--weight_decay": _FROM_ZERO,
+    "--seed": _SEED,
+    "--data_seed": _SEED,
+}
+
+
+def _argument(default: Any, summary: str) -> Any:
+    return field(default=default, metadata={"help": summary})
 
 
 @dataclass
 class ModelArguments:
-    """What is trained. What is left out stays as the model to start from has it."""
+    """Say what is trained. What is left out stays as the model to start from has it."""
 
     model_name_or_path: str = field(metadata={"help": "language model or LLaVA to start from"})
-    version: str = field(default="v1", metadata={"help": "conversation template"})
-    vision_tower: str | None = field(default=None, metadata={"help": "CLIP folder or hub name"})
-    mm_vision_select_layer: int | None = field(
-        default=None, metadata={"help": "hidden state of the tower that is used; -2 for a new one"}
+    version: str = _argument("v1", "conversation template")
+    vision_tower: str | None = _argument(None, "CLIP folder or hub name")
+    mm_vision_select_layer: int | None = _argument(
+        None, "hidden state of the tower that is used; -2 for a new one"
     )
-    mm_vision_select_feature: str | None = field(
-        default=None, metadata={"help": "patch or cls_patch; patch for a new tower"}
+    mm_vision_select_feature: str | None = _argument(
+        None, "patch or cls_patch; patch for a new tower"
     )
-    mm_projector_type: str | None = field(
-        default=None, metadata={"help": "kind of the projector; mlp2x_gelu for a new one"}
+    mm_projector_type: str | None = _argument(None, "kind of projector; mlp2x_gelu for a new one")
+    mm_patch_merge_type: str | None = _argument(None, "how tiles are joined; flat for a new LLaVA")
+    pretrain_mm_mlp_adapter: str | None = _argument(None, "file with the projector to start from")
+    freeze_backbone: bool = _argument(False, "freeze the language model")
+    tune_mm_mlp_adapter: bool = _argument(
+        False, "train only the projector, and save it as mm_projector.bin too"
     )
-    mm_patch_merge_type: str | None = field(
-        default=None, metadata={"help": "how tiles are joined; flat for a new LLaVA"}
-    )
-    pretrain_mm_mlp_adapter: str | None = field(
-        default=None, metadata={"help": "file with weights of the projector to start from"}
-    )
-    freeze_backbone: bool = field(default=False, metadata={"help": "freeze the language model"})
-    tune_mm_mlp_adapter: bool = field(
-        default=False,
-        metadata={"help": "train only the projector, and save it as mm_projector.bin too"},
-    )
-    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "freeze the projector"})
+    freeze_mm_mlp_adapter: bool = _argument(False, "freeze the projector")
 
 
 @dataclass
 class DataArguments:
-    """What it is trained on."""
+    """Say what it is trained on."""
 
     data_path: str = field(metadata={"help": "JSON array of LLaVA conversations"})
-    image_folder: str | None = field(default=None, metadata={"help": "folder of the image files"})
-    pixels: str = field(
-        default=VIEWER, metadata={"help": f"{PIXELS_HELP}; choices: {', '.join(PIXELS)}"}
+    image_folder: str | None = _argument(None, "folder of the image files")
+    pixels: str = _argument(VIEWER, f"{PIXELS_HELP}; choices: {', '.join(PIXELS)}")
+    image_aspect_ratio: str | None = _argument(
+        None, "pad, square or anyres; by default the model's own, pad for a new LLaVA"
     )
-    image_aspect_ratio: str | None = field(
-        default=None,
-        metadata={"help": "pad, square or anyres; by default the model's own, pad for a new LLaVA"},
+    feature_file: str | None = _argument(
+        None,
+        "features.npy of the frozen tower, [images, N, Dv]; replaces image_folder. Row i belongs "
+        "to the image whose file name is the number i",
     )
-    feature_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "features.npy of the frozen tower, [images, N, Dv]; replaces image_folder. "
-            "Row i belongs to the image whose file name is the number i"
-        },
-    )
-    parallel_turns: float = field(
-        default=0.0,
-        metadata={
-            "help": "share of the samples, 0 to 1, whose turns do not see one another: each "
-            "question follows the shared image as if it were the first"
-        },
+    parallel_turns: float = _argument(
+        0.0,
+        "share of the samples, 0 to 1, whose turns do not see one another: each question follows "
+        "the shared image as if it were the first",
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """transformers' arguments with LLaVA's additions and defaults."""
+    """Add LLaVA's arguments and defaults to transformers'."""
 
     remove_unused_columns: bool = False
     # Names that LLaVA's scripts use and transformers has dropped.
     eval_strategy: str = field(default="no", metadata={"aliases": ["--evaluation_strategy"]})
-    warmup_ratio: float | None = field(
-        default=None, metadata={"help": "share of all steps for the warm-up, below 1"}
+    warmup_ratio: float | None = _argument(None, "share of all steps for the warm-up, below 1")
+    model_max_length: int | None = _argument(
+        None,
+        "tokens kept of a sample; by default the model's own tokenizer_model_max_length, 2048 for "
+        "a new LLaVA",
     )
-    model_max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "tokens kept of a sample; by default the model's own "
-            "tokenizer_model_max_length, 2048 for a new LLaVA"
-        },
-    )
-    mm_projector_lr: float | None = field(
-        default=None, metadata={"help": "learning rate of the projector, if it has its own"}
+    mm_projector_lr: float | None = _argument(
+        None, "learning rate of the projector, if it has its own"
     )
 
     def __post_init__(self) -> None:
@@ -103,10 +121,36 @@ class TrainingArguments(transformers.TrainingArguments):
             if not 0 <= self.warmup_ratio < 1 or self.warmup_steps:
                 raise UserInputError(
                     f"--warmup_ratio is {self.warmup_ratio}; give a share of the steps, from 0 to "
-                    "below 1, and no --warmup_steps beside it"
+                    "below 1, and no --warmup_steps with it"
                 )
             self.warmup_steps = self.warmup_ratio
         super().__post_init__()
+
+
+def _unbuilt(default: Any, what: str) -> Any:
+    return _argument(default, f"{_NOT_BUILT}: {what}")
+
+
+@dataclass
+class UnbuiltArguments:
+    """Accept LLaVA's arguments for what this trainer lacks, with their defaults only."""
+
+    bits: int = _unbuilt(16, "training of 4-bit or 8-bit weights")
+    double_quant: bool | None = _unbuilt(None, "training of 4-bit or 8-bit weights")
+    quant_type: str | None = _unbuilt(None, "training of 4-bit or 8-bit weights")
+    lora_enable: bool = _unbuilt(False, "LoRA")
+    lora_r: int | None = _unbuilt(None, "LoRA")
+    lora_alpha: int | None = _unbuilt(None, "LoRA")
+    lora_dropout: float | None = _unbuilt(None, "LoRA")
+    lora_weight_path: str | None = _unbuilt(None, "LoRA")
+    lora_bias: str | None = _unbuilt(None, "LoRA")
+    group_by_modality_length: bool = _unbuilt(False, "batches of one modality")
+    mm_use_im_start_end: bool = _unbuilt(False, "marks around images")
+    mm_use_im_patch_token: bool = _unbuilt(False, "a token for patches")
+    mpt_attn_impl: str | None = _unbuilt(None, "MPT language models")
+    cache_dir: str | None = _unbuilt(None, "another cache; set HF_HOME instead")
+    lazy_preprocess: bool = _unbuilt(True, "samples prepared ahead")
+    is_multimodal: bool = _unbuilt(True, "training without images")
 
 
 class _Parser(transformers.HfArgumentParser):
@@ -119,7 +163,7 @@ class _Parser(transformers.HfArgumentParser):
 def parse_arguments(
     words: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """The arguments of a command line, by default this process's.
+    """Read the arguments of a command line, by default this process's.
 
     Raises:
         UserInputError: unknown or malformed arguments, values that cannot be used, and what LLaVA
@@ -127,10 +171,10 @@ def parse_arguments(
     """
     parser = _Parser((ModelArguments, DataArguments, TrainingArguments, UnbuiltArguments))
     words = list(sys.argv[1:] if words is None else words)
-    given, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise UserInputError(f"unknown argument {unknown[0]!r}; --help lists all there are")
-    check_built(given, parser)
+    given, rest = parser.parse_known_args(words)
+    if rest:
+        raise UserInputError(f"unknown argument {rest[0]!r}; --help lists all there are")
+    _check_built(given, parser)
     try:
         model, data, training, _ = parser.parse_args_into_dataclasses(
             words, look_for_args_file=False
@@ -146,12 +190,29 @@ def parse_arguments(
     return model, data, training
 
 
+def _check_built(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse arguments that would be ignored, all of them in one line.
+
+    Args:
+        given: what the parser read of a command line.
+        parser: knows the defaults.
+
+    Raises:
+        UserInputError: names each argument and what it asks for.
+    """
+    own = {f.name: f.metadata["help"].split(": ")[1] for f in fields(UnbuiltArguments)}
+    found = [
+        f"--{name} {getattr(given, name)} ({what})"
+        for name, what in (own | _OF_TRANSFORMERS).items()
+        if getattr(given, name) != parser.get_default(name)
+    ]
+    if found:
+        raise UserInputError(f"{_NOT_BUILT}: {', '.join(found)}; leave out what is named here")
+
+
 def _check_names(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     if model.version not in conv_templates:
-        raise UserInputError(
-            f"unknown template {model.version!r}; --version is one of "
-            f"{', '.join(sorted(conv_templates))}"
-        )
+        raise UserInputError(unknown("template", model.version, conv_templates))
     if data.image_aspect_ratio not in (None, *ASPECTS):
         raise UserInputError(
             f"--image_aspect_ratio is {data.image_aspect_ratio!r}; use one of {', '.join(ASPECTS)}"
@@ -165,23 +226,8 @@ def _check_names(model: ModelArguments, data: DataArguments, training: TrainingA
 
 
 def _check_numbers(training: TrainingArguments) -> None:
-    above_zero = (
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"),
-        *("num_train_epochs", "save_steps"),
-    )
-    from_zero = (
-        *("dataloader_num_workers", "learning_rate", "mm_projector_lr", "weight_decay"),
-        *("seed", "data_seed"),
-    )
-    for name in (*above_zero, *from_zero):
-        value = getattr(training, name)
-        # Generators take seeds of 32 bits.
-        largest = 2**32 - 1 if name.endswith("seed") else sys.float_info.max
-        if value is not None and not (
-            0 <= value <= largest and (value > 0 or name not in above_zero)
-        ):
-            allowed = "above 0" if name in above_zero else "from 0 up"
-            raise UserInputError(f"--{name} is {value}; give a number {allowed}")
+    values = {flag: getattr(training, flag.removeprefix("--")) for flag in _NUMBERS}
+    read_values(values, _NUMBERS)
 
 
 def _check_frozen(model: ModelArguments, training: TrainingArguments) -> None:

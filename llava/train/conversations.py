@@ -1,4 +1,4 @@
-"""Conversations to token ids, labels and turn numbers."""
+"""Turn conversations into token ids, labels and turn numbers."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -19,11 +19,11 @@ class Part(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A sample for the model, each int64 ``[L]``.
+    """A sample for the model, each int64 `[L]`.
 
     Attributes:
-        ids: with ``IMAGE_TOKEN_INDEX`` at every image mark.
-        labels: the id where a token belongs to an answer, else ``IGNORE_INDEX``.
+        ids: with `IMAGE_TOKEN_INDEX` at every image mark.
+        labels: the id where a token belongs to an answer, else `IGNORE_INDEX`.
         turns: 0 for what all turns see; 1, 2, ... for turns that do not see one another.
     """
 
@@ -33,9 +33,9 @@ class Tokens(NamedTuple):
 
 
 def render(sample: Sample, template: Conversation) -> list[Part]:
-    """The prompt of a sample under ``template``; learnt are answers with the marks that end them.
+    """Render a sample under `template`; learnt are answers with the marks that end them.
 
-    As in LLaVA, the only ``<image>`` of a message moves to its start; several stay where they are.
+    As in LLaVA, the only `<image>` of a message moves to its start; several stay where they are.
 
     Raises:
         UserInputError: the sample does not fit the template.
@@ -69,9 +69,9 @@ def render(sample: Sample, template: Conversation) -> list[Part]:
 
 
 def tokenize(parts: list[Part], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Ids and labels of a rendered sample, both int64 ``[L]``.
+    """Return ids and labels of a rendered sample, both int64 `[L]`.
 
-    Ids equal ``tokenizer_image_token``'s: every chunk between images is tokenised by itself, with
+    Ids equal `tokenizer_image_token`'s: every chunk between images is tokenised by itself, with
     one leading BOS. What is learnt is known for every character and handed on by the tokenizer's
     offsets, so neither words in a text nor a version of the tokenizer can shift it. A token is
     learnt where any of its characters is.
@@ -97,17 +97,17 @@ def tokenize(parts: list[Part], tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def tokenize_sample(sample: Sample, template: Conversation, tokenizer: Any) -> Tokens:
-    """A sample whose turns follow one another."""
+    """Tokenise a sample whose turns follow one another."""
     ids, labels = tokenize(render(sample, template), tokenizer)
     return Tokens(ids, labels, zeros_like(ids))
 
 
 def tokenize_turns(sample: Sample, template: Conversation, tokenizer: Any) -> Tokens:
-    """A sample with images whose turns stand side by side.
+    """Tokenise a sample with images whose turns do not see one another.
 
     Every question follows all images as if it were the first one asked. What all prompts share, up
-    to and with the last image mark, stands once and has turn 0; the turns 1, 2, ... follow. A last
-    question without an answer has nothing to learn and is left out.
+    to and with the last image mark, is there once and has turn 0; the turns 1, 2, ... follow. A
+    last question without an answer has nothing to learn and is left out.
     """
     count = len(sample.images)
     parts: list[Tokens] = []
@@ -123,13 +123,13 @@ def tokenize_turns(sample: Sample, template: Conversation, tokenizer: Any) -> To
 
 
 def _with_marks(text: str, count: int) -> str:
-    """``text`` with ``count`` image marks in front of it and none inside."""
+    """Return `text` with `count` image marks in front of it and none inside."""
     text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
     return (f"{DEFAULT_IMAGE_TOKEN}\n" * count + text).rstrip()
 
 
 def _caption(sample: Sample) -> list[str]:
-    """Image mark and caption of a sample for projector pre-training."""
+    """Return image mark and caption of a sample for projector pre-training."""
     if len(sample.turns) != 2 or len(sample.images) != 1:
         raise UserInputError(
             f"{sample.name} has {len(sample.turns)} turns and {len(sample.images)} images; the "

@@ -1,4 +1,4 @@
-"""Samples as the model takes them, and batches of them."""
+"""Prepare samples for the model, and batches of them."""
 
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,15 @@ from llava.utils import UserInputError, user_path
 
 
 class SupervisedDataset(Dataset):
-    """Samples of a LLaVA JSON file; text and images are prepared when they are asked for.
+    """Hold the samples of a LLaVA JSON file; prepare text and images when they are asked for.
 
-    An item holds the int64 ``[L]`` tensors ``input_ids``, ``labels`` and ``turns``. Where there is
-    an image, ``image`` is its pixels ``[3, H, W]``, tiles ``[T, 3, H, W]`` or cached features
-    ``[N, Dv]`` (a list of several), and ``image_sizes`` holds (width, height) of each, None for
-    features.
+    An item has the int64 `[L]` tensors `input_ids`, `labels` and `turns`, and of every image in
+    order: in `images` its pixels `[3, H, W]`, tiles `[T, 3, H, W]` or cached features `[N, Dv]`, in
+    `image_sizes` (width, height), None for features.
 
     Raises:
-        UserInputError: data that cannot be used; ``parallel_turns`` is not a share; an unknown
-            ``pixels``.
+        UserInputError: data that cannot be used; `parallel_turns` is not a share; an unknown
+            `pixels`.
     """
 
     def __init__(
@@ -70,24 +69,14 @@ class SupervisedDataset(Dataset):
             shown = [self._image(name) for name in sample.images]
         except UserInputError as error:
             raise UserInputError(f"{sample.name}: {error}") from error
-        item = {"name": sample.name, "input_ids": ids, "labels": labels, "turns": turns}
-        if shown:
-            images, item["image_sizes"] = map(list, zip(*shown, strict=True))
-            item["image"] = images[0] if len(images) == 1 else images
-        return item
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any] | UserInputError]:
-        """What a loader asks for: items, or the error in an item's place.
-
-        A worker that raised would hand on its traceback with the message.
-        """
-        items: list[dict[str, Any] | UserInputError] = []
-        for index in indices:
-            try:
-                items.append(self[index])
-            except UserInputError as error:
-                items.append(error)
-        return items
+        return {
+            "name": sample.name,
+            "input_ids": ids,
+            "labels": labels,
+            "turns": turns,
+            "images": [image for image, _ in shown],
+            "image_sizes": [size for _, size in shown],
+        }
 
     def _parallel(self, index: int) -> bool:
         """Spread the share of parallel samples evenly over the file."""
@@ -103,38 +92,30 @@ class SupervisedDataset(Dataset):
 
 
 class Collator:
-    """Pad a batch on the right; its mask ``[B, L]`` says where the tokens are.
+    """Pad a batch on the right; its mask `[B, L]` says where the tokens are.
 
-    ``images`` and ``image_sizes`` are those of all marks in order. An error among the samples
-    becomes the batch, see ``SupervisedDataset.__getitems__``.
+    `images` and `image_sizes` are those of all marks in order.
     """
 
     def __init__(self, pad_token_id: int, max_length: int) -> None:
         self.pad_token_id, self.max_length = pad_token_id, max_length
 
-    def __call__(self, examples: list[dict[str, Any] | UserInputError]) -> dict[str, Any]:
-        error = next((e for e in examples if isinstance(e, UserInputError)), None)
-        if error is not None:
-            return {"error": error}
-        texts = {
-            key: [e[key][: self.max_length] for e in examples]
-            for key in ("input_ids", "labels", "turns")
-        }
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "turns": 0}
-        batch: dict[str, Any] = {
-            key: pad_sequence(rows, True, fill[key]) for key, rows in texts.items()
-        }
+        texts = {key: [e[key][: self.max_length] for e in examples] for key in fill}
         masks = [torch.ones_like(row) for row in texts["turns"]]
-        batch["attention_mask"] = pad_sequence(masks, True, 0)
-        batch["names"] = [e["name"] for e in examples]
+        batch: dict[str, Any] = {
+            **{key: pad_sequence(rows, True, fill[key]) for key, rows in texts.items()},
+            "attention_mask": pad_sequence(masks, True, 0),
+            "names": [e["name"] for e in examples],
+        }
         images: list[Tensor] = []
         sizes: list[tuple[int, int] | None] = []
         for example, row in zip(examples, texts["input_ids"], strict=True):
             # An image whose mark was cut off is not shown.
             marks = int((row == IMAGE_TOKEN_INDEX).sum())
-            given = example.get("image", [])
-            images += [given][:marks] if isinstance(given, Tensor) else given[:marks]
-            sizes += example.get("image_sizes", [])[:marks]
+            images += example["images"][:marks]
+            sizes += example["image_sizes"][:marks]
         if images:
             # Tiles of images differ in number.
             batch["images"] = torch.stack(images) if images[0].ndim == 3 else images
@@ -143,9 +124,9 @@ class Collator:
 
 
 def turn_mask(turns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask ``[B, 1, L, L]`` of turns ``[B, L]`` that do not see one another.
+    """Make the additive mask `[B, 1, L, L]` of turns `[B, L]` that do not see one another.
 
-    A token sees what stands before it in its own turn and in turn 0, which is common to all.
+    A token sees what is before it in its own turn and in turn 0, which is common to all.
     """
     length = turns.shape[1]
     key = turns[:, None, :]
@@ -156,12 +137,12 @@ def turn_mask(turns: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _read_features(path: str | None, config: Any) -> np.ndarray | None:
-    """Cached features ``[images, N, Dv]``, mapped rather than read; None without a file."""
+    """Map cached features `[images, N, Dv]`; None without a file."""
     if path is None:
         return None
     if getattr(config, "image_aspect_ratio", None) == "anyres":
         raise UserInputError(
-            "--feature_file holds one view of each image, but image_aspect_ratio 'anyres' shows "
+            "--feature_file has one view of each image, but image_aspect_ratio 'anyres' shows "
             "several; give --image_folder, or --image_aspect_ratio pad"
         )
     try:
@@ -174,14 +155,14 @@ def _read_features(path: str | None, config: Any) -> np.ndarray | None:
     shape, kind = features.shape, features.dtype.kind
     if len(shape) != 3 or shape[2] != config.mm_hidden_size or 0 in shape or kind != "f":
         raise UserInputError(
-            f"--feature_file {path} holds {features.dtype} of shape {list(shape)}; {wanted}, made "
+            f"--feature_file {path} has {features.dtype} of shape {list(shape)}; {wanted}, made "
             "by this model's vision tower"
         )
     return features
 
 
 def _row(features: np.ndarray, name: str) -> Tensor:
-    """Features ``[N, Dv]`` of the image whose file name is the number of their row."""
+    """Return the features `[N, Dv]` of the image whose file name is the number of their row."""
     stem = Path(name).stem
     if not stem.isdecimal() or int(stem) >= len(features):
         raise UserInputError(

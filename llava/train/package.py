@@ -1,7 +1,7 @@
 """Pack a trained llava-tiny as a native LLaVA checkpoint that carries its own vision tower.
 
-``python -m llava.train.package --checkpoint DIR --output playground/llava-tiny``: float16 weights,
-the SentencePiece tokenizer, and ``vision_tower/`` with the description of the tower.
+`python -m llava.train.package --checkpoint DIR --output playground/llava-tiny`: float16 weights,
+the SentencePiece tokenizer, and `vision_tower/` with the description of the tower.
 """
 
 import shutil
@@ -18,11 +18,11 @@ _TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json")
 
 
 def package(checkpoint: Path, tokenizer: Path, output: Path) -> None:
-    """Write the folder that ``load_pretrained_model(output)`` reads without any network."""
+    """Write the folder that `load_pretrained_model(output)` reads without any network."""
     model = LlavaLlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     tower = model.get_vision_tower()
     tower.load_model()
-    # the tower travels inside the checkpoint, so its name is a folder beside the weights
+    # the tower travels inside the checkpoint, so its name is a folder next to the weights
     tower.vision_tower_name = model.config.mm_vision_tower = TOWER_NAME
     model.config.unfreeze_mm_vision_tower = True
     model.config.mm_conv_mode = "vicuna_v1"

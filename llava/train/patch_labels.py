@@ -1,4 +1,4 @@
-"""What each 14 x 14 patch of a scene shows: the dense targets that train the vision tower."""
+"""Label what each 14 x 14 patch of a scene shows: the targets that train the vision tower."""
 
 import numpy as np
 
@@ -27,7 +27,7 @@ CLASSES = {
 
 
 def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """Int64 class maps ``[24, 24]`` for every key of ``CLASSES``; ``-1`` where none applies."""
+    """Return int64 maps `[24, 24]` of the classes of every label; `IGNORE` where none applies."""
     labels = {name: np.full((ROWS, COLUMNS), IGNORE, dtype=np.int64) for name in CLASSES}
     labels["shape"][:] = 0
     for item in scene.items:

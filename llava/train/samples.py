@@ -1,4 +1,4 @@
-"""LLaVA's training data: the samples of a JSON file, checked before anything is trained."""
+"""Read the samples of LLaVA's training data, checked before anything is trained."""
 
 import json
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ class Sample(NamedTuple):
     Attributes:
         name: what errors call it.
         turns: what user and model say in turn, the user first.
-        images: file names, one for each ``<image>`` mark of the turns.
+        images: file names, one for each `<image>` mark of the turns.
     """
 
     name: str
@@ -25,11 +25,11 @@ class Sample(NamedTuple):
 
 
 def read_samples(path: str) -> list[Sample]:
-    """All samples of a file.
+    """Read all samples of a file.
 
     Raises:
         UserInputError: the file is missing, or not a JSON array of LLaVA's samples; see
-            ``parse_sample``.
+            `parse_sample`.
     """
     fault = f"cannot read --data_path {path}"
     try:
@@ -45,23 +45,21 @@ def read_samples(path: str) -> list[Sample]:
     except (ValueError, RecursionError) as error:
         advice = "it must be one JSON array of samples"
         if _is_json_lines(text):
-            advice = (
-                "it holds one JSON object a line; put all of them into one array: [{...}, {...}]"
-            )
+            advice = "it has one JSON object a line; put all of them into one array: [{...}, {...}]"
         raise UserInputError(f"{fault}: {advice} ({error})") from error
     if not isinstance(samples, list) or not samples:
         held = "an empty array" if samples == [] else _kind(samples)
         raise UserInputError(
-            f"--data_path {path} holds {held}; it must hold a JSON array of samples: "
+            f"--data_path {path} holds {held}; give a JSON array of samples: "
             '[{"id": ..., "image": ..., "conversations": [...]}, ...]'
         )
     return [parse_sample(sample, number) for number, sample in enumerate(samples)]
 
 
 def parse_sample(sample: Any, number: int = 0) -> Sample:
-    """One sample from its JSON form ``{"id", "image", "conversations"}``.
+    """Read one sample from its JSON form `{"id", "image", "conversations"}`.
 
-    ``image`` may be a file name, a list of them, or missing or null where there is none. A first
+    `image` may be a file name, a list of them, or missing or null where there is none. A first
     turn by the model is dropped, as in LLaVA; a last question may lack an answer.
 
     Args:
@@ -112,7 +110,7 @@ def _turns(said: Any, name: str) -> tuple[str, ...]:
         check_characters(text, f"{name}: turn {index}")
         if speaker == "gpt" and index and DEFAULT_IMAGE_TOKEN in text:
             raise UserInputError(
-                f"{name}: turn {index} is from 'gpt' and holds an <image> mark; move the mark to a "
+                f"{name}: turn {index} is from 'gpt' and has an <image> mark; move the mark to a "
                 "turn from 'human'"
             )
         texts.append(text)
@@ -147,6 +145,6 @@ def _is_json_lines(text: str) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value's type."""
+    """Return what JSON calls a value's type."""
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,4 +1,4 @@
-"""Train the vision tower of llava-tiny: ``python -m llava.train.tower --output DIR``.
+"""Train the vision tower of llava-tiny: `python -m llava.train.tower --output DIR`.
 
 A small CLIP vision transformer learns to say what every patch shows, from its penultimate layer,
 the one LLaVA reads. Its last block serves the CLS token alone, which learns what is in the image,
@@ -36,7 +36,7 @@ _MOSTLY_NOTHING = {"shape", "partner", "up", "down", "left", "right"}  # class 0
 
 
 class SceneDataset(Dataset):
-    """Training scenes ``start .. stop`` as (pixels, labels, pairs in the image)."""
+    """Draw training scenes `start .. stop` as (pixels, labels, pairs in the image)."""
 
     def __init__(self, start: int, stop: int, split: str = "train") -> None:
         self.start, self.stop, self.split = start, stop, split
@@ -103,7 +103,7 @@ class DenseTower(nn.Module):
                     layer.weight[rows, : 2 * quarter] = 2.8 * start
 
     def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Uint8 ``[B, 3, 336, 336]`` to per-patch logits ``[B, 576, C]`` and image logits."""
+        """Turn uint8 `[B, 3, 336, 336]` into per-patch logits `[B, 576, C]` and image logits."""
         pixels = (pixels - self.image_mean) / self.image_std
         states = self.clip.pre_layrnorm(self.clip.embeddings(pixels))
         *blocks, last = self.clip.encoder.layers
@@ -115,7 +115,7 @@ class DenseTower(nn.Module):
 
     @staticmethod
     def _read_out(block: nn.Module, states: Tensor) -> Tensor:
-        """The last block for the CLS token only ``[B, D]``: nobody reads its patch outputs."""
+        """Run the last block for the CLS token only `[B, D]`: its patch outputs are never read."""
         batch, _, width = states.shape
         attention = block.self_attn
         normed = block.layer_norm1(states)
@@ -129,10 +129,10 @@ class DenseTower(nn.Module):
 
 
 def _neighbour_match(rates: Tensor, span: int, step: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Query and key maps ``[span, 4 F]`` whose match is best ``step`` patches away.
+    """Make query and key maps `[span, 4 F]` whose match is best `step` patches away.
 
-    Channels are sin and cos at the ``F`` rates of the row, then of the column. A head reads
-    ``span / 4`` of the rates; turning by ``rate * step`` moves a wave by ``step`` patches.
+    Channels are sin and cos at the `F` rates of the row, then of the column. A head reads
+    `span / 4` of the rates; turning by `rate * step` moves a wave by `step` patches.
     """
     count = len(rates)
     chosen = torch.arange(span // 4) * count // (span // 4)
@@ -148,10 +148,10 @@ def _neighbour_match(rates: Tensor, span: int, step: tuple[int, int]) -> tuple[T
     return query, key
 
 
-def loss_of(
+def tower_loss(
     logits: dict[str, Tensor], whole: Tensor, labels: dict[str, Tensor], present: Tensor
 ) -> Tensor:
-    """Sum of per-patch cross entropies, and of the CLS token's multi-label loss."""
+    """Add up per-patch cross entropies and the CLS token's multi-label loss."""
     total = F.binary_cross_entropy_with_logits(
         whole, present, pos_weight=torch.tensor(3.0, device=whole.device)
     )
@@ -166,8 +166,8 @@ def loss_of(
 
 
 @torch.no_grad()
-def accuracy(model: DenseTower, scenes: int, device: torch.device) -> dict[str, float]:
-    """Per-patch accuracy of every head over validation scenes, where a label applies."""
+def measure_accuracy(model: DenseTower, scenes: int, device: torch.device) -> dict[str, float]:
+    """Measure the accuracy of every head over patches of validation scenes with a label."""
     model.eval()
     right, seen = dict.fromkeys(CLASSES, 0), dict.fromkeys(CLASSES, 0)
     for pixels, labels, _ in DataLoader(SceneDataset(0, scenes, "val"), batch_size=16):
@@ -201,7 +201,7 @@ def save_tower(
 
 
 def build(args: argparse.Namespace) -> tuple[DenseTower, Optimizer, LambdaLR]:
-    """The tower at its start, AdamW, and a cosine schedule with 100 steps of warm-up."""
+    """Make the untrained tower, AdamW, and a cosine schedule with 100 steps of warm-up."""
     torch.manual_seed(args.seed)
     width, layers, heads = SIZES[args.size]
     config = CLIPVisionConfig(
@@ -226,7 +226,7 @@ def build(args: argparse.Namespace) -> tuple[DenseTower, Optimizer, LambdaLR]:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run to ``args.steps``, from the checkpoint in ``args.output`` if there is one."""
+    """Run to `args.steps`, from the checkpoint in `args.output` if there is one."""
     model, optimizer, scheduler = build(args)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     args.output.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def train(args: argparse.Namespace) -> None:
     for pixels, labels, present in bar:
         logits, whole = model(pixels.to(args.device))
         labels = {name: value.to(args.device) for name, value in labels.items()}
-        loss = loss_of(logits, whole, labels, present.to(args.device))
+        loss = tower_loss(logits, whole, labels, present.to(args.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -260,7 +260,7 @@ def train(args: argparse.Namespace) -> None:
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save(state | {"step": step, "seconds": spent}, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)
-            scores = accuracy(model, args.val_scenes, torch.device(args.device))
+            scores = measure_accuracy(model, args.val_scenes, torch.device(args.device))
             tqdm.write(f"step {step} {spent:.0f}s {scores}")
             save_tower(model, args, step, spent, scores)
 

@@ -1,8 +1,8 @@
-"""Train the projector and the language model of a LLaVA: ``python -m llava.train.train``.
+"""Train the projector and the language model of a LLaVA: `python -m llava.train.train`.
 
 LLaVA's arguments and data format on transformers' Trainer. The vision tower stays frozen. What no
 argument names stays as the model to start from has it, also in what is saved. A run that finds a
-checkpoint in ``--output_dir`` continues from it.
+checkpoint in `--output_dir` continues from it.
 """
 
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llava.command_line import CORRECTABLE, explain
@@ -45,7 +46,7 @@ _MAX_LENGTH = 2048
 
 
 def build_model(args: ModelArguments, dtype: torch.dtype) -> LlavaCausalLM:
-    """The model with a loaded, frozen tower and the parts that train marked so.
+    """Load the model with a frozen tower, and mark the parts that train.
 
     Raises:
         UserInputError: no such model, or parts that do not fit together.
@@ -69,10 +70,10 @@ def build_model(args: ModelArguments, dtype: torch.dtype) -> LlavaCausalLM:
 
 
 def configure(model: LlavaCausalLM, data: DataArguments, training: TrainingArguments) -> None:
-    """Bring into the config what arguments ask for, and what a new LLaVA has to say.
+    """Write into the config what arguments ask for, and what a new LLaVA needs.
 
     Raises:
-        UserInputError: settings that no LLaVA has, or that training lacks.
+        UserInputError: settings that LLaVA does not have, or that training lacks.
     """
     config = model.config
     if data.image_aspect_ratio is not None:
@@ -93,8 +94,8 @@ def configure(model: LlavaCausalLM, data: DataArguments, training: TrainingArgum
         )
 
 
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint that is asked for, else the newest complete one in ``--output_dir``.
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """Return the checkpoint that is asked for, else the newest complete one in `--output_dir`.
 
     Raises:
         UserInputError: the one that is asked for cannot be used.
@@ -117,7 +118,7 @@ def _step(folder: str) -> int:
 
 
 def train() -> None:
-    """Parse the command line, train, save to ``--output_dir``.
+    """Parse the command line, train, save to `--output_dir`.
 
     Raises:
         UserInputError: arguments or data that cannot be used.
@@ -152,16 +153,16 @@ def train() -> None:
             f"the {len(dataset)} samples do not fill a batch; give more, or a smaller batch, "
             "or leave out --dataloader_drop_last"
         )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
     trainer.save_state()
     trainer.save_model(args.output_dir)
     if model_args.tune_mm_mlp_adapter and trainer.is_world_process_zero():
-        save_projector(model, Path(args.output_dir) / "mm_projector.bin")
+        save_projector(model.get_model().mm_projector, Path(args.output_dir) / "mm_projector.bin")
 
 
-def save_projector(model: LlavaCausalLM, file: Path) -> None:
-    """Write the projector alone, as ``--pretrain_mm_mlp_adapter`` reads it."""
-    state = model.get_model().mm_projector.state_dict()
+def save_projector(projector: nn.Module, file: Path) -> None:
+    """Write a projector alone, as `--pretrain_mm_mlp_adapter` reads it."""
+    state = projector.state_dict()
     torch.save({f"model.mm_projector.{name}": value.cpu() for name, value in state.items()}, file)
 
 
@@ -179,11 +180,13 @@ def _check_generation(model: LlavaCausalLM) -> None:
 
 
 def main() -> None:
-    """Run ``train``; what the user can put right is one line and exit code 2."""
+    """Run `train`; print what the user can correct on one line, with exit code 2."""
     try:
         train()
     except CORRECTABLE as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        # A worker of the data loader puts its whole traceback before the message.
+        message = explain(error).rpartition(f"{UserInputError.__name__}: ")[2]
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 

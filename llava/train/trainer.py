@@ -1,7 +1,6 @@
-"""A Trainer for batches of text and images, whose saved models keep what was not trained."""
+"""Train on batches of text and images; saved models keep what was not trained."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ class LlavaTrainer(transformers.Trainer):
 
     Args:
         model: a LLaVA.
-        tokenizer_folder: where its tokenizer was read. The files are copied beside every model that
-            is saved: writing the tokenizer again would lose some of its settings.
+        tokenizer_folder: where its tokenizer was read. The files are copied next to every model
+            that is saved: writing the tokenizer again would lose some of its settings.
         **kwargs: as transformers' Trainer.
     """
 
@@ -50,17 +49,12 @@ class LlavaTrainer(transformers.Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.mm_projector_lr is not None:
-            groups = self._groups()
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(groups, **settings)
-        return super().create_optimizer() if self.optimizer is None else self.optimizer
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        """Batches for one step; raises here what the loader's workers found wrong."""
-        return super().get_batch_samples(_without_errors(epoch_iterator), *args, **kwargs)
+            self.optimizer = cls(self._parameter_groups(), **settings)
+        return super().create_optimizer()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
-        """The model's loss on the merged batch.
+        """Return the model's loss on the merged batch.
 
         Raises:
             UserInputError: a sample of which the length limit leaves no answer.
@@ -84,14 +78,14 @@ class LlavaTrainer(transformers.Trainer):
             super()._save(output_dir, state_dict)
         finally:
             config.use_cache = running
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save and folder.resolve() != self._tokenizer_folder.resolve():
             for name in _TOKENIZER_FILES:
                 if (self._tokenizer_folder / name).is_file():
                     shutil.copyfile(self._tokenizer_folder / name, folder / name)
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """Decayed or not x projector or not; the projector's groups have their own rate."""
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Group parameters by weight decay and rate; the projector has a rate of its own."""
         decayed = set(self.get_decay_parameter_names(self.model))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
@@ -109,22 +103,22 @@ class LlavaTrainer(transformers.Trainer):
 
 
 def merge(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch of ``Collator`` as the language model takes it: images in their places in the text.
+    """Put the images of a `Collator`'s batch in their places in the text.
 
     Args:
         model: a LLaVA, perhaps wrapped.
-        batch: ``input_ids``, ``labels``, ``turns`` and ``attention_mask`` ``[B, L]``; ``images``
-            and ``image_sizes`` where a row has an image mark.
+        batch: `input_ids`, `labels`, `turns` and `attention_mask` `[B, L]`; `images`
+            and `image_sizes` where a row has an image mark.
 
     Returns:
-        Keyword arguments of the model, with ``labels`` of the merged length.
+        Keyword arguments of the model, with `labels` of the merged length.
     """
     ids, labels, turns = batch["input_ids"], batch["labels"], batch["turns"]
     if batch.get("images") is None:
         # Attention is causal and padding stands on the right, where no token can see it.
         return {"input_ids": ids, "labels": labels}
-    # In the place of labels goes where every token stood, so that the splice itself says which
-    # token came from where: images of any length, and cuts, need no arithmetic here.
+    # The places of tokens travel as labels, so that the splice itself says which token came from
+    # where: images of any length, and cuts, need no arithmetic here.
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     with padding_side("right"):
         parts = unwrap_model(model).prepare_inputs_labels_for_multimodal(
@@ -142,13 +136,6 @@ def merge(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at(values: Tensor, places: Tensor, fill: int) -> Tensor:
-    """``values`` ``[B, L]`` at ``places`` ``[B, L']``; ``fill`` where no token of the text is."""
+    """Return `values` `[B, L]` at `places` `[B, L']`, `fill` where a place is not in the text."""
     of_text = places != IGNORE_INDEX
     return torch.where(of_text, values.gather(1, places.clamp(min=0)), fill)
-
-
-def _without_errors(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if "error" in batch:
-            raise batch["error"]
-        yield batch

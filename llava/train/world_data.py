@@ -1,19 +1,20 @@
-"""Write training data of llava-tiny: ``python -m llava.train.world_data --tower T --output DIR``.
+"""Write training data of llava-tiny: `python -m llava.train.world_data --tower T --output DIR`.
 
-``pretrain.json`` holds LLaVA conversations of 16 turns, lists and questions; ``finetune.json``
-holds conversations of questions alone. ``features.npy`` holds the frozen tower's features of every
+`pretrain.json` holds LLaVA conversations of 16 turns, lists and questions; `finetune.json`
+holds conversations of questions alone. `features.npy` holds the frozen tower's features of every
 image, which spares the trainer from running the tower each epoch. A killed run continues where its
 features end.
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava.command_line import OneLineParser, one_line_errors
@@ -25,25 +26,12 @@ MARK = "<image>\n"
 BLIND_EVERY = 25
 
 
-class Images(Dataset):
-    """Preprocessed images of ``split/start .. split/stop``."""
-
-    def __init__(self, split: str, start: int, stop: int, processor) -> None:
-        self.names = [f"{split}/{index:06d}" for index in range(start, stop)]
-        self.processor = processor
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        image = render(self.names[index])
-        return self.processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
-
-
 def conversation(
     made: Scene, rng: np.random.RandomState, turns: int, lists: bool
 ) -> list[dict[str, str]]:
-    """``turns`` turns about one scene: with ``lists`` one of each family, then questions, shuffled.
+    """Make `turns` turns about one scene: with `lists` one list of each kind, then questions.
+
+    They are shuffled.
 
     No question is asked twice: a repeated one teaches to copy the answer, not to look.
     """
@@ -68,9 +56,9 @@ def conversation(
 def write_conversations(
     path: Path, split: str, scenes: int, variants: int, turns: int, lists: bool
 ) -> None:
-    """``variants`` conversations for each scene, LLaVA's sample format.
+    """Write `variants` conversations for each scene in LLaVA's sample format.
 
-    Without ``lists`` one conversation in 25 shows no image. LLaVA learns from text alone too; here
+    Without `lists` one conversation in 25 shows no image. LLaVA learns from text alone too; here
     the model learns to guess blindly, which is the floor that pruning is held against.
     """
     samples: list[dict[str, Any]] = []
@@ -91,9 +79,14 @@ def write_conversations(
     path.write_text(json.dumps(samples))
 
 
+def draw_pixels(processor: Any, names: list[str]) -> torch.Tensor:
+    """Draw scenes and return what the tower reads of them: float32 `[B, 3, H, W]`."""
+    return processor.preprocess([render(name) for name in names], return_tensors="pt").pixel_values
+
+
 @torch.no_grad()
 def write_features(output: Path, tower_folder: Path, split: str, scenes: int, workers: int) -> None:
-    """``features.npy``: float16 ``[scenes, N, Dv]``, row i for scene i."""
+    """Write `features.npy`: float16 `[scenes, N, Dv]`, row i for scene i."""
     settings = argparse.Namespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
     tower = CLIPVisionTower(str(tower_folder), settings)
     done_file, path = output / "features.done", output / "features.npy"
@@ -103,7 +96,10 @@ def write_features(output: Path, tower_folder: Path, split: str, scenes: int, wo
         path, mode="r+" if done else "w+", dtype=np.float16, shape=None if done else shape
     )
     loader = DataLoader(
-        Images(split, done, scenes, tower.image_processor), batch_size=16, num_workers=workers
+        [f"{split}/{index:06d}" for index in range(done, scenes)],
+        batch_size=16,
+        num_workers=workers,
+        collate_fn=partial(draw_pixels, tower.image_processor),
     )
     for pixels in tqdm(loader, desc="features", mininterval=10):
         store[done : done + len(pixels)] = tower(pixels).half().numpy()

@@ -151,7 +151,7 @@ def test_training(
     dataset = SupervisedDataset(args, *tools, subject.model.config)
     wanted = stored(folder / (same or "turned.png"))
     (expected,) = process_images([wanted], subject.image_processor, subject.model.config)
-    assert torch.equal(dataset[0]["image"], expected)
+    assert torch.equal(dataset[0]["images"][0], expected)
     assert (dataset[0]["input_ids"] == IMAGE_TOKEN_INDEX).sum() == 1
     with pytest.raises(UserInputError, match=r"cannot read image .*gone\.png: no such file"):
         dataset[1]

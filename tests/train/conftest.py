@@ -13,8 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.train import train
-from llava.train.init_tiny import init_language_model
-from llava.train.tokenizer import can_make_tokenizer
+from llava.train.init_tiny import can_make_tokenizer, init_language_model
 from llava.train.world_data import write_conversations, write_features
 from llava.world import render
 
@@ -89,9 +88,9 @@ def run_train(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., Run]:
-    """``run_train(samples, *arguments, base=...)`` is the command, run in this process.
+    """`run_train(samples, *arguments, base=...)` is the command, run in this process.
 
-    ``samples`` are written as data; None takes those of ``work``.
+    `samples` are written as data; None takes those of `work`.
     """
 
     def run(samples: Any, *extra: str, base: Path | None = None, tower: bool = True) -> Run:

@@ -104,7 +104,7 @@ def test_all_that_is_not_built_is_named_at_once(parse: Callable) -> None:
         ("--image_aspect_ratio anyres_max_9", "--image_aspect_ratio is 'anyres_max_9'"),
         ("--warmup_ratio 1.5", "--warmup_ratio is 1.5"),
         ("--warmup_ratio -1", "--warmup_ratio is -1"),
-        ("--warmup_steps 5", "no --warmup_steps beside it"),
+        ("--warmup_steps 5", "no --warmup_steps with it"),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps is 0"),
         ("--model_max_length 0", "--model_max_length is 0"),

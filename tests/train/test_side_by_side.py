@@ -84,11 +84,9 @@ def item(model: Any, tokenizer: Any, texts: tuple[str, ...], *sizes: tuple[int, 
         for w, h in sizes
     ]
     processor = model.get_vision_tower().image_processor
-    found = {"name": "x", "input_ids": ids, "labels": labels, "turns": turns}
-    if images:
-        pixels = [process_images([image], processor, model.config)[0] for image in images]
-        found |= {"image": pixels, "image_sizes": list(sizes)}
-    return found
+    pixels = [process_images([image], processor, model.config)[0] for image in images]
+    texts = {"name": "x", "input_ids": ids, "labels": labels, "turns": turns}
+    return texts | {"images": pixels, "image_sizes": list(sizes)}
 
 
 @pytest.mark.parametrize("limit", [4096, 90], ids=["whole", "cut"])

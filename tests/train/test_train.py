@@ -16,7 +16,7 @@ from llava.model.builder import load_pretrained_model
 from llava.train.arguments import ModelArguments
 from llava.train.package import package
 from llava.train.patch_labels import CLASSES, IGNORE, patch_labels
-from llava.train.tower import DenseTower, SceneDataset, loss_of
+from llava.train.tower import DenseTower, SceneDataset, tower_loss
 from llava.train.train import build_model
 from llava.train.world_data import write_conversations
 from llava.world import render, scene
@@ -170,6 +170,6 @@ def test_the_tower_starts_by_looking_at_neighbours_and_has_finite_gradients() ->
     assert (best[3, :, :-1] == here[:, 1:]).float().mean() > 0.75  # right
 
     logits, whole = tower(pixels[None])
-    loss_of(logits, whole, {k: v[None] for k, v in labels.items()}, present[None]).backward()
+    tower_loss(logits, whole, {k: v[None] for k, v in labels.items()}, present[None]).backward()
     grads = [p.grad for p in tower.heads.parameters()]
     assert all(g is not None and g.isfinite().all() for g in grads)
