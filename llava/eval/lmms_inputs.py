@@ -15,14 +15,13 @@ from typing import Any
 
 from PIL import Image
 
-from llava.command_line import device_name
+from llava.command_line import DTYPES, device_name
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
 from llava.mm_utils import tokenize_pieces
 from llava.sampling import Sampling
 from llava.utils import UserInputError, describe_value
 
-DTYPES = ("float16", "bfloat16", "float32")
 NEW_TOKENS = 1024  # where a task sets no limit
 # How an `<image>` that is text and no mark is written until the prompt is split at its marks.
 _LITERAL = DEFAULT_IMAGE_TOKEN.replace("<", "<\0")
@@ -217,7 +216,7 @@ def _picture(visual: Any, task: str) -> Image.Image:
     if not isinstance(visual, Image.Image):
         raise UserInputError(
             f"task {task} shows {_short(visual)}; llava_pruned takes pictures (PIL images), one "
-            "beside the other: no video, no sound, no list in a list"
+            "after the other: no video, no sound, no list in a list"
         )
     return visual.convert("RGB")
 

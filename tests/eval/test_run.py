@@ -15,6 +15,7 @@ from llava.eval.__main__ import main
 from llava.eval.engine import run as execution
 from llava.eval.engine.run import FILES
 from llava.eval.stats import mcnemar, mean_estimate, paired_bootstrap
+from llava.model.loaded import ModelSpec
 from llava.model.multimodal_encoder.readings import TowerReader
 from llava.storage import exclusive
 from llava.utils import UserInputError
@@ -130,7 +131,7 @@ def test_a_dry_run_loads_and_writes_nothing(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a dry run loads no model")
 
-    monkeypatch.setattr(execution, "load_model", refuse)
+    monkeypatch.setattr(ModelSpec, "load", refuse)
     output = tmp_path / "output"
     assert run(output, "--arm", "none", "--arm", "zoo@64", "--dry-run") == 0
     plan = capsys.readouterr().out

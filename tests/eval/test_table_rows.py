@@ -28,6 +28,8 @@ from llava.eval.tables.fill import Filled, RunResult, fill
 from llava.eval.tables.launch import Launch
 from llava.eval.tables.plan import arm_for, arm_name, plan, published_budget
 from llava.eval.tables.spec import Row, Table, TableError, list_tables
+from llava.model import loaded
+from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig
 from llava.storage import dump_json
 
@@ -111,12 +113,12 @@ def test_a_run_gets_every_row_as_written(
     table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process and under torchrun."""
-    order = Launch("m", tmp_path, tmp_path)
+    order = Launch(ModelSpec("m"), tmp_path, tmp_path)
     (job,) = plan(table)
-    assert configs(order.arguments(job)) == expected()
+    assert configs(launch.arguments(order.request(job))[1:]) == expected()
     asked: list[RunRequest] = []
-    monkeypatch.setattr(launch, "run", lambda request: asked.append(request) or 0)
-    monkeypatch.setattr(launch, "local_checkpoint", Path)
+    monkeypatch.setattr(launch, "run", lambda request, load: asked.append(request) or 0)
+    monkeypatch.setattr(loaded, "local_checkpoint", Path)
     assert launch.run_job(order, job) == 0
     assert {arm.name: arm.seeded(0) for arm in asked[0].arms} == expected()
     calls: list[list[str]] = []

@@ -17,7 +17,7 @@ from llava.eval.engine.request import UNPRUNED, Arm
 from llava.eval.engine.runner import Runner
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.loaded import load_model
+from llava.model.loaded import ModelSpec
 from llava.sampling import Sampling
 
 WIDTH = 32
@@ -115,7 +115,7 @@ def build_benchmark(folder: Path, checkpoint: Path, images: int = 4, questions: 
     benchmark = QuestionFile(folder)
     sampling = Sampling(temperature=0, max_new_tokens=8)
     plan = Plan.of(benchmark.items(), 4)
-    subject = load_model(str(checkpoint), "cpu")
+    subject = ModelSpec(str(checkpoint), device="cpu").load()
     runner = Runner(subject, benchmark, plan, sampling=sampling, seed=0)
     said = {}
     for records, _ in runner.run([Arm(UNPRUNED)]):

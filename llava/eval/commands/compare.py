@@ -6,17 +6,16 @@ A and B are output folders of `run` or `quickstart`, each with `:ARM` where it h
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.schema import Record, ResultError, read_info, read_lines
 from llava.eval.rules.exact_match import normalise
 from llava.eval.stats import (
     RESAMPLES,
+    Estimate,
     mcnemar,
     mean_estimate,
     paired_bootstrap,
@@ -175,8 +174,8 @@ def _share_equal(pairs: Sequence[tuple[Record, Record]]) -> str:
     return f"{same} of {len(pairs)} questions ({100 * same / len(pairs):.1f} %)"
 
 
-def _percent(estimate: Any, sign: str = "") -> str:
-    error = "n/a" if math.isnan(estimate.se) else f"{100 * estimate.se:.2f}"
+def _percent(estimate: Estimate, sign: str = "") -> str:
+    error = "n/a" if estimate.se is None else f"{100 * estimate.se:.2f}"
     return f"{100 * estimate.mean:{sign}.2f} ± {error}"
 
 

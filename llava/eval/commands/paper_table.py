@@ -7,7 +7,6 @@ resumes where it stopped. `--demo` runs the same code on the model in this repos
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -34,7 +33,7 @@ from llava.eval.tables.plan import (
     unavailable,
 )
 from llava.eval.tables.spec import Row, Table, TableError, list_tables, load_table
-from llava.model.loaded import load_model
+from llava.model.loaded import ModelSpec
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.pruning import PruningConfig
 from llava.registry import unknown
@@ -139,17 +138,19 @@ def read_order(args: argparse.Namespace) -> Order:
     demo = args.demo
     output = args.output or Path("outputs") / ("demo" if demo else "tables") / table.name
     launch = Launch(
-        model_path=args.model_path or (LLAVA_TINY if demo else table.model),
+        model=ModelSpec(
+            args.model_path or (LLAVA_TINY if demo else table.model),
+            args.model_base,
+            args.device,
+            args.conv_mode or table.conv_mode,
+            args.dtype,
+        ),
         data_root=output / f"playground-{args.demo_samples}" if demo else args.data_root,
         output=output,
-        model_base=args.model_base,
-        conv_mode=args.conv_mode or table.conv_mode,
         batch_size=args.batch_size or table.batch_size or (DEMO_BATCH if demo else 8),
         limit=args.limit,
         seed=args.seed,
         workers=(0 if demo else 4) if args.workers is None else args.workers,
-        device=args.device,
-        dtype=args.dtype,
         pixels=args.pixels,
         processes=args.processes,
         max_new_tokens=DEMO_NEW_TOKENS if demo else None,
@@ -198,7 +199,7 @@ def show_plan(order: Order) -> int:
     for task in missing_tasks(order.table):
         print(f"no benchmark is registered for {task}")
     for job in order.jobs():
-        print(shlex.join(["python", "-m", "llava.eval", *order.launch.arguments(job)]))
+        print(order.launch.request(job).command)
     return 0
 
 
@@ -246,16 +247,16 @@ def draw_overlays(order: Order, filled: Filled, path: Path) -> bool:
         return False
     first = next(job for job in order.jobs() if job.next_protocol == DEFAULT_PROTOCOL)
     request = order.launch.request(first)
-    model, benchmark = request.model, request.benchmark
-    item = next(item for item in benchmark.items() if item.images)
+    item = next(item for item in request.benchmark.items() if item.images)
     settings = {
         f"{row.row.label} {report.budget_text(row.budget)}": setting
         for row in rows
         if (setting := order.setting(row.row)) is not None
     }
     name = item.images[0]
-    subject = load_model(model.path, model.device, base=model.base, **model.loading)
-    image = benchmark.load_image(name)
+    located = replace(request, model=request.model.located())
+    subject = order.launch.shared.load(located.prompted_model)
+    image = request.benchmark.load_image(name)
     draw_kept_tokens(subject, image, item.question, settings, path, name)
     return True
 
@@ -286,10 +287,10 @@ def describe_conditions(order: Order, command: str) -> Record:
     flags = ("batch_size", "limit", "seed", "pixels")
     return {
         "command": command,
-        "model": launch.model_path,
+        "model": launch.model.path,
         "data_root": str(launch.data_root),
         **{flag: getattr(launch, flag) for flag in flags},
         "git": provenance.git_state(),
         "versions": provenance.package_versions(),
-        "machine": provenance.machine(launch.device),
+        "machine": provenance.machine(launch.model.device),
     }

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llava.eval.engine.metrics import result_rows
-from llava.eval.engine.request import UNPRUNED, Arm, ModelSpec, RunRequest, own_template
+from llava.eval.engine.request import UNPRUNED, Arm, RunRequest, own_template
 from llava.eval.engine.run import Answered, mark_unavailable
 from llava.eval.engine.run import run as run_request
 from llava.eval.engine.runner import Runner
@@ -23,6 +23,7 @@ from llava.eval.report.plots import plot_accuracy
 from llava.eval.report.result import render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.checkpoint import local_checkpoint
+from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig, VisualTokens, get_method, list_methods
 from llava.sampling import Sampling
 from llava.shipped import LLAVA_TINY
@@ -147,8 +148,8 @@ def plan_arms(methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]
     for method in (*named, CONTROL):
         for budget in sorted(set(budgets), reverse=True):
             config = PruningConfig.of(method, keep_tokens=budget)
-            control = "tokens" if method == CONTROL else None
-            arms.append(Arm(f"{method}@{budget}", config, method, control=control))
+            arm = Arm(f"{method}@{budget}", config, method)
+            arms.append(replace(arm, control="tokens") if method == CONTROL else arm)
     arms.append(Arm("shuffled-image", label="shuffled image", image="other", control="image"))
     arms.append(Arm("no-image", label="no image", image="absent", control="image"))
     return tuple(arms)

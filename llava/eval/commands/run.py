@@ -18,7 +18,6 @@ from llava.eval.engine.provenance import identify, kind_of_device
 from llava.eval.engine.request import (
     UNPRUNED,
     Arm,
-    ModelSpec,
     RunRequest,
     arm_of,
     make_arm,
@@ -32,6 +31,7 @@ from llava.eval.presets import Preset, get_preset
 from llava.eval.tasks.base import get_benchmark
 from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoint import checkpoint_here, local_checkpoint
+from llava.model.loaded import ModelSpec
 from llava.pruning import PruningError, parse_options
 from llava.pruning.config import CHOICES
 from llava.pruning.flags import pruning_from
@@ -110,7 +110,11 @@ def request_from(args: argparse.Namespace) -> RunRequest:
     output = args.output or Path("outputs") / name / f"{benchmark.name}-{benchmark.protocol}"
     return RunRequest(
         benchmark=benchmark,
-        model=model_from(args, preset),
+        model=ModelSpec.from_flags(
+            args,
+            dtype=preset and preset.dtype,
+            mm_next_protocol=preset and preset.mm_next_protocol,
+        ),
         arms=arms,
         sampling=Sampling(temperature=0, max_new_tokens=longest),
         output=output,
@@ -179,24 +183,6 @@ def find_models(args: argparse.Namespace, *, download: bool = True) -> None:
             setattr(args, flag, str(find(given) or given))
 
 
-def model_from(args: argparse.Namespace, preset: Preset | None = None) -> ModelSpec:
-    """Read the flags of the model; what they leave open, `preset` decides.
-
-    Raises:
-        UserInputError: an unknown template.
-    """
-    return ModelSpec(
-        args.model_path,
-        args.model_base,
-        args.device,
-        args.conv_mode,
-        dtype=args.dtype or (preset and preset.dtype),
-        mm_next_protocol=args.mm_next_protocol or (preset and preset.mm_next_protocol),
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-    )
-
-
 def describe(request: RunRequest) -> str:
     """Describe what would run. Loads nothing; the run key needs a checkpoint that is here."""
     model, benchmark, plan = request.model, request.benchmark, request.plan()
@@ -209,7 +195,7 @@ def describe(request: RunRequest) -> str:
         f"task      {benchmark.name}, protocol {benchmark.protocol}, from {benchmark.root}",
         f"items     {len(plan.items)} about {len(plan.images())} images, in {len(plan.batches)} "
         f"batches of {request.batch_size}",
-        f"model     {model.path} on {kind_of_device(model.device)}, template {model.template}, "
+        f"model     {model.path} on {kind_of_device(model.device)}, template {request.template}, "
         f"at most {request.sampling.max_new_tokens} new tokens",
         f"pixels    {benchmark.pixels}",
         *(f"arm       {arm.name}: {arm.label}" for arm in request.arms),

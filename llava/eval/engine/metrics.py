@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -78,10 +77,9 @@ def _difference(lines: Sequence[Record], unpruned: Mapping[int, Record]) -> Reco
     if not pairs:
         return {}
     images = [tuple(line["images"]) or line["index"] for line, _ in pairs]
-    scores = [[float(line["score"]) for line in column] for column in zip(*pairs, strict=True)]
-    estimate = paired_difference(*scores, images)
-    se = None if math.isnan(estimate.se) else estimate.se
-    return {"difference": {"value": estimate.mean, "se": se, "n": estimate.n}}
+    own, base = ([float(line["score"]) for line in column] for column in zip(*pairs, strict=True))
+    estimate = paired_difference(own, base, images)
+    return {"difference": {"value": estimate.mean, "se": estimate.se, "n": estimate.n}}
 
 
 class BatchTimes:
@@ -164,8 +162,7 @@ def _row(arm: Arm, records: Mapping[int, Record], unpruned: Mapping[int, Record]
 def _accuracy(lines: Sequence[Record]) -> Record:
     scores = [float(line["score"]) for line in lines]
     estimate = mean_estimate(scores, [tuple(line["images"]) for line in lines])
-    se = None if math.isnan(estimate.se) else estimate.se
-    return {"accuracy": estimate.mean, "accuracy_se": se, "n": estimate.n}
+    return {"accuracy": estimate.mean, "accuracy_se": estimate.se, "n": estimate.n}
 
 
 def _times(times: BatchTimes, name: str) -> Record:

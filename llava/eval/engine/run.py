@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ from llava.eval.engine.request import Arm, RunRequest
 from llava.eval.engine.run_folder import RunFolder
 from llava.eval.engine.runner import Runner
 from llava.eval.engine.schema import SCHEMA_VERSION, Record
-from llava.model.loaded import load_model
+from llava.model.loaded import LoadedModel, ModelSpec
 from llava.storage import exclusive
 from llava.utils import UserInputError
 
@@ -78,13 +78,20 @@ def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
 
 
 ChooseArms = Callable[[Runner, Sequence[Arm]], tuple[Arm, ...]]
+LoadModel = Callable[[ModelSpec], LoadedModel]
 Report = Callable[[Answered], None]
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """Load a model for one run."""
+    return spec.load()
 
 
 def run(
     request: RunRequest,
     *,
     choose_arms: ChooseArms = mark_unavailable,
+    load: LoadModel = load_model,
     report: Report | None = None,
     more_files: Sequence[str] = (),
 ) -> int:
@@ -93,6 +100,7 @@ def run(
     Args:
         request: what to run.
         choose_arms: fits the arms to the loaded model.
+        load: loads the model, or returns one that several runs share.
         report: writes more files into the run's folder and prints what it found; by default the
             main figure of every arm is printed.
         more_files: names of those files, published with the others.
@@ -117,13 +125,7 @@ def run(
         print(f"written to {request.output}: {', '.join(files)}")
 
     with processes() as group:
-        return answer(
-            request,
-            group,
-            finish,
-            choose_arms=choose_arms,
-            begin=lambda run_key: withdraw(request.output, run_key, files),
-        )
+        return answer(request, group, finish, choose_arms=choose_arms, load=load, files=files)
 
 
 def answer(
@@ -132,7 +134,8 @@ def answer(
     finish: Callable[[Answered], None],
     *,
     choose_arms: ChooseArms = mark_unavailable,
-    begin: Callable[[str], None] = lambda run_key: None,
+    load: LoadModel = load_model,
+    files: Sequence[str] = (),
 ) -> int:
     """Answer what no log has yet, then call `finish` in process 0.
 
@@ -140,8 +143,8 @@ def answer(
         request: what to run.
         group: the processes that share the run.
         finish: writes what readers want.
-        choose_arms: see `run`.
-        begin: called in process 0 with the run key once the output belongs to this run alone.
+        choose_arms, load: see `run`.
+        files: what `finish` publishes; copies of another run are removed first.
 
     Returns:
         See `run`.
@@ -154,14 +157,17 @@ def answer(
     plan = request.plan()
     identity = group.agree(lambda: provenance.identify(request))
     run_key = identity["run_key"]
+    device = group.device(request.model.device)
     with ExitStack() as stack:
 
         def take_output() -> None:
             stack.enter_context(exclusive(request.output))
-            begin(run_key)
+            withdraw(request.output, run_key, files)
 
         def prepare() -> tuple[Runner, tuple[Arm, ...], RunFolder]:
-            runner = load_runner(request, plan, group, run_key)
+            subject = load(replace(request.prompted_model, device=device))
+            asked = (request.benchmark, plan, request.sampling, request.seed)
+            runner = Runner(subject, *asked, run_key, request.workers)
             arms = choose_arms(runner, request.arms)
             running = sum(arm.unavailable is None for arm in arms)
             sizes = [running * len(batch) for batch in plan.batches]
@@ -211,27 +217,6 @@ def _conclude(
     return 1 if failed else 0
 
 
-def load_runner(request: RunRequest, plan: Plan, group: Processes, run_key: str) -> Runner:
-    """Load the model on this process's device, ready to answer `plan`."""
-    model = request.model
-    subject = load_model(
-        model.path,
-        group.device(model.device),
-        base=model.base,
-        conv_mode=model.template,
-        **model.loading,
-    )
-    return Runner(
-        subject,
-        request.benchmark,
-        plan,
-        sampling=request.sampling,
-        seed=request.seed,
-        run_key=run_key,
-        workers=request.workers,
-    )
-
-
 def answer_batches(
     runner: Runner, arms: Sequence[Arm], folder: RunFolder, numbers: Sequence[int], title: str = ""
 ) -> None:
@@ -241,8 +226,8 @@ def answer_batches(
     """
     sizes = [len(batch) for batch in runner.plan.batches]
     left = sum(sizes[number] for number in numbers)
-    scores = RunningScores()
-    scores.add(folder.read()[0])
+    scores: dict[str, list[float]] = defaultdict(list)
+    add_scores(scores, folder.read()[0])
     start, tokens = time.monotonic(), 0
     bar = tqdm(
         total=sum(sizes),
@@ -256,31 +241,24 @@ def answer_batches(
             folder.append(answers, timings)
             for reason in sorted({line["error"] for line in answers if "error" in line}):
                 bar.write(f"skipped: {reason}")
-            scores.add(answers)
+            add_scores(scores, answers)
             tokens += sum(line["new_tokens"] for line in timings)
             speed = tokens / max(1e-9, time.monotonic() - start)
-            bar.set_postfix_str(f"{scores} | {speed:.1f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{show_scores(scores)} | {speed:.1f} tokens/s", refresh=False)
             bar.update(sizes[number])
 
 
-class RunningScores:
-    """Mean score of each arm so far, in per cent."""
+def add_scores(scores: dict[str, list[float]], answers: Sequence[Record]) -> None:
+    """Add the scores of more answers to those of their arms."""
+    for line in answers:
+        if line["score"] is not None:
+            scores[line["arm"]].append(line["score"])
 
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, int] = defaultdict(int)
 
-    def add(self, answers: Sequence[Record]) -> None:
-        """Count the scores of more answers."""
-        for line in answers:
-            if line["score"] is not None:
-                self.sums[line["arm"]] += line["score"]
-                self.counts[line["arm"]] += 1
-
-    def __str__(self) -> str:
-        shown = list(self.sums)[:SHOWN_ARMS]
-        means = [f"{arm} {100 * self.sums[arm] / self.counts[arm]:.1f} %" for arm in shown]
-        return ", ".join(means) or "no scores"
+def show_scores(scores: Mapping[str, Sequence[float]]) -> str:
+    """Write the mean score of the first arms so far, in per cent."""
+    shown = [f"{arm} {100 * fmean(own):.1f} %" for arm, own in scores.items()]
+    return ", ".join(shown[:SHOWN_ARMS]) or "no scores"
 
 
 def write_submissions(done: Answered) -> None:
@@ -310,7 +288,7 @@ def publish(folder: Path, output: Path, files: Sequence[str]) -> None:
 
 
 def withdraw(output: Path, run_key: str, files: Sequence[str]) -> None:
-    """Remove the published copies of another run, so that nobody reads them as this one's."""
+    """Remove the published copies of another run, so that they are not read as this one's."""
     info = output / "run.json"
     if info.is_file() and f'"run_key": "{run_key}"' not in info.read_text(encoding="utf-8"):
         for name in files:
@@ -338,7 +316,7 @@ def figures(metrics: Record) -> str:
 
 def _describe(
     request: RunRequest, runner: Runner, arms: Sequence[Arm], group: Processes, left: int
-) -> Mapping[str, Any]:
+) -> Record:
     batches = len(runner.plan.batches)
     return {
         "schema_version": SCHEMA_VERSION,

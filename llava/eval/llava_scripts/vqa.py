@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.commands.run import add_answering_flags, find_models, model_from
+from llava.eval.commands.run import add_answering_flags, find_models
 from llava.eval.engine.processes import processes
 from llava.eval.engine.request import Arm, RunRequest, arm_of, saved_pruning
 from llava.eval.engine.run import Answered, answer
@@ -43,6 +43,7 @@ from llava.eval.tasks.scienceqa import first_turn
 from llava.eval.tasks.tsv import Table
 from llava.images import decode_base64, open_image
 from llava.mm_utils import get_model_name_from_path
+from llava.model.loaded import ModelSpec
 from llava.pixels import VIEWER
 from llava.pruning.flags import pruning_from
 from llava.sampling import Sampling
@@ -203,7 +204,7 @@ def answer_file(benchmark: QuestionList, args: Namespace) -> int:
     length = getattr(args, "max_new_tokens", benchmark.max_new_tokens)
     request = RunRequest(
         benchmark=benchmark,
-        model=model_from(args),
+        model=ModelSpec.from_flags(args),
         arms=(asked_arm(args),),
         sampling=Sampling(args.temperature, args.top_p, args.num_beams, length),
         output=args.answers_file.with_name(f".{args.answers_file.name}.run"),
