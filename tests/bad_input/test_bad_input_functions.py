@@ -130,7 +130,7 @@ FUNCTIONS: dict[str, tuple[Callable[[World], object], str]] = {
     "config: infinite": (make_config("zoo", keep_ratio=math.inf), r"share in \(0, 1\], got inf"),
     "config: seed": (
         make_config("zoo", 3, options={"seed": 2**64}),
-        r"seed must be below 2\*\*64, got 18446744073709551616",
+        r"seed must be .* below 18446744073709551616, got 18446744073709551616",
     ),
     "config: options": (make_config("zoo", 3, options=5), r"options must be a mapping .* got 5"),
     "config: dict": (lambda _: PruningConfig.from_dict(5), r"must be a mapping .* got 5"),

@@ -142,7 +142,7 @@ def test_any_number_of_images(subject: LoadedModel, batch_size: int) -> None:
     }
     assert [tokens["none", count] for count in range(4)] == [0, 576, 1152, 1728]
     assert [tokens["random@48", count] for count in range(4)] == [0, 48, 96, 144]
-    assert tokens["ratio", 1] == 58
+    assert tokens["grid@0.1", 1] == 58
 
 
 def test_tiles(tiles: LoadedModel) -> None:

@@ -136,7 +136,8 @@ def test_take_images_repeats_and_reorders(make_runner: Callable[..., Runner]) ->
     taken = runner.prune_images(visual, arm).take_images([2, 0, 2])
     assert taken.image_index.tolist() == [0, 1, 2]
     assert (taken.kept[0] == taken.kept[2]).all() and (taken.kept[0] != taken.kept[1]).any()
-    assert taken.extras["image_digest"][0] == visual.extras["image_digest"][2]
+    digests = visual.take_images([2, 0, 2]).extras["image_digest"]
+    assert digests[0] == digests[2] == visual.extras["image_digest"][2]
 
 
 def test_timings_cover_every_arm_and_batch(make_runner: Callable[..., Runner]) -> None:
@@ -210,8 +211,8 @@ def test_a_method_that_needs_what_the_model_lacks_is_unavailable(make_runner, mo
         name = "blind"
         needs = ("cls_attention", "depth_map")
 
-        def importance(self, visual):
-            visual.extra("depth_map")
+        def score(self, tokens):
+            tokens.extra("depth_map")
 
     runner = make_runner()
     own = TowerReader.extras
