@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from llava.eval.report.result import render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.checkpoint import local_checkpoint
 from llava.model.loaded import ModelSpec
-from llava.pruning import PruningConfig, VisualTokens, get_method, list_methods
+from llava.pruning import PruningConfig, get_method, list_methods
 from llava.sampling import Sampling
 from llava.shipped import LLAVA_TINY
 from llava.storage import dump_json, write_atomically
@@ -173,10 +174,10 @@ def choose_arms(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
     tokens = len(runner.encode(images).embeddings(0))
     smaller = [arm for arm in arms if arm.budget is None or arm.budget < tokens]
     chosen = []
-    encoded = runner.encode_for_each(images, smaller)
-    for arm, visual in zip(mark_unavailable(runner, smaller), encoded, strict=True):
-        if arm.pruning is not None and isinstance(visual, VisualTokens):
-            arm = replace(arm, label=runner.label(visual, arm))
+    for arm in mark_unavailable(runner, smaller):
+        if arm.pruning is not None:
+            with suppress(UserInputError):  # what the model lacks is in `unavailable` already
+                arm = replace(arm, label=runner.label(runner.encode(images, [arm]), arm))
         if arm.image == "other" and runner.plan.stand_ins is None:
             arm = replace(arm, unavailable="needs questions about two images")
         chosen.append(arm)

@@ -20,11 +20,11 @@ from llava.eval.engine.request import (
     Arm,
     RunRequest,
     arm_of,
+    arm_word,
     make_arm,
     parse_arm,
     read_arms,
     saved_pruning,
-    spell_options,
 )
 from llava.eval.engine.run import run as run_request
 from llava.eval.presets import Preset, get_preset
@@ -112,8 +112,8 @@ def request_from(args: argparse.Namespace) -> RunRequest:
         benchmark=benchmark,
         model=ModelSpec.from_flags(
             args,
-            dtype=preset and preset.dtype,
-            mm_next_protocol=preset and preset.mm_next_protocol,
+            dtype=preset.dtype if preset else None,
+            mm_next_protocol=preset.mm_next_protocol if preset else None,
         ),
         arms=arms,
         sampling=Sampling(temperature=0, max_new_tokens=longest),
@@ -162,10 +162,7 @@ def _flag_arm(
     budget = args.keep_tokens if args.keep_ratio is None else args.keep_ratio
     if method == UNPRUNED:
         return make_arm(UNPRUNED, method, None, own)
-    words = spell_options(own)
-    name = f"{title}:{words}" if words else title
-    name = name if budget is None else f"{name}@{budget}"
-    return make_arm(name, method, budget, {**given, **own})
+    return make_arm(arm_word(title, budget, own), method, budget, {**given, **own})
 
 
 def find_models(args: argparse.Namespace, *, download: bool = True) -> None:

@@ -168,14 +168,11 @@ def _accuracy(lines: Sequence[Record]) -> Record:
 def _times(times: BatchTimes, name: str) -> Record:
     """Return the medians of an arm; ratios are to the unpruned prefill of the same batch."""
 
-    def ratio(key: str) -> Callable[[Any, Any], float | None]:
-        return lambda own, base: None if own[key] is None else own[key] / base["prefill_ms"]
+    def time(key: str) -> float | None:
+        return times.median(name, lambda own, _: own[key])[0]
 
-    values: dict[str, Callable[[Any, Any], float | None]] = {
-        "prune_ms": lambda own, _: own["prune_ms"],
-        "prefill_ms": lambda own, _: own["prefill_ms"],
-        "decode_ms": lambda own, _: own["decode_ms"],
-        "prune_ratio": ratio("prune_ms"),
-        "prefill_ratio": ratio("prefill_ms"),
-    }
-    return {key: times.median(name, value)[0] for key, value in values.items()}
+    def ratio(key: str) -> float | None:
+        return times.median(name, lambda own, base: own[key] and own[key] / base["prefill_ms"])[0]
+
+    found = {key: time(key) for key in ("prune_ms", "prefill_ms", "decode_ms")}
+    return found | {"prune_ratio": ratio("prune_ms"), "prefill_ratio": ratio("prefill_ms")}

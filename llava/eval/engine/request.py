@@ -288,12 +288,13 @@ class RunRequest:
 
     def settings(self) -> dict[str, Any]:
         """Return every setting that can change an answer, without the items."""
-        arms = {arm.name: arm.to_dict() for arm in self.arms}
-        kept = ("pruning", "image")
         return {
             "task": self.benchmark.name,
             "protocol": self.benchmark.protocol,
-            "arms": {name: {key: arm[key] for key in kept} for name, arm in arms.items()},
+            "arms": {
+                arm.name: {"pruning": arm.pruning and arm.pruning.to_dict(), "image": arm.image}
+                for arm in self.arms
+            },
             "batch_size": self.batch_size,
             "seed": self.seed,
             "template": self.template,

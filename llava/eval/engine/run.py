@@ -65,12 +65,7 @@ def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
     """
     images = runner.first_image()
     if images is not None:
-        encoded = runner.encode_for_each(images, arms)
-        found = [
-            str(visual) if isinstance(visual, UserInputError) else runner.refusal(visual, arm)
-            for arm, visual in zip(arms, encoded, strict=True)
-        ]
-        arms = [replace(arm, unavailable=why) for arm, why in zip(arms, found, strict=True)]
+        arms = [replace(arm, unavailable=runner.refusal(images, arm)) for arm in arms]
     reasons = [arm.unavailable for arm in arms]
     if all(reason is not None for reason in reasons):
         raise UserInputError(str(reasons[0]))
@@ -160,10 +155,6 @@ def answer(
     device = group.device(request.model.device)
     with ExitStack() as stack:
 
-        def take_output() -> None:
-            stack.enter_context(exclusive(request.output))
-            withdraw(request.output, run_key, files)
-
         def prepare() -> tuple[Runner, tuple[Arm, ...], RunFolder]:
             subject = load(replace(request.prompted_model, device=device))
             asked = (request.benchmark, plan, request.sampling, request.seed)
@@ -174,7 +165,8 @@ def answer(
             path = request.output / "runs" / run_key[:16]
             return runner, arms, stack.enter_context(closing(RunFolder(path, sizes, group.rank)))
 
-        group.agree(take_output)
+        group.agree(lambda: stack.enter_context(exclusive(request.output)))
+        group.agree(lambda: withdraw(request.output, run_key, files))
         runner, arms, folder = group.all_do(prepare)
         left = group.agree(folder.remaining)
         info = identity | _describe(request, runner, arms, group, len(left))

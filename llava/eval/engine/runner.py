@@ -111,25 +111,10 @@ class Runner:
         tower = self.subject.model.get_vision_tower()
         return tower is not None and bool(needed_of_question(arm.seeded(self.seed), tower))
 
-    def encode_for_each(
-        self, images: LoadedImages, arms: Sequence[Arm]
-    ) -> list[VisualTokens | UserInputError]:
-        """Encode images for each of the arms: together, or one by one where the model lacks
-        something that one of them needs."""
+    def refusal(self, images: LoadedImages, arm: Arm) -> str | None:
+        """Return why `arm` cannot prune these images, or None if it can."""
         try:
-            return [self.encode(images, arms)] * len(arms)
-        except UserInputError:
-            return [self._encode_if_possible(images, arm) for arm in arms]
-
-    def _encode_if_possible(self, images: LoadedImages, arm: Arm) -> VisualTokens | UserInputError:
-        try:
-            return self.encode(images, [arm])
-        except UserInputError as error:
-            return error
-
-    def refusal(self, visual: VisualTokens, arm: Arm) -> str | None:
-        """Return why `arm` cannot prune the images in `visual`, or None if it can."""
-        try:
+            visual = self.encode(images, [arm])
             self.prune_images(visual, arm, self._first_question(visual))
         except UserInputError as error:
             return str(error)
@@ -340,11 +325,11 @@ def kept_digest(visual: ImageTokens | None, images: Sequence[int]) -> str:
     """
     if visual is None or not images:
         return "none"
-    if visual.kept is None and visual.sources is None:
-        return "all"
     rows = [tile for image in images for tile in visual.tiles_of(image)]
     if visual.kept is not None:
         chosen = visual.kept[rows][visual.kept[rows] >= 0].tolist()
-    else:
+    elif visual.sources is not None:
         chosen = visual.sources[rows].nonzero().tolist()
+    else:
+        return "all"
     return hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]
