@@ -17,7 +17,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a benchmark: `value` and its standard error `se` (None: undefined), over n items.
+    """A figure: `value` and its standard error `se` (None: undefined), over n items.
 
     `scale` is the largest possible value: 100 for percentages, 2000 for MME perception.
     """
@@ -32,16 +32,7 @@ RESAMPLES = 10_000
 _AT_ONCE = 2**22  # numbers drawn at a time
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean of `n` scores and its standard error (None where fewer than two clusters exist)."""
-
-    mean: float
-    se: float | None
-    n: int
-
-
-def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Metric:
     """Return the mean of `values` [n], its error robust to dependence within `clusters`.
 
     With residuals e_i = x_i - mean and G clusters g:
@@ -54,7 +45,7 @@ def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable] | None =
     mean = math.fsum(values) / n
     names = range(n) if clusters is None else clusters
     se = clustered_se([value - mean for value in values], names)
-    return Estimate(mean, None if se is None else se / n, n)
+    return Metric(mean, None if se is None else se / n, n, scale=1.0)
 
 
 def clustered_se(influences: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
@@ -76,7 +67,7 @@ def clustered_se(influences: Sequence[float], clusters: Sequence[Hashable]) -> f
 
 def paired_difference(
     values: Sequence[float], baseline: Sequence[float], clusters: Sequence[Hashable] | None = None
-) -> Estimate:
+) -> Metric:
     """Return the mean of `values - baseline` over the same questions, and its standard error.
 
     Pairing removes what both runs share (how hard each question is), so this error is usually much
@@ -92,7 +83,7 @@ def metric_of(
     """Return the mean of `scores` in [0, 1] as a metric out of `scale`, see `mean_estimate`."""
     estimate = mean_estimate(scores, clusters)
     se = None if estimate.se is None else scale * estimate.se
-    return Metric(scale * estimate.mean, se, estimate.n, scale)
+    return Metric(scale * estimate.value, se, estimate.n, scale)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

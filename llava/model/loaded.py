@@ -11,7 +11,7 @@ from llava.command_line import check_chat_template, check_conv_mode
 from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import local_checkpoint
+from llava.model.checkpoint import checkpoint_here, local_checkpoint
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.pruning.config import PruningConfig
 from llava.pruning.flags import pruning_from
@@ -92,14 +92,18 @@ class ModelSpec:
             name,
         )
 
-    def located(self) -> ModelSpec:
-        """Return the same with folders instead of names; what is not here is downloaded.
+    def located(self, *, download: bool = True) -> ModelSpec:
+        """Return the same with folders instead of hub names.
+
+        Args:
+            download: get what is not here yet; otherwise its name stays.
 
         Raises:
             UserInputError: neither a folder nor a hub name, or a download that fails.
         """
-        base = None if self.base is None else str(local_checkpoint(self.base))
-        return replace(self, path=str(local_checkpoint(self.path)), base=base)
+        find = local_checkpoint if download else checkpoint_here
+        base = None if self.base is None else str(find(self.base) or self.base)
+        return replace(self, path=str(find(self.path) or self.path), base=base)
 
     @property
     def loading(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
+from llava.markdown import add_update_flag
 from llava.pruning.catalogue import render, tracked_results, update
 
 
@@ -41,15 +42,7 @@ def _add_list(parser: OneLineParser) -> None:
         help="result file with our figures; default: playground/results/llava-tiny.json of the "
         "checkout that an updated file lies in, else the one that comes with the package",
     )
-    parser.add_argument(
-        "--update",
-        "--update-readme",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="write the Markdown table between the methods markers of this file; repeatable",
-    )
+    add_update_flag(parser, "write the Markdown table between the methods markers of this file")
 
 
 if __name__ == "__main__":

@@ -319,8 +319,8 @@ def test_the_bootstrap_agrees_with_the_clustered_error() -> None:
     values = [shift[cluster] + draw.gauss(0, 0.1) for cluster in clusters]
     estimate = mean_estimate(values, clusters)
     low, high, p = paired_bootstrap(values, [0.0] * 600, clusters)
-    assert low == pytest.approx(estimate.mean - 1.96 * estimate.se, abs=0.1 * estimate.se)
-    assert high == pytest.approx(estimate.mean + 1.96 * estimate.se, abs=0.1 * estimate.se)
-    normal = math.erfc(abs(estimate.mean / estimate.se) / math.sqrt(2))
+    assert low == pytest.approx(estimate.value - 1.96 * estimate.se, abs=0.1 * estimate.se)
+    assert high == pytest.approx(estimate.value + 1.96 * estimate.se, abs=0.1 * estimate.se)
+    normal = math.erfc(abs(estimate.value / estimate.se) / math.sqrt(2))
     assert p == pytest.approx(normal, abs=0.02)
     assert paired_bootstrap(values, values, clusters)[2] == 1.0

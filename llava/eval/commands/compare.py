@@ -15,7 +15,7 @@ from llava.eval.engine.schema import Record, ResultError, read_info, read_lines
 from llava.eval.rules.exact_match import normalise
 from llava.eval.stats import (
     RESAMPLES,
-    Estimate,
+    Metric,
     mcnemar,
     mean_estimate,
     paired_bootstrap,
@@ -174,9 +174,9 @@ def _share_equal(pairs: Sequence[tuple[Record, Record]]) -> str:
     return f"{same} of {len(pairs)} questions ({100 * same / len(pairs):.1f} %)"
 
 
-def _percent(estimate: Estimate, sign: str = "") -> str:
+def _percent(estimate: Metric, sign: str = "") -> str:
     error = "n/a" if estimate.se is None else f"{100 * estimate.se:.2f}"
-    return f"{100 * estimate.mean:{sign}.2f} ± {error}"
+    return f"{100 * estimate.value:{sign}.2f} ± {error}"
 
 
 def _split(word: str) -> tuple[str, str]:

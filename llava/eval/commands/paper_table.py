@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from llava.command_line import natural, positive
 from llava.eval.demo import DEFAULT_SAMPLES, write_playground
 from llava.eval.engine import provenance
 from llava.eval.engine.request import UNPRUNED
@@ -54,7 +55,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("name", nargs="?", help="a table, or a .toml file of the same form; default: list them")
     add("--demo", action="store_true", help="on llava-tiny and drawn data, to see that it runs")
-    add("--demo-samples", type=int, default=DEFAULT_SAMPLES, help="questions per task of a demo")
+    add(
+        "--demo-samples",
+        type=positive,
+        default=DEFAULT_SAMPLES,
+        help="questions per task of a demo",
+    )
     add("--model-path", help="checkpoint; default: the table's own, from the hub")
     add("--model-base", help="as in the run command")
     add("--conv-mode", help="conversation template; default: the table's")
@@ -62,11 +68,16 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--output", type=Path, help="default: outputs/tables/NAME, or outputs/demo/NAME")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of the table")
     add("--methods", nargs="+", metavar="METHOD", help="only rows of these methods")
-    add("--processes", type=int, default=1, help="share every run among so many GPUs (torchrun)")
-    add("--batch-size", type=int, help="questions per batch; default: the table's, else 8")
-    add("--limit", type=int, default=0, help="questions per task, 0 for all")
-    add("--seed", type=int, default=0)
-    add("--workers", type=int, help="processes that read images; default: 4, in a demo none")
+    add(
+        "--processes",
+        type=positive,
+        default=1,
+        help="share every run among so many GPUs (torchrun)",
+    )
+    add("--batch-size", type=positive, help="questions per batch; default: the table's, else 8")
+    add("--limit", type=natural, default=0, help="questions per task, 0 for all")
+    add("--seed", type=natural, default=0)
+    add("--workers", type=natural, help="processes that read images; default: 4, in a demo none")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", help="of the model; default: the loader's")
     add("--pixels", choices=PIXELS, default=ORIGINAL, help=f"{PIXELS_HELP}; default: {ORIGINAL}")
@@ -129,12 +140,6 @@ def read_order(args: argparse.Namespace) -> Order:
         UserInputError: a flag that does not fit, or a row that cannot run.
     """
     table = cut_table(load_table(args.name), args.tasks, args.methods)
-    if args.limit < 0 or args.processes < 1 or args.demo_samples < 1:
-        raise UserInputError("--limit must be at least 0, --processes and --demo-samples 1")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserInputError("--batch-size must be at least 1")
-    if args.seed < 0 or (args.workers or 0) < 0:
-        raise UserInputError("--seed and --workers must be at least 0")
     demo = args.demo
     output = args.output or Path("outputs") / ("demo" if demo else "tables") / table.name
     launch = Launch(

@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from llava.command_line import natural, positive
 from llava.eval.engine.metrics import result_rows
 from llava.eval.engine.request import UNPRUNED, Arm, RunRequest, own_template
 from llava.eval.engine.run import Answered, mark_unavailable
@@ -20,7 +21,7 @@ from llava.eval.engine.run import run as run_request
 from llava.eval.engine.runner import Runner
 from llava.eval.engine.schema import SCHEMA_VERSION, Record
 from llava.eval.report.pictures import save_overlays
-from llava.eval.report.plots import plot_accuracy
+from llava.eval.report.plots import draw_accuracy
 from llava.eval.report.result import render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.checkpoint import local_checkpoint
@@ -49,7 +50,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--model-path", default=LLAVA_TINY, help="checkpoint folder or name")
     add("--benchmark", type=Path, help="folder of questions.jsonl; default: MODEL_PATH/benchmark")
     add("--image-folder", type=Path, help="read images from here instead of rendering them")
-    add("--limit", type=int, default=DEFAULT_LIMIT, help="questions to ask, 0 for all")
+    add("--limit", type=natural, default=DEFAULT_LIMIT, help="questions to ask, 0 for all")
     add(
         "--methods",
         nargs="+",
@@ -57,11 +58,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         metavar="METHOD",
         help=f"registered names, or {ALL!r} for every method that prunes before the language model",
     )
-    add("--budgets", nargs="+", type=int, default=list(BUDGETS), metavar="TOKENS")
+    add("--budgets", nargs="+", type=positive, default=list(BUDGETS), metavar="TOKENS")
     add("--output", type=Path, default=Path("outputs/quickstart"))
     add("--save-result", type=Path, metavar="PATH", help="also write one compact result JSON")
-    add("--batch-size", type=int, default=8, help="questions per batch")
-    add("--seed", type=int, default=0, help="of the methods that draw at random")
+    add("--batch-size", type=positive, default=8, help="questions per batch")
+    add("--seed", type=natural, default=0, help="of the methods that draw at random")
     add("--device", default="cpu", choices=("auto", "cpu", "cuda", "mps"))
     parser.set_defaults(run=run)
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         result = make_result(args, done)
         folder = done.folder.path
         write_atomically(folder / TABLE, render(result))
-        plot_accuracy(result, folder / PICTURES[0])
+        draw_accuracy(result).savefig(folder / PICTURES[0])
         save_overlays(done.runner, done.arms, OVERLAY_TOKENS, folder / PICTURES[1])
         if args.save_result:
             write_atomically(args.save_result, dump_json(result))
@@ -94,10 +95,6 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserInputError: naming the flag.
     """
-    if args.limit < 0 or args.batch_size < 1 or args.seed < 0:
-        raise UserInputError("--limit and --seed must be at least 0, --batch-size at least 1")
-    if any(budget < 1 for budget in args.budgets):
-        raise UserInputError("--budgets must be at least 1")
     if find_spec("matplotlib") is None:
         raise UserInputError("the plots need matplotlib: pip install 'llava[eval]'")
     if user_path(args.model_path).is_file():

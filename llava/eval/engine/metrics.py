@@ -79,7 +79,7 @@ def _difference(lines: Sequence[Record], unpruned: Mapping[int, Record]) -> Reco
     images = [tuple(line["images"]) or line["index"] for line, _ in pairs]
     own, base = ([float(line["score"]) for line in column] for column in zip(*pairs, strict=True))
     estimate = paired_difference(own, base, images)
-    return {"difference": {"value": estimate.mean, "se": estimate.se, "n": estimate.n}}
+    return {"difference": {"value": estimate.value, "se": estimate.se, "n": estimate.n}}
 
 
 class BatchTimes:
@@ -162,7 +162,7 @@ def _row(arm: Arm, records: Mapping[int, Record], unpruned: Mapping[int, Record]
 def _accuracy(lines: Sequence[Record]) -> Record:
     scores = [float(line["score"]) for line in lines]
     estimate = mean_estimate(scores, [tuple(line["images"]) for line in lines])
-    return {"accuracy": estimate.mean, "accuracy_se": estimate.se, "n": estimate.n}
+    return {"accuracy": estimate.value, "accuracy_se": estimate.se, "n": estimate.n}
 
 
 def _times(times: BatchTimes, name: str) -> Record:

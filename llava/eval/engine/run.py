@@ -31,30 +31,39 @@ SHOWN_ARMS = 3  # running scores next to the bar
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A run whose items are all answered.
+class OpenRun:
+    """A run that is ready to be answered.
 
     Attributes:
-        request: what was asked.
+        request: what is asked.
         runner: with the loaded model and the plan.
-        arms: of the request, those that could not run with their reason.
+        arms: of the request, those that cannot run with their reason.
         folder: `OUTPUT/runs/<run key>`.
-        info: the content of `run.json`.
-        answers, timings: all records.
     """
 
     request: RunRequest
     runner: Runner
     arms: tuple[Arm, ...]
     folder: RunFolder
-    info: Record
-    answers: list[Record]
-    timings: list[Record]
 
     @property
     def plan(self) -> Plan:
-        """What was asked, in batches."""
+        """What is asked, in batches."""
         return self.runner.plan
+
+
+@dataclass(frozen=True)
+class Answered(OpenRun):
+    """A run whose items are all answered.
+
+    Attributes:
+        info: the content of `run.json`.
+        answers, timings: all records.
+    """
+
+    info: Record
+    answers: list[Record]
+    timings: list[Record]
 
 
 def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
@@ -155,68 +164,57 @@ def answer(
     device = group.device(request.model.device)
     with ExitStack() as stack:
 
-        def prepare() -> tuple[Runner, tuple[Arm, ...], RunFolder]:
+        def prepare() -> OpenRun:
             subject = load(replace(request.prompted_model, device=device))
             asked = (request.benchmark, plan, request.sampling, request.seed)
             runner = Runner(subject, *asked, run_key, request.workers)
             arms = choose_arms(runner, request.arms)
             running = sum(arm.unavailable is None for arm in arms)
             sizes = [running * len(batch) for batch in plan.batches]
-            path = request.output / "runs" / run_key[:16]
-            return runner, arms, stack.enter_context(closing(RunFolder(path, sizes, group.rank)))
+            folder = RunFolder(request.output / "runs" / run_key[:16], sizes, group.rank)
+            return OpenRun(request, runner, arms, stack.enter_context(closing(folder)))
 
         group.agree(lambda: stack.enter_context(exclusive(request.output)))
         group.agree(lambda: withdraw(request.output, run_key, files))
-        runner, arms, folder = group.all_do(prepare)
-        left = group.agree(folder.remaining)
-        info = identity | _describe(request, runner, arms, group, len(left))
+        opened = group.all_do(prepare)
+        left = group.agree(opened.folder.remaining)
+        info = identity | _describe(opened, group, len(left))
 
         if group.first:
-            _announce(plan, arms, folder, len(left))
-            folder.write_json("run.json", info | {"status": "running"})
-        title = f"{group.rank + 1}/{group.world}" if group.world > 1 else ""
+            _announce(opened, len(left))
+            opened.folder.write_json("run.json", info | {"status": "running"})
         try:
-            group.all_do(
-                lambda: answer_batches(runner, arms, folder, group.deal(left), title=title)
-            )
+            group.all_do(lambda: answer_batches(opened, group, group.deal(left)))
             seconds = round(time.monotonic() - started, 1)
             done = {**info, "status": "done", "wall_seconds": seconds}
-            return group.agree(lambda: _conclude(request, runner, arms, folder, done, finish))
+            return group.agree(lambda: _conclude(opened, done, finish))
         except BaseException:
             if group.first:
-                folder.write_json("run.json", info | {"status": "interrupted"})
+                opened.folder.write_json("run.json", info | {"status": "interrupted"})
             raise
 
 
-def _conclude(
-    request: RunRequest,
-    runner: Runner,
-    arms: tuple[Arm, ...],
-    folder: RunFolder,
-    info: Record,
-    finish: Callable[[Answered], None],
-) -> int:
+def _conclude(opened: OpenRun, info: Record, finish: Callable[[Answered], None]) -> int:
+    folder, plan = opened.folder, opened.plan
     answers, timings = folder.read()
     folder.write_lines("answers.jsonl", answers)
     folder.write_lines("timings.jsonl", timings)
     failed = count_failed(answers)
     info = {**info, "failed_items": failed}
     folder.write_json("run.json", info)
-    finish(Answered(request, runner, arms, folder, info, answers, timings))
+    finish(Answered(opened.request, opened.runner, opened.arms, folder, info, answers, timings))
     if failed:
-        items = len(runner.plan.items)
-        print(f"{failed} of {items} items were skipped: an image cannot be read")
+        print(f"{failed} of {len(plan.items)} items were skipped: an image cannot be read")
     return 1 if failed else 0
 
 
-def answer_batches(
-    runner: Runner, arms: Sequence[Arm], folder: RunFolder, numbers: Sequence[int], title: str = ""
-) -> None:
+def answer_batches(opened: OpenRun, group: Processes, numbers: Sequence[int]) -> None:
     """Answer the numbered batches under a progress bar and log each.
 
-    `title` is printed before the bar. Its scores include what the logs had before.
+    The bar's scores include what the logs had before.
     """
-    sizes = [len(batch) for batch in runner.plan.batches]
+    folder = opened.folder
+    sizes = [len(batch) for batch in opened.plan.batches]
     left = sum(sizes[number] for number in numbers)
     scores: dict[str, list[float]] = defaultdict(list)
     add_scores(scores, folder.read()[0])
@@ -225,10 +223,10 @@ def answer_batches(
         total=sum(sizes),
         initial=sum(sizes) - left,
         unit="item",
-        desc=title or None,
+        desc=f"{group.rank + 1}/{group.world}" if group.world > 1 else None,
         dynamic_ncols=True,
     )
-    with bar, closing(runner.run(arms, numbers)) as batches:
+    with bar, closing(opened.runner.run(opened.arms, numbers)) as batches:
         for number, (answers, timings) in zip(numbers, batches, strict=True):
             folder.append(answers, timings)
             for reason in sorted({line["error"] for line in answers if "error" in line}):
@@ -306,29 +304,28 @@ def figures(metrics: Record) -> str:
     return "\n".join(lines)
 
 
-def _describe(
-    request: RunRequest, runner: Runner, arms: Sequence[Arm], group: Processes, left: int
-) -> Record:
-    batches = len(runner.plan.batches)
+def _describe(opened: OpenRun, group: Processes, left: int) -> Record:
+    request, batches = opened.request, len(opened.plan.batches)
     return {
         "schema_version": SCHEMA_VERSION,
         "task": request.benchmark.name,
         "protocol": request.benchmark.protocol,
-        "arms": {arm.name: arm.to_dict() for arm in arms},
+        "arms": {arm.name: arm.to_dict() for arm in opened.arms},
         "command": request.command,
         "git": provenance.git_state(),
-        "machine": provenance.machine(str(runner.subject.model.device)),
+        "machine": provenance.machine(str(opened.runner.subject.model.device)),
         "processes": group.world,
         "batches": batches,
         "reused_batches": batches - left,
     }
 
 
-def _announce(plan: Plan, arms: Sequence[Arm], folder: RunFolder, left: int) -> None:
-    batches = len(plan.batches)
-    print(f"{len(arms)} arms, {len(plan.items)} items; {folder.path}")
+def _announce(opened: OpenRun, left: int) -> None:
+    arms, plan = opened.arms, opened.plan
+    print(f"{len(arms)} arms, {len(plan.items)} items; {opened.folder.path}")
     for arm in arms:
         if arm.unavailable is not None:
             print(f"{arm.name} is not available: {arm.unavailable}")
+    batches = len(plan.batches)
     if left < batches:
         print(f"reusing {batches - left} of {batches} batches answered before")

@@ -40,13 +40,11 @@ class Point:
     control: bool = False
 
 
-def plot_accuracy(result: Record, path: Path) -> None:
-    """Draw accuracy (per cent, bars of one standard error) against visual tokens, to a PNG."""
-    draw_accuracy(result).savefig(path)
-
-
 def draw_accuracy(result: Record) -> Figure:
-    """Return the figure of `plot_accuracy`; it grows with the number of its curves."""
+    """Draw accuracy (per cent, bars of one standard error) against visual tokens.
+
+    The figure grows with the number of its curves.
+    """
     rows = [row for row in result["rows"] if not row["unavailable"]]
     pruned = [row for row in rows if row["method"] != UNPRUNED]
     return _draw(

@@ -6,11 +6,11 @@ that differ in it go to different runs, each with its own unpruned arm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava.eval.engine.request import Arm, arm_of, arm_word, make_arm
-from llava.eval.tables.spec import Column, Row, Table
+from llava.eval.tables.spec import Row, Table
 from llava.eval.tasks.base import list_benchmarks
 from llava.pruning import list_methods
 
@@ -98,7 +98,6 @@ def plan(
     table: Table,
     budgets: Budgets = published_budget,
     native_only: bool = False,
-    columns: Sequence[Column] | None = None,
 ) -> list[Job]:
     """Plan the runs that fill the table, in column order; none for rows that are not available.
 
@@ -107,8 +106,7 @@ def plan(
     """
     jobs = []
     rows = [row for row in table.rows if unavailable(table, row) is None]
-    wanted = table.columns if columns is None else columns
-    for task, protocol in dict.fromkeys((column.task, column.protocol) for column in wanted):
+    for task, protocol in dict.fromkeys((own.task, own.protocol) for own in table.columns):
         for reading in dict.fromkeys(next_protocol_of(row, native_only) for row in rows):
             asked = [
                 arm_for(row, budgets)
