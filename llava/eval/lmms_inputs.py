@@ -25,7 +25,7 @@ from llava.utils import UserInputError, describe_value
 NEW_TOKENS = 1024  # where a task sets no limit
 # How an `<image>` that is text and no mark is written until the prompt is split at its marks.
 _LITERAL = DEFAULT_IMAGE_TOKEN.replace("<", "<\0")
-_CHATML_SYSTEM = "<|im_start|>system\n"  # stands before the system text of such templates
+_CHATML_SYSTEM = "<|im_start|>system\n"  # comes before the system text of such templates
 _ROLES = ("user", "assistant")
 _Part = tuple[str, Any]  # kind, and text or picture
 
@@ -38,7 +38,7 @@ class Prompt:
         text: the user's words, with image marks or without any.
         images: the pictures of all turns, as RGB, in their order.
         decoding: the task's generation settings.
-        history: what was said before, the user's words and the answer in turn; marks stand in it.
+        history: what was said before, the user's words and the answer in turn, with marks.
         system: replaces the template's system text.
     """
 
@@ -147,7 +147,7 @@ def read_messages(messages: Any, decoding: Mapping[str, Any], task: str) -> Prom
     roles = [role for role, _ in turns]
     if not turns or roles != [_ROLES[n % 2] for n in range(len(turns))] or len(turns) % 2 == 0:
         raise UserInputError(
-            f"task {task} asks in turns of {', '.join(roles) or 'nobody'}; user and assistant must "
+            f"task {task} asks in turns of {', '.join(roles) or 'no one'}; user and assistant must "
             "take turns, the user first and last"
         )
     images: list[Image.Image] = []

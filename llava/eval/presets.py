@@ -90,7 +90,11 @@ PRESETS = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called `name`; UserInputError with the closest names for an unknown one."""
+    """Return the preset called `name`.
+
+    Raises:
+        UserInputError: it does not exist; names the closest.
+    """
     if name not in PRESETS:
         raise UserInputError(unknown("preset", name, PRESETS))
     return PRESETS[name]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_llava import write_lines
+from tiny_llava import exit_code, write_lines
 
 from llava.eval.engine import run as execution
 from llava.eval.llava_scripts.vqa import MMBenchTable
@@ -359,7 +359,7 @@ def test_bad_flags(
     extra: list[str],
     message: str,
 ) -> None:
-    assert script("model_vqa_loader", questions, *extra) == 2
+    assert exit_code(lambda: script("model_vqa_loader", questions, *extra)) == 2
     assert message in capfd.readouterr().err.splitlines()[-1]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_llava import exit_code
 
 from llava.eval.__main__ import main
 from llava.eval.commands import paper_table as command
@@ -471,7 +472,7 @@ def test_dry_run_prints_the_runs_and_touches_nothing(
 def test_bad_flags_are_one_line(
     words: list[str], named: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main(["paper-table", *words]) == 2
+    assert exit_code(lambda: main(["paper-table", *words])) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
 

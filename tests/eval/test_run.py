@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_llava import exit_code
 
 from llava.eval.__main__ import main
 from llava.eval.engine import run as execution
@@ -247,7 +248,7 @@ def test_bad_input_is_one_line_and_code_2(
     extra: list[str],
     message: str,
 ) -> None:
-    assert run(tmp_path / "output", *extra) == 2
+    assert exit_code(lambda: run(tmp_path / "output", *extra)) == 2
     assert message in last_line(capfd)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece
@@ -140,3 +141,11 @@ def draw_picture(seed: int) -> Image.Image:
 
 def write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def exit_code(command: Callable[[], int]) -> int | str | None:
+    """Run a command and return its exit code, whether the parser or the command itself ends it."""
+    try:
+        return command()
+    except SystemExit as stop:
+        return stop.code

@@ -26,7 +26,7 @@ from llava.utils import user_path
 
 @dataclass(frozen=True)
 class ArmAnswers:
-    """The answers of one arm of one run, and of that run's unpruned arm if it has one."""
+    """Answers of one arm of one run, and of that run's unpruned arm if it has one."""
 
     title: str
     task: str

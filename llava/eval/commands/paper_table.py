@@ -15,7 +15,9 @@ from pathlib import Path
 from llava.command_line import natural, positive
 from llava.eval.demo import DEFAULT_SAMPLES, write_playground
 from llava.eval.engine import provenance
+from llava.eval.engine.batches import Plan
 from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.runner import Runner
 from llava.eval.engine.schema import Record
 from llava.eval.report import paper_table as report
 from llava.eval.report.pictures import draw_kept_tokens
@@ -33,10 +35,9 @@ from llava.eval.tables.plan import (
     scaled_budgets,
     unavailable,
 )
-from llava.eval.tables.spec import Row, Table, TableError, list_tables, load_table
+from llava.eval.tables.spec import Table, TableError, list_tables, load_table
 from llava.model.loaded import ModelSpec
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
-from llava.pruning import PruningConfig
 from llava.registry import unknown
 from llava.shipped import LLAVA_TINY
 from llava.storage import exclusive, write_atomically
@@ -100,10 +101,6 @@ class Order:
         jobs = plan(self.table, self.budgets, native_only=self.demo)
         return [job for job in jobs if job.task not in absent]
 
-    def setting(self, row: Row) -> PruningConfig | None:
-        """Return how the runs prune for a row."""
-        return arm_for(row, self.budgets).seeded(self.launch.seed)
-
 
 def run(args: argparse.Namespace, run_one: RunJob = run_job) -> int:
     """Run, tabulate, draw; 0 if every cell that can run has run."""
@@ -165,7 +162,7 @@ def read_order(args: argparse.Namespace) -> Order:
     for row in table.rows:
         try:
             if unavailable(table, row) is None:
-                order.setting(row)
+                arm_for(row, budgets).seeded(args.seed)
         except UserInputError as error:
             raise TableError(
                 f"the row {row.label!r} of {table.name} cannot run: {error}"
@@ -252,18 +249,15 @@ def draw_overlays(order: Order, filled: Filled, path: Path) -> bool:
         return False
     first = next(job for job in order.jobs() if job.next_protocol == DEFAULT_PROTOCOL)
     request = order.launch.request(first)
-    item = next(item for item in request.benchmark.items() if item.images)
-    settings = {
-        f"{row.row.label} {report.budget_text(row.budget)}": setting
-        for row in rows
-        if (setting := order.setting(row.row)) is not None
-    }
-    name = item.images[0]
     located = replace(request, model=request.model.located())
     subject = order.launch.shared.load(located.prompted_model)
-    image = request.benchmark.load_image(name)
-    draw_kept_tokens(subject, image, item.question, settings, path, name)
-    return True
+    questions = Plan.of(request.benchmark.items(), request.batch_size)
+    runner = Runner(subject, request.benchmark, questions, request.sampling, request.seed)
+    arms = {
+        f"{row.row.label} {report.budget_text(row.budget)}": arm_for(row.row, order.budgets)
+        for row in rows
+    }
+    return draw_kept_tokens(runner, arms, path)
 
 
 def rows_to_draw(filled: Filled) -> list[FilledRow]:
