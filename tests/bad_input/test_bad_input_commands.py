@@ -86,6 +86,7 @@ COMMANDS: list[tuple[Any, Sequence[str], str]] = [
     (eval_command, ("table", "scene.png"), r"scene\.png is damaged, it is not JSON"),
     (eval_command, ("table", "list.json"), r"not a result file of schema version"),
     (eval_command, ("table", "bare.json"), r"lacks .*rows; write it again with --save-result"),
+    (eval_command, ("table", "full.json"), r"lacks questions, .*rows; write it again"),
     (eval_command, ("table", "full.json", "--update-readme", "list.json"), r"no section between"),
     (eval_command, ("table", "full.json", "--update-readme", "scene.png"), r"not UTF-8 text"),
     (pruning_command, (), r"required: command"),

@@ -103,8 +103,7 @@ def compare(a: ArmAnswers, b: ArmAnswers) -> str:
     if not pairs:
         raise ResultError("no question was answered by both: their images could not be read")
     lines = [f"A: {a.title}", f"B: {b.title}", f"{a.task}, {len(pairs)} questions answered by both"]
-    scored = [pair for pair in pairs if pair[0]["score"] is not None]
-    scored = [pair for pair in scored if pair[1]["score"] is not None]
+    scored = [pair for pair in pairs if all(line["score"] is not None for line in pair)]
     if scored:
         lines += score_lines(scored)
     else:
