@@ -120,7 +120,7 @@ def main() -> None:
         rows = measure(device, torch.bfloat16, args.seconds)
     result = {
         "command": f"python scripts/stage_speed.py --seconds {args.seconds:g}",
-        "commit": args.commit or provenance.git_state(),
+        "commit": {"commit": args.commit, "dirty": None} if args.commit else provenance.git_state(),
         "versions": provenance.package_versions(),
         "machine": provenance.machine(device),
         "rows": rows,
