@@ -252,7 +252,7 @@ def draw_overlays(order: Order, filled: Filled, path: Path) -> bool:
     located = replace(request, model=request.model.located())
     subject = order.launch.shared.load(located.prompted_model)
     questions = Plan.of(request.benchmark.items(), request.batch_size)
-    runner = Runner(subject, request.benchmark, questions, request.sampling, request.seed)
+    runner = Runner.of(request, subject, questions)
     arms = {
         f"{row.row.label} {report.budget_text(row.budget)}": arm_for(row.row, order.budgets)
         for row in rows

@@ -86,16 +86,11 @@ LoadModel = Callable[[ModelSpec], LoadedModel]
 Report = Callable[[Answered], None]
 
 
-def load_model(spec: ModelSpec) -> LoadedModel:
-    """Load a model for one run."""
-    return spec.load()
-
-
 def run(
     request: RunRequest,
     *,
     choose_arms: ChooseArms = mark_unavailable,
-    load: LoadModel = load_model,
+    load: LoadModel | None = None,
     report: Report | None = None,
     more_files: Sequence[str] = (),
 ) -> int:
@@ -104,7 +99,7 @@ def run(
     Args:
         request: what to run.
         choose_arms: fits the arms to the loaded model.
-        load: loads the model, or returns one that several runs share.
+        load: returns the model, which several runs may share; by default it is loaded.
         report: writes more files into the run's folder and prints what it found; by default the
             main figure of every arm is printed.
         more_files: names of those files, published with the others.
@@ -138,7 +133,7 @@ def answer(
     finish: Callable[[Answered], None],
     *,
     choose_arms: ChooseArms = mark_unavailable,
-    load: LoadModel = load_model,
+    load: LoadModel | None = None,
     files: Sequence[str] = (),
 ) -> int:
     """Answer what no log has yet, then call `finish` in process 0.
@@ -165,9 +160,8 @@ def answer(
     with ExitStack() as stack:
 
         def prepare() -> OpenRun:
-            subject = load(replace(request.prompted_model, device=device))
-            asked = (request.benchmark, plan, request.sampling, request.seed)
-            runner = Runner(subject, *asked, run_key, request.workers)
+            subject = (load or ModelSpec.load)(replace(request.prompted_model, device=device))
+            runner = Runner.of(request, subject, plan, run_key)
             arms = choose_arms(runner, request.arms)
             running = sum(arm.unavailable is None for arm in arms)
             sizes = [running * len(batch) for batch in plan.batches]

@@ -18,7 +18,7 @@ from llava.eval.engine.batches import Plan
 from llava.eval.engine.decode import Stopwatch, decode, row_seed
 from llava.eval.engine.images import ImageSource, LoadedImages
 from llava.eval.engine.provenance import hash_json
-from llava.eval.engine.request import Arm
+from llava.eval.engine.request import Arm, RunRequest
 from llava.eval.engine.schema import Record
 from llava.eval.prompts import count_visual_tokens, image_ranges, prompt_ids, question_prompt
 from llava.eval.tasks.base import Benchmark, Item
@@ -53,6 +53,12 @@ class Runner:
     seed: int
     run_key: str = ""
     workers: int = 0
+
+    @classmethod
+    def of(cls, request: RunRequest, subject: LoadedModel, plan: Plan, run_key: str = "") -> Runner:
+        """Make the runner of a request."""
+        asked, sampling = request.benchmark, request.sampling
+        return cls(subject, asked, plan, sampling, request.seed, run_key, request.workers)
 
     @property
     def source(self) -> ImageSource:
