@@ -32,7 +32,7 @@ def build(images: int) -> dict[str, str]:
         for turn in range(QUESTIONS_PER_IMAGE):
             family = families[(index * QUESTIONS_PER_IMAGE + turn) % len(families)]
             pair = FAMILIES[family](rng, made)
-            if pair is None:  # the scene holds no question of this family
+            if pair is None:  # the scene has no question of this family
                 continue
             identity = len(questions)
             line = {"question_id": identity, "image": f"{name}.png", "text": pair[0]}

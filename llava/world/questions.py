@@ -1,6 +1,6 @@
 """Six question families, modelled on POPE, GQA, TextVQA and counting questions.
 
-A family maps a scene to one (question, answer) pair or `None` where the scene holds no such
+A family maps a scene to one (question, answer) pair or `None` where the scene has no such
 question. What the answer needs stands in the image once or is counted; nothing is ambiguous.
 """
 
@@ -53,7 +53,7 @@ def color(rng: np.random.RandomState, scene: Scene) -> tuple[str, str] | None:
 
 
 def relation(rng: np.random.RandomState, scene: Scene) -> tuple[str, str] | None:
-    """GQA relation: what stands directly beside a shape that appears once."""
+    """GQA relation: what stands directly next to a shape that appears once."""
     item = _pick(rng, [item for item in unique_items(scene) if item.partner is not None])
     if item is None:
         return None

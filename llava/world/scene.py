@@ -39,7 +39,7 @@ class Item:
     size: int
     x: int
     y: int
-    partner: int | None = None  # index of the item it stands beside
+    partner: int | None = None  # index of the item it stands next to
     partner_side: str | None = None  # where that partner is, seen from this item
 
 
@@ -154,7 +154,7 @@ def _arrange_items(
     rng: np.random.RandomState,
     placer: _Placer,
     shapes: list[str],
-    spot_for: Callable[[int, int], tuple[int, int] | None],
+    find_spot: Callable[[_Placer, int, int], tuple[int, int] | None],
 ) -> list[Item]:
     # shapes that appear once come first: they are the anchors that pair questions can name
     pairs = min(4, len(shapes) // 2)
@@ -174,7 +174,7 @@ def _arrange_items(
         items[first].partner, items[first].partner_side = first + 1, side
         items[first + 1].partner, items[first + 1].partner_side = first, _OPPOSITE[side]
     for shape in rest:
-        spot = spot_for(ITEM_SPAN, ITEM_SPAN)
+        spot = find_spot(placer, ITEM_SPAN, ITEM_SPAN)
         if spot:
             items.append(_item(rng, shape, *spot))
     return items
@@ -210,14 +210,7 @@ def make_scene(seed: tuple[int, ...]) -> Scene:
 
     Uses `RandomState`, whose stream numpy guarantees, and integer arithmetic only.
     """
-    for attempt in range(100):
-        rng = np.random.RandomState([*seed, attempt])
-        placer = _Placer(rng)
-        signs = _arrange_signs(rng, placer)
-        items = _arrange_items(rng, placer, _inventory(rng), placer.place)
-        if len(items) >= 15 and len(signs) == 2:
-            return Scene(items, signs, rng)
-    raise RuntimeError(f"no scene with 15 items fits for seed {seed}")
+    return _make(seed, _inventory, _Placer.place, 15)
 
 
 def make_varied_scene(seed: tuple[int, ...]) -> Scene:
@@ -226,11 +219,21 @@ def make_varied_scene(seed: tuple[int, ...]) -> Scene:
     Its share of background is about 0.3 to 0.95, a usual scene's about 0.85: what is learnt from
     both cannot lean on the share. Same promises as `make_scene`.
     """
+    return _make(seed, _varied_inventory, _Placer.squeeze, 3)
+
+
+def _make(
+    seed: tuple[int, ...],
+    draw_shapes: Callable[[np.random.RandomState], list[str]],
+    find_spot: Callable[[_Placer, int, int], tuple[int, int] | None],
+    least: int,
+) -> Scene:
+    """Try arrangements of drawn shapes until one has two signs and at least `least` items."""
     for attempt in range(100):
         rng = np.random.RandomState([*seed, attempt])
         placer = _Placer(rng)
         signs = _arrange_signs(rng, placer)
-        items = _arrange_items(rng, placer, _varied_inventory(rng), placer.squeeze)
-        if len(items) >= 3 and len(signs) == 2:
+        items = _arrange_items(rng, placer, draw_shapes(rng), find_spot)
+        if len(items) >= least and len(signs) == 2:
             return Scene(items, signs, rng)
-    raise RuntimeError(f"no scene with 3 items fits for seed {seed}")
+    raise RuntimeError(f"no scene with {least} items fits for seed {seed}")

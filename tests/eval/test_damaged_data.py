@@ -23,14 +23,14 @@ CASES: list[tuple[str, str, tuple[Any, ...], Any, str]] = [
         "vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
         ("questions", FIRST, "image_id"),
         "zz",
-        "its image_id a number",
+        "its image_id must be a number",
     ),
     (
         "vqav2",
         "vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
         ("questions", FIRST, "question"),
         5,
-        "its question must be text",
+        "question in question 1 of .* must be text",
     ),
     (
         "vqav2",

@@ -9,6 +9,7 @@ from PIL import Image
 
 from llava.eval.tasks.files import (
     ImageFolder,
+    Kind,
     check_ids,
     hash_files,
     index_by,
@@ -38,7 +39,7 @@ def test_damaged_lines(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(TaskError, match=message):
-        read_jsonl(path, keys=("question_id",))
+        read_jsonl(path, fields={"question_id": Kind.ANY})
 
 
 def test_a_missing_file_names_itself_and_the_command(tmp_path: Path) -> None:

@@ -216,7 +216,8 @@ def test_files_that_are_no_json_object(file: str, folder: Path) -> None:
     whole = (folder / file).read_text()
     for content in (*CONTENTS, whole[: len(whole) // 2], f"{whole}}}"):
         (folder / file).write_text(content)
-        with pytest.raises(UserInputError, match=f"{Path(file).name}'? (cannot|is not|is damaged)") as caught:
+        pattern = f"{Path(file).name}'? (cannot|is not|is damaged)"
+        with pytest.raises(UserInputError, match=pattern) as caught:
             answer(folder)
         assert "\n" not in str(caught.value)
 

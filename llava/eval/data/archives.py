@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from llava.eval.data.layout import Layout
@@ -54,7 +55,11 @@ class Store:
 
 @contextmanager
 def open_store(path: Path) -> Iterator[Store]:
-    """Open a folder, a .zip or a .tar (also compressed). Raises TaskError for anything else."""
+    """Open a folder, a .zip or a .tar (also compressed).
+
+    Raises:
+        TaskError: it is anything else.
+    """
     try:
         if path.is_dir():
             found = (file for file in sorted(path.rglob("*")) if file.is_file())
@@ -109,17 +114,12 @@ def take_images(store: Store, folder: Path, names: Iterable[str], layout: Layout
 
 def _shared(one: PurePosixPath, other: PurePosixPath) -> int:
     """Count the parts that the two have in common at their ends."""
-    count = 0
-    for left, right in zip(reversed(one.parts), reversed(other.parts), strict=False):
-        if left != right:
-            break
-        count += 1
-    return count
+    pairs = zip(reversed(one.parts), reversed(other.parts), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     handle = tar.extractfile(member)
-    if handle is None:
-        raise TaskError(f"{member.name} in the archive is not a file; download the archive again")
+    assert handle is not None, "only files are listed"
     with handle:
         return handle.read()

@@ -35,7 +35,11 @@ def list_prepared() -> list[str]:
 
 
 def open_prepared(task: str, protocol: str | None, root: Path) -> tuple[Benchmark, Sources]:
-    """Return a benchmark and where its data come from. Raises TaskError for unknown names."""
+    """Return a benchmark and where its data come from.
+
+    Raises:
+        TaskError: the names are unknown.
+    """
     benchmark = get_benchmark(task)(root, protocol)
     sources = benchmark.sources()
     if sources is None:

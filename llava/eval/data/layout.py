@@ -62,14 +62,22 @@ class Layout:
         write_atomically(path, content)
 
     def _check(self, path: Path) -> None:
-        """Refuse a name, chosen by others, that leads out of the root. Raises TaskError."""
+        """Refuse a name, chosen by others, that leads out of the root.
+
+        Raises:
+            TaskError: the name does.
+        """
         inside = path.is_relative_to(self.root) and path != self.root
         if not inside or ".." in path.relative_to(self.root).parts:
             raise TaskError(f"refusing to write {str(path)!r}: it leads out of the data root")
 
 
 def image_bytes(cell: Mapping[str, Any] | None, what: str) -> bytes:
-    """Return the bytes in an image cell of a dataset. Raises TaskError, naming `what`, for none."""
+    """Return the bytes in an image cell of a dataset.
+
+    Raises:
+        TaskError: there are none; the message names `what`.
+    """
     if not isinstance(cell, Mapping) or not cell.get("bytes"):
         raise TaskError(f"the dataset has no image for {what}; download it again")
     return cell["bytes"]

@@ -11,6 +11,7 @@ from llava.eval.llava_scripts import flag, path_flag, program
 from llava.eval.tasks import gqa, mmbench, mme, open_ended, seed_bench, vizwiz, vqav2
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import (
+    Kind,
     check_ids,
     question_key,
     read_answers,
@@ -22,7 +23,11 @@ from llava.storage import write_atomically
 
 
 def texts_of(answers: Path) -> dict[Any, str]:
-    """Read {question id: answer} of an answer file. Raises TaskError for an unusable one."""
+    """Read {question id: answer} of an answer file.
+
+    Raises:
+        TaskError: the file cannot be used.
+    """
     return {name: row["text"] for name, row in read_answers(answers).items()}
 
 
@@ -38,7 +43,9 @@ def convert_mme(args: Namespace) -> None:
     DIR/eval_tool/answers/EXPERIMENT/CATEGORY.txt; `python -m llava.eval.eval_mme` scores them.
     """
     answers = args.dir / "answers" / f"{args.experiment}.jsonl"
-    rows = read_jsonl(answers, texts=("question_id", "prompt", "text"))
+    rows = read_jsonl(
+        answers, fields={"question_id": Kind.TEXT, "prompt": Kind.TEXT, "text": Kind.TEXT}
+    )
     truth = mme.read_truth(args.dir / "MME_Benchmark_release_version", "mme")
     folder = args.dir / "eval_tool" / "answers" / args.experiment
     mme.write_categories(folder, mme.mme_lines(rows, truth))
@@ -96,7 +103,7 @@ def convert_seed_bench(args: Namespace) -> None:
     known = [question_key(row["question_id"]) for row in questions]
     check_ids(answers, known, args.result_file, args.annotation_file)
     right = [
-        name in answers and seed_bench.is_correct(answers[name], question["answer"])
+        answers.get(name) == question["answer"]
         for name, question in zip(known, questions, strict=True)
     ]
     print(*seed_bench.report(questions, types, right), sep="\n")
@@ -119,7 +126,7 @@ def convert_seed_bench(args: Namespace) -> None:
 def convert_vizwiz(args: Namespace) -> None:
     """Write what VizWiz's server takes."""
     results, damaged = read_intact_answers(args.result_file)
-    split = read_jsonl(args.annotation_file, ids=("question_id",), texts=("image",))
+    split = read_jsonl(args.annotation_file, fields={"question_id": Kind.ID, "image": Kind.TEXT})
     print(f"total results: {len(results)}, total split: {len(split)}, error_line: {damaged}")
     write_atomically(args.result_upload_file, json.dumps(vizwiz.submission(split, results)))
 
@@ -138,9 +145,8 @@ def convert_vqav2(args: Namespace) -> None:
     results, damaged = read_intact_answers(
         args.dir / "answers" / args.split / args.ckpt / "merge.jsonl"
     )
-    split = read_jsonl(
-        args.dir / "llava_vqav2_mscoco_test2015.jsonl", "vqav2", ids=("question_id",)
-    )
+    questions = args.dir / "llava_vqav2_mscoco_test2015.jsonl"
+    split = read_jsonl(questions, "vqav2", fields={"question_id": Kind.ID})
     print(f"total results: {len(results)}, total split: {len(split)}, error_line: {damaged}")
     target = args.dir / "answers_upload" / args.split / f"{args.ckpt}.json"
     write_atomically(target, json.dumps(vqav2.submission(split, results)))

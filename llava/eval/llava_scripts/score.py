@@ -13,6 +13,7 @@ from llava.eval.rules.vqa import textvqa_accuracy
 from llava.eval.tasks import mme, pope, scienceqa, textvqa
 from llava.eval.tasks.base import Metric, TaskError
 from llava.eval.tasks.files import (
+    Kind,
     Row,
     as_json,
     check_ids,
@@ -24,6 +25,7 @@ from llava.eval.tasks.files import (
 from llava.storage import write_atomically
 
 MME_TYPES = {"Perception": mme.PERCEPTION, "Cognition": mme.COGNITION}
+PROMPTED = {"question_id": Kind.ID, "prompt": Kind.TEXT, "text": Kind.TEXT}
 LABELS_PREFIX, LABELS_SUFFIX = "coco_pope_", ".json"
 
 
@@ -83,11 +85,10 @@ def pope_confusions(
     Raises:
         TaskError: that order or the numbers do not agree, which the published code does not check.
     """
-    lines = read_jsonl(question_file, ids=("question_id",), texts=("category",))
+    lines = read_jsonl(question_file, fields={"question_id": Kind.ID, "category": Kind.TEXT})
     questions = index_by(lines, "question_id", question_file)
     answers = list(read_answers(result_file).values())
-    given = [row["question_id"] for row in answers]
-    check_ids(given, questions, result_file, question_file)
+    check_ids((row["question_id"] for row in answers), questions, result_file, question_file)
     place = {name: number for number, name in enumerate(questions)}
     found = {}
     paths = sorted(annotation_dir.iterdir())
@@ -114,7 +115,7 @@ def pope_confusions(
 
 def _confusion(answers: Sequence[Row], path: Path, result_file: Path) -> pope.Confusion:
     labels: list[pope.Answer] = []
-    for where, row in numbered_jsonl(path, keys=("label",)):
+    for where, row in numbered_jsonl(path, fields={"label": Kind.ANY}):
         if row["label"] not in ("yes", "no"):
             raise TaskError(f"label in {where} is {as_json(row['label'])}; use yes or no")
         labels.append(row["label"])
@@ -163,7 +164,7 @@ def print_pope(category: str, confusion: pope.Confusion) -> None:
 def eval_science_qa(args: Namespace) -> None:
     """Score a ScienceQA answer file: print LLaVA's line and write its two result files."""
     problems, split = scienceqa.read_split(args.base_dir, args.split)
-    rows = read_answers(args.result_file, texts=("prompt",)).values()
+    rows = read_answers(args.result_file, PROMPTED).values()
     answers = {str(row["question_id"]): row for row in rows}
     check_ids(answers, problems, args.result_file, args.base_dir / "problems.json")
     analysis, summary = scienceqa.evaluate(problems, split, answers, args.options)
@@ -207,7 +208,7 @@ def print_textvqa(annotation_file: Path, result_file: Path) -> None:
 def textvqa_accuracies(annotation_file: Path, result_file: Path) -> list[float]:
     """Score every answer in [0, 1], in the order of the file."""
     known = textvqa.read_annotations(annotation_file)
-    rows = read_jsonl(result_file, ids=("question_id",), texts=("prompt", "text"))
+    rows = read_jsonl(result_file, fields=PROMPTED)
     if not rows:
         raise TaskError(f"{result_file} has no answers")
     return [

@@ -1,7 +1,7 @@
 """LLaVA's `model_vqa*`: answer a question file, over the same loop as every other run.
 
 The four programs differ in the question file they read. An interrupted command continues where it
-stopped when it is given again: what was answered lies beside the answers file, in a hidden folder,
+stopped when it is given again: what was answered is next to the answers file, in a hidden folder,
 under a key of every setting, so that answers never mix.
 """
 
@@ -11,7 +11,6 @@ import hashlib
 import sys
 from abc import abstractmethod
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +24,13 @@ from llava.eval.engine.processes import processes
 from llava.eval.engine.request import Arm, RunRequest, arm_of, saved_pruning
 from llava.eval.engine.run import Answered, answer
 from llava.eval.engine.schema import Record
-from llava.eval.llava_scripts import AddFlags, Program, flag, path_flag
+from llava.eval.llava_scripts import flag, path_flag, program
 from llava.eval.prompts import bare_question, has_inner_marks
 from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.eval.tasks.files import (
     OPTION_LETTER,
     OPTION_LETTER_CN,
+    Kind,
     check_listed,
     image_names,
     is_file,
@@ -101,7 +101,9 @@ class JsonLines(QuestionList):
 
     def items(self) -> list[Item]:
         items: list[Item] = []
-        for where, row in numbered_jsonl(self.file, ids=("question_id",), texts=("text",)):
+        for where, row in numbered_jsonl(
+            self.file, fields={"question_id": Kind.ID, "text": Kind.TEXT}
+        ):
             images, text = image_names(row.get("image"), where), row["text"]
             marks = text.count(DEFAULT_IMAGE_TOKEN)
             if marks not in (0, len(images)):
@@ -130,9 +132,8 @@ class ScienceQAFile(QuestionList):
         self.suffix = suffix
 
     def items(self) -> list[Item]:
-        rows = check_listed(
-            read_json(self.file), "question", self.file, keys=("conversations",), ids=("id",)
-        )
+        fields = {"id": Kind.ID, "conversations": Kind.ANY}
+        rows = check_listed(read_json(self.file), "question", self.file, fields)
         items = []
         for index, row in enumerate(rows):
             question, images = first_turn(row, f"question {index + 1} of {self.file}")
@@ -258,24 +259,7 @@ def asked_arm(args: Namespace, path: str) -> Arm:
     return replace(arm, name=arm.method, label=arm.method)
 
 
-def answering(
-    name: str,
-    description: str,
-    questions: Callable[[Namespace], QuestionList],
-    *flags: AddFlags,
-) -> Program:
-    """Declare a program that answers the file which `questions` opens.
-
-    Its flags are LLaVA's (some with underscores, as there), pruning flags, ours, and `flags`.
-    """
-    return Program(
-        f"llava.eval.{name}",
-        description,
-        (*COMMON_FLAGS, *flags),
-        lambda args: answer_file(questions(args), args),
-    )
-
-
+# LLaVA's (some with underscores, as there), those of pruning, and ours.
 COMMON_FLAGS = (
     add_answering_flags,
     path_flag("--image-folder", "where images are found by name", required=False, default=Path()),
@@ -294,38 +278,37 @@ LETTER_FLAG = flag(
 )
 
 
-def json_lines(args: Namespace) -> QuestionList:
-    """Open LLaVA's usual question file."""
-    return JsonLines(args.question_file, args.image_folder)
+@program("llava.eval.model_vqa", *COMMON_FLAGS)
+def model_vqa(args: Namespace) -> int:
+    """Answer a question file about images, at length."""
+    return answer_file(JsonLines(args.question_file, args.image_folder), args)
 
 
-def science_file(args: Namespace) -> QuestionList:
-    """Open LLaVA's ScienceQA file."""
-    suffix = OPTION_LETTER if args.single_pred_prompt else ""
-    return ScienceQAFile(args.question_file, args.image_folder, suffix)
-
-
-def mmbench_table(args: Namespace) -> QuestionList:
-    """Open one of MMBench's tables."""
-    suffix = SUFFIXES[args.lang] if args.single_pred_prompt else ""
-    return MMBenchTable(args.question_file, suffix, args.all_rounds)
-
-
-model_vqa = answering("model_vqa", "Answer a question file about images, at length.", json_lines)
-model_vqa_loader = answering(
-    "model_vqa_loader",
-    "Answer a question file about images.",
-    json_lines,
+@program(
+    "llava.eval.model_vqa_loader",
+    *COMMON_FLAGS,
     flag("--max_new_tokens", type=int, default=128),
 )
-model_vqa_science = answering(
-    "model_vqa_science", "Answer LLaVA's ScienceQA file.", science_file, LETTER_FLAG
-)
-model_vqa_mmbench = answering(
-    "model_vqa_mmbench",
-    "Answer one of MMBench's tables.",
-    mmbench_table,
+def model_vqa_loader(args: Namespace) -> int:
+    """Answer a question file about images."""
+    return answer_file(JsonLines(args.question_file, args.image_folder), args)
+
+
+@program("llava.eval.model_vqa_science", *COMMON_FLAGS, LETTER_FLAG)
+def model_vqa_science(args: Namespace) -> int:
+    """Answer LLaVA's ScienceQA file."""
+    suffix = OPTION_LETTER if args.single_pred_prompt else ""
+    return answer_file(ScienceQAFile(args.question_file, args.image_folder, suffix), args)
+
+
+@program(
+    "llava.eval.model_vqa_mmbench",
+    *COMMON_FLAGS,
     flag("--all-rounds", action="store_true", help="ask with the options in every rotation"),
     LETTER_FLAG,
     flag("--lang", choices=tuple(SUFFIXES), default="en", help="of that request"),
 )
+def model_vqa_mmbench(args: Namespace) -> int:
+    """Answer one of MMBench's tables."""
+    suffix = SUFFIXES[args.lang] if args.single_pred_prompt else ""
+    return answer_file(MMBenchTable(args.question_file, suffix, args.all_rounds), args)

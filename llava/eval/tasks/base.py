@@ -13,6 +13,7 @@ from PIL import Image
 from llava.eval.stats import Metric, metric_of
 from llava.pixels import ORIGINAL
 from llava.registry import Registry
+from llava.storage import write_atomically
 from llava.utils import UserInputError
 
 
@@ -76,6 +77,7 @@ class Benchmark(ABC):
         protocols: {protocol: one line that says what it is}; the first is the default.
         max_new_tokens: LLaVA's limit for this benchmark.
         headline: key of the metric that tables print by default; "" where there is none.
+        submission_file: name of the file that `submission` is the text of; "" without one.
         default_root: data root where `--data-root` is not given.
         pixels: how `load_image` reads pictures, see `llava.pixels`; `--pixels` sets it on the
             instance. Published figures were measured with `original`.
@@ -90,6 +92,7 @@ class Benchmark(ABC):
     protocols: ClassVar[Mapping[str, str]]
     max_new_tokens: ClassVar[int] = 128
     headline: str = "accuracy"
+    submission_file: str = ""
     default_root: ClassVar[Path] = Path("playground/data/eval")
     pixels: str = ORIGINAL
 
@@ -143,14 +146,22 @@ class Benchmark(ABC):
                 metrics[name] = metric_of([score for _, score in scored], clusters)
         return metrics
 
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write the files that the benchmark's own scorer or server takes; return their paths.
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return the text of `submission_file`.
 
         Items whose images could not be read have the answer "".
         """
-        return []
+        raise NotImplementedError
+
+    def write_submission(
+        self, items: Sequence[Item], answers: Sequence[str], folder: Path
+    ) -> list[Path]:
+        """Write the files that the benchmark's own scorer or server takes; return their paths."""
+        if not self.submission_file:
+            return []
+        path = folder / self.submission_file
+        write_atomically(path, self.submission(items, answers))
+        return [path]
 
     def sources(self) -> Sources | None:
         """Return where its data come from; None for a benchmark that brings its own."""

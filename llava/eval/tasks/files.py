@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -23,6 +24,20 @@ from llava.images import open_image
 from llava.pixels import ORIGINAL
 
 Row = dict[str, Any]
+
+
+class Kind(StrEnum):
+    """What a field must be, in the words of errors."""
+
+    ID = "text or a whole number"
+    TEXT = "text"
+    ANY = "anything"
+
+
+Fields = Mapping[str, Kind]
+ANY_OBJECT: Fields = {}
+QUESTION = {"question_id": Kind.ID, "image": Kind.TEXT, "text": Kind.TEXT}
+ANSWER = {"question_id": Kind.ID, "text": Kind.TEXT}
 
 # Suffixes that LLaVA-1.5 was trained with; its published question files carry them in `text`.
 SHORT_ANSWER = f"\n{constants.SHORT_ANSWER}"
@@ -43,63 +58,51 @@ def how_to_get(task: str | None) -> str:
 
 
 def read_bytes(path: Path, task: str | None = None) -> bytes:
-    """Return the contents of a file. Raises TaskError if it cannot be read."""
+    """Return the contents of a file.
+
+    Raises:
+        TaskError: it cannot be read.
+    """
     return storage.read_bytes(path, hint=how_to_get(task), error=TaskError)
 
 
 def read_json(path: Path, task: str | None = None) -> Any:
-    """Return the value in a JSON file. Raises TaskError if it is missing or damaged."""
+    """Return the value in a JSON file.
+
+    Raises:
+        TaskError: it is missing or damaged.
+    """
     return storage.read_json(path, hint=how_to_get(task), error=TaskError)
 
 
-def read_jsonl(
-    path: Path,
-    task: str | None = None,
-    keys: Sequence[str] = (),
-    texts: Sequence[str] = (),
-    ids: Sequence[str] = (),
-) -> list[Any]:
+def read_jsonl(path: Path, task: str | None = None, *, fields: Fields = ANY_OBJECT) -> list[Row]:
     """Return the objects that `numbered_jsonl` yields, without their places."""
-    return [row for _, row in numbered_jsonl(path, task, keys, texts, ids)]
+    return [row for _, row in numbered_jsonl(path, task, fields=fields)]
 
 
 def numbered_jsonl(
-    path: Path,
-    task: str | None = None,
-    keys: Sequence[str] = (),
-    texts: Sequence[str] = (),
-    ids: Sequence[str] = (),
-) -> Iterator[tuple[str, Any]]:
+    path: Path, task: str | None = None, *, fields: Fields = ANY_OBJECT
+) -> Iterator[tuple[str, Row]]:
     """Yield (place, object) of each line of a JSON lines file, blank lines left out.
 
     A place, such as "line 3 of questions.jsonl", is what errors about the object should name.
 
     Raises:
-        TaskError: the file is missing, or a line is damaged or not an object, lacks one of
-            `keys`, or is refused by `check_fields`.
+        TaskError: the file is missing, or a line is damaged or refused by `check_fields`.
     """
     hint = how_to_get(task)
     for where, row in storage.read_jsonl(path, hint=hint, error=TaskError):
-        check_fields(row, where, keys, texts, ids, hint)
+        check_fields(row, where, fields, hint)
         yield where, row
 
 
-def check_fields(
-    row: Any,
-    where: str,
-    keys: Sequence[str] = (),
-    texts: Sequence[str] = (),
-    ids: Sequence[str] = (),
-    hint: str = "",
-) -> None:
+def check_fields(row: Any, where: str, fields: Fields, hint: str = "") -> None:
     """Refuse an object whose fields are missing or of another kind.
 
     Args:
         row: what was read from JSON.
         where: what errors call it, such as "line 3 of questions.jsonl".
-        keys: fields that must be there.
-        texts: fields that must be text.
-        ids: fields that must be text or whole numbers.
+        fields: {name: what it must be} of the fields that must be there.
         hint: what errors end in.
 
     Raises:
@@ -107,40 +110,39 @@ def check_fields(
     """
     if not isinstance(row, dict):
         raise TaskError(f"{where} is not a JSON object{hint}")
-    missing = [key for key in dict.fromkeys((*ids, *keys, *texts)) if key not in row]
+    missing = [key for key in fields if key not in row]
     if missing:
         raise TaskError(f"{where} lacks {', '.join(missing)}{hint}")
-    for key in (*ids, *texts):
-        value, wanted = row[key], "text" if key in texts else "text or a whole number"
-        if not (isinstance(value, str) if key in texts else is_id(value)):
-            raise TaskError(f"{key} in {where} must be {wanted}, not {as_json(value)}{hint}")
+    for key, kind in fields.items():
+        value = row[key]
+        if kind is Kind.ANY:
+            continue
+        if not (isinstance(value, str) if kind is Kind.TEXT else is_id(value)):
+            raise TaskError(f"{key} in {where} must be {kind}, not {as_json(value)}{hint}")
         if isinstance(value, str) and not is_unicode(value):
             raise TaskError(f"{key} in {where} has half of a surrogate pair; write it in UTF-8")
 
 
-def check_listed(
-    rows: Any,
-    what: str,
-    path: Path,
-    keys: Sequence[str] = (),
-    texts: Sequence[str] = (),
-    ids: Sequence[str] = (),
-) -> list[Any]:
+def check_listed(rows: Any, what: str, path: Path, fields: Fields) -> list[Row]:
     """Return `rows` of a JSON file, if they are a list of objects that pass `check_fields`.
 
-    `what` is what one of them is called, such as "question". Raises TaskError otherwise.
+    `what` is what one of them is called, such as "question".
+
+    Raises:
+        TaskError: `rows` is not a list, or one of them does not pass.
     """
     if not isinstance(rows, list):
         raise TaskError(f"{path} must contain a JSON array of {what}s")
     for number, row in enumerate(rows, start=1):
-        check_fields(row, f"{what} {number} of {path}", keys, texts, ids)
+        check_fields(row, f"{what} {number} of {path}", fields)
     return rows
 
 
 def image_names(value: Any, where: str) -> tuple[str, ...]:
     """Return the names in an `image` field: none (missing, null, ""), one, or a list of them.
 
-    Raises TaskError, naming `where`, for anything else.
+    Raises:
+        TaskError: it is anything else; the message names `where`.
     """
     if value is None or value == "":
         return ()
@@ -175,14 +177,11 @@ def as_json(value: Any) -> str:
 def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
     """Return `{row[key]: row}` in the order of `rows` of `path`.
 
-    Raises TaskError where two rows share a key, and for keys that are not text or a number.
+    Raises:
+        TaskError: two rows share a key.
     """
     found: dict[Any, Any] = {}
     for row in rows:
-        if not is_id(row[key]):
-            raise TaskError(
-                f"{key} in {path} must be text or a whole number, not {as_json(row[key])}"
-            )
         if row[key] in found:
             raise TaskError(f"{path} has {key} {row[key]!r} twice; keep one of the two lines")
         found[row[key]] = row
@@ -190,7 +189,11 @@ def index_by(rows: Iterable[Any], key: str, path: Path) -> dict[Any, Any]:
 
 
 def check_ids(given: Iterable[Any], known: Iterable[Any], given_in: Path, known_in: Path) -> None:
-    """Refuse ids of `given_in` that are not in `known_in`. Raises TaskError with the first."""
+    """Refuse ids of `given_in` that are not in `known_in`.
+
+    Raises:
+        TaskError: one is unknown; the message names the first.
+    """
     known = set(known)
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -205,18 +208,18 @@ def question_key(name: str | int) -> str | int:
     return int(name) if isinstance(name, int) or _INTEGER.fullmatch(name) else name
 
 
-def read_answers(path: Path, texts: Sequence[str] = ()) -> dict[str | int, Row]:
+def read_answers(path: Path, fields: Fields = ANSWER) -> dict[str | int, Row]:
     """Return {question id, by `question_key`: line of LLaVA's answer file} in file order.
 
     Several rounds of one question (`round_id`) are no duplicates; the last one of them stays.
 
     Raises:
-        TaskError: the file is missing, damaged or empty, a line lacks `question_id`, `text` or a
-            text under one of `texts`, or a question is answered twice.
+        TaskError: the file is missing, damaged or empty, a line lacks one of `fields`, or a
+            question is answered twice.
     """
     answers: dict[str | int, Row] = {}
     seen = set()
-    for row in read_jsonl(path, ids=("question_id",), texts=("text", *texts)):
+    for row in read_jsonl(path, fields=fields):
         name = question_key(row["question_id"])
         place = name, str(row.get("round_id", 0))
         if place in seen:
@@ -244,7 +247,7 @@ def read_intact_answers(path: Path) -> tuple[dict[Any, str], int]:
         except storage.StorageError:
             damaged += 1
             continue
-        check_fields(rows[-1], where, texts=("text",), ids=("question_id",))
+        check_fields(rows[-1], where, ANSWER)
     return {name: row["text"] for name, row in index_by(rows, "question_id", path).items()}, damaged
 
 
@@ -278,7 +281,11 @@ class ImageFolder:
     task: str | None = None
 
     def load(self, name: str, pixels: str = ORIGINAL) -> Image.Image:
-        """Return an image, RGB. Raises UserInputError if there is none or it is damaged."""
+        """Return an image, RGB.
+
+        Raises:
+            UserInputError: there is none, or it is damaged.
+        """
         self._check()
         return open_image(self.root / name, pixels)
 

@@ -14,11 +14,10 @@ from typing import Any, ClassVar
 
 from llava.eval.data.layout import Dataset, Layout, Read
 from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
-from llava.eval.tasks.files import SHORT_ANSWER, Row, check_ids, read_json
+from llava.eval.tasks.files import SHORT_ANSWER, Kind, Row, check_fields, check_ids, read_json
 from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, answer_lines, question_line
-from llava.storage import write_atomically
 
-NEEDED = ("isBalanced", "answer", "imageId", "types")
+NEEDED = {"isBalanced": Kind.ANY, "answer": Kind.TEXT, "imageId": Kind.TEXT, "types": Kind.ANY}
 IMAGES = Dataset("lmms-lab/GQA", "id image", "testdev", "testdev_balanced_images")
 QUESTIONS = Dataset(
     "lmms-lab/GQA",
@@ -45,12 +44,9 @@ class GQA(PublishedQuestions):
     name = "gqa"
     title = "GQA"
     protocols: ClassVar[Mapping[str, str]] = {"llava": "test-dev balanced, single word or phrase"}
-
-    def image_folder(self) -> Path:
-        return self.root / "gqa/data/images"
-
-    def question_file(self) -> Path:
-        return self.root / "gqa/llava_gqa_testdev_balanced.jsonl"
+    image_path = "gqa/data/images"
+    question_path = "gqa/llava_gqa_testdev_balanced.jsonl"
+    submission_file = "testdev_balanced_predictions.json"
 
     def annotation_files(self) -> list[Path]:
         """GQA's archive unpacks to a folder of its version, users often move its files up."""
@@ -81,22 +77,13 @@ class GQA(PublishedQuestions):
 
     def groups(self, items: Sequence[Item]) -> Mapping[str, Sequence[Item]]:
         """`accuracy`, and that of `open` questions, which ask for a word, and the `binary` rest."""
+        binary = [item for item in items if item.data["types"]["structural"] != "query"]
+        for_word = [item for item in items if item.data["types"]["structural"] == "query"]
+        return {"accuracy": items, "binary": binary, "open": for_word}
 
-        def asking(for_word: bool) -> list[Item]:
-            kinds = (item.data["types"]["structural"] for item in items)
-            return [
-                i for i, kind in zip(items, kinds, strict=True) if (kind == "query") == for_word
-            ]
-
-        return {"accuracy": items, "binary": asking(False), "open": asking(True)}
-
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write the file that GQA's evaluation script reads."""
-        path = folder / "testdev_balanced_predictions.json"
-        write_atomically(path, json.dumps(predictions(answer_lines(items, answers))))
-        return [path]
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return the file that GQA's evaluation script reads."""
+        return json.dumps(predictions(answer_lines(items, answers)))
 
     def sources(self) -> Sources:
         originals = f"{ARCHIVE}, and GQA's questions1.2.zip and images.zip"
@@ -116,13 +103,14 @@ class GQA(PublishedQuestions):
 
 
 def _check(question: Any, where: str) -> None:
-    """Refuse an annotation that lacks what is needed. Raises TaskError, naming `where`."""
-    if not isinstance(question, dict) or not question.keys() >= set(NEEDED):
-        raise TaskError(f"{where} lacks one of {', '.join(NEEDED)}")
+    """Refuse an annotation that lacks what is needed.
+
+    Raises:
+        TaskError: a field is missing or of another kind; the message names `where`.
+    """
+    check_fields(question, where, NEEDED)
     types = question["types"]
     if not isinstance(types, dict) or "structural" not in types:
         raise TaskError(f"{where} lacks its structural type")
-    if not all(isinstance(question[key], str) for key in ("answer", "imageId")):
-        raise TaskError(f"answer and imageId of {where} must be text")
     if not isinstance(question["isBalanced"], bool):
         raise TaskError(f"isBalanced of {where} must be true or false")

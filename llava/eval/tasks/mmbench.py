@@ -12,7 +12,7 @@ import base64
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -106,39 +106,25 @@ def _match_text(text: str, options: Mapping[str, str]) -> str | None:
 TableRow = Mapping[str, str | None]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A question in one rotation: `options` in the order shown, `answer` the letter shown.
-
-    The letter may be beyond the options: where the right one reads "None", it cannot be given.
-    """
-
-    index: int
-    question: str
-    options: tuple[str, ...]
-    answer: str | None
-    image: str
-    rotations: int
-
-    @property
-    def text(self) -> str:
-        return with_options(self.question, self.options)
-
-
-def rotate(prompt: Prompt) -> Iterator[Prompt]:
-    """Yield the prompt in every rotation of its options: each moves one place up a round."""
-    count = len(prompt.options)
+def rotate(item: Item) -> Iterator[Item]:
+    """Yield a question in every rotation of its options: each moves one place up a round."""
+    options, answer = item.data["options"], item.data["answer"]
+    count = len(options)
     for turn in range(count):
-        answer = prompt.answer
+        letter = answer
         if answer is not None and LETTERS.index(answer) < count:
-            answer = LETTERS[(LETTERS.index(answer) - turn) % count]
-        options = prompt.options[turn:] + prompt.options[:turn]
-        index = prompt.index + turn * ROTATION
-        yield Prompt(index, prompt.question, options, answer, prompt.image, count)
+            letter = LETTERS[(LETTERS.index(answer) - turn) % count]
+        turned = {"options": options[turn:] + options[:turn], "answer": letter, "rotations": count}
+        name = int(item.question_id) + turn * ROTATION
+        yield replace(item, question_id=name, data={**item.data, **turned})
 
 
 def read_questions(path: Path, task: str | None = None, columns: Sequence[str] = ()) -> Table:
-    """Read a table whose `index` names its rows. Raises TaskError where it does not."""
+    """Read a table whose `index` names its rows.
+
+    Raises:
+        TaskError: an index is missing, or there twice.
+    """
     table = read_table(path, task, ("index", *columns))
     names = Counter(row["index"] for row in table.rows)
     if None in names:
@@ -170,7 +156,10 @@ def question_of(row: TableRow) -> str:
 def sheet(table: Table, answers: Mapping[Any, str]) -> tuple[list[str], list[list[Cell]]]:
     """Return columns and rows to upload: what the server lacks of the table, with `prediction`.
 
-    A row without an answer keeps an empty cell. Raises TaskError for a table of too few columns.
+    A row without an answer keeps an empty cell.
+
+    Raises:
+        TaskError: the table has too few columns.
     """
     kept = [name for name in table.columns if name not in DROPPED]
     if len(kept) < PLACE:
@@ -209,7 +198,7 @@ class MMBench(Benchmark):
             self.headline = "circular_accuracy"
 
     def items(self) -> list[Item]:
-        return [self._item(index, prompt) for index, prompt in enumerate(self._prompts)]
+        return list(self._items)
 
     def load_image(self, name: str) -> Image.Image:
         try:
@@ -272,26 +261,12 @@ class MMBench(Benchmark):
     def build(self, read: Read, layout: Layout) -> None:
         """Make the TSV file with the columns and their order as published."""
         lines = ["\t".join(PUBLISHED_COLUMNS)]
-        for row in read(
-            Dataset(
-                "lmms-lab/MMBench", "index question hint A B C D answer image", "dev", self.language
-            )
-        ):
+        columns = "index question hint A B C D answer image"
+        for row in read(Dataset("lmms-lab/MMBench", columns, "dev", self.language)):
             image = base64.b64encode(image_bytes(row["image"], f"row {row['index']}"))
             row |= {"image": image.decode("ascii"), "l2-category": row.get("L2-category")}
             lines.append("\t".join(write_cell(row.get(key)) for key in PUBLISHED_COLUMNS))
         layout.write(self.path, "\n".join(lines) + "\n")
-
-    def _item(self, index: int, prompt: Prompt) -> Item:
-        question = prompt.index % ROTATION
-        data = {
-            "question": question,
-            "options": list(prompt.options),
-            "answer": prompt.answer,
-            "rotations": prompt.rotations,
-        }
-        text = prompt.text + self.suffix
-        return Item(index, prompt.index, (prompt.image,), text, prompt.question, data)
 
     @cached_property
     def _table(self) -> Table:
@@ -306,19 +281,31 @@ class MMBench(Benchmark):
         return images_of(self._table)
 
     @cached_property
-    def _prompts(self) -> list[Prompt]:
+    def _items(self) -> list[Item]:
         """Make what is asked, in the table's order."""
         rows = self._table.rows
         asked = Counter(int(row["index"] or 0) % ROTATION for row in rows)
         first = {text: row for row, text in reversed(self._images.items())}
-        prompts = [self._prompt(row, asked, first) for row in rows]
+        items = [self._item(row, asked, first) for row in rows]
+        unturned = [item for item in items if int(item.question_id) < ROTATION]
         if self.protocol == "single":
-            return [prompt for prompt in prompts if prompt.index < ROTATION]
-        if any(prompt.index >= ROTATION for prompt in prompts):
-            return prompts
-        return [turned for prompt in prompts for turned in rotate(prompt)]
+            items = unturned
+        elif len(unturned) == len(items):
+            items = [turned for item in items for turned in rotate(item)]
+        return [
+            replace(
+                item,
+                index=index,
+                text=with_options(item.question, item.data["options"]) + self.suffix,
+            )
+            for index, item in enumerate(items)
+        ]
 
-    def _prompt(self, row: TableRow, asked: Mapping[int, int], first: Mapping[str, str]) -> Prompt:
+    def _item(self, row: TableRow, asked: Mapping[int, int], first: Mapping[str, str]) -> Item:
+        """Make the item of a row, as yet without its text.
+
+        Its answer may be beyond the options: where the right one reads "None", it cannot be given.
+        """
         name = row["index"] or ""
         options = options_of(row)
         answer = row.get("answer")
@@ -328,14 +315,14 @@ class MMBench(Benchmark):
             raise TaskError(
                 f"the answer {answer!r} of row {name} of {self.path} must be a letter of {LETTERS}"
             )
-        return Prompt(
-            index=int(name),
-            question=question_of(row),
-            options=tuple(options),
-            answer=answer,
-            image=first[self._images[name]],
-            rotations=asked[int(name) % ROTATION],
-        )
+        question = int(name) % ROTATION
+        data = {
+            "question": question,
+            "options": options,
+            "answer": answer,
+            "rotations": asked[question],
+        }
+        return Item(0, int(name), (first[self._images[name]],), "", question_of(row), data)
 
 
 @register_benchmark

@@ -86,7 +86,8 @@ def question_key(question_id: str, prompt: str, truth: Container[Key]) -> Key:
     LLaVA replaces "Please answer yes or no." by its own instruction. MME has one or two spaces in
     front of it, so whichever of the two is in `truth` is meant.
 
-    Raises UserInputError where `truth` has neither.
+    Raises:
+        UserInputError: `truth` has neither.
     """
     category, name = question_id.split("/")[0], question_id.split("/")[-1]
     file = name.split(".")[0] + ".txt"
@@ -184,13 +185,9 @@ class MME(PublishedQuestions):
         "llava": "single word or phrase, instead of yes or no"
     }
     headline = "perception"
+    image_path = RELEASE
+    question_path = "MME/llava_mme.jsonl"
     unique_ids = False
-
-    def image_folder(self) -> Path:
-        return self.root / RELEASE
-
-    def question_file(self) -> Path:
-        return self.root / "MME/llava_mme.jsonl"
 
     def annotation_files(self) -> list[Path]:
         return answer_files(self.root / RELEASE, self.name)

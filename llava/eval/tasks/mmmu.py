@@ -11,7 +11,6 @@ import ast
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import (
     OPTION_LETTER,
     SHORT_ANSWER,
+    Kind,
     as_json,
     index_by,
     is_id,
@@ -27,7 +27,7 @@ from llava.eval.tasks.files import (
     with_options,
 )
 from llava.eval.tasks.published import FolderBenchmark
-from llava.storage import dump_json, write_atomically
+from llava.storage import dump_json
 
 DOMAINS = {
     "art_and_design": "Art Art_Theory Design Music",
@@ -51,6 +51,14 @@ ROWS = Dataset(
     "image_7",
     "validation",
 )
+
+FIELDS = {
+    "id": Kind.ID,
+    "question": Kind.TEXT,
+    "options": Kind.ANY,
+    "answer": Kind.ANY,
+    "question_type": Kind.ANY,
+}
 
 Value = str | float
 
@@ -167,16 +175,9 @@ class MMMU(FolderBenchmark):
     protocols: ClassVar[Mapping[str, str]] = {
         "llava": "validation, the option's letter or a phrase"
     }
-
-    def __init__(self, root: Path, protocol: str | None = None) -> None:
-        super().__init__(root, protocol)
-        self.path = root / "mmmu" / "validation.jsonl"
-
-    def image_folder(self) -> Path:
-        return self.root / "mmmu" / "images"
-
-    def files(self) -> list[Path]:
-        return [self.path]
+    image_path = "mmmu/images"
+    question_path = "mmmu/validation.jsonl"
+    submission_file = "mmmu_answers.json"
 
     def item_score(self, item: Item, answer: str) -> float:
         if options := item.data["options"]:
@@ -192,14 +193,10 @@ class MMMU(FolderBenchmark):
             domain: [item for item in items if item.data["domain"] == domain] for domain in DOMAINS
         }
 
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write `{id: answer}`, which the official scripts parse and score."""
-        path = folder / "mmmu_answers.json"
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return `{id: answer}`, which the official scripts parse and score."""
         given = zip(items, answers, strict=True)
-        write_atomically(path, dump_json({str(item.question_id): text for item, text in given}))
-        return [path]
+        return dump_json({str(item.question_id): text for item, text in given})
 
     def sources(self) -> Sources:
         originals = "a folder mmmu/ that was prepared elsewhere"
@@ -213,17 +210,17 @@ class MMMU(FolderBenchmark):
                     layout.image(self.image_folder() / f"{row['id']}_{number}.png", image)
             keys = ("id", "question", "options", "answer", "question_type")
             rows.append({key: row[key] for key in keys})
-        layout.lines(self.path, rows)
+        layout.lines(self.question_file(), rows)
 
     def read_items(self) -> list[Item]:
-        keys = ("options", "answer", "question_type")
-        rows = read_jsonl(self.path, self.name, keys, texts=("question",), ids=("id",))
+        path = self.question_file()
+        rows = read_jsonl(path, self.name, fields=FIELDS)
         if not rows:
-            raise TaskError(f"{self.path} has no questions")
-        return [self._item(*pair) for pair in enumerate(index_by(rows, "id", self.path).values())]
+            raise TaskError(f"{path} has no questions")
+        return [self._item(*pair) for pair in enumerate(index_by(rows, "id", path).values())]
 
     def _item(self, index: int, row: Mapping[str, Any]) -> Item:
-        name, where = str(row["id"]), f"question {row['id']!r} of {self.path}"
+        name, where = str(row["id"]), f"question {row['id']!r} of {self.question_file()}"
         subject = name.split("_", 1)[-1].rpartition("_")[0]
         if subject not in _DOMAIN_OF:
             raise TaskError(f"{where} must have an id like validation_Accounting_1")
@@ -278,7 +275,11 @@ def _as_list(value: Any, where: str) -> list[str]:
 
 
 def _words(values: Sequence[Any], what: str) -> list[str]:
-    """Return texts and numbers as text. Raises TaskError for anything else, calling it `what`."""
+    """Return texts and numbers as text.
+
+    Raises:
+        TaskError: one is anything else, called `what` in the message.
+    """
     for value in values:
         if not isinstance(value, float) and not is_id(value):
             raise TaskError(f"{what} must be text or a number, not {value!r}"[:200])

@@ -14,7 +14,7 @@ from llava.eval.data.layout import Dataset, Layout, Read
 from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import Row, as_json
 from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, answer_lines, question_line
-from llava.storage import dump_lines, write_atomically
+from llava.storage import dump_lines
 
 MMVET_ROWS = Dataset("lmms-lab/MMVet", "question_id question image")
 LLAVA_BENCH_ROWS = Dataset(
@@ -44,21 +44,13 @@ class MMVet(GradedElsewhere):
     name = "mmvet"
     title = "MM-Vet"
     protocols: ClassVar[Mapping[str, str]] = {"llava": "answers only; MM-Vet's grader scores them"}
+    image_path = "mm-vet/images"
+    question_path = "mm-vet/llava-mm-vet.jsonl"
+    submission_file = "mmvet_submission.json"
 
-    def image_folder(self) -> Path:
-        return self.root / "mm-vet/images"
-
-    def question_file(self) -> Path:
-        return self.root / "mm-vet/llava-mm-vet.jsonl"
-
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write `{"v1_<id>": answer}`."""
-        path = folder / "mmvet_submission.json"
-        given = zip((item.question_id for item in items), answers, strict=True)
-        write_atomically(path, mmvet_submission(given))
-        return [path]
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return `{"v1_<id>": answer}`."""
+        return mmvet_submission(zip((item.question_id for item in items), answers, strict=True))
 
     def sources(self) -> Sources:
         return self.published(218, f"{ARCHIVE}, and mm-vet.zip", build=self.build)
@@ -79,12 +71,9 @@ class LLaVABench(GradedElsewhere):
     name = "llava-bench"
     title = "LLaVA-Bench"
     protocols: ClassVar[Mapping[str, str]] = {"llava": "answers only; a GPT-4 review scores them"}
-
-    def image_folder(self) -> Path:
-        return self.root / "llava-bench-in-the-wild/images"
-
-    def question_file(self) -> Path:
-        return self.root / "llava-bench-in-the-wild/questions.jsonl"
+    image_path = "llava-bench-in-the-wild/images"
+    question_path = "llava-bench-in-the-wild/questions.jsonl"
+    submission_file = "llava_bench_answers.jsonl"
 
     def annotate(self, rows: Sequence[Row]) -> Iterator[Mapping[str, Any]]:
         for row in rows:
@@ -96,13 +85,9 @@ class LLaVABench(GradedElsewhere):
                 )
             yield {"category": category}
 
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write the answer file that LLaVA's reviews read, in question order."""
-        path = folder / "llava_bench_answers.jsonl"
-        write_atomically(path, dump_lines(answer_lines(items, answers)))
-        return [path]
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return the answer file that LLaVA's reviews read, in question order."""
+        return dump_lines(answer_lines(items, answers))
 
     def sources(self) -> Sources:
         return self.published(60, "the folder llava-bench-in-the-wild", build=self.build)

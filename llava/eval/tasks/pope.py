@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from llava.eval.data.layout import Dataset, Layout, Read
 from llava.eval.stats import clustered_se, metric_of
 from llava.eval.tasks.base import Item, Metric, Sources, TaskError, register_benchmark
-from llava.eval.tasks.files import Row, read_jsonl
+from llava.eval.tasks.files import Kind, Row, read_jsonl
 from llava.eval.tasks.published import ARCHIVE, PublishedQuestions
 
 ROWS = Dataset("lmms-lab/POPE", "image_source image")
@@ -84,9 +84,11 @@ def decide_exactly(text: str) -> Answer | None:
 def count(answers: Sequence[Answer | None], labels: Sequence[Answer]) -> Confusion:
     """Count `answers` [n] against `labels` [n], paired by position.
 
-    None is neither yes nor no and in no count, as in lmms-eval. Raises ValueError if the lengths
-    differ: the published code cuts the longer list, which is how 3,000 labels came to be scored
-    against 2,910 answers.
+    None is neither yes nor no and in no count, as in lmms-eval.
+
+    Raises:
+        ValueError: the lengths differ. The published code cuts the longer list, which is how 3,000
+            labels came to be scored against 2,910 answers.
     """
     pairs = list(zip(answers, labels, strict=True))
     return Confusion(
@@ -171,12 +173,8 @@ class POPE(PublishedQuestions):
         "llava": "random (2,910 questions), popular, adversarial"
     }
     headline = "mean_f1"
-
-    def image_folder(self) -> Path:
-        return self.root / "pope/val2014"
-
-    def question_file(self) -> Path:
-        return self.root / "pope/llava_pope_test.jsonl"
+    image_path = "pope/val2014"
+    question_path = "pope/llava_pope_test.jsonl"
 
     def annotation_files(self) -> list[Path]:
         return [self.root / f"pope/coco/coco_pope_{split}.json" for split in SPLITS]
@@ -226,7 +224,7 @@ class POPE(PublishedQuestions):
 
     def _labels(self, path: Path, images: Sequence[str]) -> list[str]:
         """Read the labels in `path`, which must be about `images`, in that order."""
-        rows = read_jsonl(path, self.name, keys=("image", "label"))
+        rows = read_jsonl(path, self.name, fields={"image": Kind.ANY, "label": Kind.ANY})
         if len(rows) != len(images):
             raise TaskError(
                 f"{path} has {len(rows)} labels for {len(images)} questions of "

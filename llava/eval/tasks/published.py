@@ -12,6 +12,7 @@ from PIL import Image
 
 from llava.eval.tasks.base import Benchmark, Item, Sources, TaskError
 from llava.eval.tasks.files import (
+    QUESTION,
     SHORT_ANSWER,
     ImageFolder,
     Row,
@@ -24,19 +25,39 @@ ARCHIVE = "LLaVA's evaluation archive eval.zip"
 
 
 class FolderBenchmark(Benchmark):
-    """A benchmark whose images lie in one folder; its files are read once."""
+    """A benchmark whose images lie in one folder; its files are read once.
 
-    @abstractmethod
+    Class attributes, besides those of `Benchmark`, below the data root:
+        image_path: the folder of images.
+        question_path: the file of questions.
+    """
+
+    image_path: ClassVar[str]
+    question_path: ClassVar[str]
+
     def image_folder(self) -> Path:
         """Return where images lie by the names that items give them."""
+        return self.root / self.image_path
 
-    @abstractmethod
+    def question_file(self) -> Path:
+        """Return the file of questions."""
+        return self.root / self.question_path
+
+    def annotation_files(self) -> list[Path]:
+        """Return every other file that `read_items` reads."""
+        return []
+
     def files(self) -> list[Path]:
         """Return every file that `read_items` reads."""
+        return [self.question_file(), *self.annotation_files()]
 
     @abstractmethod
     def read_items(self) -> list[Item]:
-        """Read all prompts in published order. Raises TaskError for unusable files."""
+        """Read all prompts in published order.
+
+        Raises:
+            TaskError: the files cannot be used.
+        """
 
     def published(self, count: int | None, originals: str, **more: Any) -> Sources:
         """Return `Sources` of all `files` and of the folder of images."""
@@ -62,24 +83,20 @@ class FolderBenchmark(Benchmark):
 
 
 class PublishedQuestions(FolderBenchmark):
-    """Prompts published as JSON lines, one image each, with the annotations that belong to them.
+    """Prompts published as lines {question_id, image, text}, with the annotations of each.
 
-    Class attributes, besides those of `Benchmark`:
+    Class attributes, besides those of `FolderBenchmark`:
         unique_ids: whether a question id may occur only once in the question file.
     """
 
     unique_ids: ClassVar[bool] = True
 
-    @abstractmethod
-    def question_file(self) -> Path:
-        """Return the file with lines {question_id, image, text}."""
-
-    def annotation_files(self) -> list[Path]:
-        """Return every file that `annotate` reads."""
-        return []
-
     def annotate(self, rows: Sequence[Row]) -> Iterable[Mapping[str, Any]]:
-        """Return `Item.data` of each row, in order. Raises TaskError where they do not fit."""
+        """Return `Item.data` of each row, in order.
+
+        Raises:
+            TaskError: rows and annotations do not fit.
+        """
         return ({} for _ in rows)
 
     def rows(self) -> list[Row]:
@@ -92,15 +109,12 @@ class PublishedQuestions(FolderBenchmark):
 
     def read_questions(self, path: Path) -> list[Row]:
         """Read lines of a question file; TaskError for a damaged, repeated or odd one, or none."""
-        rows = read_jsonl(path, self.name, ids=("question_id",), texts=("image", "text"))
+        rows = read_jsonl(path, self.name, fields=QUESTION)
         if self.unique_ids:
             index_by(rows, "question_id", path)
         if not rows:
             raise TaskError(f"{path} has no questions")
         return rows
-
-    def files(self) -> list[Path]:
-        return [self.question_file(), *self.annotation_files()]
 
     def read_items(self) -> list[Item]:
         rows = self.rows()

@@ -6,7 +6,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -14,10 +13,14 @@ from llava.eval.prompts import bare_question
 from llava.eval.rules.exact_match import is_correct
 from llava.eval.tasks.base import Benchmark, Item, TaskError, register_benchmark
 from llava.eval.tasks.files import (
+    QUESTION,
+    Fields,
+    Kind,
+    Row,
     check_fields,
+    hash_files,
     index_by,
     is_file,
-    read_bytes,
     read_json,
     read_jsonl,
 )
@@ -56,8 +59,8 @@ class QuestionFile(Benchmark):
         self._draw: ImageLoader | None = None
 
     def items(self) -> list[Item]:
-        answers = _by_id(self.root, "answers", ids=("question_id", "answer"))
-        questions = _by_id(self.root, "questions", ids=("question_id",), texts=("image", "text"))
+        answers = _by_id(self.root, "answers", {"question_id": Kind.ID, "answer": Kind.ID})
+        questions = _by_id(self.root, "questions", QUESTION)
         if not questions:
             raise TaskError(f"{self.root / 'questions.jsonl'} has no questions")
         unknown = [name for name in answers if name not in questions]
@@ -72,7 +75,7 @@ class QuestionFile(Benchmark):
                 raise TaskError(f"{self.root / 'answers.jsonl'} has no answer to question {name}")
             text = bare_question(row["text"])
             row = {"category": "all", **row}
-            check_fields(row, f"question {name} of {self.root}", ids=("category",))
+            check_fields(row, f"question {name} of {self.root}", {"category": Kind.ID})
             data = {
                 "category": str(row["category"]),
                 "answer": str(answers[name]["answer"]),
@@ -88,18 +91,13 @@ class QuestionFile(Benchmark):
         return self._draw(name)
 
     def data_hash(self) -> str:
-        digest = hashlib.sha256()
         files = [self.root / "questions.jsonl", self.root / "answers.jsonl"]
         if self.image_folder is None:
-            files.append(self.root / "manifest.json")
-        for file in files:
-            digest.update(hashlib.sha256(read_bytes(file)).digest())
-        if self.image_folder is not None:
-            for name in sorted({image for item in self.items() for image in item.images}):
-                file = self.image_folder / name
-                content = file.read_bytes() if is_file(file) else b"missing"
-                digest.update(hashlib.sha256(content).digest())
-        return digest.hexdigest()
+            return hash_files([*files, self.root / "manifest.json"])
+        names = sorted({image for item in self.items() for image in item.images})
+        images = {name: self.image_folder / name for name in names}
+        files += [path for path in images.values() if is_file(path)]
+        return hash_files(files, [(name, -1) for name in names if not is_file(images[name])])
 
     def item_score(self, item: Item, answer: str) -> float:
         return float(is_correct(answer, item.data["answer"]))
@@ -112,12 +110,10 @@ class QuestionFile(Benchmark):
         return {"accuracy": items} | dict(sorted(categories.items()))
 
 
-def _by_id(
-    folder: Path, name: str, ids: Sequence[str], texts: Sequence[str] = ()
-) -> dict[str, dict[str, Any]]:
+def _by_id(folder: Path, name: str, fields: Fields) -> dict[str, Row]:
     """Read objects of a JSONL file by their question id, with fields as `check_fields` has them."""
     path = folder / f"{name}.jsonl"
-    rows = read_jsonl(path, ids=ids, texts=texts)
+    rows = read_jsonl(path, fields=fields)
     rows = [row | {"question_id": str(row["question_id"])} for row in rows]
     return index_by(rows, "question_id", path)
 

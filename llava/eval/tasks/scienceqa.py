@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import (
     OPTION_LETTER,
+    Kind,
     check_fields,
     check_ids,
     check_listed,
@@ -23,7 +24,7 @@ from llava.eval.tasks.files import (
     read_json,
 )
 from llava.eval.tasks.published import ARCHIVE, FolderBenchmark, answer_lines
-from llava.storage import dump_lines, write_atomically
+from llava.storage import dump_lines
 from llava.utils import UserInputError
 
 LETTERS = ("A", "B", "C", "D", "E")
@@ -129,18 +130,12 @@ class ScienceQA(FolderBenchmark):
     protocols: ClassVar[Mapping[str, str]] = {"llava": "test split, the option's letter"}
     max_new_tokens = 1024
     headline = "image_accuracy"
+    image_path = "scienceqa/images/test"
+    question_path = "scienceqa/llava_test_CQM-A.json"
+    submission_file = "scienceqa_answers.jsonl"
 
-    def __init__(self, root: Path, protocol: str | None = None) -> None:
-        super().__init__(root, protocol)
-        self.folder = root / "scienceqa"
-        self.question_file = self.folder / "llava_test_CQM-A.json"
-
-    def image_folder(self) -> Path:
-        return self.folder / "images" / "test"
-
-    def files(self) -> list[Path]:
-        names = ("problems.json", "pid_splits.json")
-        return [self.question_file, *(self.folder / name for name in names)]
+    def annotation_files(self) -> list[Path]:
+        return [self.root / "scienceqa" / name for name in ("problems.json", "pid_splits.json")]
 
     def item_score(self, item: Item, answer: str) -> float:
         return float(judge(answer, item.data["answer"], item.data["choices"]).correct)
@@ -149,16 +144,12 @@ class ScienceQA(FolderBenchmark):
         """`image_accuracy` over questions with an image (if any), `accuracy` over all."""
         return {"image_accuracy": [item for item in items if item.images], "accuracy": items}
 
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write the answer file that `llava.eval.eval_science_qa` reads."""
-        path = folder / "scienceqa_answers.jsonl"
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return the answer file that `llava.eval.eval_science_qa` reads."""
         rows = answer_lines(items, answers)
         for item, row in zip(items, rows, strict=True):
             row["prompt"] = "<image>\n" * bool(item.images) + item.text
-        write_atomically(path, dump_lines(rows))
-        return [path]
+        return dump_lines(rows)
 
     def sources(self) -> Sources:
         originals = (
@@ -168,16 +159,16 @@ class ScienceQA(FolderBenchmark):
         return self.published(4_241, originals, with_image=2_017)
 
     def read_items(self) -> list[Item]:
-        problems, _ = read_split(self.folder, "test", self.name)
-        path = self.question_file
+        path, problem_file, _ = self.files()
+        problems, _ = read_split(path.parent, "test", self.name)
         rows = read_json(path, self.name)
-        if not check_listed(rows, "question", path, keys=("id", "conversations")):
+        if not check_listed(rows, "question", path, {"id": Kind.ID, "conversations": Kind.ANY}):
             raise TaskError(f"{path} has no questions")
-        check_ids(index_by(rows, "id", path), problems, path, self.folder / "problems.json")
+        check_ids(index_by(rows, "id", path), problems, path, problem_file)
         return [self._item(*pair, problems) for pair in enumerate(rows)]
 
     def _item(self, index: int, row: dict[str, Any], problems: Mapping[str, Any]) -> Item:
-        question, images = first_turn(row, f"question {row['id']!r} of {self.question_file}")
+        question, images = first_turn(row, f"question {row['id']!r} of {self.question_file()}")
         problem = problems[row["id"]]
         return Item(
             index,
@@ -192,12 +183,13 @@ class ScienceQA(FolderBenchmark):
 def first_turn(row: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
     """Read the question of a row, without image marks, and the names of its images (one or none).
 
-    Raises TaskError, naming `where`, for a row that cannot be asked.
+    Raises:
+        TaskError: the row cannot be asked; the message names `where`.
     """
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
         raise TaskError(f"{where} has no first turn; write it into `conversations`")
-    check_fields(turns[0], f"the first turn of {where}", texts=("value",))
+    check_fields(turns[0], f"the first turn of {where}", {"value": Kind.TEXT})
     images = image_names(row.get("image"), where)
     if len(images) > 1:
         raise TaskError(f"image in {where} is a list; ScienceQA asks about one picture")
@@ -207,7 +199,11 @@ def first_turn(row: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]
 def read_split(
     folder: Path, split: str, task: str | None = None
 ) -> tuple[Mapping[str, Mapping[str, Any]], list[str]]:
-    """Read all problems and the ids of one split. Raises TaskError for unusable files."""
+    """Read all problems and the ids of one split.
+
+    Raises:
+        TaskError: the files cannot be used.
+    """
     problems = read_json(folder / "problems.json", task)
     splits = read_json(folder / "pid_splits.json", task)
     if not isinstance(problems, dict) or not isinstance(splits, dict):

@@ -7,8 +7,8 @@ and "A." are wrong.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from llava.eval.data.layout import Dataset, Layout, Read
 from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import (
     OPTION_LETTER,
+    Kind,
     Row,
     check_ids,
     check_listed,
@@ -25,9 +26,13 @@ from llava.eval.tasks.files import (
     with_options,
 )
 from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, question_line
-from llava.storage import write_atomically
 
-TEXTS = ("data_type", "answer")
+FIELDS = {
+    "question_id": Kind.ID,
+    "question_type_id": Kind.ID,
+    "data_type": Kind.TEXT,
+    "answer": Kind.TEXT,
+}
 DATA_TYPES = ("image", "video")
 TYPES = (
     "Scene Understanding",
@@ -50,46 +55,12 @@ ROWS = Dataset(
 )
 
 
-def is_correct(text: str, letter: str) -> bool:
-    """Tell whether `text` is exactly the letter of the right option."""
-    return text == letter
-
-
-@dataclass(frozen=True)
-class Tally:
-    """`correct` of `total` questions."""
-
-    correct: int
-    total: int
-
-    @property
-    def percent(self) -> float | None:
-        """Accuracy x 100; None without questions."""
-        return self.correct / self.total * 100 if self.total else None
-
-
-def by_type(questions: Sequence[Mapping[str, Any]], right: Sequence[bool]) -> dict[int, Tally]:
-    """Return {question type: tally}, types ascending."""
-    groups: dict[int, list[bool]] = {}
-    for question, value in zip(questions, right, strict=True):
-        groups.setdefault(question["question_type_id"], []).append(value)
-    return {kind: Tally(sum(groups[kind]), len(groups[kind])) for kind in sorted(groups)}
-
-
-def total(
-    questions: Sequence[Mapping[str, Any]], right: Sequence[bool], data_type: str | None = None
-) -> Tally:
-    """Count all questions, or those about an `image` or a `video`."""
-    chosen = [
-        value
-        for question, value in zip(questions, right, strict=True)
-        if data_type in (None, question["data_type"])
-    ]
-    return Tally(sum(chosen), len(chosen))
-
-
 def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], dict[int, str]]:
-    """Read the questions of `SEED-Bench.json` and {question type: its name}. Raises TaskError."""
+    """Read the questions of `SEED-Bench.json` and {question type: its name}.
+
+    Raises:
+        TaskError: the file cannot be used.
+    """
     content = read_json(path, task)
     questions = content.get("questions") if isinstance(content, dict) else None
     types = content.get("question_type") if isinstance(content, dict) else None
@@ -101,7 +72,7 @@ def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], di
         raise TaskError(f"`question_type` of {path} must give every type a number")
     names = {kind: name for name, kind in types.items()}
     seen = set()
-    check_listed(questions, "question", path, ids=("question_id", "question_type_id"), texts=TEXTS)
+    check_listed(questions, "question", path, FIELDS)
     for number, question in enumerate(questions, start=1):
         where = f"question {number} of {path}"
         if question["data_type"] not in DATA_TYPES:
@@ -120,16 +91,17 @@ def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], di
     return questions, names
 
 
-def report(
-    questions: Sequence[Mapping[str, Any]], types: Mapping[int, str], right: Sequence[bool]
-) -> list[str]:
+def report(questions: Sequence[Row], types: Mapping[int, str], right: Sequence[bool]) -> list[str]:
     """Return the lines that LLaVA prints: each type, all, images, videos."""
-    lines = [f"{types[kind]}: {_percent(row)}" for kind, row in by_type(questions, right).items()]
+    by_type: dict[int, list[bool]] = defaultdict(list)
+    by_data: dict[str, list[bool]] = defaultdict(list)
+    for question, value in zip(questions, right, strict=True):
+        by_type[question["question_type_id"]].append(value)
+        by_data[question["data_type"]].append(value)
     return [
-        *lines,
-        f"Total accuracy: {_percent(total(questions, right))}",
-        f"image accuracy: {_percent(total(questions, right, 'image'))}",
-        f"video accuracy: {_percent(total(questions, right, 'video'))}",
+        *(f"{types[kind]}: {_percent(by_type[kind])}" for kind in sorted(by_type)),
+        f"Total accuracy: {_percent(right)}",
+        *(f"{data_type} accuracy: {_percent(by_data[data_type])}" for data_type in DATA_TYPES),
     ]
 
 
@@ -142,8 +114,8 @@ def upload(questions: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> st
     )
 
 
-def _percent(tally: Tally) -> str:
-    return "n/a" if tally.percent is None else f"{tally.percent:.2f}%"
+def _percent(right: Sequence[bool]) -> str:
+    return f"{sum(right) / len(right) * 100:.2f}%" if right else "n/a"
 
 
 @register_benchmark
@@ -157,12 +129,9 @@ class SEEDBench(PublishedQuestions):
         "all": "images, and videos as their middle frame",
     }
     headline = "image_accuracy"
-
-    def image_folder(self) -> Path:
-        return self.root / "seed_bench"
-
-    def question_file(self) -> Path:
-        return self.root / "seed_bench/llava-seed-bench.jsonl"
+    image_path = "seed_bench"
+    question_path = "seed_bench/llava-seed-bench.jsonl"
+    submission_file = "seed_submission.jsonl"
 
     def annotation_files(self) -> list[Path]:
         return [self.root / "seed_bench/SEED-Bench.json"]
@@ -189,7 +158,7 @@ class SEEDBench(PublishedQuestions):
         return ({key: question[key] for key in keys} for question in found)
 
     def item_score(self, item: Item, answer: str) -> float:
-        return float(is_correct(answer, item.data["answer"]))
+        return float(answer == item.data["answer"])
 
     def groups(self, items: Sequence[Item]) -> Mapping[str, Sequence[Item]]:
         """`image_accuracy`; under `all` also `video_accuracy` and `accuracy` of both together."""
@@ -199,18 +168,14 @@ class SEEDBench(PublishedQuestions):
         }
         return groups | {"accuracy": items} if self.protocol == "all" else groups
 
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write what the leaderboard takes, of what is answered."""
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return what the leaderboard takes, of what is answered."""
         given = {
             question_key(item.question_id): answer
             for item, answer in zip(items, answers, strict=True)
         }
         asked = {name: row for name, row in self._truth().items() if name in given}
-        path = folder / "seed_submission.jsonl"
-        write_atomically(path, upload(list(asked.values()), [given[name] for name in asked]))
-        return [path]
+        return upload(list(asked.values()), [given[name] for name in asked])
 
     def sources(self) -> Sources:
         originals = (

@@ -36,7 +36,8 @@ def question_in(prompt: str) -> str:
     Three forms exist: the question, an OCR line (before or after it) and the instruction, each on
     a line; the question and the instruction; and "OCR tokens: ... Question: ... Short answer:".
 
-    Raises UserInputError for any other form.
+    Raises:
+        UserInputError: it has another form.
     """
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
@@ -55,7 +56,8 @@ def question_in(prompt: str) -> str:
 def read_annotations(path: Path, task: str | None = None) -> dict[Key, list[str]]:
     """Read {(image id, lower-case question): human answers} of TextVQA's annotation file.
 
-    Raises UserInputError, naming `path`, for other content.
+    Raises:
+        UserInputError: it has other content; the message names `path`.
     """
     content = read_json(path, task)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
@@ -92,7 +94,11 @@ def answers_by_question(
 
 
 def answers_for(known: Mapping[Key, list[str]], image_id: Any, prompt: str) -> list[str]:
-    """Return the human answers to a prompt. Raises UserInputError where no annotation asks that."""
+    """Return the human answers to a prompt.
+
+    Raises:
+        UserInputError: no annotation asks that.
+    """
     question = question_in(prompt)
     if (image_id, question) not in known:
         raise UserInputError(
@@ -116,12 +122,8 @@ class TextVQA(PublishedQuestions):
         "no-ocr": "the prompt is the question alone, as LLaVA-1.6 publishes its figures",
     }
     unique_ids = False
-
-    def image_folder(self) -> Path:
-        return self.root / "textvqa/train_images"
-
-    def question_file(self) -> Path:
-        return self.root / "textvqa/llava_textvqa_val_v051_ocr.jsonl"
+    image_path = "textvqa/train_images"
+    question_path = "textvqa/llava_textvqa_val_v051_ocr.jsonl"
 
     def annotation_files(self) -> list[Path]:
         return [self.root / "textvqa/TextVQA_0.5.1_val.json"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import how_to_get, read_bytes
+from llava.storage import write_atomically
 
 Cell = int | float | str | None
 
@@ -99,10 +100,9 @@ def write_xlsx(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Cell]
                 cell.value, cell.data_type = ILLEGAL_CHARACTERS_RE.sub("", value), "s"
             else:
                 cell.value = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    book.save(temporary)
-    temporary.replace(path)
+    content = io.BytesIO()
+    book.save(content)
+    write_atomically(path, content.getvalue())
 
 
 def _parse(text: str) -> list[list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from llava import constants
@@ -13,7 +12,6 @@ from llava.eval.rules.vqa import normalise
 from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import SHORT_ANSWER, Row
 from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, question_line
-from llava.storage import write_atomically
 
 UNANSWERABLE = f"\n{constants.UNANSWERABLE}"
 ROWS = Dataset("lmms-lab/VizWiz-VQA", "question_id question image")
@@ -42,25 +40,18 @@ class VizWiz(PublishedQuestions):
         "llava": "test, told when to say Unanswerable; a submission file"
     }
     headline = ""
-
-    def image_folder(self) -> Path:
-        return self.root / "vizwiz/test"
-
-    def question_file(self) -> Path:
-        return self.root / "vizwiz/llava_test.jsonl"
+    image_path = "vizwiz/test"
+    question_path = "vizwiz/llava_test.jsonl"
+    submission_file = "vizwiz_submission.json"
 
     def bare(self, text: str) -> str:
         return super().bare(text).removesuffix(UNANSWERABLE).strip()
 
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write the server's file. It takes complete ones: one of a limited run is for reading."""
-        path = folder / "vizwiz_submission.json"
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return the server's file. It takes complete ones: one of a limited run is for reading."""
         rows = [{"question_id": item.question_id, "image": item.images[0]} for item in items]
         results = {item.question_id: answer for item, answer in zip(items, answers, strict=True)}
-        write_atomically(path, json.dumps(submission(rows, results)))
-        return [path]
+        return json.dumps(submission(rows, results))
 
     def sources(self) -> Sources:
         return self.published(8_000, f"{ARCHIVE}, and VizWiz's test.zip", build=self.build)

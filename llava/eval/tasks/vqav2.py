@@ -13,8 +13,9 @@ from llava.eval.rules.vqa import normalise, vqav2_accuracy
 from llava.eval.tasks.base import Item, Sources, TaskError, register_benchmark
 from llava.eval.tasks.files import (
     SHORT_ANSWER,
+    Fields,
+    Kind,
     Row,
-    check_fields,
     check_ids,
     check_listed,
     index_by,
@@ -28,6 +29,8 @@ COLUMNS = "question_id image_id question image"
 VAL_ROWS = Dataset("lmms-lab/VQAv2", f"{COLUMNS} answers question_type answer_type", "validation")
 TEST_ROWS = Dataset("lmms-lab/VQAv2", COLUMNS, "test")
 TEST_DEV_ROWS = Dataset("lmms-lab/VQAv2", COLUMNS, "testdev")
+QUESTION = {"question_id": Kind.ID, "image_id": Kind.ID, "question": Kind.TEXT}
+ANNOTATION = {"question_id": Kind.ID, "answers": Kind.ANY}
 _NUMBER = re.compile(r"[0-9]{1,12}")  # of an image, as COCO's file names have room for
 
 
@@ -72,15 +75,14 @@ class VQAv2(PublishedQuestions):
         if self.protocol != VAL:
             return super().rows()
         path = self.question_file()
-        questions = _listed(path, "questions", ("question_id", "image_id", "question"), self.name)
+        questions = _listed(path, "questions", QUESTION, self.name)
         index_by(questions, "question_id", path)
         for row in questions:
-            where = f"question {row['question_id']!r} of {path}"
-            if not isinstance(row["question"], str) or not _NUMBER.fullmatch(str(row["image_id"])):
+            if not _NUMBER.fullmatch(str(row["image_id"])):
                 raise TaskError(
-                    f"{where} is damaged: its question must be text, its image_id a number"
+                    f"question {row['question_id']!r} of {path} is damaged: its image_id must be "
+                    "a number"
                 )
-            check_fields(row, where, texts=("question",))
         return [
             {
                 "question_id": row["question_id"],
@@ -96,8 +98,8 @@ class VQAv2(PublishedQuestions):
             split = index_by(self.read_questions(path), "question_id", path)
             check_ids(names, split, self.question_file(), path)
             return ({} for _ in rows)
-        keys = ("question_id", "answers")
-        known = index_by(_listed(path, "annotations", keys, self.name), "question_id", path)
+        annotations = _listed(path, "annotations", ANNOTATION, self.name)
+        known = index_by(annotations, "question_id", path)
         check_ids(names, known, self.question_file(), path)
         return ({"answers": _people(known[name], path)} for name in names)
 
@@ -139,11 +141,8 @@ class VQAv2(PublishedQuestions):
 
     def build_test(self, read: Read, layout: Layout) -> None:
         """Make the whole test split, then test-dev."""
-        for dataset, file in zip(
-            (TEST_ROWS, TEST_DEV_ROWS),
-            (*self.annotation_files(), self.question_file()),
-            strict=True,
-        ):
+        files = {self.annotation_files()[0]: TEST_ROWS, self.question_file(): TEST_DEV_ROWS}
+        for file, dataset in files.items():
             prompts = []
             for row in read(dataset):
                 image = _image_name("test2015", row["image_id"])
@@ -157,17 +156,21 @@ def _image_name(split: str, number: int | str) -> str:
     return f"COCO_{split}_{int(number):012d}.jpg"
 
 
-def _listed(path: Path, name: str, keys: Sequence[str], task: str) -> list[Row]:
-    """Return the objects under `name` of one of VQA's JSON files, each with `keys`."""
+def _listed(path: Path, name: str, fields: Fields, task: str) -> list[Row]:
+    """Return the objects under `name` of one of VQA's JSON files, each with `fields`."""
     content = read_json(path, task)
     rows = content.get(name) if isinstance(content, dict) else None
     if not rows:
         raise TaskError(f"{path} has no list of {name}; is it a file of VQA v2?")
-    return check_listed(rows, name.removesuffix("s"), path, keys)
+    return check_listed(rows, name.removesuffix("s"), path, fields)
 
 
 def _people(annotation: Row, path: Path) -> list[str]:
-    """Return what each person answered. Raises TaskError where there is no answer."""
+    """Return what each person answered.
+
+    Raises:
+        TaskError: there is no answer.
+    """
     try:
         answers = [row["answer"] for row in annotation["answers"]]
     except (KeyError, TypeError):
