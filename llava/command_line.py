@@ -91,6 +91,22 @@ def add_model_flags(
     add_pruning_flags(parser)
 
 
+def natural(text: str, low: int = 0) -> int:
+    """Read the value of a flag that takes whole numbers from 0 on."""
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from error
+    if number < low:
+        raise argparse.ArgumentTypeError(f"must be at least {low}, got {number}")
+    return number
+
+
+def positive(text: str) -> int:
+    """Read the value of a flag that takes whole numbers from 1 on."""
+    return natural(text, low=1)
+
+
 def device_name(name: str) -> str:
     """Return `name` if it is `auto`, or a device that torch can use here."""
     try:

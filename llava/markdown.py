@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava.utils import UserInputError
+
+
+def add_update_flag(parser: ArgumentParser, what: str) -> None:
+    """Add `--update FILE`, under its older name too; `what` it does is the help."""
+    parser.add_argument(
+        "--update",
+        "--update-readme",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"{what}; repeatable",
+    )
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], *, aligned: bool = True) -> str:

@@ -28,11 +28,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.eval") 
 
 
 def build_parser(prog: str = "python -m llava.eval") -> argparse.ArgumentParser:
-    """The parser of all commands of this package."""
+    """Return the parser of all commands of this package."""
     parser = OneLineParser(prog=prog, description="Run comparisons and print what they found.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = (quickstart, run, compare, paper_table, table)
-    for module in (*modules, prepare):
+    for module in (quickstart, run, compare, paper_table, table, prepare):
         module.add_command(commands)
     return parser
 

@@ -42,7 +42,11 @@ def write_playground(root: Path, samples: int = DEFAULT_SAMPLES) -> Path:
 
 
 def _holds(root: Path, wanted: dict) -> bool:
-    """Say whether `root` is this demo data already; raise UserInputError if it is anything else."""
+    """Return whether `root` has this demo data already.
+
+    Raises:
+        UserInputError: it has anything else.
+    """
     if not root.exists() or not any(root.iterdir()):
         return False
     stamp = root / STAMP

@@ -20,7 +20,6 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from llava.command_line import check_conv_mode
 from llava.conversation import conv_templates
 from llava.eval.engine.decode import end_tokens, until_end
 from llava.eval.lmms_inputs import (
@@ -32,8 +31,9 @@ from llava.eval.lmms_inputs import (
     read_messages,
 )
 from llava.eval.presets import get_preset
+from llava.eval.prompts import pad_rows
 from llava.mm_utils import process_images
-from llava.model.loaded import load_model
+from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig
 from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
@@ -90,7 +90,6 @@ class LlavaPruned(lmms):
         unknown = [n for n in others if not n.startswith(OPTION_PREFIX) and n not in IGNORED]
         if unknown:
             raise UserInputError(f"llava_pruned takes no model_args {', '.join(unknown)}")
-        check_conv_mode(conv_template)
         self.batch_size = batch_size_of(batch_size)
         dtype = dtype_of(dtype)
         device = device_of(device)
@@ -110,12 +109,8 @@ class LlavaPruned(lmms):
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self._world_size > 1:
             device = str(accelerator.device)
-        loading: dict[str, Any] = {"attn_implementation": attn_implementation}
-        if dtype is not None:
-            loading["dtype"] = getattr(torch, dtype)
-        if mm_next_protocol not in (None, "native"):
-            loading["mm_next_protocol"] = mm_next_protocol
-        loaded = load_model(pretrained, device, base=model_base, conv_mode=conv_template, **loading)
+        spec = ModelSpec(pretrained, model_base, device, conv_template, dtype, mm_next_protocol)
+        loaded = spec.load(attn_implementation=attn_implementation)
         self.tokenizer, self.model = loaded.tokenizer, loaded.model
         self.processor = loaded.image_processor
         self.model.pruning = loaded.own_pruning if pruning is None else pruning
@@ -163,10 +158,7 @@ class LlavaPruned(lmms):
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
         template = conv_templates[self.conv_template]
-        rows = [prompt.ids(template, self.tokenizer) for prompt in prompts]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        ids, mask = pad_rows([prompt.ids(template, self.tokenizer) for prompt in prompts])
         shown: dict[str, Any] = {"images": None}
         images = [image for prompt in prompts for image in prompt.images]
         if images:

@@ -15,18 +15,17 @@ from typing import Any
 
 from PIL import Image
 
-from llava.command_line import device_name
+from llava.command_line import DTYPES, device_name
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
 from llava.mm_utils import tokenize_pieces
 from llava.sampling import Sampling
 from llava.utils import UserInputError, describe_value
 
-DTYPES = ("float16", "bfloat16", "float32")
 NEW_TOKENS = 1024  # where a task sets no limit
 # How an `<image>` that is text and no mark is written until the prompt is split at its marks.
 _LITERAL = DEFAULT_IMAGE_TOKEN.replace("<", "<\0")
-_CHATML_SYSTEM = "<|im_start|>system\n"  # stands before the system text of such templates
+_CHATML_SYSTEM = "<|im_start|>system\n"  # comes before the system text of such templates
 _ROLES = ("user", "assistant")
 _Part = tuple[str, Any]  # kind, and text or picture
 
@@ -39,7 +38,7 @@ class Prompt:
         text: the user's words, with image marks or without any.
         images: the pictures of all turns, as RGB, in their order.
         decoding: the task's generation settings.
-        history: what was said before, the user's words and the answer in turn; marks stand in it.
+        history: what was said before, the user's words and the answer in turn, with marks.
         system: replaces the template's system text.
     """
 
@@ -148,7 +147,7 @@ def read_messages(messages: Any, decoding: Mapping[str, Any], task: str) -> Prom
     roles = [role for role, _ in turns]
     if not turns or roles != [_ROLES[n % 2] for n in range(len(turns))] or len(turns) % 2 == 0:
         raise UserInputError(
-            f"task {task} asks in turns of {', '.join(roles) or 'nobody'}; user and assistant must "
+            f"task {task} asks in turns of {', '.join(roles) or 'no one'}; user and assistant must "
             "take turns, the user first and last"
         )
     images: list[Image.Image] = []
@@ -217,7 +216,7 @@ def _picture(visual: Any, task: str) -> Image.Image:
     if not isinstance(visual, Image.Image):
         raise UserInputError(
             f"task {task} shows {_short(visual)}; llava_pruned takes pictures (PIL images), one "
-            "beside the other: no video, no sound, no list in a list"
+            "after the other: no video, no sound, no list in a list"
         )
     return visual.convert("RGB")
 

@@ -1,8 +1,8 @@
 """Presets: ZOO-Prune as the paper words it and as its released code runs, one name each.
 
-Paper and code disagree in places that move the numbers. Running the presets beside each other on
-real weights says which of them a published row belongs to. What a preset cannot repeat of the
-released code stands in `not_expressed`, and commands print it.
+Paper and code disagree in places that move the numbers. Running the presets next to each other on
+real weights says which of them a published row belongs to. `not_expressed` lists what a preset
+cannot repeat of the released code.
 """
 
 from __future__ import annotations
@@ -14,10 +14,6 @@ from typing import Any
 from llava.registry import unknown
 from llava.utils import UserInputError
 
-_HALF_SCORES = (
-    "scores, directions and step in float16, where the released code loses most of the step to "
-    "rounding: `zoo` scores in float32 here, and as released with the option precision=model"
-)
 _GLOBAL_GENERATOR = (
     "a new direction bank per image from the global random generator: `zoo` draws one bank from "
     "its seed, so that no score depends on the order of the images"
@@ -51,7 +47,9 @@ class Preset:
 
 
 _PAPER: Mapping[str, Any] = {"directions": 64, "step": 0.01}
-_NOT_EXPRESSED = (_HALF_SCORES, _GLOBAL_GENERATOR, _FIRST_IMAGE)
+# The released files score in the model's half precision.
+_RELEASED: Mapping[str, Any] = {**_PAPER, "precision": "model"}
+_NOT_EXPRESSED = (_GLOBAL_GENERATOR, _FIRST_IMAGE)
 
 # Source: comparison of the paper (arXiv 2509.24837) with its released code, commit d9fb31f.
 PRESETS = {
@@ -71,9 +69,9 @@ PRESETS = {
         ),
         Preset(
             "release-1.5",
-            "the released code on LLaVA-1.5: model in float16",
+            "the released code on LLaVA-1.5: model and scores in float16",
             "zoo",
-            _PAPER,
+            _RELEASED,
             dtype="float16",
             not_expressed=_NOT_EXPRESSED,
         ),
@@ -82,7 +80,7 @@ PRESETS = {
             "the released code on LLaVA-NeXT: float16, an untrained projector of rank 128, shares "
             "of 2880, misplaced newlines and the extra tokens they bring",
             "zoo",
-            {**_PAPER, "projector_rank": 128, "projector_weights": "untrained"},
+            {**_RELEASED, "projector_rank": 128, "projector_weights": "untrained"},
             dtype="float16",
             mm_next_protocol="zoo-release",
             not_expressed=_NOT_EXPRESSED,
@@ -92,7 +90,11 @@ PRESETS = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called `name`; UserInputError with the closest names for an unknown one."""
+    """Return the preset called `name`.
+
+    Raises:
+        UserInputError: it does not exist; names the closest.
+    """
     if name not in PRESETS:
         raise UserInputError(unknown("preset", name, PRESETS))
     return PRESETS[name]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -15,11 +16,11 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import conv_templates
-from llava.mm_utils import tokenizer_image_token
+from llava.mm_utils import tokenize_pieces
 
 
 def image_mark(config: Any) -> str:
-    """The line that stands for the image at the start of the first turn."""
+    """Return the line that marks the image at the start of the first turn."""
     mark = DEFAULT_IMAGE_TOKEN
     if getattr(config, "mm_use_im_start_end", False):
         mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
@@ -27,14 +28,14 @@ def image_mark(config: Any) -> str:
 
 
 def bare_question(text: str) -> str:
-    """The text without the image mark that some question files carry; else as it is."""
+    """Remove the image marks that some question files carry; other text stays as it is."""
     if DEFAULT_IMAGE_TOKEN not in text:
         return text
     return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
 
 
 def has_inner_marks(text: str, images: int) -> bool:
-    """Whether the text marks all of its images, and not only at its start."""
+    """Return whether the text marks all of its images, and not only at its start."""
     rest = text
     while rest.lstrip().startswith(DEFAULT_IMAGE_TOKEN):
         rest = rest.lstrip().removeprefix(DEFAULT_IMAGE_TOKEN)
@@ -42,29 +43,35 @@ def has_inner_marks(text: str, images: int) -> bool:
 
 
 def question_prompt(text: str, template: str, config: Any, images: int = 1) -> str:
-    """One user turn asking `text` about `images` images, open for the answer.
+    """Render one user turn that asks `text` about `images` images, open for the answer.
 
-    The marks of the images stand in front, each on a line; a mark that the text begins with is not
-    doubled. Where the text marks all images and not only at its start, they stand as it says.
+    The marks of the images come first, each on a line; a mark that the text begins with is not
+    doubled. Where the text marks all images and not only at its start, they stay where they are.
     """
-    conversation = conv_templates[template].copy()
     mark = image_mark(config)
     if has_inner_marks(text, images):
-        asked = text.replace(DEFAULT_IMAGE_TOKEN, mark.removesuffix("\n"))
-    else:
-        asked = mark * images + bare_question(text)
-    conversation.append_message(conversation.roles[0], asked)
+        return open_turn(text.replace(DEFAULT_IMAGE_TOKEN, mark.removesuffix("\n")), template)
+    return open_turn(mark * images + bare_question(text), template)
+
+
+def open_turn(text: str, template: str) -> str:
+    """Render one user turn that says `text`, open for the answer."""
+    conversation = conv_templates[template].copy()
+    conversation.append_message(conversation.roles[0], text)
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()
 
 
 def prompt_ids(prompts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] and mask [B, L] of prompts, padded on the right (the splice pads again)."""
-    rows = [tokenizer_image_token(prompt, tokenizer) for prompt in prompts]
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return ids, mask
+    """Return token ids [B, L] and mask [B, L] of prompts, padded as in `pad_rows`."""
+    return pad_rows([tokenize_pieces(p.split(DEFAULT_IMAGE_TOKEN), tokenizer) for p in prompts])
+
+
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return token ids [B, L] and mask [B, L], padded on the right; the splice pads again."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
 def image_ranges(counts: Sequence[int]) -> list[range]:

@@ -17,9 +17,8 @@ from PIL import Image
 
 from llava.anyres import Size
 from llava.command_line import OneLineParser, add_model_flags, one_line_errors
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
-from llava.conversation import conv_templates
-from llava.eval.prompts import image_mark
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.eval.prompts import image_mark, open_turn
 from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.loaded import load_from_flags
@@ -81,8 +80,7 @@ def eval_model(args: Any) -> str:
     loaded = load_from_flags(args, args.model_name)
     tokenizer, model = loaded.tokenizer, loaded.model
     prompt = build_prompt(args.query, len(images), loaded.template, image_mark(model.config))
-    ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
-    ids = ids[None].to(model.device)
+    ids = torch.tensor([tokenizer_image_token(prompt, tokenizer)], device=model.device)
     pixels = process_images(images, loaded.image_processor, model.config)
     sizes = [image.size for image in images]
     check_length(model, ids[0], pixels, sizes)
@@ -153,13 +151,8 @@ def build_prompt(query: str, images: int, template: str, mark: str) -> str:
     """
     if count_marks(query, images):
         question = query.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
-        question = question.replace(IMAGE_PLACEHOLDER, mark.rstrip("\n"))
-    else:
-        question = mark * images + query
-    conversation = conv_templates[template].copy()
-    conversation.append_message(conversation.roles[0], question)
-    conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
+        return open_turn(question.replace(IMAGE_PLACEHOLDER, mark.rstrip("\n")), template)
+    return open_turn(mark * images + query, template)
 
 
 def count_marks(query: str, images: int) -> int:

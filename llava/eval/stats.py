@@ -17,7 +17,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a benchmark: `value` and its standard error `se` (None: undefined), over n items.
+    """A figure: `value` and its standard error `se` (None: undefined), over n items.
 
     `scale` is the largest possible value: 100 for percentages, 2000 for MME perception.
     """
@@ -32,17 +32,8 @@ RESAMPLES = 10_000
 _AT_ONCE = 2**22  # numbers drawn at a time
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean of `n` scores and its standard error (NaN where fewer than two clusters exist)."""
-
-    mean: float
-    se: float
-    n: int
-
-
-def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
-    """Mean of `values` [n] with a standard error that is robust to dependence within `clusters`.
+def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Metric:
+    """Return the mean of `values` [n], its error robust to dependence within `clusters`.
 
     With residuals e_i = x_i - mean and G clusters g:
         se = sqrt(G / (G - 1) * sum_g (sum_{i in g} e_i)^2) / n
@@ -54,11 +45,11 @@ def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable] | None =
     mean = math.fsum(values) / n
     names = range(n) if clusters is None else clusters
     se = clustered_se([value - mean for value in values], names)
-    return Estimate(mean, math.nan if se is None else se / n, n)
+    return Metric(mean, None if se is None else se / n, n, scale=1.0)
 
 
 def clustered_se(influences: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
-    """Standard error of any figure, by the delta method; None for fewer than two clusters.
+    """Return the standard error of any figure by the delta method; None below two clusters.
 
     A figure moves by u_i (`influences` [n]) when answer i does, and the answers about one image
     (`clusters` [n]) may err together:
@@ -76,8 +67,8 @@ def clustered_se(influences: Sequence[float], clusters: Sequence[Hashable]) -> f
 
 def paired_difference(
     values: Sequence[float], baseline: Sequence[float], clusters: Sequence[Hashable] | None = None
-) -> Estimate:
-    """Mean of `values - baseline` over the same questions, with the standard error of that mean.
+) -> Metric:
+    """Return the mean of `values - baseline` over the same questions, and its standard error.
 
     Pairing removes what both runs share (how hard each question is), so this error is usually much
     smaller than that of either accuracy.
@@ -89,10 +80,10 @@ def paired_difference(
 def metric_of(
     scores: Sequence[float], clusters: Sequence[Hashable] | None = None, scale: float = 100.0
 ) -> Metric:
-    """The mean of `scores` in [0, 1] as a metric out of `scale`, see `mean_estimate`."""
+    """Return the mean of `scores` in [0, 1] as a metric out of `scale`, see `mean_estimate`."""
     estimate = mean_estimate(scores, clusters)
-    se = None if math.isnan(estimate.se) else scale * estimate.se
-    return Metric(scale * estimate.mean, se, estimate.n, scale)
+    se = None if estimate.se is None else scale * estimate.se
+    return Metric(scale * estimate.value, se, estimate.n, scale)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

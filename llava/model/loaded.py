@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llava.command_line import check_chat_template, check_conv_mode
 from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint import checkpoint_here, local_checkpoint
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.pruning.config import PruningConfig
 from llava.pruning.flags import pruning_from
@@ -36,36 +37,102 @@ class LoadedModel:
     name: str = ""
 
 
-def load_model(
-    path: str,
-    device: str = "auto",
-    *,
-    base: str | None = None,
-    conv_mode: str | None = None,
-    name: str | None = None,
-    **loading: Any,
-) -> LoadedModel:
-    """Load a checkpoint, with pruning switched off: whoever asks brings a setting.
+@dataclass(frozen=True)
+class ModelSpec:
+    """A checkpoint, not loaded: where it is and how it is loaded and asked.
 
-    Args:
-        path, base, device: as in `load_pretrained_model`.
+    Attributes:
+        path, base, device, dtype, mm_next_protocol, load_8bit, load_4bit: as in
+            `load_pretrained_model`.
         conv_mode: conversation template; by default the model's own.
         name: the model's name, where its path does not end in it.
-        **loading: more arguments of `load_pretrained_model`, such as `load_4bit` or `dtype`.
 
     Raises:
-        UserInputError: what cannot be loaded, or asked about a picture.
+        UserInputError: an unknown template.
     """
-    check_conv_mode(conv_mode)
-    name = name or get_model_name_from_path(path)
-    tokenizer, model, processor, _ = load_pretrained_model(
-        path, base, name, device=device, **loading
-    )
-    _check_complete(path, tokenizer, processor)
-    own, model.pruning = model.pruning, None
-    template = conv_mode or conv_mode_for(name, model.config)
-    check_chat_template(template)
-    return LoadedModel(model.eval(), tokenizer, processor, template, own, name)
+
+    path: str
+    base: str | None = None
+    device: str = "auto"
+    conv_mode: str | None = None
+    dtype: str | None = None
+    mm_next_protocol: str | None = None
+    load_8bit: bool = False
+    load_4bit: bool = False
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_conv_mode(self.conv_mode)
+
+    @classmethod
+    def from_flags(
+        cls,
+        args: argparse.Namespace,
+        *,
+        dtype: str | None = None,
+        mm_next_protocol: str | None = None,
+        name: str | None = None,
+    ) -> ModelSpec:
+        """Read the flags of `llava.command_line.add_model_flags`.
+
+        Args:
+            args: the flags.
+            dtype, mm_next_protocol: what counts where the flags leave it open.
+            name: see the class.
+        """
+        return cls(
+            args.model_path,
+            args.model_base,
+            args.device,
+            args.conv_mode,
+            args.dtype or dtype,
+            args.mm_next_protocol or mm_next_protocol,
+            args.load_8bit,
+            args.load_4bit,
+            name,
+        )
+
+    def located(self, *, download: bool = True) -> ModelSpec:
+        """Return the same with folders instead of hub names.
+
+        Args:
+            download: get what is not here yet; otherwise its name stays.
+
+        Raises:
+            UserInputError: neither a folder nor a hub name, or a download that fails.
+        """
+        find = local_checkpoint if download else checkpoint_here
+        base = None if self.base is None else str(find(self.base) or self.base)
+        return replace(self, path=str(find(self.path) or self.path), base=base)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """More arguments of `load_pretrained_model`."""
+        loading: dict[str, Any] = {"load_8bit": self.load_8bit, "load_4bit": self.load_4bit}
+        if self.dtype and not (self.load_8bit or self.load_4bit):
+            loading["dtype"] = self.dtype
+        if self.mm_next_protocol and self.mm_next_protocol != "native":
+            loading["mm_next_protocol"] = self.mm_next_protocol
+        return loading
+
+    def load(self, **more: Any) -> LoadedModel:
+        """Load it, with pruning switched off: whoever asks brings a setting.
+
+        Args:
+            **more: other arguments of `load_pretrained_model`, such as `attn_implementation`.
+
+        Raises:
+            UserInputError: what cannot be loaded, or asked about a picture.
+        """
+        name = self.name or get_model_name_from_path(self.path)
+        tokenizer, model, processor, _ = load_pretrained_model(
+            self.path, self.base, name, device=self.device, **self.loading, **more
+        )
+        _check_complete(self.path, tokenizer, processor)
+        own, model.pruning = model.pruning, None
+        template = self.conv_mode or conv_mode_for(name, model.config)
+        check_chat_template(template)
+        return LoadedModel(model.eval(), tokenizer, processor, template, own, name)
 
 
 def load_from_flags(args: argparse.Namespace, name: str | None = None) -> LoadedModel:
@@ -82,18 +149,7 @@ def load_from_flags(args: argparse.Namespace, name: str | None = None) -> Loaded
             loaded or asked.
     """
     pruning = pruning_from(args)
-    loading = {"load_8bit": args.load_8bit, "load_4bit": args.load_4bit}
-    for key in ("dtype", "mm_next_protocol"):
-        if getattr(args, key) not in (None, "native"):
-            loading[key] = getattr(args, key)
-    loaded = load_model(
-        args.model_path,
-        args.device,
-        base=args.model_base,
-        conv_mode=args.conv_mode,
-        name=name,
-        **loading,
-    )
+    loaded = ModelSpec.from_flags(args, name=name).load()
     loaded.model.pruning = loaded.own_pruning if pruning is None else pruning
     own = conv_mode_for(loaded.name, loaded.model.config)
     if loaded.template != own:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.command_line import OneLineParser, one_line_errors
+from llava.markdown import add_update_flag
 from llava.pruning.catalogue import render, tracked_results, update
 
 
@@ -28,24 +29,16 @@ def build_parser(prog: str = "python -m llava.pruning") -> OneLineParser:
     parser = OneLineParser(prog=prog, description="The pruning methods, from their classes.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("list", "methods"):
-        add = commands.add_parser(name, help="list the pruning methods").add_argument
-        add("--markdown", action="store_true", help="print a Markdown table")
-        add(
+        command = commands.add_parser(name, help="list the pruning methods")
+        command.add_argument("--markdown", action="store_true", help="print a Markdown table")
+        command.add_argument(
             "--results",
             type=Path,
             metavar="FILE",
             help="result file with our figures; default: playground/results/llava-tiny.json of the "
             "checkout that an updated file lies in, else the one that comes with the package",
         )
-        add(
-            "--update",
-            "--update-readme",
-            type=Path,
-            action="append",
-            default=[],
-            metavar="FILE",
-            help="write the Markdown table between the methods markers of this file; repeatable",
-        )
+        add_update_flag(command, "write the table between the methods markers of this file")
     return parser
 
 

@@ -13,7 +13,7 @@ from llava.eval.__main__ import main
 from llava.eval.engine.batches import Plan
 from llava.eval.engine.runner import Runner
 from llava.eval.tasks.question_file import QuestionFile
-from llava.model.loaded import LoadedModel, load_model
+from llava.model.loaded import LoadedModel, ModelSpec
 from llava.sampling import Sampling
 
 
@@ -35,7 +35,7 @@ def benchmark_folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path)
 
 @pytest.fixture(scope="session")
 def subject(checkpoint: Path) -> LoadedModel:
-    return load_model(str(checkpoint), "cpu")
+    return ModelSpec(str(checkpoint), device="cpu").load()
 
 
 @pytest.fixture

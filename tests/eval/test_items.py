@@ -22,7 +22,7 @@ from llava.eval.engine.runner import Runner
 from llava.eval.prompts import question_prompt
 from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.loaded import LoadedModel, load_model
+from llava.model.loaded import LoadedModel, ModelSpec
 from llava.pruning import prune
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -80,7 +80,7 @@ class Pictures(Benchmark):
 @pytest.fixture
 def tiles(checkpoint: Path) -> LoadedModel:
     """The same weights as a LLaVA-1.6: images in tiles, lines that end in newlines."""
-    subject = load_model(str(checkpoint), "cpu")
+    subject = ModelSpec(str(checkpoint), device="cpu").load()
     model = subject.model
     model.config.image_aspect_ratio = "anyres"
     model.config.mm_patch_merge_type = "spatial_unpad"

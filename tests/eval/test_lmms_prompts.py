@@ -152,7 +152,7 @@ def test_a_mark_that_somebody_wrote_is_text(subject: LoadedModel) -> None:
         ([{"role": "user", "content": None}], "does not ask with chat messages"),
         ([{"role": "user", "content": ["What?"]}], "does not ask with chat messages"),
         ([{"role": "user", "content": [{"text": "What?"}]}], "does not ask with chat messages"),
-        ([], "in turns of nobody"),
+        ([], "in turns of no one"),
         ([message("a"), message("b")], "in turns of user, user"),
         ([message("a", role="assistant")], "in turns of assistant"),
         ([message("a"), message("b", role="assistant")], "in turns of user, assistant"),

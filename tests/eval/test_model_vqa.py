@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_llava import write_lines
+from tiny_llava import exit_code, write_lines
 
 from llava.eval.engine import run as execution
 from llava.eval.llava_scripts.vqa import MMBenchTable
 from llava.eval.prompts import question_prompt
 from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.loaded import LoadedModel, load_model
+from llava.model.loaded import LoadedModel, ModelSpec
 from llava.pruning import prune
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -122,7 +122,7 @@ def test_generation_config_of_the_checkpoint(
     model = ["--model-path", str(folder), "--batch-size", "4"]
     assert script("model_vqa_loader", questions, *model) == 0
     before = [line["text"] for line in lines(tmp_path / "answers.jsonl")]
-    unchanged = load_model(str(folder), "cpu")
+    unchanged = ModelSpec(str(folder), device="cpu").load()
     first = generated_ids(unchanged, images / "0.png", "Circle 0?" + SHORT, 4)[0]
     settings = {
         "suppress_tokens": [first],
@@ -133,7 +133,7 @@ def test_generation_config_of_the_checkpoint(
     }
     (folder / "generation_config.json").write_text(json.dumps(settings))
     assert script("model_vqa_loader", questions, *model) == 0
-    changed = load_model(str(folder), "cpu")
+    changed = ModelSpec(str(folder), device="cpu").load()
     answered = lines(tmp_path / "answers.jsonl")
     for row, line in zip(lines(questions), answered, strict=True):
         image = images / row["image"] if "image" in row else None
@@ -359,7 +359,7 @@ def test_bad_flags(
     extra: list[str],
     message: str,
 ) -> None:
-    assert script("model_vqa_loader", questions, *extra) == 2
+    assert exit_code(lambda: script("model_vqa_loader", questions, *extra)) == 2
     assert message in capfd.readouterr().err.splitlines()[-1]
 
 

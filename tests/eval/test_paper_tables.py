@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_llava import exit_code
 
 from llava.eval.__main__ import main
 from llava.eval.commands import paper_table as command
@@ -19,7 +20,7 @@ from llava.eval.report.paper_table import records, to_csv, to_html, to_json, to_
 from llava.eval.report.plots import Point, pareto_front, points_of
 from llava.eval.tables import load_table
 from llava.eval.tables.fill import Filled, RunResult, fill, read_run
-from llava.eval.tables.launch import Launch
+from llava.eval.tables.launch import Launch, SharedModel
 from llava.eval.tables.plan import (
     Job,
     plan,
@@ -28,6 +29,7 @@ from llava.eval.tables.plan import (
     unavailable,
 )
 from llava.eval.tables.spec import KINDS, TableError, list_tables
+from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig, list_methods
 
 MAIN = "table1_llava_v1_5_7b"
@@ -434,6 +436,15 @@ def test_the_first_questions_of_a_task_have_no_gap(
     assert "No gaps: only the first 40 questions of a task were asked." in capsys.readouterr().out
 
 
+def test_runs_of_a_table_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[ModelSpec] = []
+    monkeypatch.setattr(ModelSpec, "load", lambda spec: loaded.append(spec) or object())
+    shared, first, other = SharedModel(), ModelSpec("m"), ModelSpec("m", dtype="float16")
+    assert shared.load(first) is shared.load(ModelSpec("m"))
+    assert shared.load(other) is not shared.load(first)
+    assert loaded == [first, other, first], "only the last one is kept"
+
+
 def test_authors_figures_of_their_own_method_are_no_re_run() -> None:
     kinds = {
         figure.kind
@@ -471,7 +482,7 @@ def test_dry_run_prints_the_runs_and_touches_nothing(
 def test_bad_flags_are_one_line(
     words: list[str], named: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main(["paper-table", *words]) == 2
+    assert exit_code(lambda: main(["paper-table", *words])) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
 

@@ -20,6 +20,8 @@ def test_the_package_accepts_every_preset(name: str) -> None:
 def test_the_released_code_runs_in_half_precision_and_says_what_it_cannot_repeat() -> None:
     released = [preset for name, preset in PRESETS.items() if name.startswith("release")]
     assert {preset.dtype for preset in released} == {"float16"}
+    assert {preset.options["precision"] for preset in released} == {"model"}
+    assert "precision" not in get_preset("paper").options
     assert all(preset.not_expressed for preset in released)
     assert not get_preset("paper").not_expressed
 

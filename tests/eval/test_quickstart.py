@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny_llava import exit_code
 
 from llava.eval.__main__ import main
 from llava.eval.commands import quickstart as command
@@ -237,7 +238,7 @@ def test_bad_input_is_one_line_and_code_2(
     extra: list[str],
     message: str,
 ) -> None:
-    assert quickstart(tmp_path, *extra) == 2
+    assert exit_code(lambda: quickstart(tmp_path, *extra)) == 2
     (line,) = [
         line for line in capfd.readouterr().err.splitlines() if not line.startswith("Loading")
     ]

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_llava import exit_code
 
 from llava.eval.__main__ import main
 from llava.eval.engine import run as execution
 from llava.eval.engine.run import FILES
 from llava.eval.stats import mcnemar, mean_estimate, paired_bootstrap
+from llava.model.loaded import ModelSpec
 from llava.model.multimodal_encoder.readings import TowerReader
 from llava.storage import exclusive
 from llava.utils import UserInputError
@@ -130,7 +132,7 @@ def test_a_dry_run_loads_and_writes_nothing(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a dry run loads no model")
 
-    monkeypatch.setattr(execution, "load_model", refuse)
+    monkeypatch.setattr(ModelSpec, "load", refuse)
     output = tmp_path / "output"
     assert run(output, "--arm", "none", "--arm", "zoo@64", "--dry-run") == 0
     plan = capsys.readouterr().out
@@ -246,7 +248,7 @@ def test_bad_input_is_one_line_and_code_2(
     extra: list[str],
     message: str,
 ) -> None:
-    assert run(tmp_path / "output", *extra) == 2
+    assert exit_code(lambda: run(tmp_path / "output", *extra)) == 2
     assert message in last_line(capfd)
 
 
@@ -318,8 +320,8 @@ def test_the_bootstrap_agrees_with_the_clustered_error() -> None:
     values = [shift[cluster] + draw.gauss(0, 0.1) for cluster in clusters]
     estimate = mean_estimate(values, clusters)
     low, high, p = paired_bootstrap(values, [0.0] * 600, clusters)
-    assert low == pytest.approx(estimate.mean - 1.96 * estimate.se, abs=0.1 * estimate.se)
-    assert high == pytest.approx(estimate.mean + 1.96 * estimate.se, abs=0.1 * estimate.se)
-    normal = math.erfc(abs(estimate.mean / estimate.se) / math.sqrt(2))
+    assert low == pytest.approx(estimate.value - 1.96 * estimate.se, abs=0.1 * estimate.se)
+    assert high == pytest.approx(estimate.value + 1.96 * estimate.se, abs=0.1 * estimate.se)
+    normal = math.erfc(abs(estimate.value / estimate.se) / math.sqrt(2))
     assert p == pytest.approx(normal, abs=0.02)
     assert paired_bootstrap(values, values, clusters)[2] == 1.0

@@ -13,7 +13,7 @@ from llava.eval.stats import mean_estimate, paired_difference
 def test_standard_error_of_four_answers() -> None:
     # mean 3/4; squared residuals 3 * (1/4)^2 + (3/4)^2 = 3/4; variance 1/4; sd / sqrt(4) = 1/4.
     estimate = mean_estimate([1, 1, 1, 0])
-    assert estimate.mean == 0.75
+    assert estimate.value == 0.75
     assert estimate.se == pytest.approx(0.25)
     assert estimate.n == 4
 
@@ -37,7 +37,7 @@ def test_paired_difference_by_hand() -> None:
     # variance 17/30, error sqrt(17/180).
     after, before = [0, 1, 1, 0, 1, 0], [1, 1, 1, 0, 0, 1]
     estimate = paired_difference(after, before)
-    assert estimate.mean == pytest.approx(-1 / 6)
+    assert estimate.value == pytest.approx(-1 / 6)
     assert estimate.se == pytest.approx(math.sqrt(17 / 180))
 
 
@@ -46,7 +46,7 @@ def test_no_difference_has_no_error() -> None:
 
 
 def test_a_single_cluster_has_no_error_estimate() -> None:
-    assert math.isnan(mean_estimate([1, 0], ["a", "a"]).se)
+    assert mean_estimate([1, 0], ["a", "a"]).se is None
 
 
 def test_nothing_to_average() -> None:

@@ -30,6 +30,8 @@ from llava.eval.tables.launch import Launch
 from llava.eval.tables.plan import arm_for, arm_name, plan, published_budget, unavailable
 from llava.eval.tables.spec import Row, Table, TableError, list_tables
 from llava.eval.tasks.base import get_benchmark
+from llava.model import loaded
+from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig
 from llava.storage import dump_json
 
@@ -113,12 +115,12 @@ def test_a_run_gets_every_row_as_written(
     table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process and under torchrun."""
-    order = Launch("m", tmp_path, tmp_path)
+    order = Launch(ModelSpec("m"), tmp_path, tmp_path)
     (job,) = plan(table)
-    assert configs(order.arguments(job)) == expected()
+    assert configs(launch.arguments(order.request(job))[1:]) == expected()
     asked: list[RunRequest] = []
-    monkeypatch.setattr(launch, "run", lambda request: asked.append(request) or 0)
-    monkeypatch.setattr(launch, "local_checkpoint", Path)
+    monkeypatch.setattr(launch, "run", lambda request, load: asked.append(request) or 0)
+    monkeypatch.setattr(loaded, "local_checkpoint", Path)
     assert launch.run_job(order, job) == 0
     assert {arm.name: arm.seeded(0) for arm in asked[0].arms} == expected()
     calls: list[list[str]] = []
@@ -381,9 +383,11 @@ def test_a_benchmark_that_comes_with_the_package_needs_no_data_root(tmp_path: Pa
     path = write_table(tmp_path / "tiny.toml", ["keep_tokens = 2"])
     path.write_text(path.read_text().replace('"pope"', '"llava-tiny"'))
     jobs = plan(load_table(path))
-    given, default = (Launch("m", root, tmp_path) for root in (tmp_path, None))
-    assert {default.root(job) for job in jobs} == {get_benchmark("llava-tiny").default_root}
-    assert {given.root(job) for job in jobs} == {tmp_path}
+    given, default = (Launch(ModelSpec("m"), root, tmp_path) for root in (tmp_path, None))
+    assert {default.request(job).benchmark.root for job in jobs} == {
+        get_benchmark("llava-tiny").default_root
+    }
+    assert {given.request(job).benchmark.root for job in jobs} == {tmp_path}
 
 
 def test_the_table_in_the_documents_is_complete(tmp_path: Path) -> None:

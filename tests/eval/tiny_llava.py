@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece
@@ -17,7 +18,7 @@ from llava.eval.engine.request import UNPRUNED, Arm
 from llava.eval.engine.runner import Runner
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.loaded import load_model
+from llava.model.loaded import ModelSpec
 from llava.sampling import Sampling
 
 WIDTH = 32
@@ -115,7 +116,7 @@ def build_benchmark(folder: Path, checkpoint: Path, images: int = 4, questions: 
     benchmark = QuestionFile(folder)
     sampling = Sampling(temperature=0, max_new_tokens=8)
     plan = Plan.of(benchmark.items(), 4)
-    subject = load_model(str(checkpoint), "cpu")
+    subject = ModelSpec(str(checkpoint), device="cpu").load()
     runner = Runner(subject, benchmark, plan, sampling=sampling, seed=0)
     said = {}
     for records, _ in runner.run([Arm(UNPRUNED)]):
@@ -140,3 +141,11 @@ def draw_picture(seed: int) -> Image.Image:
 
 def write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def exit_code(command: Callable[[], int]) -> int | str | None:
+    """Run a command and return its exit code, whether the parser or the command itself ends it."""
+    try:
+        return command()
+    except SystemExit as stop:
+        return stop.code

@@ -6,17 +6,16 @@ A and B are output folders of `run` or `quickstart`, each with `:ARM` where it h
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.schema import Record, ResultError, read_info, read_lines
 from llava.eval.rules.exact_match import normalise
 from llava.eval.stats import (
     RESAMPLES,
+    Metric,
     mcnemar,
     mean_estimate,
     paired_bootstrap,
@@ -27,7 +26,7 @@ from llava.utils import user_path
 
 @dataclass(frozen=True)
 class ArmAnswers:
-    """The answers of one arm of one run, and of that run's unpruned arm if it has one."""
+    """Answers of one arm of one run, and of that run's unpruned arm if it has one."""
 
     title: str
     task: str
@@ -106,8 +105,7 @@ def compare(a: ArmAnswers, b: ArmAnswers) -> str:
     if not pairs:
         raise ResultError("no question was answered by both: their images could not be read")
     lines = [f"A: {a.title}", f"B: {b.title}", f"{a.task}, {len(pairs)} questions answered by both"]
-    scored = [pair for pair in pairs if pair[0]["score"] is not None]
-    scored = [pair for pair in scored if pair[1]["score"] is not None]
+    scored = [pair for pair in pairs if all(line["score"] is not None for line in pair)]
     if scored:
         lines += score_lines(scored)
     else:
@@ -177,9 +175,9 @@ def _share_equal(pairs: Sequence[tuple[Record, Record]]) -> str:
     return f"{same} of {len(pairs)} questions ({100 * same / len(pairs):.1f} %)"
 
 
-def _percent(estimate: Any, sign: str = "") -> str:
-    error = "n/a" if math.isnan(estimate.se) else f"{100 * estimate.se:.2f}"
-    return f"{100 * estimate.mean:{sign}.2f} ± {error}"
+def _percent(estimate: Metric, sign: str = "") -> str:
+    error = "n/a" if estimate.se is None else f"{100 * estimate.se:.2f}"
+    return f"{100 * estimate.value:{sign}.2f} ± {error}"
 
 
 def _split(word: str) -> tuple[str, str]:

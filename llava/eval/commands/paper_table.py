@@ -7,15 +7,17 @@ resumes where it stopped. `--demo` runs the same code on the model in this repos
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from llava.command_line import natural, positive
 from llava.eval.demo import DEFAULT_SAMPLES, write_playground
 from llava.eval.engine import provenance
+from llava.eval.engine.batches import Plan
 from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.runner import Runner
 from llava.eval.engine.schema import Record
 from llava.eval.report import paper_table as report
 from llava.eval.report.pictures import draw_kept_tokens
@@ -33,11 +35,10 @@ from llava.eval.tables.plan import (
     scaled_budgets,
     unavailable,
 )
-from llava.eval.tables.spec import Row, Table, TableError, list_tables, load_table
+from llava.eval.tables.spec import Table, TableError, list_tables, load_table
 from llava.eval.tasks.base import Benchmark
-from llava.model.loaded import load_model
+from llava.model.loaded import ModelSpec
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
-from llava.pruning import PruningConfig
 from llava.registry import unknown
 from llava.shipped import LLAVA_TINY
 from llava.storage import exclusive, write_atomically
@@ -56,7 +57,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("name", nargs="?", help="a table, or a .toml file of the same form; default: list them")
     add("--demo", action="store_true", help="on llava-tiny and drawn data, to see that it runs")
-    add("--demo-samples", type=int, default=DEFAULT_SAMPLES, help="questions per task of a demo")
+    add(
+        "--demo-samples",
+        type=positive,
+        default=DEFAULT_SAMPLES,
+        help="questions per task of a demo",
+    )
     add("--model-path", help="checkpoint; default: the table's own, from the hub")
     add("--model-base", help="as in the run command")
     add("--conv-mode", help="conversation template; default: the table's")
@@ -64,11 +70,16 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--output", type=Path, help="default: outputs/tables/NAME, or outputs/demo/NAME")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of the table")
     add("--methods", nargs="+", metavar="METHOD", help="only rows of these methods")
-    add("--processes", type=int, default=1, help="share every run among so many GPUs (torchrun)")
-    add("--batch-size", type=int, help="questions per batch; default: the table's, else 8")
-    add("--limit", type=int, default=0, help="questions per task, 0 for all")
-    add("--seed", type=int, default=0)
-    add("--workers", type=int, help="processes that read images; default: 4, in a demo none")
+    add(
+        "--processes",
+        type=positive,
+        default=1,
+        help="share every run among so many GPUs (torchrun)",
+    )
+    add("--batch-size", type=positive, help="questions per batch; default: the table's, else 8")
+    add("--limit", type=natural, default=0, help="questions per task, 0 for all")
+    add("--seed", type=natural, default=0)
+    add("--workers", type=natural, help="processes that read images; default: 4, in a demo none")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", help="of the model; default: the loader's")
     add("--pixels", choices=PIXELS, default=ORIGINAL, help=f"{PIXELS_HELP}; default: {ORIGINAL}")
@@ -91,10 +102,6 @@ class Order:
         jobs = plan(self.table, self.budgets, native_only=self.demo)
         return [job for job in jobs if job.task not in absent]
 
-    def setting(self, row: Row) -> PruningConfig | None:
-        """Return how the runs prune for a row."""
-        return arm_for(row, self.budgets).seeded(self.launch.seed)
-
 
 def run(args: argparse.Namespace, run_one: RunJob = run_job) -> int:
     """Run, tabulate, draw; 0 if every cell that can run has run."""
@@ -107,7 +114,7 @@ def run(args: argparse.Namespace, run_one: RunJob = run_job) -> int:
     if find_spec("matplotlib") is None:
         raise UserInputError("the plots need matplotlib: pip install 'llava[eval]'")
     with exclusive(order.launch.output):
-        if order.demo:
+        if order.demo and order.launch.data_root is not None:
             write_playground(order.launch.data_root, args.demo_samples)
         problems = [f"no benchmark is registered for {task}" for task in missing_tasks(order.table)]
         for job in order.jobs():
@@ -131,26 +138,22 @@ def read_order(args: argparse.Namespace) -> Order:
         UserInputError: a flag that does not fit, or a row that cannot run.
     """
     table = cut_table(load_table(args.name), args.tasks, args.methods)
-    if args.limit < 0 or args.processes < 1 or args.demo_samples < 1:
-        raise UserInputError("--limit must be at least 0, --processes and --demo-samples 1")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserInputError("--batch-size must be at least 1")
-    if args.seed < 0 or (args.workers or 0) < 0:
-        raise UserInputError("--seed and --workers must be at least 0")
     demo = args.demo
     output = args.output or Path("outputs") / ("demo" if demo else "tables") / table.name
     launch = Launch(
-        model_path=args.model_path or (LLAVA_TINY if demo else table.model),
+        model=ModelSpec(
+            args.model_path or (LLAVA_TINY if demo else table.model),
+            args.model_base,
+            args.device,
+            args.conv_mode or table.conv_mode,
+            args.dtype,
+        ),
         data_root=output / f"playground-{args.demo_samples}" if demo else args.data_root,
         output=output,
-        model_base=args.model_base,
-        conv_mode=args.conv_mode or table.conv_mode,
         batch_size=args.batch_size or table.batch_size or (DEMO_BATCH if demo else 8),
         limit=args.limit,
         seed=args.seed,
         workers=(0 if demo else 4) if args.workers is None else args.workers,
-        device=args.device,
-        dtype=args.dtype,
         pixels=args.pixels,
         processes=args.processes,
         max_new_tokens=DEMO_NEW_TOKENS if demo else None,
@@ -160,7 +163,7 @@ def read_order(args: argparse.Namespace) -> Order:
     for row in table.rows:
         try:
             if unavailable(table, row) is None:
-                order.setting(row)
+                arm_for(row, budgets).seeded(args.seed)
         except UserInputError as error:
             raise TableError(
                 f"the row {row.label!r} of {table.name} cannot run: {error}"
@@ -199,7 +202,7 @@ def show_plan(order: Order) -> int:
     for task in missing_tasks(order.table):
         print(f"no benchmark is registered for {task}")
     for job in order.jobs():
-        print(shlex.join(["python", "-m", "llava.eval", *order.launch.arguments(job)]))
+        print(order.launch.request(job).command)
     return 0
 
 
@@ -247,18 +250,15 @@ def draw_overlays(order: Order, filled: Filled, path: Path) -> bool:
         return False
     first = next(job for job in order.jobs() if job.next_protocol == DEFAULT_PROTOCOL)
     request = order.launch.request(first)
-    model, benchmark = request.model, request.benchmark
-    item = next(item for item in benchmark.items() if item.images)
-    settings = {
-        f"{row.row.label} {report.budget_text(row.budget)}": setting
+    located = replace(request, model=request.model.located())
+    subject = order.launch.shared.load(located.prompted_model)
+    questions = Plan.of(request.benchmark.items(), request.batch_size)
+    runner = Runner.of(request, subject, questions)
+    arms = {
+        f"{row.row.label} {report.budget_text(row.budget)}": arm_for(row.row, order.budgets)
         for row in rows
-        if (setting := order.setting(row.row)) is not None
     }
-    name = item.images[0]
-    subject = load_model(model.path, model.device, base=model.base, **model.loading)
-    image = benchmark.load_image(name)
-    draw_kept_tokens(subject, image, item.question, settings, path, name)
-    return True
+    return draw_kept_tokens(runner, arms, path)
 
 
 def rows_to_draw(filled: Filled) -> list[FilledRow]:
@@ -287,10 +287,10 @@ def describe_conditions(order: Order, command: str) -> Record:
     flags = ("batch_size", "limit", "seed", "pixels")
     return {
         "command": command,
-        "model": launch.model_path,
+        "model": launch.model.path,
         "data_root": str(launch.data_root or Benchmark.default_root),
         **{flag: getattr(launch, flag) for flag in flags},
         "git": provenance.git_state(),
         "versions": provenance.package_versions(),
-        "machine": provenance.machine(launch.device),
+        "machine": provenance.machine(launch.model.device),
     }

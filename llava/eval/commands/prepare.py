@@ -71,7 +71,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepare(task: str, args: argparse.Namespace) -> None:
-    """Do what can be done towards a complete benchmark. Raises TaskError where it is nothing."""
+    """Do what can be done towards a complete benchmark.
+
+    Raises:
+        TaskError: nothing can be done.
+    """
     _, sources = open_prepared(task, args.protocol, args.data_root)
     if args.source is not None and _take(task, sources, args):
         return

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from llava.command_line import natural, positive
 from llava.eval.engine.metrics import result_rows
-from llava.eval.engine.request import UNPRUNED, Arm, ModelSpec, RunRequest, own_template
+from llava.eval.engine.request import UNPRUNED, Arm, RunRequest, own_template
 from llava.eval.engine.run import Answered, mark_unavailable
 from llava.eval.engine.run import run as run_request
 from llava.eval.engine.runner import Runner
 from llava.eval.engine.schema import SCHEMA_VERSION, Record
 from llava.eval.report.pictures import save_overlays
-from llava.eval.report.plots import plot_accuracy
+from llava.eval.report.plots import draw_accuracy
 from llava.eval.report.result import render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.checkpoint import local_checkpoint
-from llava.pruning import PruningConfig, VisualTokens, get_method, list_methods
+from llava.model.loaded import ModelSpec
+from llava.pruning import PruningConfig, get_method, list_methods
 from llava.sampling import Sampling
 from llava.shipped import LLAVA_TINY
 from llava.storage import dump_json, write_atomically
@@ -47,7 +50,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--model-path", default=LLAVA_TINY, help="checkpoint folder or name")
     add("--benchmark", type=Path, help="folder of questions.jsonl; default: MODEL_PATH/benchmark")
     add("--image-folder", type=Path, help="read images from here instead of rendering them")
-    add("--limit", type=int, default=DEFAULT_LIMIT, help="questions to ask, 0 for all")
+    add("--limit", type=natural, default=DEFAULT_LIMIT, help="questions to ask, 0 for all")
     add(
         "--methods",
         nargs="+",
@@ -55,11 +58,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         metavar="METHOD",
         help=f"registered names, or {ALL!r} for every method that prunes before the language model",
     )
-    add("--budgets", nargs="+", type=int, default=list(BUDGETS), metavar="TOKENS")
+    add("--budgets", nargs="+", type=positive, default=list(BUDGETS), metavar="TOKENS")
     add("--output", type=Path, default=Path("outputs/quickstart"))
     add("--save-result", type=Path, metavar="PATH", help="also write one compact result JSON")
-    add("--batch-size", type=int, default=8, help="questions per batch")
-    add("--seed", type=int, default=0, help="of the methods that draw at random")
+    add("--batch-size", type=positive, default=8, help="questions per batch")
+    add("--seed", type=natural, default=0, help="of the methods that draw at random")
     add("--device", default="cpu", choices=("auto", "cpu", "cuda", "mps"))
     parser.set_defaults(run=run)
 
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         result = make_result(args, done)
         folder = done.folder.path
         write_atomically(folder / TABLE, render(result))
-        plot_accuracy(result, folder / PICTURES[0])
+        draw_accuracy(result).savefig(folder / PICTURES[0])
         save_overlays(done.runner, done.arms, OVERLAY_TOKENS, folder / PICTURES[1])
         if args.save_result:
             write_atomically(args.save_result, dump_json(result))
@@ -92,10 +95,6 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserInputError: naming the flag.
     """
-    if args.limit < 0 or args.batch_size < 1 or args.seed < 0:
-        raise UserInputError("--limit and --seed must be at least 0, --batch-size at least 1")
-    if any(budget < 1 for budget in args.budgets):
-        raise UserInputError("--budgets must be at least 1")
     if find_spec("matplotlib") is None:
         raise UserInputError("the plots need matplotlib: pip install 'llava[eval]'")
     if user_path(args.model_path).is_file():
@@ -154,8 +153,8 @@ def plan_arms(methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]
     for method in (*named, CONTROL):
         for budget in sorted(set(budgets), reverse=True):
             config = PruningConfig.of(method, keep_tokens=budget)
-            control = "tokens" if method == CONTROL else None
-            arms.append(Arm(f"{method}@{budget}", config, method, control=control))
+            arm = Arm(f"{method}@{budget}", config, method)
+            arms.append(replace(arm, control="tokens") if method == CONTROL else arm)
     arms.append(Arm("shuffled-image", label="shuffled image", image="other", control="image"))
     arms.append(Arm("no-image", label="no image", image="absent", control="image"))
     return tuple(arms)
@@ -179,10 +178,10 @@ def choose_arms(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
     tokens = len(runner.encode(images).embeddings(0))
     smaller = [arm for arm in arms if arm.budget is None or arm.budget < tokens]
     chosen = []
-    encoded = runner.encode_for_each(images, smaller)
-    for arm, visual in zip(mark_unavailable(runner, smaller), encoded, strict=True):
-        if arm.pruning is not None and isinstance(visual, VisualTokens):
-            arm = replace(arm, label=runner.label(visual, arm))
+    for arm in mark_unavailable(runner, smaller):
+        if arm.pruning is not None:
+            with suppress(UserInputError):  # what the model lacks is in `unavailable` already
+                arm = replace(arm, label=runner.label(runner.encode(images, [arm]), arm))
         if arm.image == "other" and runner.plan.stand_ins is None:
             arm = replace(arm, unavailable="needs questions about two images")
         chosen.append(arm)

@@ -12,26 +12,25 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from llava.command_line import add_model_flags
+from llava.command_line import add_model_flags, natural, positive
 from llava.eval.engine.processes import processes
 from llava.eval.engine.provenance import identify, kind_of_device
 from llava.eval.engine.request import (
     UNPRUNED,
     Arm,
-    ModelSpec,
     RunRequest,
     arm_of,
+    arm_word,
     make_arm,
     parse_arm,
     read_arms,
     saved_pruning,
-    spell_options,
 )
 from llava.eval.engine.run import run as run_request
 from llava.eval.presets import Preset, get_preset
 from llava.eval.tasks.base import get_benchmark
 from llava.mm_utils import get_model_name_from_path
-from llava.model.checkpoint import checkpoint_here, local_checkpoint
+from llava.model.loaded import ModelSpec
 from llava.pruning import PruningError, parse_options
 from llava.pruning.config import CHOICES
 from llava.pruning.flags import pruning_from
@@ -57,8 +56,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     add("--arms", type=Path, metavar="FILE", help="JSON file of settings, as `arms` in run.json")
     add("--preset", help="a named setting of a method, with --keep-tokens or --keep-ratio")
-    add("--batch-size", type=int, default=8, help="items per batch")
-    add("--limit", type=int, default=0, help="items to ask, the first ones; 0 for all")
+    add("--batch-size", type=positive, default=8, help="items per batch")
+    add("--limit", type=natural, default=0, help="items to ask, the first ones; 0 for all")
     add("--num-chunks", type=int, default=1, help="split the items into so many parts")
     add("--chunk-idx", type=int, default=0, help="and ask those of this one, from 0")
     add("--max-new-tokens", type=int, help="longest answer; by default the task's")
@@ -71,8 +70,13 @@ def add_answering_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of everything that answers questions: the model's, and how answers are made."""
     add_model_flags(parser, template="that of LLaVA's evaluation")
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="of methods and decoding that draw at random")
-    add("--workers", type=int, default=4, help="processes that read images ahead; 0 for none")
+    add("--seed", type=natural, default=0, help="of methods and decoding that draw at random")
+    add(
+        "--workers",
+        type=natural,
+        default=4,
+        help="processes that read images ahead; 0 for none",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,25 +96,25 @@ def request_from(args: argparse.Namespace) -> RunRequest:
     Raises:
         UserInputError: one that cannot be used, or a model or data that are not here.
     """
-    if args.limit < 0 or args.batch_size < 1 or args.seed < 0 or args.workers < 0:
-        raise UserInputError(
-            "--limit, --seed and --workers must be at least 0, --batch-size at least 1"
-        )
     preset = None if args.preset is None else get_preset(args.preset)
     arms = arms_from(args, preset)
-    find_models(args, download=not args.dry_run)
+    model = ModelSpec.from_flags(
+        args,
+        dtype=preset.dtype if preset else None,
+        mm_next_protocol=preset.mm_next_protocol if preset else None,
+    ).located(download=not args.dry_run)
     if not arms:  # a hub model that a dry run does not download says nothing yet
-        here = Path(args.model_path).is_dir()
-        arms = (arm_of(saved_pruning(args.model_path) if here else None),)
+        here = Path(model.path).is_dir()
+        arms = (arm_of(saved_pruning(model.path) if here else None),)
     cls = get_benchmark(args.task)
     benchmark = cls(args.data_root or cls.default_root, args.protocol)
     benchmark.pixels = args.pixels or benchmark.pixels
     longest = benchmark.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
-    name = get_model_name_from_path(args.model_path)
+    name = get_model_name_from_path(model.path)
     output = args.output or Path("outputs") / name / f"{benchmark.name}-{benchmark.protocol}"
     return RunRequest(
         benchmark=benchmark,
-        model=model_from(args, preset),
+        model=model,
         arms=arms,
         sampling=Sampling(temperature=0, max_new_tokens=longest),
         output=output,
@@ -158,43 +162,7 @@ def _flag_arm(
     budget = args.keep_tokens if args.keep_ratio is None else args.keep_ratio
     if method == UNPRUNED:
         return make_arm(UNPRUNED, method, None, own)
-    words = spell_options(own)
-    name = f"{title}:{words}" if words else title
-    name = name if budget is None else f"{name}@{budget}"
-    return make_arm(name, method, budget, {**given, **own})
-
-
-def find_models(args: argparse.Namespace, *, download: bool = True) -> None:
-    """Replace `--model-path` and `--model-base` by folders, so that what follows reads files.
-
-    A hub name that is not here yet is downloaded, or stays without `download`.
-
-    Raises:
-        UserInputError: neither a folder nor a hub name, or a download that fails.
-    """
-    find = local_checkpoint if download else checkpoint_here
-    for flag in ("model_path", "model_base"):
-        given = getattr(args, flag)
-        if given is not None:
-            setattr(args, flag, str(find(given) or given))
-
-
-def model_from(args: argparse.Namespace, preset: Preset | None = None) -> ModelSpec:
-    """Read the flags of the model; what they leave open, `preset` decides.
-
-    Raises:
-        UserInputError: an unknown template.
-    """
-    return ModelSpec(
-        args.model_path,
-        args.model_base,
-        args.device,
-        args.conv_mode,
-        dtype=args.dtype or (preset and preset.dtype),
-        mm_next_protocol=args.mm_next_protocol or (preset and preset.mm_next_protocol),
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-    )
+    return make_arm(arm_word(title, budget, own), method, budget, {**given, **own})
 
 
 def describe(request: RunRequest) -> str:
@@ -209,7 +177,7 @@ def describe(request: RunRequest) -> str:
         f"task      {benchmark.name}, protocol {benchmark.protocol}, from {benchmark.root}",
         f"items     {len(plan.items)} about {len(plan.images())} images, in {len(plan.batches)} "
         f"batches of {request.batch_size}",
-        f"model     {model.path} on {kind_of_device(model.device)}, template {model.template}, "
+        f"model     {model.path} on {kind_of_device(model.device)}, template {request.template}, "
         f"at most {request.sampling.max_new_tokens} new tokens",
         f"pixels    {benchmark.pixels}",
         *(f"arm       {arm.name}: {arm.label}" for arm in request.arms),

@@ -18,7 +18,7 @@ from llava.utils import UserInputError
 class Plan:
     """Items in their published order, and the same items in batches.
 
-    Questions about one image stand side by side in the batches, so that they share its encoding.
+    Questions about one image follow each other in the batches, so that they share its encoding.
     """
 
     items: tuple[Item, ...]
@@ -47,7 +47,7 @@ class Plan:
 
     @cached_property
     def stand_ins(self) -> dict[str, str] | None:
-        """The image that the shuffled control shows for each; None if there is only one image."""
+        """Return the image that the shuffled control shows for each; None for a single image."""
         return other_images(self.images())
 
     def shown(self, item: Item, image: str) -> tuple[str, ...]:

@@ -15,24 +15,25 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation import BaseStreamer
 
+from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
 from llava.value_rules import one_line
 
 
 class Stopwatch:
-    """Milliseconds since creation, or since the last lap, with all work of `device` finished."""
+    """Measures milliseconds since its creation or last lap, with all work of `device` done."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._start = self._now()
 
     def lap(self) -> float:
-        """Milliseconds since the previous lap; starts the next one."""
+        """Return the milliseconds since the previous lap, and start the next one."""
         now = self._now()
         elapsed, self._start = now - self._start, now
         return 1000 * elapsed
@@ -59,7 +60,7 @@ class StepClock(BaseStreamer):
         self.laps.append(self._clock.lap())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: every step is noted by then."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Decoded:
 
 @torch.inference_mode()
 def decode(
-    model: nn.Module,
+    model: LlavaCausalLM,
     inputs_embeds: Tensor,
     attention_mask: Tensor,
     position_ids: Tensor | None,
@@ -108,7 +109,7 @@ def decode(
             clocks.append(StepClock(device))
             own["streamer"] = clocks[-1]
         try:
-            output = GenerationMixin.generate(
+            output: Any = GenerationMixin.generate(
                 model,
                 inputs_embeds=inputs_embeds[rows, start:],
                 attention_mask=attention_mask[rows, start:],
@@ -134,19 +135,19 @@ def decode(
 
 
 def row_seed(seed: int, index: int) -> int:
-    """Seed of the draws for the item at `index`."""
+    """Return the seed of the draws for the item at `index`."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")
 
 
 def end_tokens(generation_config: Any) -> set[int]:
-    """Ids that end an answer."""
+    """Return the ids that end an answer."""
     ends = generation_config.eos_token_id
     return set(ends if isinstance(ends, list | tuple) else [ends]) - {None}
 
 
 def until_end(row: Sequence[int], ends: Collection[int], special: Collection[int]) -> list[int]:
-    """`row` up to its first token in `ends`; that token stays unless it is in `special`."""
+    """Cut `row` after its first token in `ends`; that token goes too if it is in `special`."""
     for position, token in enumerate(row):
         if token in ends:
             return list(row[: position + (token not in special)])
@@ -154,7 +155,7 @@ def until_end(row: Sequence[int], ends: Collection[int], special: Collection[int
 
 
 def _times(clocks: Sequence[StepClock]) -> tuple[float | None, float | None]:
-    """Prefill and mean later step of a batch whose rows were continued in so many calls."""
+    """Return prefill and mean later step of a batch, from the clocks of its calls."""
     if not clocks:
         return None, None
     later = [lap for clock in clocks for lap in clock.laps[2:]]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from llava.eval.tasks.base import Benchmark, TaskError
 from llava.images import PictureError
@@ -36,22 +36,23 @@ class LoadedImages:
     failed: dict[str, str] = field(default_factory=dict)
 
     def batch(self) -> Tensor | list[Tensor]:
-        """The pixels in the form that `encode_visual_tokens` takes."""
+        """Return the pixels in the form that `encode_visual_tokens` takes."""
         same = all(pixels.shape == self.pixels[0].shape for pixels in self.pixels)
         return torch.stack(self.pixels) if same else self.pixels
 
 
 class ImageSource:
-    """Reads images of a benchmark as a model wants them."""
+    """Reads images of a benchmark and preprocesses them for a model."""
 
     def __init__(self, benchmark: Benchmark, processor: Any, config: Any) -> None:
         self.benchmark, self.processor, self.config = benchmark, processor, config
 
     def load(self, names: Sequence[str]) -> LoadedImages:
-        """The named images.
+        """Load the named images.
 
-        Raises TaskError where the data as a whole are the wrong ones, and UserInputError where the
-        model's own config does not say how to show it an image.
+        Raises:
+            TaskError: the data as a whole are the wrong ones.
+            UserInputError: the model's own config does not say how to show it an image.
         """
         loaded = LoadedImages()
         for name in names:
@@ -73,10 +74,11 @@ class ImageSource:
         return loaded
 
     def stream(self, batches: Sequence[Sequence[str]], workers: int) -> Iterator[LoadedImages]:
-        """The images of each batch in turn, read ahead by `workers` processes (0: in this one)."""
-        loader = DataLoader(
-            _Batches(self, batches),
+        """Load the images of each batch in turn, ahead in `workers` processes (0: in this one)."""
+        loader: DataLoader[Any] = DataLoader(
+            batches,  # type: ignore[arg-type]  # any sequence will do
             batch_size=None,
+            collate_fn=self._try_load,
             num_workers=workers,
             # The loader draws a seed for its workers; not from the global generator.
             generator=torch.Generator(),
@@ -86,16 +88,8 @@ class ImageSource:
                 raise loaded
             yield loaded
 
-
-class _Batches(Dataset):
-    def __init__(self, source: ImageSource, batches: Sequence[Sequence[str]]) -> None:
-        self.source, self.batches = source, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> LoadedImages | UserInputError:
+    def _try_load(self, names: Sequence[str]) -> LoadedImages | UserInputError:
         try:
-            return self.source.load(self.batches[number])
+            return self.load(names)
         except UserInputError as error:  # raised in a worker, it would carry the worker's traceback
             return error

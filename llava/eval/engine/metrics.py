@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -78,10 +77,9 @@ def _difference(lines: Sequence[Record], unpruned: Mapping[int, Record]) -> Reco
     if not pairs:
         return {}
     images = [tuple(line["images"]) or line["index"] for line, _ in pairs]
-    scores = [[float(line["score"]) for line in column] for column in zip(*pairs, strict=True)]
-    estimate = paired_difference(*scores, images)
-    se = None if math.isnan(estimate.se) else estimate.se
-    return {"difference": {"value": estimate.mean, "se": se, "n": estimate.n}}
+    own, base = ([float(line["score"]) for line in column] for column in zip(*pairs, strict=True))
+    estimate = paired_difference(own, base, images)
+    return {"difference": {"value": estimate.value, "se": estimate.se, "n": estimate.n}}
 
 
 class BatchTimes:
@@ -164,21 +162,17 @@ def _row(arm: Arm, records: Mapping[int, Record], unpruned: Mapping[int, Record]
 def _accuracy(lines: Sequence[Record]) -> Record:
     scores = [float(line["score"]) for line in lines]
     estimate = mean_estimate(scores, [tuple(line["images"]) for line in lines])
-    se = None if math.isnan(estimate.se) else estimate.se
-    return {"accuracy": estimate.mean, "accuracy_se": se, "n": estimate.n}
+    return {"accuracy": estimate.value, "accuracy_se": estimate.se, "n": estimate.n}
 
 
 def _times(times: BatchTimes, name: str) -> Record:
     """Return the medians of an arm; ratios are to the unpruned prefill of the same batch."""
 
-    def ratio(key: str) -> Callable[[Any, Any], float | None]:
-        return lambda own, base: None if own[key] is None else own[key] / base["prefill_ms"]
+    def time(key: str) -> float | None:
+        return times.median(name, lambda own, _: own[key])[0]
 
-    values: dict[str, Callable[[Any, Any], float | None]] = {
-        "prune_ms": lambda own, _: own["prune_ms"],
-        "prefill_ms": lambda own, _: own["prefill_ms"],
-        "decode_ms": lambda own, _: own["decode_ms"],
-        "prune_ratio": ratio("prune_ms"),
-        "prefill_ratio": ratio("prefill_ms"),
-    }
-    return {key: times.median(name, value)[0] for key, value in values.items()}
+    def ratio(key: str) -> float | None:
+        return times.median(name, lambda own, base: own[key] and own[key] / base["prefill_ms"])[0]
+
+    found = {key: time(key) for key in ("prune_ms", "prefill_ms", "decode_ms")}
+    return found | {"prune_ratio": ratio("prune_ms"), "prefill_ratio": ratio("prefill_ms")}

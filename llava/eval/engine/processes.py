@@ -37,7 +37,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes results and errors for all."""
+        """Return whether this process writes results and errors for all."""
         return self.rank == 0
 
     def deal(self, numbers: Sequence[int]) -> list[int]:

@@ -31,7 +31,6 @@ ANSWER_SOURCES = (
     "eval/engine/request.py",
     "eval/engine/runner.py",
     "eval/prompts.py",
-    "eval/subject.py",
     "eval/rules/*.py",
     "eval/tasks/*.py",
 )
@@ -70,7 +69,7 @@ def identify(request: RunRequest) -> dict[str, Any]:
 
 
 def checkpoint_hash(path: str) -> str:
-    """SHA-256 (hex) of a checkpoint and of the tower it refers to."""
+    """Return the SHA-256 (hex) of a checkpoint and of the tower it refers to."""
     folder = local_checkpoint(path)
     hashes = [hash_checkpoint(folder)]
     tower = read_config(folder).get("mm_vision_tower")
@@ -88,12 +87,12 @@ def kind_of_device(device: str) -> str:
 
 
 def hash_json(value: Any) -> str:
-    """SHA-256 (hex) of the canonical JSON form of `value`."""
+    """Return the SHA-256 (hex) of the canonical JSON form of `value`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def hash_files(files: Iterable[Path], root: Path) -> str:
-    """SHA-256 (hex) over relative names and contents of `files`, in the order of their names."""
+    """Return the SHA-256 (hex) over relative names and contents of `files`, sorted by name."""
     digest = hashlib.sha256()
     for file in sorted(files):
         with file.open("rb") as handle:  # weights may be larger than memory
@@ -103,7 +102,7 @@ def hash_files(files: Iterable[Path], root: Path) -> str:
 
 
 def hash_checkpoint(path: Path) -> str:
-    """SHA-256 (hex) of configuration, weights and tokenizer under `path`, without its benchmark."""
+    """Return the SHA-256 (hex) of configuration, weights and tokenizer; benchmarks are left out."""
     files = [
         file
         for file in path.rglob("*")
@@ -115,13 +114,13 @@ def hash_checkpoint(path: Path) -> str:
 
 
 def hash_sources() -> str:
-    """SHA-256 (hex) of the package's source files that take part in making an answer."""
+    """Return the SHA-256 (hex) of the source files that take part in making an answer."""
     files = {file for pattern in ANSWER_SOURCES for file in PACKAGE_ROOT.glob(pattern)}
     return hash_files(files, PACKAGE_ROOT)
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the interpreter and of the packages that decide the numbers."""
+    """Return versions of the interpreter and of the packages that decide the numbers."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "numpy", "pillow", "llava"):
         try:
@@ -132,7 +131,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout this package lies in; None outside a checkout."""
+    """Return commit and dirty flag of the checkout of this package; None outside of one."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
@@ -140,7 +139,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Where the run happened. Timings mean nothing without it."""
+    """Describe where the run happened, which timings depend on."""
     described = {
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

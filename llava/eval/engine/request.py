@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llava.command_line import check_conv_mode
 from llava.conversation import conv_mode_for
 from llava.eval.engine.batches import Plan, chunk_of
 from llava.eval.engine.schema import read_object
 from llava.eval.tasks.base import Benchmark, Item
 from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoint import local_checkpoint, read_config
+from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig, PruningError, parse_options
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -215,46 +215,6 @@ def _split(text: str, separator: str) -> list[str]:
     return text.split(separator) if quoted or depth else parts
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """A checkpoint, not loaded: where it is and how it is loaded and asked.
-
-    Attributes:
-        path, base: as in `load_pretrained_model`.
-        device: likewise.
-        conv_mode: conversation template; by default that of LLaVA's evaluation.
-        dtype, mm_next_protocol, load_8bit, load_4bit: as in `load_pretrained_model`.
-    """
-
-    path: str
-    base: str | None = None
-    device: str = "auto"
-    conv_mode: str | None = None
-    dtype: str | None = None
-    mm_next_protocol: str | None = None
-    load_8bit: bool = False
-    load_4bit: bool = False
-
-    def __post_init__(self) -> None:
-        check_conv_mode(self.conv_mode)
-
-    @property
-    def template(self) -> str:
-        """The conversation template that questions are asked with."""
-        own = own_template(self.path)
-        return self.conv_mode or EVALUATION_TEMPLATES.get(own, own)
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """More arguments of `load_pretrained_model`."""
-        loading: dict[str, Any] = {"load_8bit": self.load_8bit, "load_4bit": self.load_4bit}
-        if self.dtype and not (self.load_8bit or self.load_4bit):
-            loading["dtype"] = self.dtype
-        if self.mm_next_protocol and self.mm_next_protocol != "native":
-            loading["mm_next_protocol"] = self.mm_next_protocol
-        return loading
-
-
 def own_template(path: str) -> str:
     """Return the conversation template that a checkpoint was trained with."""
     config = read_config(Path(path)) if Path(path).is_dir() else None
@@ -292,6 +252,17 @@ class RunRequest:
     workers: int = 4
     command: str = ""
 
+    @property
+    def template(self) -> str:
+        """The conversation template: that of the flags, else that of LLaVA's evaluation."""
+        own = own_template(self.model.path)
+        return self.model.conv_mode or EVALUATION_TEMPLATES.get(own, own)
+
+    @property
+    def prompted_model(self) -> ModelSpec:
+        """The checkpoint, asked with `template`."""
+        return replace(self.model, conv_mode=self.template)
+
     def items(self) -> list[Item]:
         """Return the items to ask, in published order.
 
@@ -317,15 +288,16 @@ class RunRequest:
 
     def settings(self) -> dict[str, Any]:
         """Return every setting that can change an answer, without the items."""
-        arms = {arm.name: arm.to_dict() for arm in self.arms}
-        kept = ("pruning", "image")
         return {
             "task": self.benchmark.name,
             "protocol": self.benchmark.protocol,
-            "arms": {name: {key: arm[key] for key in kept} for name, arm in arms.items()},
+            "arms": {
+                arm.name: {"pruning": arm.pruning and arm.pruning.to_dict(), "image": arm.image}
+                for arm in self.arms
+            },
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "template": self.model.template,
+            "template": self.template,
             "pixels": self.benchmark.pixels,
             "loading": self.model.loading,
             "sampling": asdict(self.sampling),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ from llava.eval.engine.request import Arm, RunRequest
 from llava.eval.engine.run_folder import RunFolder
 from llava.eval.engine.runner import Runner
 from llava.eval.engine.schema import SCHEMA_VERSION, Record
-from llava.model.loaded import load_model
+from llava.model.loaded import LoadedModel, ModelSpec
 from llava.storage import exclusive
 from llava.utils import UserInputError
 
@@ -31,30 +31,39 @@ SHOWN_ARMS = 3  # running scores next to the bar
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A run whose items are all answered.
+class OpenRun:
+    """A run that is ready to be answered.
 
     Attributes:
-        request: what was asked.
+        request: what is asked.
         runner: with the loaded model and the plan.
-        arms: of the request, those that could not run with their reason.
+        arms: of the request, those that cannot run with their reason.
         folder: `OUTPUT/runs/<run key>`.
-        info: the content of `run.json`.
-        answers, timings: all records.
     """
 
     request: RunRequest
     runner: Runner
     arms: tuple[Arm, ...]
     folder: RunFolder
-    info: Record
-    answers: list[Record]
-    timings: list[Record]
 
     @property
     def plan(self) -> Plan:
-        """What was asked, in batches."""
+        """What is asked, in batches."""
         return self.runner.plan
+
+
+@dataclass(frozen=True)
+class Answered(OpenRun):
+    """A run whose items are all answered.
+
+    Attributes:
+        info: the content of `run.json`.
+        answers, timings: all records.
+    """
+
+    info: Record
+    answers: list[Record]
+    timings: list[Record]
 
 
 def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
@@ -65,12 +74,7 @@ def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
     """
     images = runner.first_image()
     if images is not None:
-        encoded = runner.encode_for_each(images, arms)
-        found = [
-            str(visual) if isinstance(visual, UserInputError) else runner.refusal(visual, arm)
-            for arm, visual in zip(arms, encoded, strict=True)
-        ]
-        arms = [replace(arm, unavailable=why) for arm, why in zip(arms, found, strict=True)]
+        arms = [replace(arm, unavailable=runner.refusal(images, arm)) for arm in arms]
     reasons = [arm.unavailable for arm in arms]
     if all(reason is not None for reason in reasons):
         raise UserInputError(str(reasons[0]))
@@ -78,6 +82,7 @@ def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
 
 
 ChooseArms = Callable[[Runner, Sequence[Arm]], tuple[Arm, ...]]
+LoadModel = Callable[[ModelSpec], LoadedModel]
 Report = Callable[[Answered], None]
 
 
@@ -85,6 +90,7 @@ def run(
     request: RunRequest,
     *,
     choose_arms: ChooseArms = mark_unavailable,
+    load: LoadModel | None = None,
     report: Report | None = None,
     more_files: Sequence[str] = (),
 ) -> int:
@@ -93,6 +99,7 @@ def run(
     Args:
         request: what to run.
         choose_arms: fits the arms to the loaded model.
+        load: returns the model, which several runs may share; by default it is loaded.
         report: writes more files into the run's folder and prints what it found; by default the
             main figure of every arm is printed.
         more_files: names of those files, published with the others.
@@ -117,13 +124,7 @@ def run(
         print(f"written to {request.output}: {', '.join(files)}")
 
     with processes() as group:
-        return answer(
-            request,
-            group,
-            finish,
-            choose_arms=choose_arms,
-            begin=lambda run_key: withdraw(request.output, run_key, files),
-        )
+        return answer(request, group, finish, choose_arms=choose_arms, load=load, files=files)
 
 
 def answer(
@@ -132,7 +133,8 @@ def answer(
     finish: Callable[[Answered], None],
     *,
     choose_arms: ChooseArms = mark_unavailable,
-    begin: Callable[[str], None] = lambda run_key: None,
+    load: LoadModel | None = None,
+    files: Sequence[str] = (),
 ) -> int:
     """Answer what no log has yet, then call `finish` in process 0.
 
@@ -140,8 +142,8 @@ def answer(
         request: what to run.
         group: the processes that share the run.
         finish: writes what readers want.
-        choose_arms: see `run`.
-        begin: called in process 0 with the run key once the output belongs to this run alone.
+        choose_arms, load: see `run`.
+        files: what `finish` publishes; copies of another run are removed first.
 
     Returns:
         See `run`.
@@ -154,133 +156,93 @@ def answer(
     plan = request.plan()
     identity = group.agree(lambda: provenance.identify(request))
     run_key = identity["run_key"]
+    device = group.device(request.model.device)
     with ExitStack() as stack:
 
-        def take_output() -> None:
-            stack.enter_context(exclusive(request.output))
-            begin(run_key)
-
-        def prepare() -> tuple[Runner, tuple[Arm, ...], RunFolder]:
-            runner = load_runner(request, plan, group, run_key)
+        def prepare() -> OpenRun:
+            subject = (load or ModelSpec.load)(replace(request.prompted_model, device=device))
+            runner = Runner.of(request, subject, plan, run_key)
             arms = choose_arms(runner, request.arms)
             running = sum(arm.unavailable is None for arm in arms)
             sizes = [running * len(batch) for batch in plan.batches]
-            path = request.output / "runs" / run_key[:16]
-            return runner, arms, stack.enter_context(closing(RunFolder(path, sizes, group.rank)))
+            folder = RunFolder(request.output / "runs" / run_key[:16], sizes, group.rank)
+            return OpenRun(request, runner, arms, stack.enter_context(closing(folder)))
 
-        group.agree(take_output)
-        runner, arms, folder = group.all_do(prepare)
-        left = group.agree(folder.remaining)
-        info = identity | _describe(request, runner, arms, group, len(left))
+        group.agree(lambda: stack.enter_context(exclusive(request.output)))
+        group.agree(lambda: withdraw(request.output, run_key, files))
+        opened = group.all_do(prepare)
+        left = group.agree(opened.folder.remaining)
+        info = identity | _describe(opened, group, len(left))
 
         if group.first:
-            _announce(plan, arms, folder, len(left))
-            folder.write_json("run.json", info | {"status": "running"})
-        title = f"{group.rank + 1}/{group.world}" if group.world > 1 else ""
+            _announce(opened, len(left))
+            opened.folder.write_json("run.json", info | {"status": "running"})
         try:
-            group.all_do(
-                lambda: answer_batches(runner, arms, folder, group.deal(left), title=title)
-            )
+            group.all_do(lambda: answer_batches(opened, group, group.deal(left)))
             seconds = round(time.monotonic() - started, 1)
             done = {**info, "status": "done", "wall_seconds": seconds}
-            return group.agree(lambda: _conclude(request, runner, arms, folder, done, finish))
+            return group.agree(lambda: _conclude(opened, done, finish))
         except BaseException:
             if group.first:
-                folder.write_json("run.json", info | {"status": "interrupted"})
+                opened.folder.write_json("run.json", info | {"status": "interrupted"})
             raise
 
 
-def _conclude(
-    request: RunRequest,
-    runner: Runner,
-    arms: tuple[Arm, ...],
-    folder: RunFolder,
-    info: Record,
-    finish: Callable[[Answered], None],
-) -> int:
+def _conclude(opened: OpenRun, info: Record, finish: Callable[[Answered], None]) -> int:
+    folder, plan = opened.folder, opened.plan
     answers, timings = folder.read()
     folder.write_lines("answers.jsonl", answers)
     folder.write_lines("timings.jsonl", timings)
     failed = count_failed(answers)
     info = {**info, "failed_items": failed}
     folder.write_json("run.json", info)
-    finish(Answered(request, runner, arms, folder, info, answers, timings))
+    finish(Answered(opened.request, opened.runner, opened.arms, folder, info, answers, timings))
     if failed:
-        items = len(runner.plan.items)
-        print(f"{failed} of {items} items were skipped: an image cannot be read")
+        print(f"{failed} of {len(plan.items)} items were skipped: an image cannot be read")
     return 1 if failed else 0
 
 
-def load_runner(request: RunRequest, plan: Plan, group: Processes, run_key: str) -> Runner:
-    """Load the model on this process's device, ready to answer `plan`."""
-    model = request.model
-    subject = load_model(
-        model.path,
-        group.device(model.device),
-        base=model.base,
-        conv_mode=model.template,
-        **model.loading,
-    )
-    return Runner(
-        subject,
-        request.benchmark,
-        plan,
-        sampling=request.sampling,
-        seed=request.seed,
-        run_key=run_key,
-        workers=request.workers,
-    )
-
-
-def answer_batches(
-    runner: Runner, arms: Sequence[Arm], folder: RunFolder, numbers: Sequence[int], title: str = ""
-) -> None:
+def answer_batches(opened: OpenRun, group: Processes, numbers: Sequence[int]) -> None:
     """Answer the numbered batches under a progress bar and log each.
 
-    `title` is printed before the bar. Its scores include what the logs had before.
+    The bar's scores include what the logs had before.
     """
-    sizes = [len(batch) for batch in runner.plan.batches]
+    folder = opened.folder
+    sizes = [len(batch) for batch in opened.plan.batches]
     left = sum(sizes[number] for number in numbers)
-    scores = RunningScores()
-    scores.add(folder.read()[0])
+    scores: dict[str, list[float]] = defaultdict(list)
+    add_scores(scores, folder.read()[0])
     start, tokens = time.monotonic(), 0
     bar = tqdm(
         total=sum(sizes),
         initial=sum(sizes) - left,
         unit="item",
-        desc=title or None,
+        desc=f"{group.rank + 1}/{group.world}" if group.world > 1 else None,
         dynamic_ncols=True,
     )
-    with bar, closing(runner.run(arms, numbers)) as batches:
+    with bar, closing(opened.runner.run(opened.arms, numbers)) as batches:
         for number, (answers, timings) in zip(numbers, batches, strict=True):
             folder.append(answers, timings)
             for reason in sorted({line["error"] for line in answers if "error" in line}):
                 bar.write(f"skipped: {reason}")
-            scores.add(answers)
+            add_scores(scores, answers)
             tokens += sum(line["new_tokens"] for line in timings)
             speed = tokens / max(1e-9, time.monotonic() - start)
-            bar.set_postfix_str(f"{scores} | {speed:.1f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{show_scores(scores)} | {speed:.1f} tokens/s", refresh=False)
             bar.update(sizes[number])
 
 
-class RunningScores:
-    """Mean score of each arm so far, in per cent."""
+def add_scores(scores: dict[str, list[float]], answers: Sequence[Record]) -> None:
+    """Add the scores of more answers to those of their arms."""
+    for line in answers:
+        if line["score"] is not None:
+            scores[line["arm"]].append(line["score"])
 
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, int] = defaultdict(int)
 
-    def add(self, answers: Sequence[Record]) -> None:
-        """Count the scores of more answers."""
-        for line in answers:
-            if line["score"] is not None:
-                self.sums[line["arm"]] += line["score"]
-                self.counts[line["arm"]] += 1
-
-    def __str__(self) -> str:
-        shown = list(self.sums)[:SHOWN_ARMS]
-        means = [f"{arm} {100 * self.sums[arm] / self.counts[arm]:.1f} %" for arm in shown]
-        return ", ".join(means) or "no scores"
+def show_scores(scores: Mapping[str, Sequence[float]]) -> str:
+    """Write the mean score of the first arms so far, in per cent."""
+    shown = [f"{arm} {100 * fmean(own):.1f} %" for arm, own in scores.items()]
+    return ", ".join(shown[:SHOWN_ARMS]) or "no scores"
 
 
 def write_submissions(done: Answered) -> None:
@@ -310,7 +272,7 @@ def publish(folder: Path, output: Path, files: Sequence[str]) -> None:
 
 
 def withdraw(output: Path, run_key: str, files: Sequence[str]) -> None:
-    """Remove the published copies of another run, so that nobody reads them as this one's."""
+    """Remove the published copies of another run, so that they are not read as this one's."""
     info = output / "run.json"
     if info.is_file() and f'"run_key": "{run_key}"' not in info.read_text(encoding="utf-8"):
         for name in files:
@@ -336,29 +298,28 @@ def figures(metrics: Record) -> str:
     return "\n".join(lines)
 
 
-def _describe(
-    request: RunRequest, runner: Runner, arms: Sequence[Arm], group: Processes, left: int
-) -> Mapping[str, Any]:
-    batches = len(runner.plan.batches)
+def _describe(opened: OpenRun, group: Processes, left: int) -> Record:
+    request, batches = opened.request, len(opened.plan.batches)
     return {
         "schema_version": SCHEMA_VERSION,
         "task": request.benchmark.name,
         "protocol": request.benchmark.protocol,
-        "arms": {arm.name: arm.to_dict() for arm in arms},
+        "arms": {arm.name: arm.to_dict() for arm in opened.arms},
         "command": request.command,
         "git": provenance.git_state(),
-        "machine": provenance.machine(str(runner.subject.model.device)),
+        "machine": provenance.machine(str(opened.runner.subject.model.device)),
         "processes": group.world,
         "batches": batches,
         "reused_batches": batches - left,
     }
 
 
-def _announce(plan: Plan, arms: Sequence[Arm], folder: RunFolder, left: int) -> None:
-    batches = len(plan.batches)
-    print(f"{len(arms)} arms, {len(plan.items)} items; {folder.path}")
+def _announce(opened: OpenRun, left: int) -> None:
+    arms, plan = opened.arms, opened.plan
+    print(f"{len(arms)} arms, {len(plan.items)} items; {opened.folder.path}")
     for arm in arms:
         if arm.unavailable is not None:
             print(f"{arm.name} is not available: {arm.unavailable}")
+    batches = len(plan.batches)
     if left < batches:
         print(f"reusing {batches - left} of {batches} batches answered before")

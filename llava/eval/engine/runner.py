@@ -8,17 +8,17 @@ the machine down for a while slows all arms alike, and ratios taken within a bat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llava.eval.engine.batches import Plan
-from llava.eval.engine.decode import Decoded, Stopwatch, decode, row_seed
+from llava.eval.engine.decode import Stopwatch, decode, row_seed
 from llava.eval.engine.images import ImageSource, LoadedImages
 from llava.eval.engine.provenance import hash_json
-from llava.eval.engine.request import Arm
+from llava.eval.engine.request import Arm, RunRequest
 from llava.eval.engine.schema import Record
 from llava.eval.prompts import count_visual_tokens, image_ranges, prompt_ids, question_prompt
 from llava.eval.tasks.base import Benchmark, Item
@@ -27,80 +27,47 @@ from llava.model.loaded import LoadedModel
 from llava.model.prompt_inputs import add_prompts, needed_of_question
 from llava.model.splice import unpadded
 from llava.pruning import VisualTokens, prune
+from llava.pruning.tokens import ImageTokens
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """One arm's answers to one batch; times in ms for the whole batch, of `prunings` images."""
-
-    decoded: Decoded
-    texts: list[str]
-    tokens_in: list[int]
-    kept: list[str]
-    prunings: int = 0
-    prune_ms: float | None = None
-    score_ms: float | None = None
-    select_ms: float | None = None
-    splice_ms: float | None = None
-
-    def timings(self) -> Record:
-        """Return times per image (prune) and per question (the rest), in ms, and new tokens."""
-        questions = len(self.texts)
-
-        def share(value: float | None, among: int) -> float | None:
-            return None if value is None else value / among
-
-        return {
-            "prune_ms": share(self.prune_ms, self.prunings),
-            "score_ms": share(self.score_ms, self.prunings),
-            "select_ms": share(self.select_ms, self.prunings),
-            "splice_ms": share(self.splice_ms, questions),
-            "prefill_ms": share(self.decoded.prefill_ms, questions),
-            "decode_ms": share(self.decoded.step_ms, questions),
-            "new_tokens": sum(len(row) for row in self.decoded.tokens),
-        }
+Batch = tuple[list[Record], list[Record]]  # answer records and timing records
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Images of a batch after the tower, and where each stands among them."""
-
-    visual: VisualTokens
-    place: dict[str, int]
-
-    def take(self, names: Sequence[str]) -> VisualTokens:
-        """Return the named images in that order, repeats allowed."""
-        return self.visual.take_images([self.place[name] for name in names])
-
-
+@dataclass
 class Runner:
-    """Answers the items of `plan` with `subject` under every arm."""
+    """Answers the items of `plan` with `subject` under every arm.
 
-    def __init__(
-        self,
-        subject: LoadedModel,
-        benchmark: Benchmark,
-        plan: Plan,
-        *,
-        sampling: Sampling,
-        seed: int,
-        run_key: str = "",
-        workers: int = 0,
-    ) -> None:
-        self.subject = subject
-        self.benchmark = benchmark
-        self.plan = plan
-        self.sampling = sampling
-        self.seed = seed
-        self.run_key = run_key
-        self.workers = workers
-        self.source = ImageSource(benchmark, subject.image_processor, subject.model.config)
+    Attributes:
+        subject: the model that is asked.
+        benchmark: whose items they are.
+        plan: the items in batches.
+        sampling, seed, workers: as in `RunRequest`.
+        run_key: part of the ids of answers.
+    """
+
+    subject: LoadedModel
+    benchmark: Benchmark
+    plan: Plan
+    sampling: Sampling
+    seed: int
+    run_key: str = ""
+    workers: int = 0
+
+    @classmethod
+    def of(cls, request: RunRequest, subject: LoadedModel, plan: Plan, run_key: str = "") -> Runner:
+        """Make the runner of a request."""
+        asked, sampling = request.benchmark, request.sampling
+        return cls(subject, asked, plan, sampling, request.seed, run_key, request.workers)
+
+    @property
+    def source(self) -> ImageSource:
+        """Where images come from."""
+        return ImageSource(self.benchmark, self.subject.image_processor, self.subject.model.config)
 
     def run(
         self, arms: Sequence[Arm], numbers: Sequence[int] | None = None
-    ) -> Iterator[tuple[list[Record], list[Record]]]:
+    ) -> Generator[Batch, None, None]:
         """Yield (answer records, timing records) of each batch, or of those numbered."""
         arms = [arm for arm in arms if arm.unavailable is None]
         numbers = range(len(self.plan.batches)) if numbers is None else numbers
@@ -125,7 +92,7 @@ class Runner:
     @torch.inference_mode()
     def prune_images(
         self, visual: VisualTokens, arm: Arm, questions: Sequence[str] = ()
-    ) -> VisualTokens:
+    ) -> ImageTokens:
         """Prune encoded images under `arm`.
 
         Args:
@@ -148,27 +115,12 @@ class Runner:
         CDPruner, for one, does so only where the vision tower has a text tower.
         """
         tower = self.subject.model.get_vision_tower()
-        return bool(needed_of_question(arm.seeded(self.seed), tower))
+        return tower is not None and bool(needed_of_question(arm.seeded(self.seed), tower))
 
-    def encode_for_each(
-        self, images: LoadedImages, arms: Sequence[Arm]
-    ) -> list[VisualTokens | UserInputError]:
-        """Encode images for each of the arms: together, or one by one where the model lacks
-        something that one of them needs."""
+    def refusal(self, images: LoadedImages, arm: Arm) -> str | None:
+        """Return why `arm` cannot prune these images, or None if it can."""
         try:
-            return [self.encode(images, arms)] * len(arms)
-        except UserInputError:
-            return [self._encode_if_possible(images, arm) for arm in arms]
-
-    def _encode_if_possible(self, images: LoadedImages, arm: Arm) -> VisualTokens | UserInputError:
-        try:
-            return self.encode(images, [arm])
-        except UserInputError as error:
-            return error
-
-    def refusal(self, visual: VisualTokens, arm: Arm) -> str | None:
-        """Return why `arm` cannot prune the images in `visual`, or None if it can."""
-        try:
+            visual = self.encode(images, [arm])
             self.prune_images(visual, arm, self._first_question(visual))
         except UserInputError as error:
             return str(error)
@@ -210,32 +162,28 @@ class Runner:
 
     def _run_batch(
         self, number: int, images: LoadedImages, arms: Sequence[Arm], cold: bool
-    ) -> tuple[list[Record], list[Record]]:
+    ) -> Batch:
         items = self.plan.batches[number]
         failed = {item.index: self._failure(item, arms, images) for item in items}
         asked = [item for item in items if failed[item.index] is None]
         clock = Stopwatch(self.subject.model.device)
-        encoded = None
-        if images.names:
-            visual = self.encode(images, arms)
-            encoded = Encoded(visual, {name: i for i, name in enumerate(images.names)})
+        visual = self.encode(images, arms) if images.names else None
         encode_ms = clock.lap() / max(1, len(images.names))
         turn = number % len(arms)
-        outcomes: dict[str, Outcome] = {}
+        replies: dict[str, Iterator[Record]] = {}
+        times: dict[str, Record] = {}
         for arm in [*arms[turn:], *arms[:turn]] if asked else ():
-            outcomes[arm.name] = self._run_arm(arm, asked, encoded)
+            found, times[arm.name] = self._run_arm(arm, asked, visual, images.names)
+            replies[arm.name] = iter(found)
         answers, timings = [], []
         for arm in arms:
-            replies = iter(())
             if asked:
-                outcome = outcomes[arm.name]
-                replies = self._replies(asked, outcome)
                 line = {"batch": number, "arm": arm.name, "cold": cold, "encode_ms": encode_ms}
-                timings.append(line | outcome.timings())
+                timings.append(line | times[arm.name])
             for item in items:
                 reason = failed[item.index]
                 failure = {"tokens_in": None, "kept": None, "answer": "", "score": None}
-                reply = next(replies) if reason is None else failure | {"error": reason}
+                reply = next(replies[arm.name]) if reason is None else failure | {"error": reason}
                 answers.append(self._heading(number, arm, item) | reply)
         return answers, timings
 
@@ -246,7 +194,7 @@ class Runner:
 
     def _prune_for_prompts(
         self, arm: Arm, visual: VisualTokens, rows: list[Tensor], items: Sequence[Item]
-    ) -> VisualTokens:
+    ) -> ImageTokens:
         """Prune the images of every prompt (its ids in `rows`) as `generate` does."""
         model = self.subject.model
         with prune(model, arm.seeded(self.seed)), asking([item.question for item in items]):
@@ -272,66 +220,95 @@ class Runner:
         return max(longest) > limit
 
     @torch.inference_mode()
-    def _run_arm(self, arm: Arm, items: Sequence[Item], encoded: Encoded | None) -> Outcome:
-        """Prune what this arm shows, splice it into the prompts and decode."""
+    def _run_arm(
+        self, arm: Arm, items: Sequence[Item], encoded: VisualTokens | None, names: Sequence[str]
+    ) -> tuple[list[Record], Record]:
+        """Prune what this arm shows, splice it into the prompts and decode.
+
+        Args:
+            arm: the setting.
+            items: what is asked.
+            encoded: all images of the batch, None if there are none.
+            names: of these images.
+
+        Returns:
+            What is known of every answer, and the times of a line of `timings.jsonl`.
+        """
         shown = [self.plan.shown(item, arm.image) for item in items]
-        shares = image_ranges([len(names) for names in shown])
+        shares = image_ranges([len(own) for own in shown])
         ids, mask = self.prompts(items, [len(share) for share in shares])
-        needed = [name for names in shown for name in names]
+        needed = [names.index(name) for own in shown for name in own]
         if encoded is None or not needed:
-            return self._answer(items, ids, mask, None, shares)
-        visual = encoded.take(needed)
+            pruning = dict.fromkeys(("prune_ms", "score_ms", "select_ms"))
+            replies, times = self._answer(items, ids, mask, None, shares)
+            return replies, pruning | times
+        visual = encoded.take_images(needed)
         rows = unpadded(ids, mask)
         clock = Stopwatch(ids.device)
+        kept: ImageTokens
         if self.reads_question(arm) or self._depends_on_prompt(visual, rows, shares):
-            visual = pruned = self._prune_for_prompts(arm, visual, rows, items)
+            kept = pruned = self._prune_for_prompts(arm, visual, rows, items)
+            prunings = len(needed)
         else:  # each image once, however many items ask about it
-            rows_of, needed = needed, list(dict.fromkeys(needed))
-            pruned = self.prune_images(encoded.take(needed), arm)
-            visual = pruned.take_images([needed.index(name) for name in rows_of])
-        times = {"prune_ms": clock.lap(), "score_ms": 0.0, "select_ms": 0.0}
+            once = list(dict.fromkeys(needed))
+            pruned = self.prune_images(encoded.take_images(once), arm)
+            kept = pruned.take_images([once.index(place) for place in needed])
+            prunings = len(once)
+        pruning = {"prune_ms": clock.lap() / prunings, "score_ms": 0.0, "select_ms": 0.0}
         if pruned.trace is not None:
-            times["score_ms"] = 1000 * pruned.trace.score_seconds
-            times["select_ms"] = 1000 * pruned.trace.select_seconds
-        outcome = self._answer(items, ids, mask, visual, shares)
-        return replace(outcome, prunings=len(needed), **times)
+            pruning["score_ms"] = 1000 * pruned.trace.score_seconds / prunings
+            pruning["select_ms"] = 1000 * pruned.trace.select_seconds / prunings
+        replies, times = self._answer(items, ids, mask, kept, shares)
+        return replies, pruning | times
 
     def _answer(
         self,
         items: Sequence[Item],
         ids: Tensor,
         mask: Tensor,
-        visual: VisualTokens | None,
+        visual: ImageTokens | None,
         shares: Sequence[range],
-    ) -> Outcome:
+    ) -> tuple[list[Record], Record]:
         """Splice `visual` into the prompts, the images of each in its share, and decode."""
+        model, tokenizer = self.subject.model, self.subject.tokenizer
         clock = Stopwatch(ids.device)
         with padding_side("left"):
-            positions, merged_mask, embeds, _ = self.subject.model.splice_visual_tokens(
+            positions, merged_mask, embeds, _ = model.splice_visual_tokens(
                 visual, ids, torch.zeros_like(ids), mask
             )
+        assert merged_mask is not None  # because a mask went in
         splice_ms = clock.lap()
-        lengths = merged_mask.sum(-1).tolist()
-        decoded: Decoded = decode(
-            self.subject.model,
+        decoded = decode(
+            model,
             embeds,
             merged_mask,
             positions,
-            tokenizer=self.subject.tokenizer,
+            tokenizer=tokenizer,
             sampling=self.sampling,
             seeds=[row_seed(self.seed, item.index) for item in items],
         )
-        tokens_in = [
-            count_visual_tokens(row, [len(visual.sequence(i).source) for i in share], length)
-            for row, share, length in zip(unpadded(ids, mask), shares, lengths, strict=True)
-        ]
-        return Outcome(
-            decoded,
-            self.subject.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True),
-            tokens_in,
-            [kept_digest(visual, share) for share in shares],
-            splice_ms=splice_ms,
-        )
+        texts = tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True)
+        lengths = merged_mask.sum(-1).tolist()
+        replies = []
+        for item, text, row, share, length in zip(
+            items, texts, unpadded(ids, mask), shares, lengths, strict=True
+        ):
+            sizes = [] if visual is None else [len(visual.sequence(i).source) for i in share]
+            answer = text.strip()
+            reply = {
+                "tokens_in": count_visual_tokens(row, sizes, length),
+                "kept": kept_digest(visual, share),
+                "answer": answer,
+                "score": self.benchmark.item_score(item, answer),
+            }
+            replies.append(reply)
+        batch_ms = {
+            "splice_ms": splice_ms,
+            "prefill_ms": decoded.prefill_ms,
+            "decode_ms": decoded.step_ms,
+        }
+        times: Record = {key: ms and ms / len(items) for key, ms in batch_ms.items()}
+        return replies, times | {"new_tokens": sum(len(row) for row in decoded.tokens)}
 
     def _heading(self, number: int, arm: Arm, item: Item) -> Record:
         line = {
@@ -346,26 +323,19 @@ class Runner:
         }
         return line | {key: item.data[key] for key in ("category",) if key in item.data}
 
-    def _replies(self, items: Sequence[Item], outcome: Outcome) -> Iterator[Record]:
-        rows = zip(items, outcome.texts, outcome.tokens_in, outcome.kept, strict=True)
-        for item, text, tokens_in, kept in rows:
-            answer = text.strip()
-            score = self.benchmark.item_score(item, answer)
-            yield {"tokens_in": tokens_in, "kept": kept, "answer": answer, "score": score}
 
-
-def kept_digest(visual: VisualTokens | None, images: Sequence[int]) -> str:
+def kept_digest(visual: ImageTokens | None, images: Sequence[int]) -> str:
     """Say what was kept of a prompt's images: "all", "none" without images, or a short hash.
 
     The hash is of indices, or of sources where tokens were merged.
     """
     if visual is None or not images:
         return "none"
-    if visual.kept is None and visual.sources is None:
-        return "all"
     rows = [tile for image in images for tile in visual.tiles_of(image)]
     if visual.kept is not None:
         chosen = visual.kept[rows][visual.kept[rows] >= 0].tolist()
-    else:
+    elif visual.sources is not None:
         chosen = visual.sources[rows].nonzero().tolist()
+    else:
+        return "all"
     return hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]

@@ -231,7 +231,7 @@ def read_result(path: Path) -> Record:
     if result.get("schema_version") not in READABLE:
         known = " or ".join(map(str, READABLE))
         raise ResultError(f"{path} is not a result file of schema version {known}")
-    missing = [key for key in Result.__annotations__ if key not in result]
+    missing = [key for key in Result.__annotations__ if result.get(key) is None]
     if missing:
         raise ResultError(f"{path} lacks {', '.join(missing)}; write it again with --save-result")
     return result

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava.command_line import positive
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.commands.run import add_answering_flags, find_models, model_from
+from llava.eval.commands.run import add_answering_flags
 from llava.eval.engine.processes import processes
 from llava.eval.engine.request import Arm, RunRequest, arm_of, saved_pruning
 from llava.eval.engine.run import Answered, answer
@@ -43,6 +44,7 @@ from llava.eval.tasks.scienceqa import first_turn
 from llava.eval.tasks.tsv import Table
 from llava.images import decode_base64, open_image
 from llava.mm_utils import get_model_name_from_path
+from llava.model.loaded import ModelSpec
 from llava.pixels import VIEWER
 from llava.pruning.flags import pruning_from
 from llava.sampling import Sampling
@@ -197,15 +199,13 @@ def answer_file(benchmark: QuestionList, args: Namespace) -> int:
     Returns:
         The exit code: 1 if some images could not be read.
     """
-    if args.batch_size < 1 or args.seed < 0 or args.workers < 0:
-        raise UserInputError("--batch-size must be at least 1, --seed and --workers at least 0")
-    find_models(args)
+    model = ModelSpec.from_flags(args).located()
     benchmark.pixels = args.pixels or benchmark.pixels
     length = getattr(args, "max_new_tokens", benchmark.max_new_tokens)
     request = RunRequest(
         benchmark=benchmark,
-        model=model_from(args),
-        arms=(asked_arm(args),),
+        model=model,
+        arms=(asked_arm(args, model.path),),
         sampling=Sampling(args.temperature, args.top_p, args.num_beams, length),
         output=args.answers_file.with_name(f".{args.answers_file.name}.run"),
         batch_size=args.batch_size,
@@ -216,7 +216,7 @@ def answer_file(benchmark: QuestionList, args: Namespace) -> int:
         command=args.command_line,
     )
     items = request.items()
-    name = get_model_name_from_path(args.model_path)
+    name = get_model_name_from_path(model.path)
 
     def finish(done: Answered) -> None:
         said = {line["index"]: line for line in done.answers}
@@ -245,8 +245,8 @@ def answer_line(item: Item, record: Record, model: str) -> Record:
     }
 
 
-def asked_arm(args: Namespace) -> Arm:
-    """Read the pruning of the flags, else what the checkpoint was saved with, else none."""
+def asked_arm(args: Namespace, path: str) -> Arm:
+    """Read the pruning of the flags, else what the checkpoint at `path` was saved with."""
     if args.visual_token_num is not None:
         if args.keep_tokens is not None or args.keep_ratio is not None:
             raise UserInputError("--visual_token_num and --keep-tokens are one setting; give one")
@@ -254,7 +254,7 @@ def asked_arm(args: Namespace) -> Arm:
         print(
             f"note: --visual_token_num {args.keep_tokens} is read as --keep-tokens", file=sys.stderr
         )
-    arm = arm_of(pruning_from(args) or saved_pruning(args.model_path))
+    arm = arm_of(pruning_from(args) or saved_pruning(path))
     # Its file has no other arm, so the name needs no budget.
     return replace(arm, name=arm.method, label=arm.method)
 
@@ -270,7 +270,7 @@ COMMON_FLAGS = (
     flag("--temperature", type=float, default=0.2, help="0 is greedy"),
     flag("--top_p", type=float, help="sample from the likeliest tokens of this total probability"),
     flag("--num_beams", type=int, default=1),
-    flag("--batch-size", type=int, default=1, help="questions per batch"),
+    flag("--batch-size", type=positive, default=1, help="questions per batch"),
     flag("--visual_token_num", type=int, help="other name of --keep-tokens, as in CDPruner's code"),
 )
 LETTER_FLAG = flag(

@@ -31,12 +31,12 @@ MARKS = "¹²³⁴⁵⁶⁷⁸⁹"  # of sources, by their place in the table
 AVERAGE_COLUMN = Column(AVERAGE, "Average %", task="", metric="retention")
 # Figures in the record of a cell, which have several columns in a CSV file.
 NESTED = {"published": ("value", "source", "kind"), "ours": ("value", "se", "n")}
-# LaTeX for what a cell may contain, in the order in which it is replaced.
-TEX = {sign: f"\\{sign}" for sign in "&%_#$"} | {
-    **{mark: f"$^{digit}$" for digit, mark in enumerate(MARKS, start=1)},
-    "±": r"$\pm$",
-    BORROWED: r"$^\dagger$",
-}
+# LaTeX for the characters that a cell may contain.
+TEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%_#$"}
+    | {mark: f"$^{digit}$" for digit, mark in enumerate(MARKS, start=1)}
+    | {"±": r"$\pm$", BORROWED: r"$^\dagger$"}
+)
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem;
   color: #1a1a1a; background: #fff }
@@ -130,14 +130,8 @@ def to_latex(filled: Filled) -> str:
 
 
 def _tex_line(cells: Sequence[str]) -> str:
-    text = " & ".join(_tex(cell) for cell in cells)
+    text = " & ".join(cell.translate(TEX) for cell in cells)
     return rf"{text} \\"
-
-
-def _tex(text: str) -> str:
-    for sign, written in TEX.items():
-        text = text.replace(sign, written)
-    return text
 
 
 def to_csv(filled: Filled) -> str:

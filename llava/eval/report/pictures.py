@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
 from llava.eval.engine.request import UNPRUNED, Arm
 from llava.eval.engine.runner import Runner
-from llava.mm_utils import process_images
-from llava.pruning import PruningConfig, prune
 from llava.pruning.visualize import overlay_tokens
 from llava.utils import UserInputError
 
@@ -22,63 +19,49 @@ COLUMNS = 4
 
 
 def save_overlays(runner: Runner, arms: Sequence[Arm], tokens: int, path: Path) -> None:
-    """Draw what each arm keeps of one image, at the budget nearest `tokens`, to a PNG.
-
-    It is the first image that can be read; methods that read the question read its first one.
-    """
-    readable = runner.first_image()
-    assert readable is not None  # or no arm would have run
-    (name,) = readable.names
-    item = next(item for item in runner.plan.items if name in item.images)
+    """Draw what each arm keeps of one image, at the budget nearest `tokens`, to a PNG."""
     pruned = [arm for arm in arms if arm.method != UNPRUNED and arm.unavailable is None]
     budgets = {arm.budget for arm in pruned if arm.budget is not None}
-    settings = {
-        f"{arm.label} {arm.budget}": setting
-        for arm in pruned
-        if arm.budget == min(budgets, key=lambda budget: abs(budget - tokens))
-        and (setting := arm.seeded(runner.seed)) is not None
-    }
-    image = runner.benchmark.load_image(name)
-    draw_kept_tokens(runner.subject, image, item.question, settings, path, name)
+    nearest = min(budgets, key=lambda budget: abs(budget - tokens), default=None)
+    shown = {f"{arm.label} {arm.budget}": arm for arm in pruned if arm.budget == nearest}
+    draw_kept_tokens(runner, shown, path)
 
 
 @torch.inference_mode()
-def draw_kept_tokens(
-    subject: Any,
-    image: Image.Image,
-    question: str,
-    settings: Mapping[str, PruningConfig],
-    path: Path,
-    name: str,
-) -> None:
-    """Draw `image` once per setting with what the setting drops dimmed, to a PNG.
+def draw_kept_tokens(runner: Runner, arms: Mapping[str, Arm], path: Path) -> bool:
+    """Draw an image once per arm with what the arm drops dimmed, to a PNG.
+
+    It is the first image that can be read; methods that read the question read its first one.
 
     Args:
-        subject: the loaded model.
-        image: what is drawn, first with all its tokens.
-        question: what methods that read the question read.
-        settings: by the labels of their pictures. A setting that merges tokens, or refuses this
-            image, is drawn whole and labelled so.
+        runner: with the loaded model and the questions.
+        arms: by the labels of their pictures. One that merges tokens, or refuses this image, is
+            drawn whole and labelled so.
         path: where the picture goes.
-        name: of the image.
+
+    Returns:
+        Whether an image can be read.
     """
-    model = subject.model
-    pixels = process_images([image], subject.image_processor, model.config)
-    needs = {need for setting in settings.values() for need in setting.pruner.needs}
-    visual = model.encode_visual_tokens(pixels, [image.size], needs)
+    images = runner.first_image()
+    if images is None:
+        return False
+    (name,) = images.names
+    item = next(item for item in runner.plan.items if name in item.images)
+    image = runner.benchmark.load_image(name)
+    visual = runner.encode(images, arms.values())
     pictures = {f"{name}: all {visual.embeddings(0).shape[0]}": image}
-    for label, setting in settings.items():
+    for label, arm in arms.items():
         try:
-            with prune(model, setting):
-                kept = model.prune_visual_tokens(model.with_questions(visual, [question]))
+            kept = runner.prune_images(visual, arm, [item.question])
         except UserInputError:
             pictures[f"{label}: refuses"] = image
             continue
-        if kept.sources is not None:  # merged tokens stand for all patches at once
+        if kept.sources is not None:  # a merged token shows all patches at once
             pictures[f"{label}: merges all"] = image
         else:
             pictures[label] = overlay_tokens(image, kept)
     _contact_sheet(pictures).save(path)
+    return True
 
 
 def _contact_sheet(pictures: Mapping[str, Image.Image]) -> Image.Image:

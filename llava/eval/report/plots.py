@@ -40,13 +40,11 @@ class Point:
     control: bool = False
 
 
-def plot_accuracy(result: Record, path: Path) -> None:
-    """Draw accuracy (per cent, bars of one standard error) against visual tokens, to a PNG."""
-    draw_accuracy(result).savefig(path)
-
-
 def draw_accuracy(result: Record) -> Figure:
-    """Return the figure of `plot_accuracy`; it grows with the number of its curves."""
+    """Draw accuracy (per cent, bars of one standard error) against visual tokens.
+
+    The figure grows with the number of its curves.
+    """
     rows = [row for row in result["rows"] if not row["unavailable"]]
     pruned = [row for row in rows if row["method"] != UNPRUNED]
     return _draw(
@@ -129,7 +127,6 @@ def _draw(
     # The [eval] extra; everything else runs without it.
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     curves: dict[str, list[Point]] = {point.label: [] for point in points}
     for point in sorted(points, key=lambda point: point.cost):
@@ -157,14 +154,12 @@ def _draw(
         plot.axhline(level, color="0.45", linestyle=style, linewidth=1, label=label)
     if budgets:
         plot.set_xscale("log", base=2)
-        plot.set_xticks(budgets)
-        plot.xaxis.set_major_formatter(ScalarFormatter())
-        plot.xaxis.set_minor_locator(NullLocator())
+        plot.set_xticks(budgets, [str(budget) for budget in budgets])
+        plot.set_xticks([], minor=True)
     if front:
-        costs, qualities = zip(*((point.cost, point.quality) for point in front), strict=True)
+        costs, qualities = [p.cost for p in front], [p.quality for p in front]
         plot.step(costs, qualities, label="Pareto front", **FRONT)
-    plot.set_xlabel(axes[0])
-    plot.set_ylabel(axes[1])
+    plot.set(xlabel=axes[0], ylabel=axes[1])
     plot.set_title(title, fontsize=10)
     plot.grid(alpha=0.25)
     plot.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -172,7 +172,7 @@ def drift(file: Path, result: Path) -> str | None:
     Raises:
         UserInputError: one of the two cannot be read, or the file has no such sections.
     """
-    return find_drift(file, _sections(result), f"llava table {result} --update {file}")
+    return find_drift(file, _sections(file, result), f"llava table {result} --update {file}")
 
 
 def update(file: Path, result: Path) -> None:
@@ -181,12 +181,14 @@ def update(file: Path, result: Path) -> None:
     Raises:
         UserInputError: as in `drift`.
     """
-    write_atomically(file, fill_sections(file, _sections(result)))
+    write_atomically(file, fill_sections(file, _sections(file, result)))
 
 
-def _sections(result: Path) -> dict[str, str]:
+def _sections(file: Path, result: Path) -> dict[str, str]:
+    makers = {"llava-tiny": full_section, "llava-tiny-short": short_section}
+    fill_sections(file, dict.fromkeys(makers, ""))  # refuses a file without them first
     content = read_result(result)
-    return {"llava-tiny": full_section(content), "llava-tiny-short": short_section(content)}
+    return {name: make(content) for name, make in makers.items()}
 
 
 def _accuracy(cell: Record) -> str:

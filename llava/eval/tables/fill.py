@@ -67,7 +67,7 @@ class FilledRow:
 
     @property
     def complete(self) -> bool:
-        """Whether the row can have a figure in every column."""
+        """Return whether the row can have a figure in every column."""
         return self.unavailable is None and self.refusal is None
 
     def cell(self, column: Column) -> Cell:

@@ -6,11 +6,11 @@ that differ in it go to different runs, each with its own unpruned arm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from llava.eval.engine.request import Arm, arm_of, arm_word, make_arm
-from llava.eval.tables.spec import Column, Row, Table
+from llava.eval.engine.request import UNPRUNED, Arm, arm_of, arm_word, make_arm
+from llava.eval.tables.spec import Row, Table
 from llava.eval.tasks.base import list_benchmarks
 from llava.pruning import list_methods
 
@@ -94,27 +94,20 @@ def missing_tasks(table: Table) -> list[str]:
     return [task for task in dict.fromkeys(c.task for c in table.columns) if task not in known]
 
 
-def plan(
-    table: Table,
-    budgets: Budgets = published_budget,
-    native_only: bool = False,
-    columns: Sequence[Column] | None = None,
-) -> list[Job]:
+def plan(table: Table, budgets: Budgets = published_budget, native_only: bool = False) -> list[Job]:
     """Plan the runs that fill the table, in column order; none for rows that are not available.
 
     Raises:
         UserInputError: a row with a setting that does not exist.
     """
-    jobs = []
-    rows = [row for row in table.rows if unavailable(table, row) is None]
-    wanted = table.columns if columns is None else columns
-    for task, protocol in dict.fromkeys((column.task, column.protocol) for column in wanted):
-        for reading in dict.fromkeys(next_protocol_of(row, native_only) for row in rows):
-            asked = [
-                arm_for(row, budgets)
-                for row in rows
-                if next_protocol_of(row, native_only) == reading
-            ]
-            distinct = {arm.name: arm for arm in (arm_of(None), *asked)}
-            jobs.append(Job(task, protocol, reading, tuple(distinct.values())))
-    return jobs
+    groups: dict[str, dict[str, Arm]] = {}  # arms by tile protocol and name
+    for row in table.rows:
+        if unavailable(table, row) is None:
+            arm = arm_for(row, budgets)
+            reading = next_protocol_of(row, native_only)
+            groups.setdefault(reading, {UNPRUNED: arm_of(None)})[arm.name] = arm
+    return [
+        Job(task, protocol, reading, tuple(arms.values()))
+        for task, protocol in dict.fromkeys((own.task, own.protocol) for own in table.columns)
+        for reading, arms in groups.items()
+    ]
