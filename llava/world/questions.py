@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llava.world import splits
+from llava.world.splits import scene
 from llava.world.background import SIDE
 from llava.world.font import ALPHABET
 from llava.world.scene import Item, Scene
@@ -165,7 +165,7 @@ def draw_questions(
     for number in range(count):
         image = first_image + number // QUESTIONS_PER_IMAGE
         family = families[number % len(families)]
-        made = splits.scene(f"test/{image:06d}")
+        made = scene(f"test/{image:06d}")
         rng = np.random.RandomState([image, number, salt, 2026])
         question, answer = ask(rng, made, family, known)
         drawn.append(Asked(number, image, family, question, answer.lower()))
@@ -177,7 +177,7 @@ def draw_existence(count: int, salt: int) -> list[Asked]:
     drawn = []
     for number in range(count):
         image, wanted = number // QUESTIONS_PER_IMAGE, ("Yes", "No")[number % 2]
-        made = splits.scene(f"test/{image:06d}")
+        made = scene(f"test/{image:06d}")
         rng = np.random.RandomState([image, number, salt, 2027])
         answer = ""
         while answer != wanted:
