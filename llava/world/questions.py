@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from llava.world.splits import scene
 from llava.world.background import SIDE
 from llava.world.font import ALPHABET
 from llava.world.scene import Item, Scene
 from llava.world.shapes import COLORS, PLURALS, SHAPES
+from llava.world.splits import scene
 
 QUESTIONS_PER_IMAGE = 2
 LETTERS = "ABCD"
