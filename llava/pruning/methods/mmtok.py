@@ -21,7 +21,7 @@ class MMTok(PruningMethod):
         then    argmax_j sum_u max(0, C_uj - max_{s picked} C_us), until k are picked
 
     Words are the language model's embeddings of the question without answer format and stop words
-    (`llava/model/instruction.py`; recorded runs show a part of the released list, see there). The
+    (`llava/model/prompt_inputs.py`; recorded runs show a part of the released list, see there). The
     square of LLaVA-1.5 has padding: with `padding="cover"` it has to be covered like the rest and
     is kept only where all other patches are. On LLaVA-1.6, padding that the model does not read is
     neither covered nor kept; the released code reads it there and keeps k of every tile:
