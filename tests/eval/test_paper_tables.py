@@ -142,7 +142,7 @@ def test_published_figures_are_those_of_the_papers(
 @pytest.mark.parametrize("name", list_tables())
 def test_every_table_is_sound(name: str) -> None:
     table = load_table(name)
-    assert {figure.kind for row in table.rows for figure in row.published.values()} <= set(KINDS)
+    assert {source.kind for source in table.sources()} <= set(KINDS)
     keys = [(row.method, row.budget, str(row.options), row.next_protocol) for row in table.rows]
     assert len(set(keys)) == len(keys)
     for row in table.rows:
@@ -447,7 +447,7 @@ def test_runs_of_a_table_share_one_model(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_authors_figures_of_their_own_method_are_no_re_run() -> None:
     kinds = {
-        figure.kind
+        figure.source.kind
         for name in list_tables()
         for row in load_table(name).rows
         for figure in row.published.values()

@@ -183,7 +183,7 @@ def cut_table(table: Table, tasks: Sequence[str] | None, methods: Sequence[str] 
     ):
         for word in wanted or ():
             if word not in known:
-                raise TableError(f"{unknown(f'{kind} of {table.name}', word, known)}")
+                raise TableError(unknown(f"{kind} of {table.name}", word, known))
     columns = tuple(column for column in table.columns if not tasks or column.task in tasks)
     if len(columns) < len(table.columns):
         table = replace(table, columns=columns, average_no_gap=FEWER_TASKS)

@@ -196,7 +196,7 @@ def _record(filled: Filled, row: FilledRow, column: Column) -> Record:
     published = cell.published and {
         "value": cell.published.value,
         "source": cell.published.source.key,
-        "kind": cell.published.kind,
+        "kind": cell.published.source.kind,
     }
     return {
         "table": filled.table.name,

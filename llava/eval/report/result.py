@@ -69,7 +69,7 @@ def notes(result: Record) -> list[str]:
     for row in result["rows"]:
         if row["unavailable"]:
             reason = row["label"], row["unavailable"]
-            budgets.setdefault(reason, []).append(_count(row["budget"]))
+            budgets.setdefault(reason, []).append(_or_dash(row["budget"]))
     return [
         f"n/a: {label} at {', '.join(own)}: {reason}." for (label, reason), own in budgets.items()
     ]
@@ -96,7 +96,7 @@ def main_table(result: Record) -> str:
 
 
 def _main_line(row: Record) -> list[str]:
-    start = [row["label"], _count(row["budget"])]
+    start = [row["label"], _or_dash(row["budget"])]
     if row["unavailable"]:
         return [*start, *["n/a"] * (len(COLUMNS) - 2)]
     low, high = row["tokens_min"], row["tokens_max"]
@@ -107,8 +107,8 @@ def _main_line(row: Record) -> list[str]:
         _accuracy(row),
         "n/a" if row["relative"] is None else f"{100 * row['relative']:.1f} %",
         "—" if row["arm"] == UNPRUNED else difference,
-        _ratio(row["prune_ratio"]),
-        _ratio(row["prefill_ratio"]),
+        _or_dash(row["prune_ratio"], ".2f"),
+        _or_dash(row["prefill_ratio"], ".2f"),
     ]
 
 
@@ -120,7 +120,7 @@ def family_table(result: Record) -> str:
     body = [
         [
             row["label"],
-            _count(row["budget"]),
+            _or_dash(row["budget"]),
             *(_accuracy(row["families"][name]) for name in families),
         ]
         for row in rows
@@ -200,9 +200,5 @@ def _percent(value: float, se: float | None, sign: str = "") -> str:
     return f"{100 * value:{sign}.1f} ± {error}"
 
 
-def _ratio(value: float | None) -> str:
-    return "—" if value is None else f"{value:.2f}"
-
-
-def _count(value: int | None) -> str:
-    return "—" if value is None else str(value)
+def _or_dash(value: float | None, form: str = "") -> str:
+    return "—" if value is None else format(value, form)

@@ -39,8 +39,7 @@ class Job:
     @property
     def folder(self) -> str:
         """Name of its output folder."""
-        parts = [self.task, self.protocol, self.next_protocol]
-        return "-".join(part for part in parts if part and part != DEFAULT_PROTOCOL)
+        return "-".join(part for part in self.place if part and part != DEFAULT_PROTOCOL)
 
 
 Budgets = Callable[[Row], int | float | None]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -53,10 +54,6 @@ class Published:
 
     value: float
     source: Source
-
-    @property
-    def kind(self) -> str:
-        return self.source.kind
 
 
 @dataclass(frozen=True)
@@ -246,13 +243,8 @@ def _read(cls: type[T], raw: Any, what: str, **known: Any) -> T:
         kind = hints[key]
         if kind in PLAIN and not isinstance(value, kind):
             raise TableError(f"{what}: {key} must be {PLAIN[kind]} but is {value!r}")
-    missing = [
-        own.name
-        for own in fields(cls)  # type: ignore[arg-type]
-        if own.default is MISSING
-        and own.default_factory is MISSING
-        and own.name not in {*raw, *known}
-    ]
+    needed = [own.name for own in signature(cls).parameters.values() if own.default is own.empty]
+    missing = [name for name in needed if name not in raw and name not in known]
     if missing:
         raise TableError(f"{what} has no {', '.join(missing)}")
     return cls(**raw, **known)
