@@ -133,10 +133,8 @@ class SEEDBench(PublishedQuestions):
     headline = "image_accuracy"
     image_path = "seed_bench"
     question_path = "seed_bench/llava-seed-bench.jsonl"
+    annotation_paths = ("seed_bench/SEED-Bench.json",)
     submission_file = "seed_submission.jsonl"
-
-    def annotation_files(self) -> list[Path]:
-        return [self.root / "seed_bench/SEED-Bench.json"]
 
     def bare(self, text: str) -> str:
         return text.removesuffix(OPTION_LETTER).strip()
