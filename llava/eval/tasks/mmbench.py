@@ -107,10 +107,10 @@ def rotate(item: Item) -> Iterator[Item]:
     """Yield a question in every rotation of its options: each moves one place up a round."""
     options, answer = item.data["options"], item.data["answer"]
     count = len(options)
+    letters = LETTERS[:count]
     for turn in range(count):
-        letter = answer
-        if answer is not None and LETTERS.index(answer) < count:
-            letter = LETTERS[(LETTERS.index(answer) - turn) % count]
+        moved = dict(zip(letters, letters[-turn:] + letters[:-turn], strict=True))
+        letter = moved.get(answer, answer)  # None, or a letter beyond the options, stays
         turned = {"options": options[turn:] + options[:turn], "answer": letter, "rotations": count}
         name = int(item.question_id) + turn * ROTATION
         yield replace(item, question_id=name, data={**item.data, **turned})

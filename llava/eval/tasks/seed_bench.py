@@ -170,11 +170,8 @@ class SEEDBench(PublishedQuestions):
 
     def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
         """Return what the leaderboard takes, of what is answered."""
-        given = {
-            question_key(item.question_id): answer
-            for item, answer in zip(items, answers, strict=True)
-        }
-        return upload(self._truth(), given)
+        names = [question_key(item.question_id) for item in items]
+        return upload(self._truth(), dict(zip(names, answers, strict=True)))
 
     def sources(self) -> Sources:
         originals = (
