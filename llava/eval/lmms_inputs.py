@@ -143,9 +143,9 @@ def read_messages(messages: Any, decoding: Mapping[str, Any], task: str) -> Prom
         ) from error
     system = None
     if turns and turns[0][0] == "system":
-        system = join(_texts_only(*turns.pop(0), task))
+        system = join(_shown(*turns.pop(0), task))
     roles = [role for role, _ in turns]
-    if not turns or roles != [_ROLES[n % 2] for n in range(len(turns))] or len(turns) % 2 == 0:
+    if roles != [_ROLES[n % 2] for n in range(len(turns))] or len(turns) % 2 == 0:
         raise UserInputError(
             f"task {task} asks in turns of {', '.join(roles) or 'no one'}; user and assistant must "
             "take turns, the user first and last"
@@ -153,26 +153,23 @@ def read_messages(messages: Any, decoding: Mapping[str, Any], task: str) -> Prom
     images: list[Image.Image] = []
     texts = []
     for role, parts in turns:
-        if role != "user":
-            texts.append(join(_texts_only(role, parts, task)))
-            continue
-        shown = [_known(part, task) for part in parts]
+        shown = _shown(role, parts, task)
         images += [part for part in shown if not isinstance(part, str)]
-        texts.append(join([part if isinstance(part, str) else None for part in shown]))
+        texts.append(join(shown))
     return Prompt(texts[-1], tuple(images), decoding, tuple(texts[:-1]), system)
 
 
-def join(parts: Sequence[str | None]) -> str:
-    """Join texts and pictures (None) of one message to one text with marks.
+def join(parts: Sequence[object]) -> str:
+    """Join texts and pictures (whatever is not text) of one message to one text with marks.
 
     Pictures at the start are one line of marks, as in LLaVA. Elsewhere, a space is put between
     two parts unless there is white space already; texts are left as they are.
     """
     shown = [part for part in parts if part != ""]
-    first = next((n for n, part in enumerate(shown) if part is not None), len(shown))
+    first = next((n for n, part in enumerate(shown) if isinstance(part, str)), len(shown))
     text = _marks(first) + "\n" if first else ""
     for part in shown[first:]:
-        piece = DEFAULT_IMAGE_TOKEN if part is None else literal(part)
+        piece = literal(part) if isinstance(part, str) else DEFAULT_IMAGE_TOKEN
         apart = not text or text[-1].isspace() or piece[0].isspace()
         text += piece if apart else " " + piece
     return text
@@ -191,12 +188,11 @@ def _parts(content: Any) -> list[_Part]:
     ]
 
 
-def _texts_only(role: str, parts: Sequence[_Part], task: str) -> list[str]:
-    known = [_known(part, task) for part in parts]
-    texts = [part for part in known if isinstance(part, str)]
-    if len(texts) < len(known):
+def _shown(role: str, parts: Sequence[_Part], task: str) -> list[str | Image.Image]:
+    shown = [_known(part, task) for part in parts]
+    if role != "user" and not all(isinstance(part, str) for part in shown):
         raise UserInputError(f"task {task} shows a picture in the {role}'s turn; only users show")
-    return texts
+    return shown
 
 
 def _known(part: _Part, task: str) -> str | Image.Image:

@@ -119,13 +119,19 @@ class TestTextVqaCommand:
         assert error.count("\n") == 1
         assert "gone.json" in error
 
-    def test_ten_answers_are_needed(self) -> None:
+    def test_ten_answers_are_needed(self, tmp_path: Path) -> None:
+        file = tmp_path / "annotations.json"
+
+        def read(row: dict[str, object]) -> dict[textvqa.Key, list[str]]:
+            file.write_text(json.dumps({"data": [row]}))
+            return textvqa.read_annotations(file)
+
         row = {"image_id": "a", "question": "Q?", "answers": ["x"] * 10}
-        assert textvqa.answers_by_question([row]) == {("a", "q?"): ["x"] * 10}
+        assert read(row) == {("a", "q?"): ["x"] * 10}
         with pytest.raises(UserInputError, match="annotation 1 has 9 answers"):
-            textvqa.answers_by_question([row | {"answers": ["x"] * 9}])
+            read(row | {"answers": ["x"] * 9})
         with pytest.raises(UserInputError, match="annotation 1 lacks"):
-            textvqa.answers_by_question([{"image_id": "a"}])
+            read({"image_id": "a"})
 
 
 class TestPope:

@@ -13,7 +13,6 @@ from llava.eval.tasks.base import TaskError
 from llava.eval.tasks.files import (
     Kind,
     check_ids,
-    question_key,
     read_answers,
     read_intact_answers,
     read_jsonl,
@@ -100,21 +99,16 @@ def convert_seed_bench(args: Namespace) -> None:
     """Print SEED-Bench's accuracies by question type; write the file its leaderboard takes."""
     questions, types = seed_bench.read_annotations(args.annotation_file)
     answers = texts_of(args.result_file)
-    known = [question_key(row["question_id"]) for row in questions]
-    check_ids(answers, known, args.result_file, args.annotation_file)
-    right = [
-        answers.get(name) == question["answer"]
-        for name, question in zip(known, questions, strict=True)
-    ]
-    print(*seed_bench.report(questions, types, right), sep="\n")
-    missing = [name for name in known if name not in answers]
+    check_ids(answers, questions, args.result_file, args.annotation_file)
+    right = [answers.get(name) == question["answer"] for name, question in questions.items()]
+    print(*seed_bench.report(questions.values(), types, right), sep="\n")
+    missing = [name for name in questions if name not in answers]
     if missing:
         raise TaskError(
-            f"{args.result_file} has no answer to {len(missing)} of {len(known)} questions "
+            f"{args.result_file} has no answer to {len(missing)} of {len(questions)} questions "
             f"(first: {missing[0]!r}), so no upload file is written; answer all of them"
         )
-    upload = seed_bench.upload(questions, [answers[name] for name in known])
-    write_atomically(args.result_upload_file, upload)
+    write_atomically(args.result_upload_file, seed_bench.upload(questions, answers))
 
 
 @program(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -69,10 +69,8 @@ def match_option(text: str, options: Mapping[str, str]) -> str | None:
     letters = {word for word in words if word in options}
     if len(letters) > 1:
         return None
-    if letters:
-        (letter,) = letters
-        if words.index(letter) < _NEAR or words[::-1].index(letter) < _NEAR:
-            return letter
+    if letters.intersection(words[:_NEAR] + words[-_NEAR:]):
+        return letters.pop()
     return _match_text(text, options)
 
 
@@ -87,11 +85,10 @@ def circular(
         rotations [n]: in how many rotations that question is asked; a question of which some are
             missing (a limited run) has no circular score.
     """
-    seen: dict[Hashable, list[bool]] = {}
-    wanted: dict[Hashable, int] = {}
-    for group, value, count in zip(groups, right, rotations, strict=True):
-        seen.setdefault(group, []).append(value)
-        wanted[group] = count
+    wanted = dict(zip(groups, rotations, strict=True))
+    seen = defaultdict(list)
+    for group, value in zip(groups, right, strict=True):
+        seen[group].append(value)
     return {group: all(values) for group, values in seen.items() if len(values) == wanted[group]}
 
 
@@ -110,10 +107,10 @@ def rotate(item: Item) -> Iterator[Item]:
     """Yield a question in every rotation of its options: each moves one place up a round."""
     options, answer = item.data["options"], item.data["answer"]
     count = len(options)
+    letters = LETTERS[:count]
     for turn in range(count):
-        letter = answer
-        if answer is not None and LETTERS.index(answer) < count:
-            letter = LETTERS[(LETTERS.index(answer) - turn) % count]
+        moved = dict(zip(letters, letters[-turn:] + letters[:-turn], strict=True))
+        letter = moved.get(answer, answer)  # None, or a letter beyond the options, stays
         turned = {"options": options[turn:] + options[:turn], "answer": letter, "rotations": count}
         name = int(item.question_id) + turn * ROTATION
         yield replace(item, question_id=name, data={**item.data, **turned})

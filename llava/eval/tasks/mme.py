@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -67,14 +67,12 @@ def category_score(right: Sequence[Sequence[bool]]) -> Metric:
     return Metric(mean, se, 2 * count, CATEGORY_MAXIMUM)
 
 
-def total(scores: Iterable[Metric]) -> Metric:
+def total(scores: Collection[Metric]) -> Metric:
     """Add up category scores; their errors count as independent, they are about other images."""
-    scores = list(scores)
-    errors = [score.se for score in scores]
-    known = [error for error in errors if error is not None]
+    errors = [score.se for score in scores if score.se is not None]
     return Metric(
         math.fsum(score.value for score in scores),
-        math.hypot(*known) if len(known) == len(errors) else None,
+        math.hypot(*errors) if len(errors) == len(scores) else None,
         sum(score.n for score in scores),
         math.fsum(score.scale for score in scores),
     )
@@ -221,15 +219,11 @@ class MME(PublishedQuestions):
         for item, answer in zip(items, answers, strict=True):
             category, file, _ = item.data["key"]
             right[category][file].append(self.item_score(item, answer) == 1)
-        complete = {
-            category: [pair for pair in images.values() if len(pair) == 2]
-            for category, images in right.items()
-        }
-        scores = {
-            name: category_score(complete[name])
-            for name in PERCEPTION + COGNITION
-            if complete.get(name)
-        }
+        scores = {}
+        for name in PERCEPTION + COGNITION:
+            complete = [pair for pair in right[name].values() if len(pair) == 2]
+            if complete:
+                scores[name] = category_score(complete)
         groups = {
             "perception": [scores[name] for name in PERCEPTION if name in scores],
             "cognition": [scores[name] for name in COGNITION if name in scores],

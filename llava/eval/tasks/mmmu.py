@@ -87,7 +87,7 @@ def parse_choice(text: str, options: Mapping[str, str], question_id: str) -> str
 def parse_open(text: str) -> set[Value]:
     """Return candidates of an open answer: its key phrases and the numbers in them, normalised."""
     phrases = _key_phrases(text)
-    numbers = [number for phrase in phrases for number in _numbers(phrase)]
+    numbers = [n for phrase in phrases for pattern in _NUMBERS for n in pattern.findall(phrase)]
     return {value for phrase in [*phrases, *numbers] for value in normalise(phrase)}
 
 
@@ -152,10 +152,6 @@ def _key_phrases(text: str) -> list[str]:
     return phrases or [text]
 
 
-def _numbers(text: str) -> list[str]:
-    return [number for pattern in _NUMBERS for number in pattern.findall(text)]
-
-
 def _draw(letters: Sequence[str], question_id: str) -> str:
     digest = hashlib.sha256(question_id.encode()).digest()
     return letters[int.from_bytes(digest[:8], "big") % len(letters)]
@@ -208,8 +204,7 @@ class MMMU(FolderBenchmark):
             for number in range(1, 8):
                 if (image := row[f"image_{number}"]) is not None:
                     layout.image(self.image_folder() / f"{row['id']}_{number}.png", image)
-            keys = ("id", "question", "options", "answer", "question_type")
-            rows.append({key: row[key] for key in keys})
+            rows.append({key: row[key] for key in FIELDS})
         layout.lines(self.question_file(), rows)
 
     def read_items(self) -> list[Item]:

@@ -175,9 +175,7 @@ class POPE(PublishedQuestions):
     headline = "mean_f1"
     image_path = "pope/val2014"
     question_path = "pope/llava_pope_test.jsonl"
-
-    def annotation_files(self) -> list[Path]:
-        return [self.root / f"pope/coco/coco_pope_{split}.json" for split in SPLITS]
+    annotation_paths = tuple(f"pope/coco/coco_pope_{split}.json" for split in SPLITS)
 
     def annotate(self, rows: Sequence[Row]) -> Iterator[Mapping[str, Any]]:
         """Pair labels by their order in the split: they carry other ids than questions."""

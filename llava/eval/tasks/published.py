@@ -30,10 +30,12 @@ class FolderBenchmark(Benchmark):
     Class attributes, besides those of `Benchmark`, below the data root:
         image_path: the folder of images.
         question_path: the file of questions.
+        annotation_paths: every other file that `read_items` reads.
     """
 
     image_path: ClassVar[str]
     question_path: ClassVar[str]
+    annotation_paths: ClassVar[Sequence[str]] = ()
 
     def image_folder(self) -> Path:
         """Return where images lie by the names that items give them."""
@@ -45,7 +47,7 @@ class FolderBenchmark(Benchmark):
 
     def annotation_files(self) -> list[Path]:
         """Return every other file that `read_items` reads."""
-        return []
+        return [self.root / path for path in self.annotation_paths]
 
     def files(self) -> list[Path]:
         """Return every file that `read_items` reads."""

@@ -132,10 +132,8 @@ class ScienceQA(FolderBenchmark):
     headline = "image_accuracy"
     image_path = "scienceqa/images/test"
     question_path = "scienceqa/llava_test_CQM-A.json"
+    annotation_paths = ("scienceqa/problems.json", "scienceqa/pid_splits.json")
     submission_file = "scienceqa_answers.jsonl"
-
-    def annotation_files(self) -> list[Path]:
-        return [self.root / "scienceqa" / name for name in ("problems.json", "pid_splits.json")]
 
     def item_score(self, item: Item, answer: str) -> float:
         return float(judge(answer, item.data["answer"], item.data["choices"]).correct)

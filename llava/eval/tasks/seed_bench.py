@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,8 +55,10 @@ ROWS = Dataset(
 )
 
 
-def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], dict[int, str]]:
-    """Read the questions of `SEED-Bench.json` and {question type: its name}.
+def read_annotations(
+    path: Path, task: str | None = None
+) -> tuple[dict[str | int, Row], dict[int, str]]:
+    """Read {id by `question_key`: question} of `SEED-Bench.json`, and {question type: its name}.
 
     Raises:
         TaskError: the file cannot be used.
@@ -71,9 +73,9 @@ def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], di
     if not all(isinstance(kind, int) and is_id(kind) for kind in types.values()):
         raise TaskError(f"`question_type` of {path} must give every type a number")
     names = {kind: name for name, kind in types.items()}
-    seen = set()
-    check_listed(questions, "question", path, FIELDS)
-    for number, question in enumerate(questions, start=1):
+    found: dict[str | int, Row] = {}
+    rows = check_listed(questions, "question", path, FIELDS)
+    for number, question in enumerate(rows, start=1):
         where = f"question {number} of {path}"
         if question["data_type"] not in DATA_TYPES:
             raise TaskError(
@@ -85,13 +87,13 @@ def read_annotations(path: Path, task: str | None = None) -> tuple[list[Row], di
                 "`question_type` does not name"
             )
         key = question_key(question["question_id"])
-        if key in seen:
+        if key in found:
             raise TaskError(f"{where} has the question_id {key!r} of one before it; keep one")
-        seen.add(key)
-    return questions, names
+        found[key] = question
+    return found, names
 
 
-def report(questions: Sequence[Row], types: Mapping[int, str], right: Sequence[bool]) -> list[str]:
+def report(questions: Iterable[Row], types: Mapping[int, str], right: Sequence[bool]) -> list[str]:
     """Return the lines that LLaVA prints: each type, all, images, videos."""
     by_type: dict[int, list[bool]] = defaultdict(list)
     by_data: dict[str, list[bool]] = defaultdict(list)
@@ -105,12 +107,12 @@ def report(questions: Sequence[Row], types: Mapping[int, str], right: Sequence[b
     ]
 
 
-def upload(questions: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> str:
-    """Return the upload file: a line a question, in the annotation's order, with the ids there."""
-    rows = zip(questions, answers, strict=True)
+def upload(questions: Mapping[str | int, Row], answers: Mapping[str | int, str]) -> str:
+    """Return the upload file: a line an answer, in the annotation's order, with the ids there."""
     return "".join(
-        json.dumps({"question_id": question["question_id"], "prediction": text}) + "\n"
-        for question, text in rows
+        json.dumps({"question_id": question["question_id"], "prediction": answers[name]}) + "\n"
+        for name, question in questions.items()
+        if name in answers
     )
 
 
@@ -131,10 +133,8 @@ class SEEDBench(PublishedQuestions):
     headline = "image_accuracy"
     image_path = "seed_bench"
     question_path = "seed_bench/llava-seed-bench.jsonl"
+    annotation_paths = ("seed_bench/SEED-Bench.json",)
     submission_file = "seed_submission.jsonl"
-
-    def annotation_files(self) -> list[Path]:
-        return [self.root / "seed_bench/SEED-Bench.json"]
 
     def bare(self, text: str) -> str:
         return text.removesuffix(OPTION_LETTER).strip()
@@ -170,12 +170,8 @@ class SEEDBench(PublishedQuestions):
 
     def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
         """Return what the leaderboard takes, of what is answered."""
-        given = {
-            question_key(item.question_id): answer
-            for item, answer in zip(items, answers, strict=True)
-        }
-        asked = {name: row for name, row in self._truth().items() if name in given}
-        return upload(list(asked.values()), [given[name] for name in asked])
+        names = [question_key(item.question_id) for item in items]
+        return upload(self._truth(), dict(zip(names, answers, strict=True)))
 
     def sources(self) -> Sources:
         originals = (
@@ -204,8 +200,7 @@ class SEEDBench(PublishedQuestions):
         layout.lines(self.question_file(), prompts)
 
     def _truth(self) -> dict[str | int, Row]:
-        questions, _ = read_annotations(self.annotation_files()[0], self.name)
-        return {question_key(question["question_id"]): question for question in questions}
+        return read_annotations(self.annotation_files()[0], self.name)[0]
 
 
 def _about_image(question: Mapping[str, Any]) -> bool:

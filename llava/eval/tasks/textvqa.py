@@ -8,7 +8,7 @@ answers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,26 +56,17 @@ def question_in(prompt: str) -> str:
 def read_annotations(path: Path, task: str | None = None) -> dict[Key, list[str]]:
     """Read {(image id, lower-case question): human answers} of TextVQA's annotation file.
 
+    Where two annotations share the key the later one counts, as in the published code.
+
     Raises:
         UserInputError: it has other content; the message names `path`.
     """
     content = read_json(path, task)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise TaskError(f"{path} must have a list of annotations under `data`")
-    return answers_by_question(content["data"], path)
-
-
-def answers_by_question(
-    annotations: Iterable[Mapping[str, Any]], file: Path | None = None
-) -> dict[Key, list[str]]:
-    """Return {(image id, lower-case question): human answers} of annotations.
-
-    Where two annotations share the key the later one counts, as in the published code. Raises
-    UserInputError, naming `file`, for one that is not a TextVQA annotation.
-    """
     found = {}
-    for number, row in enumerate(annotations, start=1):
-        what = (f"{file}: " if file else "") + f"TextVQA annotation {number}"
+    for number, row in enumerate(content["data"], start=1):
+        what = f"{path}: TextVQA annotation {number}"
         try:
             key, answers = (row["image_id"], row["question"].lower()), row["answers"]
             if not isinstance(answers, list):
@@ -124,9 +115,7 @@ class TextVQA(PublishedQuestions):
     unique_ids = False
     image_path = "textvqa/train_images"
     question_path = "textvqa/llava_textvqa_val_v051_ocr.jsonl"
-
-    def annotation_files(self) -> list[Path]:
-        return [self.root / "textvqa/TextVQA_0.5.1_val.json"]
+    annotation_paths = ("textvqa/TextVQA_0.5.1_val.json",)
 
     def rows(self) -> list[Row]:
         """Read the one question file of both protocols: `no-ocr` leaves out its OCR lines."""

@@ -22,7 +22,6 @@ from llava.eval.tasks.files import (
     read_json,
 )
 from llava.eval.tasks.published import ARCHIVE, PublishedQuestions, question_line
-from llava.storage import write_atomically
 
 VAL = "val"
 COLUMNS = "question_id image_id question image"
@@ -53,6 +52,10 @@ class VQAv2(PublishedQuestions):
         VAL: "val2014, scored locally; not comparable with published test-dev figures",
         "test-dev": "test-dev2015, a submission file for the server",
     }
+
+    def __init__(self, root: Path, protocol: str | None = None) -> None:
+        super().__init__(root, protocol)
+        self.submission_file = f"vqav2_{self.protocol}_submission.json"
 
     def image_folder(self) -> Path:
         return self.root / "vqav2" / ("val2014" if self.protocol == VAL else "test2015")
@@ -108,17 +111,13 @@ class VQAv2(PublishedQuestions):
             return None
         return vqav2_accuracy(normalise(answer), item.data["answers"])
 
-    def write_submission(
-        self, items: Sequence[Item], answers: Sequence[str], folder: Path
-    ) -> list[Path]:
-        """Write the server's file: test-dev with "" for the rest of test, or questions of val."""
+    def submission(self, items: Sequence[Item], answers: Sequence[str]) -> str:
+        """Return the server's file: test-dev with "" for the rest of test, or questions of val."""
         results = {item.question_id: answer for item, answer in zip(items, answers, strict=True)}
         split: Sequence[Row] = [{"question_id": name} for name in results]
         if self.protocol != VAL:
             split = self.read_questions(self.annotation_files()[0])
-        path = folder / f"vqav2_{self.protocol}_submission.json"
-        write_atomically(path, json.dumps(submission(split, results)))
-        return [path]
+        return json.dumps(submission(split, results))
 
     def sources(self) -> Sources:
         if self.protocol == VAL:
