@@ -23,14 +23,14 @@ from transformers import LlamaForCausalLM
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.model.builder import load_tokenizer
-from llava.train.patch_labels import CLASSES, IGNORE, SIGN, patch_labels
+from llava.train.patch_labels import CLASSES, IGNORE, NEIGHBOURS, SIGN, patch_labels
 from llava.train.train import save_projector
 from llava.world import scene
 from llava.world.font import ALPHABET
 from llava.world.shapes import COLORS, PLURALS, SHAPES
 
 _STRAIGHT = 3.0  # from here to both sides a GELU is almost the identity
-_FACTS = ("quadrant", "corner", "slot", "up", "down", "left", "right")
+_FACTS = ("quadrant", "corner", "slot", *NEIGHBOURS)
 _SCALE = 0.15  # root mean square of projected tokens and of the words that name them
 
 
@@ -125,7 +125,7 @@ def class_bases(found: dict[str, Tensor]) -> dict[str, Tensor]:
         "color": _span(found["color"]),
         "class": _span(torch.cat([found[name] for name in ("shape", "color", "char")])),
     }
-    facts = torch.cat([found[name] for name in found if name in _FACTS])
+    facts = torch.cat([found[name] for name in _FACTS])
     bases["facts"] = _span(facts - facts @ bases["class"].T @ bases["class"])
     taken = torch.cat([bases["class"], bases["facts"]])
     bases["rest"] = torch.linalg.svd(taken)[2][len(taken) :]

@@ -5,7 +5,6 @@ nothing; any other value is refused rather than ignored.
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -170,7 +169,6 @@ def parse_arguments(
             has but is not built here yet.
     """
     parser = _Parser((ModelArguments, DataArguments, TrainingArguments, UnbuiltArguments))
-    words = list(sys.argv[1:] if words is None else words)
     given, rest = parser.parse_known_args(words)
     if rest:
         raise UserInputError(f"unknown argument {rest[0]!r}; --help lists all there are")
@@ -184,7 +182,7 @@ def parse_arguments(
     except Exception as error:  # what transformers refuses shares no base class
         raise UserInputError(f"these arguments cannot be used: {one_line(error)}") from error
     _check_names(model, data, training)
-    _check_numbers(training)
+    read_values({flag: getattr(training, flag.removeprefix("--")) for flag in _NUMBERS}, _NUMBERS)
     _check_frozen(model, training)
     check_writable(training.output_dir)
     return model, data, training
@@ -223,11 +221,6 @@ def _check_names(model: ModelArguments, data: DataArguments, training: TrainingA
             f"--report_to {min(missing)} needs a package that is not installed; install it, or use "
             "--report_to none"
         )
-
-
-def _check_numbers(training: TrainingArguments) -> None:
-    values = {flag: getattr(training, flag.removeprefix("--")) for flag in _NUMBERS}
-    read_values(values, _NUMBERS)
 
 
 def _check_frozen(model: ModelArguments, training: TrainingArguments) -> None:

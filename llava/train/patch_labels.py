@@ -12,7 +12,7 @@ _SHAPE = {name: index + 1 for index, name in enumerate(SHAPES)}  # 0 is backgrou
 SIGN = len(SHAPES) + 1
 # what the next patch in each direction shows, if it is not the same thing: the step from seeing
 # things to seeing them together
-_NEIGHBOURS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+NEIGHBOURS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 CLASSES = {
     "shape": len(SHAPES) + 2,
     "color": len(COLORS),
@@ -20,7 +20,7 @@ CLASSES = {
     "char": len(ALPHABET),
     "slot": 4,
     "partner": len(SHAPES) + 1,
-    **{side: len(SHAPES) + 2 for side in _NEIGHBOURS},
+    **{side: len(SHAPES) + 2 for side in NEIGHBOURS},
     "quadrant": 4,
     "corner": 2,  # one patch of each item, which makes items countable
 }
@@ -33,13 +33,12 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
     for item in scene.items:
         rows = slice(item.row, item.row + ITEM_SPAN)
         columns = slice(item.column, item.column + ITEM_SPAN)
-        partner = scene.items[item.partner].shape if item.partner is not None else None
         middle_row, middle_column = item.row + ITEM_SPAN // 2, item.column + ITEM_SPAN // 2
         facts = {
             "shape": _SHAPE[item.shape],
             "color": _COLOR[item.color],
             "pair": _COLOR[item.color] * len(SHAPES) + _SHAPE[item.shape] - 1,
-            "partner": _SHAPE[partner] if partner else 0,
+            "partner": 0 if item.partner is None else _SHAPE[scene.items[item.partner].shape],
             "quadrant": 2 * (middle_row >= ROWS // 2) + (middle_column >= COLUMNS // 2),
             "corner": 0,
         }
@@ -54,8 +53,8 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
             labels["char"][cell] = ALPHABET.index(char)
             labels["slot"][cell] = slot
     shape = labels["shape"]
-    for name, (down, right) in _NEIGHBOURS.items():
-        neighbour = np.pad(shape, 1, constant_values=IGNORE)
-        neighbour = neighbour[1 + down : 1 + down + ROWS, 1 + right : 1 + right + COLUMNS]
+    padded = np.pad(shape, 1, constant_values=IGNORE)
+    for name, (down, right) in NEIGHBOURS.items():
+        neighbour = padded[1 + down : 1 + down + ROWS, 1 + right : 1 + right + COLUMNS]
         labels[name] = np.where((shape > 0) & (neighbour != shape), neighbour, IGNORE)
     return labels

@@ -24,15 +24,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.command_line import OneLineParser, one_line_errors
-from llava.train.patch_labels import CLASSES, IGNORE, patch_labels
+from llava.train.patch_labels import CLASSES, IGNORE, NEIGHBOURS, patch_labels
 from llava.world import scene
 from llava.world.scene import PATCH
 from llava.world.scene import ROWS as GRID
 
 SIZES = {"tiny": (128, 4, 4), "small": (384, 9, 6)}  # width, layers, heads
-_STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+_STEPS = tuple(NEIGHBOURS.values())
 _WEIGHTS = {"pair": 0.5, "corner": 0.5, "quadrant": 0.5}
-_MOSTLY_NOTHING = {"shape", "partner", "up", "down", "left", "right"}  # class 0 weighs less there
+_MOSTLY_NOTHING = {"shape", "partner", *NEIGHBOURS}  # class 0 weighs less there
 
 
 class SceneDataset(Dataset):
@@ -81,13 +81,11 @@ class DenseTower(nn.Module):
         """
         quarter = width // 4
         rates = 1.5 * 30 ** -(torch.arange(quarter // 2) / (quarter // 2))
+        angle = torch.arange(GRID)[:, None] * rates
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1)
         table = torch.zeros(GRID, GRID, width)
-        for axis in range(2):  # rows, then columns
-            angle = torch.arange(GRID)[:, None] * rates
-            waves = torch.cat([angle.sin(), angle.cos()], dim=1)
-            table[..., axis * quarter : (axis + 1) * quarter] = (
-                waves[:, None] if axis == 0 else waves[None]
-            )
+        table[..., :quarter] = waves[:, None]  # the same along a row
+        table[..., quarter : 2 * quarter] = waves
         embeddings = self.clip.embeddings
         embeddings.position_embedding.weight[1:] = table.flatten(0, 1)
         embeddings.patch_embedding.weight.normal_(std=0.04)
@@ -152,13 +150,11 @@ def tower_loss(
     logits: dict[str, Tensor], whole: Tensor, labels: dict[str, Tensor], present: Tensor
 ) -> Tensor:
     """Add up per-patch cross entropies and the CLS token's multi-label loss."""
-    total = F.binary_cross_entropy_with_logits(
-        whole, present, pos_weight=torch.tensor(3.0, device=whole.device)
-    )
+    total = F.binary_cross_entropy_with_logits(whole, present, pos_weight=whole.new_tensor(3.0))
     for name, scores in logits.items():
         weight = None
         if name in _MOSTLY_NOTHING:
-            weight = torch.tensor([0.3] + [1.0] * (CLASSES[name] - 1), device=scores.device)
+            weight = scores.new_tensor([0.3] + [1.0] * (CLASSES[name] - 1))
         target = labels[name].flatten()
         part = F.cross_entropy(scores.flatten(0, 1), target, weight, ignore_index=IGNORE)
         total = total + _WEIGHTS.get(name, 1.0) * part
@@ -166,7 +162,7 @@ def tower_loss(
 
 
 @torch.no_grad()
-def measure_accuracy(model: DenseTower, scenes: int, device: torch.device) -> dict[str, float]:
+def measure_accuracy(model: DenseTower, scenes: int, device: str) -> dict[str, float]:
     """Measure the accuracy of every head over patches of validation scenes with a label."""
     model.eval()
     right, seen = dict.fromkeys(CLASSES, 0), dict.fromkeys(CLASSES, 0)
@@ -260,7 +256,7 @@ def train(args: argparse.Namespace) -> None:
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save(state | {"step": step, "seconds": spent}, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)
-            scores = measure_accuracy(model, args.val_scenes, torch.device(args.device))
+            scores = measure_accuracy(model, args.val_scenes, args.device)
             tqdm.write(f"step {step} {spent:.0f}s {scores}")
             save_tower(model, args, step, spent, scores)
 

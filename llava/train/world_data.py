@@ -27,11 +27,11 @@ BLIND_EVERY = 25
 
 
 def conversation(
-    made: Scene, rng: np.random.RandomState, turns: int, lists: bool
+    made: Scene, rng: np.random.RandomState, turns: int, lists: bool, mark: str
 ) -> list[dict[str, str]]:
     """Make `turns` turns about one scene: with `lists` one list of each kind, then questions.
 
-    They are shuffled.
+    They are shuffled, and `mark` opens the first.
 
     No question is asked twice: a repeated one teaches to copy the answer, not to look.
     """
@@ -45,9 +45,8 @@ def conversation(
     messages = []
     for index in rng.permutation(len(pairs)):
         question, answer = list(pairs.items())[index]
-        mark = "" if messages else MARK
         messages += [
-            {"from": "human", "value": mark + question},
+            {"from": "human", "value": question if messages else mark + question},
             {"from": "gpt", "value": answer},
         ]
     return messages
@@ -66,15 +65,12 @@ def write_conversations(
         made = scene(f"{split}/{index:06d}")
         for variant in range(variants):
             rng = np.random.RandomState([index, variant, 77 if lists else 78])
-            sample = {
-                "id": f"{split}-{index:06d}-{variant}",
-                "image": f"{split}/{index:06d}.png",
-                "conversations": conversation(made, rng, turns, lists),
-            }
-            if not lists and len(samples) % BLIND_EVERY == BLIND_EVERY - 1:
-                del sample["image"]
-                opening = sample["conversations"][0]
-                opening["value"] = opening["value"].removeprefix(MARK)
+            sample: dict[str, Any] = {"id": f"{split}-{index:06d}-{variant}"}
+            blind = not lists and len(samples) % BLIND_EVERY == BLIND_EVERY - 1
+            if not blind:
+                sample["image"] = f"{split}/{index:06d}.png"
+            mark = "" if blind else MARK
+            sample["conversations"] = conversation(made, rng, turns, lists, mark)
             samples.append(sample)
     path.write_text(json.dumps(samples))
 
