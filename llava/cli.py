@@ -3,8 +3,6 @@
 Only the module of the command that runs is imported: `llava --help` does not wait for torch.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib import import_module

@@ -1,7 +1,5 @@
 """What the commands of this package share: one-line errors, and the flags that choose a model."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager

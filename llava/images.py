@@ -7,8 +7,6 @@ is read before anything is decoded, and only raster formats are decoded, none th
 program.
 """
 
-from __future__ import annotations
-
 import base64
 import http.client
 import logging

@@ -1,7 +1,5 @@
 """Markdown that this package writes: tables, and generated sections of documents."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path

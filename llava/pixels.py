@@ -7,8 +7,6 @@ off at 255, and shows the colour that happens to lie under transparent pixels, m
 The two are equal for everything else. Neither applies colour profiles.
 """
 
-from __future__ import annotations
-
 import threading
 import warnings
 from collections.abc import Callable, Iterator

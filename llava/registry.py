@@ -1,7 +1,5 @@
 """Find classes by name: methods, benchmarks and whatever else is chosen by name."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import pkgutil

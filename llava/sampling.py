@@ -1,7 +1,5 @@
 """How answers are drawn: decoding settings, and how they meet a model's generation_config."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

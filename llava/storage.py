@@ -1,7 +1,5 @@
 """Files of any platform: read JSON, replace a file as a whole, hold a folder for one process."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`python -m llava.eval COMMAND`: run comparisons and print what they found."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """The data of `paper-table --demo`: LLaVA's `playground/data/eval`, small, of drawn scenes."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@ Its "chat" interface hands over messages made of parts, and there a mark is put 
 stands: an `<image>` that somebody wrote is text.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ real weights says which of them a published row belongs to. `not_expressed` list
 cannot repeat of the released code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

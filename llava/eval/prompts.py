@@ -1,7 +1,5 @@
 """Prompts of single questions, rendered with a model's own conversation template."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

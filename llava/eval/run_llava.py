@@ -4,8 +4,6 @@ LLaVA's flags and its `eval_model(args)`, plus visual token pruning. Several fil
 argument, separated by `--sep`.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ here are therefore clustered by image; with one question per image they are the 
 sd / sqrt(n).
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence

@@ -1,7 +1,5 @@
 """How the tiles of an image become one sequence of tokens, and what each token shows."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 

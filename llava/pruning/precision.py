@@ -1,7 +1,5 @@
 """Full precision for what pruning computes, whatever precision the caller computes in."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 

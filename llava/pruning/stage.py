@@ -1,7 +1,5 @@
 """The pruning stage: count budgets, select or merge, gather what is left."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Record of what one run of the pruning stage did, for logs, results and pictures."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Draw which parts of an image were kept."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

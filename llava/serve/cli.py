@@ -6,8 +6,6 @@ many visual tokens the language model saw and where the time went. A question th
 model's context is refused with the numbers, and the chat goes on without it.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

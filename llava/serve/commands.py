@@ -1,7 +1,5 @@
 """What can be typed in a chat besides questions: one entry of COMMANDS each."""
 
-from __future__ import annotations
-
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """A chat about one image: model, template, pruning setting, and the turns so far."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """One turn of a chat: the answer as it streams, and a clock on every step of the pipeline."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean

@@ -5,8 +5,6 @@ from `llava.world`. They let each benchmark run where its data are not, in `pape
 in tests. What comes out says that the code works, and nothing about any benchmark.
 """
 
-from __future__ import annotations
-
 import base64
 import csv
 import json

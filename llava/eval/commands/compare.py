@@ -3,8 +3,6 @@
 A and B are output folders of `run` or `quickstart`, each with `:ARM` where it has several.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Rows share one run per task, so they answer the same questions side by side. An 
 resumes where it stopped. `--demo` runs the same code on the model in this repository.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

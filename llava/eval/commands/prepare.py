@@ -4,8 +4,6 @@ Files come from public datasets (llava[data]), or with --from out of an archive 
 downloaded. What is there already stays: an interrupted preparation goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Every method at every budget answers the same questions, next to the unpruned mo
 controls. All numbers come out of this run; a run that was interrupted goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from contextlib import suppress

@@ -6,8 +6,6 @@
 Run the same command again after an interruption: what was answered is kept.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

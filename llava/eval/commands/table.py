@@ -1,7 +1,5 @@
 """`llava table RESULT.json`: tables from a result file, into Markdown files too."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

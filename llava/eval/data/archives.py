@@ -1,7 +1,5 @@
 """Published files put in their place, out of a folder or an archive that the user downloaded."""
 
-from __future__ import annotations
-
 import tarfile
 import zipfile
 import zlib

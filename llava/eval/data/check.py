@@ -1,7 +1,5 @@
 """Check whether the data of a benchmark are complete."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

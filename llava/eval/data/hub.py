@@ -1,7 +1,5 @@
 """Rows of public datasets, from the dataset hub or from a folder of their parquet files."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Writing files below a data root: whole files only, and nothing that is there already."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

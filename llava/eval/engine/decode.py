@@ -5,8 +5,6 @@ generation_config.json says holds in an evaluation too. A streamer notes when ev
 because `generate` hides where prefill ends.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Collection, Sequence

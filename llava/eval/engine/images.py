@@ -3,8 +3,6 @@
 An image that cannot be decoded fails alone; what asks about it is reported and the run goes on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """From answers and timings to figures: `metrics.json`, and medians over batches."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict

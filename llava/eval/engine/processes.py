@@ -4,8 +4,6 @@ Only words pass between them (what is left to do, how it went), so gloo serves o
 and a process that dies takes nothing with it: its finished batches are in its log.
 """
 
-from __future__ import annotations
-
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence

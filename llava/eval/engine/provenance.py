@@ -1,7 +1,5 @@
 """Say what a run is made of: its key, hashes of files, versions, source commit, machine."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ tokens, a number with a point a share of them: `zoo@1` keeps one token, `zoo@1.0
 once, by `parse_arm`, where a user writes it; inside, an arm holds its `PruningConfig`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace

@@ -1,7 +1,5 @@
 """Carry out a request: answer what is missing, alone or with others, score it and write it."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections import defaultdict

@@ -8,8 +8,6 @@ timings are written first and its answers last; whatever a killed process left a
 batch is cut off when its log is opened again. Files for readers are made from the logs at the end.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@
 there; the modules and scripts that LLaVA's users call by name run it.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """LLaVA's `scripts/convert_*.py`: from answer files to what servers and graders take."""
 
-from __future__ import annotations
-
 import json
 from argparse import Namespace
 from pathlib import Path

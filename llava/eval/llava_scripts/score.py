@@ -1,7 +1,5 @@
 """LLaVA's `eval_*`: print the figures of answer files as LLaVA and the benchmarks' tools do."""
 
-from __future__ import annotations
-
 import json
 import math
 from argparse import Namespace

@@ -5,8 +5,6 @@ stopped when it is given again: what was answered is next to the answers file, i
 under a key of every setting, so that answers never mix.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from abc import abstractmethod

@@ -1,7 +1,5 @@
 """A filled table of a paper as Markdown, HTML, LaTeX, CSV and JSON."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io

@@ -1,7 +1,5 @@
 """Pictures of kept tokens: one image per arm, what it dropped dimmed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

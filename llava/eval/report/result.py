@@ -1,7 +1,5 @@
 """Markdown tables of a result file, as quickstart prints them and as README and docs show them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llava.eval.engine.request import UNPRUNED

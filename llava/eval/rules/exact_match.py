@@ -1,7 +1,5 @@
 """Exact match after a small normalisation, for short free-form answers."""
 
-from __future__ import annotations
-
 
 def normalise(text: str) -> str:
     """Lower-case `text` without surrounding white space and without one trailing period.

@@ -16,8 +16,6 @@ has two accidents that every published figure contains, so they are kept here:
 Source: the evaluation code of VQA (Antol et al., 2015), in the form that EvalAI and LLaVA use.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Fill the cells of a table: what finished runs measured, next to what was published."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

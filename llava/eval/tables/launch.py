@@ -1,7 +1,5 @@
 """Carry out a planned run: in this process, or shared by several under torchrun."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys

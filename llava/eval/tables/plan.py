@@ -4,8 +4,6 @@ What decides how a model reads an image (`mm_next_protocol`) belongs to the load
 that differ in it go to different runs, each with its own unpruned arm.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

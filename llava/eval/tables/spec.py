@@ -5,8 +5,6 @@ source has a kind: `paper` (the authors' own figure) or `re-run` (somebody else 
 A cell that was never published has no entry and stays empty.
 """
 
-from __future__ import annotations
-
 import json
 import tomllib
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What the runner, the writers of answer files and the tables know of a benchmark."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

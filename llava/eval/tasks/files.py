@@ -4,8 +4,6 @@ Whatever is missing or damaged becomes one TaskError that names the file. Where 
 a benchmark (`task` is given) the error also names the command that gets it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -5,8 +5,6 @@ balanced questions. Its validity and plausibility need files that version 1.2 of
 not have, and LLaVA's protocol leaves them out.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path

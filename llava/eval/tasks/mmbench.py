@@ -6,8 +6,6 @@ is wrong here, so the figure is a lower bound of the server's. LLaVA is asked fo
 one, which makes the difference small.
 """
 
-from __future__ import annotations
-
 import base64
 import re
 from collections import Counter, defaultdict

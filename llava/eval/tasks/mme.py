@@ -3,8 +3,6 @@
 Source of the score: the evaluation tool of MME (Fu et al., 2023), accuracy plus "both right".
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ them, but for one thing: where no option can be read they draw one from the glob
 here it is drawn from the question's id. So a score does not depend on what was scored before.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import re

@@ -3,8 +3,6 @@
 Here are the questions, and the files that their graders read. There is no metric.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path

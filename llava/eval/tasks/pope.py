@@ -4,8 +4,6 @@ The score is the F1 of the answer yes, as POPE and as lmms-eval count it. Source
 2023) in LLaVA's evaluation code; the `pope` task of lmms-eval.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence

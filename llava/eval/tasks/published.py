@@ -1,7 +1,5 @@
 """Benchmarks of question files and folders of images, as LLaVA publishes them."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property

@@ -1,7 +1,5 @@
 """`llava-tiny`: `questions.jsonl` next to `answers.jsonl`, images from a folder or drawn."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence

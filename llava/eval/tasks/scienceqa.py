@@ -4,8 +4,6 @@ Letters are read strictly, as LLaVA's `eval_science_qa` does. A letter that cann
 beyond the choices and a missing answer all count as wrong.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The score is LLaVA's (`convert_seed_for_submission`): the answer is the letter a
 and "A." are wrong.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ the prompt; the question is recovered from the prompt, and (image id, question) 
 answers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

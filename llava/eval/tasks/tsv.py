@@ -1,7 +1,5 @@
 """Tables as MMBench publishes them (tab-separated, quoted cells, empty cells) and takes them."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

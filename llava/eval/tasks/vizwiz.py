@@ -1,7 +1,5 @@
 """VizWiz, test: questions of blind people about their photographs; scored on a server."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

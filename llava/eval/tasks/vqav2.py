@@ -1,7 +1,5 @@
 """VQAv2: open questions about COCO images; val is scored here, test-dev on a server."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

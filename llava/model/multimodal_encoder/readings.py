@@ -6,8 +6,6 @@ first = 0 a tower without one (SigLIP). There every query is a patch's, so what 
 class token's query is the mean over all queries: attention received.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -4,8 +4,6 @@ The settings and the model's tile protocol choose a strategy here, and nowhere e
 one tile an image and is served by `select_in_tiles`; all others are about the tiles of LLaVA-1.6.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from llava.pruning.allocation.newlines import keep_newlines

@@ -1,7 +1,5 @@
 """Arithmetic of budgets: shares of tiles, and prompts that are too long for what was asked."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

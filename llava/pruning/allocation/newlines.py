@@ -1,7 +1,5 @@
 """`newline="keep"`: patches and the newlines of their rows, together exactly the budget."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from llava.pruning.allocation.strategy import MethodRun, Selection, Strategy

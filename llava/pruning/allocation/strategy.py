@@ -1,7 +1,5 @@
 """A method at work on a batch, and the plain strategies: in every tile, and in whole images."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Sequence

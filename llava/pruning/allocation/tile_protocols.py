@@ -23,8 +23,6 @@ numbers. It differs from what the paper says in three ways:
 - The sensitivity comes from a projector that was never trained. That is not repeated here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from llava.pruning.allocation.budgets import tile_counts
