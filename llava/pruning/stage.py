@@ -12,7 +12,7 @@ from llava.pruning.allocation.budgets import fit_prompts, tile_counts
 from llava.pruning.allocation.strategy import MethodRun, Selection
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
-from llava.pruning.late_checks import collecting
+from llava.pruning.late_checks import LateChecks, collecting
 from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.rows import Merged, no_choice
 from llava.pruning.tokens import (
@@ -53,7 +53,7 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> I
     with collecting() as checks, fit_prompts(visual, asked) as budgets:
         run = MethodRun(visual, config, budgets)
         pruned = _merge(run) if config.pruner.merges else _gather(run, strategy(run, budgets))
-    pruned.checks = checks
+    pruned.checks = LateChecks([*visual.checks, *checks])
     return pruned
 
 
@@ -206,6 +206,7 @@ def importance_of(config: PruningConfig, visual: VisualTokens) -> Tensor:
     Raises:
         PruningError: the method does not score tokens.
     """
+    visual.settle()
     with torch.no_grad():
         importance = config.pruner.score(visual)
     if importance is None:

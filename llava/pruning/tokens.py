@@ -91,6 +91,7 @@ class ImageTokens:
             (of the flat batch) a tile belongs to, 0-based and non-decreasing.
         layouts: how each image's tiles follow each other; None: one after the other.
         newline: [D] embedding of the newline token, where a layout has any.
+        checks: what is still to be checked, see `settle`.
         kept, sources, trace, original_positions: see `PrunedTokens`; as here where nothing was
             pruned.
     """
@@ -99,6 +100,7 @@ class ImageTokens:
     image_index: Tensor
     layouts: tuple[ImageLayout, ...] | None
     newline: Tensor | None
+    checks: LateChecks
     kept: Tensor | None = None
     sources: Tensor | None = None
     trace: PruningTrace | None = None
@@ -127,9 +129,12 @@ class ImageTokens:
     def settle(self) -> None:
         """Make the checks that would have made the host wait, see `llava.pruning.late_checks`.
 
+        `splice_visual_tokens` does, which waits for the device anyway. Nothing is left on the CPU.
+
         Raises:
-            PruningError: a check found something; these tokens must not be used.
+            UserInputError: a check found something; these tokens must not be used.
         """
+        self.checks.settle()
 
     def take_images(self, images: Sequence[int]) -> ImageTokens:
         """Return the given images in that order, repeats allowed, numbered from 0.
@@ -176,7 +181,7 @@ class VisualTokens(ImageTokens):
         features: [T, N, Dv], output of the vision tower.
         projected: [T, N, D], output of the projector.
         projector: the module that maps `features` to `projected`.
-        image_index, layouts, newline: see `ImageTokens`.
+        image_index, layouts, newline, checks: see `ImageTokens`.
         grid: (rows, cols) of a tile's patches, rows * cols = N.
         valid: BoolTensor [T, N]: False marks padding, which is never selected and never reaches the
             language model. None: everything is valid.
@@ -223,6 +228,7 @@ class VisualTokens(ImageTokens):
     prompts: tuple[Prompt, ...] = ()
     blank: Tensor | None = None
     sizes: tuple[int, ...] | None = None
+    checks: LateChecks = field(default_factory=LateChecks)
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]
@@ -316,14 +322,13 @@ class PrunedTokens(ImageTokens):
         projected: [T, Kmax, D], kept tokens in raster order, or merged ones; zero where `valid` is
             False.
         valid: BoolTensor [T, Kmax]: False where a tile has fewer than Kmax tokens.
-        image_index, layouts, newline: see `ImageTokens`.
+        image_index, layouts, newline, checks: see `ImageTokens`.
         sequences: what the language model reads of each image.
         trace: what the stage did; None after `take_images`.
         kept: LongTensor [T, Kmax], index of every kept token in its tile, padded with -1. None for
             methods that merge.
         sources: BoolTensor [T, Kmax, N] of methods that merge: the tokens each output was made of.
         original_positions: kept tokens and text keep the positions of the unpruned sequence.
-        checks: what is still to be checked, see `settle`; empty on the CPU.
     """
 
     projected: Tensor
@@ -340,9 +345,6 @@ class PrunedTokens(ImageTokens):
 
     def sequence(self, image: int) -> TokenSequence:
         return self.sequences[image]
-
-    def settle(self) -> None:
-        self.checks.settle()
 
     def take_images(self, images: Sequence[int]) -> PrunedTokens:
         sequences = tuple(self.sequences[image] for image in images)

@@ -2,13 +2,15 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.normalise import min_max
+from llava.pruning.late_checks import refuse_if
 from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.rows import Picks, Rows, check_rows, selectable, top_k
+from llava.pruning.tokens import constant
 
 FUSIONS = ("multiply", "sum", "sensitivity", "diversity")
 
@@ -99,31 +101,52 @@ def max_min_with_margins(
     if first not in ("importance", "isolated") and not isinstance(first, int):
         raise PruningError(f"first must be 'importance', 'isolated' or an index, got {first!r}")
     counts = check_rows(z, k, valid, weights=weights)
-    width = max(counts, default=0)
     dtype = z.dtype if precision == "model" else torch.promote_types(z.dtype, torch.float32)
-    if width == 0:
+    if max(counts, default=0) == 0:
         nothing = torch.empty(len(counts), 0, dtype=dtype, device=z.device)
         return Picks(nothing.long(), nothing)
-    rows = [selectable(z, valid, row) for row in range(z.shape[0])]
-    tokens = pad_sequence(rows, batch_first=True, padding_value=-1)
-    similarities = [cosine(z[row, own].to(dtype)) for row, own in enumerate(rows)]
+    own, inside = list(z), valid
+    tokens = torch.arange(z.shape[1], device=z.device).expand(z.shape[:2])
+    if valid is not None and z.device.type == "cpu":  # fewer tokens, so fewer products
+        rows = [selectable(z, valid, row) for row in range(z.shape[0])]
+        own = [z[row, inner] for row, inner in enumerate(rows)]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=-1)
+        inside = tokens >= 0
+        if weights is not None:
+            weights = weights.gather(1, tokens.clamp(min=0))
+    if weights is not None:
+        weights = _checked_weights(weights.to(dtype), inside, combine)
+    similarities = [cosine(row.to(dtype).contiguous()) for row in own]
     itself = None
     if not mask_selected:
-        own = [1 - similarity.diagonal() for similarity in similarities]
-        itself = pad_sequence(own, batch_first=True)
+        itself = pad_sequence([1 - each.diagonal() for each in similarities], batch_first=True)
     distances = distances_of(similarities)
-    inside = tokens >= 0
-    if weights is not None:
-        weights = weights.to(dtype).gather(1, tokens.clamp(min=0)).masked_fill(~inside, 0)
-        if not weights.isfinite().all():
-            raise PruningError("weights contain NaN or inf")
-        if combine == "multiply" and (weights < 0).any():
-            raise PruningError("weights below 0 would turn distance around; give at least 0")
-    score = first_score(distances, weights, tokens, first)
-    picks, margins = greedy(distances, weights, score, ~inside, width, combine, itself=itself)
-    filled = (torch.arange(width) < torch.tensor(counts)[:, None]).to(z.device)
-    indices = tokens.gather(1, picks).masked_fill(~filled, -1)
-    return Picks(indices, margins.masked_fill(~filled, torch.inf))
+    score = first_score(distances, weights, tokens, inside, first)
+    picks, margins = greedy(distances, weights, score, inside, max(counts), combine, itself=itself)
+    indices = tokens.gather(1, picks)
+    if min(counts) == max(counts):
+        return Picks(indices, margins)
+    slots = torch.arange(max(counts), device=z.device)
+    filled = slots < constant(tuple(counts), z.device)[:, None]
+    return Picks(indices.masked_fill(~filled, -1), margins.masked_fill(~filled, torch.inf))
+
+
+def _checked_weights(weights: Tensor, inside: Tensor | None, combine: str) -> Tensor:
+    """Return weights [B, n], 0 where not `inside`; PruningError for those that cannot be used."""
+    if inside is not None:
+        weights = weights.masked_fill(~inside, 0)
+    refuse_if(
+        weights.device,
+        lambda: ~weights.isfinite(),
+        lambda: PruningError("weights contain NaN or inf"),
+    )
+    if combine == "multiply":
+        refuse_if(
+            weights.device,
+            lambda: weights < 0,
+            lambda: PruningError("weights below 0 would turn distance around; give at least 0"),
+        )
+    return weights
 
 
 def distances_of(similarities: list[Tensor]) -> Tensor:
@@ -155,19 +178,25 @@ def cosine(z: Tensor) -> Tensor:
     another memory offset, the same numbers may be summed in another order. Made exactly symmetric,
     so that two mutually nearest tokens tie and the tie goes to the lowest index.
     """
-    if not z.isfinite().all():
-        raise PruningError("z contains NaN or inf; distances to it mean nothing")
     smallest = max(1e-12, torch.finfo(z.dtype).tiny)  # 1e-12 is 0 in half precision
-    unit = normalize(z, dim=-1, eps=smallest)
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    # The norm of finite half-precision tokens may be beyond their type.
+    seen = norm if z.element_size() > 2 else z
+    refuse_if(z.device, lambda: ~seen.isfinite(), _no_distances)
+    unit = z / norm.clamp_min(smallest)
     gram = unit @ unit.T
     return (gram + gram.T).div_(2)
+
+
+def _no_distances() -> PruningError:
+    return PruningError("z contains NaN or inf; distances to it mean nothing")
 
 
 def greedy(
     distances: Tensor,
     weights: Tensor | None,
     score: Tensor,
-    taken: Tensor,
+    inside: Tensor | None,
     k: int,
     combine: str,
     *,
@@ -183,8 +212,8 @@ def greedy(
         distances: [B, n, n] of `distances_of`; overwritten.
         weights: [B, n] or None.
         score: [B, n] of the first pick.
-        taken: BoolTensor [B, n], out of reach from the start. A row that has nothing left
-            continues with meaningless picks, which the caller cuts off.
+        inside: BoolTensor [B, n], what may be taken; None for everything. A row that has nothing
+            left continues with meaningless picks, which the caller cuts off.
         k: number of picks, at least 1.
         itself: [B, n], every token's distance to itself, all rounding, where a token may be taken
             again; None for never.
@@ -197,15 +226,16 @@ def greedy(
         limits.diagonal(dim1=1, dim2=2).copy_(itself)
     if weights is not None:
         limits = (limits.mul_ if combine == "multiply" else limits.add_)(weights[:, None])
-    if taken.any():
-        limits.masked_fill_(taken[:, None], -torch.inf)
+    if inside is not None:
+        limits.masked_fill_(~inside[:, None], -torch.inf)
+        score = score.masked_fill(~inside, -torch.inf)
     if itself is None:
         exclude(limits)
     rows = limits.view(batch * size, size)
     first_row = torch.arange(batch, device=score.device) * size
     history = score.new_empty(k, batch, size)
     scores = history.unbind()
-    scores[0].copy_(score.masked_fill(taken, -torch.inf))
+    scores[0].copy_(score)
     left = torch.full_like(score, torch.inf)
     picks = [first_argmax(scores[0])]
     for following in scores[1:]:
@@ -219,15 +249,24 @@ def greedy(
 
 
 def first_score(
-    distances: Tensor, weights: Tensor | None, tokens: Tensor, first: str | int
+    distances: Tensor,
+    weights: Tensor | None,
+    tokens: Tensor,
+    inside: Tensor | None,
+    first: str | int,
 ) -> Tensor:
     """Return the first pick's score [B, n] of `tokens` [B, n], the indices the caller knows."""
     if isinstance(first, int):
-        hits = tokens == first
-        if not hits.any(dim=1).all():
-            raise PruningError(f"first={first} is not a valid token")
+        hits = tokens == first if inside is None else (tokens == first) & inside
+        refuse_if(
+            hits.device,
+            lambda: ~hits.any(dim=1),
+            lambda: PruningError(f"first={first} is not a valid token"),
+        )
         return torch.where(hits, 0.0, -torch.inf).to(distances.dtype)
     if first == "isolated":
+        if inside is not None:
+            distances = distances.masked_fill(~inside[:, None], 2.0)
         return distances.amin(dim=-1)
     return distances.new_ones(tokens.shape) if weights is None else weights
 
