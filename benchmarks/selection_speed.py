@@ -63,7 +63,7 @@ def weighted(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
 def _max_min(similarity: Tensor, weights: Tensor | None, k: int, first: str) -> Tensor:
     distances = distances_of([similarity])
     tokens = torch.arange(len(similarity))[None]
-    score = first_score(distances, weights, tokens, None, first)
+    score = first_score(weights, tokens, None, first, distances)
     return greedy(distances, weights, score, None, k, "multiply")[0][0]
 
 

@@ -1,5 +1,7 @@
 """Greedy max-min diversity: always take the token farthest from everything already taken."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -7,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.normalise import min_max
+from llava.pruning.kernels import usable
 from llava.pruning.late_checks import refuse_if
 from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.rows import Picks, Rows, check_rows, selectable, top_k
@@ -41,8 +44,8 @@ def max_min(
         combine: "multiply", or "sum" for w_i + d(i, P).
 
     Returns:
-        LongTensor [B, max k] in pick order. A row gives the same indices alone, in any batch and
-        under any padding.
+        LongTensor [B, max k] in pick order. A row gives the same indices alone and in any batch; on
+        the CPU also under any padding.
 
     Raises:
         PruningError: NaN or inf, weights below 0, k above the number of valid tokens, or wrong
@@ -105,6 +108,10 @@ def max_min_with_margins(
     if max(counts, default=0) == 0:
         nothing = torch.empty(len(counts), 0, dtype=dtype, device=z.device)
         return Picks(nothing.long(), nothing)
+    if mask_selected and dtype == torch.float32 and usable(z, z.shape[1]):
+        if weights is not None:
+            weights = _checked_weights(weights.to(dtype), valid, combine)
+        return _pick_by_kernel(z, weights, valid, counts, first, combine)
     own, inside = list(z), valid
     tokens = torch.arange(z.shape[1], device=z.device).expand(z.shape[:2])
     if valid is not None and z.device.type == "cpu":  # fewer tokens, so fewer products
@@ -114,6 +121,8 @@ def max_min_with_margins(
         inside = tokens >= 0
         if weights is not None:
             weights = weights.gather(1, tokens.clamp(min=0))
+    elif valid is not None:
+        own = [row.masked_fill(~real[:, None], 0) for row, real in zip(z, valid, strict=True)]
     if weights is not None:
         weights = _checked_weights(weights.to(dtype), inside, combine)
     similarities = [cosine(row.to(dtype).contiguous()) for row in own]
@@ -121,7 +130,7 @@ def max_min_with_margins(
     if not mask_selected:
         itself = pad_sequence([1 - each.diagonal() for each in similarities], batch_first=True)
     distances = distances_of(similarities)
-    score = first_score(distances, weights, tokens, inside, first)
+    score = first_score(weights, tokens, inside, first, distances)
     picks, margins = greedy(distances, weights, score, inside, max(counts), combine, itself=itself)
     indices = tokens.gather(1, picks)
     if min(counts) == max(counts):
@@ -129,6 +138,46 @@ def max_min_with_margins(
     slots = torch.arange(max(counts), device=z.device)
     filled = slots < constant(tuple(counts), z.device)[:, None]
     return Picks(indices.masked_fill(~filled, -1), margins.masked_fill(~filled, torch.inf))
+
+
+def _pick_by_kernel(
+    z: Tensor,
+    weights: Tensor | None,
+    inside: Tensor | None,
+    counts: list[int],
+    first: str | int,
+    combine: str,
+) -> Picks:
+    """Pick as `max_min_with_margins` with the loop in one kernel, in float32."""
+    from llava.pruning.kernels.max_min import max_min_picks
+
+    grams = [_product(row) for row in z]
+    gram = grams[0][None] if len(grams) == 1 else torch.stack(grams)
+    scale = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt()  # norms of at least 1e-12
+    refuse_if(z.device, partial(_not_positive, scale, inside), _no_distances)
+    distances = gram
+    if first == "isolated":
+        distances = distances_of([*(gram + gram.mT).div_(2) * (scale[:, :, None] * scale[:, None])])
+    tokens = torch.arange(z.shape[1], device=z.device).expand(z.shape[:2])
+    score = first_score(weights, tokens, inside, first, distances)
+    wanted = constant(tuple(counts), z.device)
+    return max_min_picks(gram, scale, weights, score, inside, wanted, max(counts), combine)
+
+
+def _product(z: Tensor) -> Tensor:
+    """Return the float32 products [n, n] of one row's tokens z [n, D].
+
+    Of half-precision numbers every product fits float32, so tensor cores lose nothing.
+    """
+    if z.is_cuda and z.element_size() == 2:
+        return torch.mm(z, z.T, out_dtype=torch.float32)
+    wide = z.float()
+    return wide @ wide.T
+
+
+def _not_positive(scale: Tensor, inside: Tensor | None) -> Tensor:
+    bad = ~(scale > 0)
+    return bad if inside is None else bad & inside
 
 
 def _checked_weights(weights: Tensor, inside: Tensor | None, combine: str) -> Tensor:
@@ -249,13 +298,16 @@ def greedy(
 
 
 def first_score(
-    distances: Tensor,
     weights: Tensor | None,
     tokens: Tensor,
     inside: Tensor | None,
     first: str | int,
+    distances: Tensor,
 ) -> Tensor:
-    """Return the first pick's score [B, n] of `tokens` [B, n], the indices the caller knows."""
+    """Return the first pick's score [B, n] of `tokens` [B, n], the indices the caller knows.
+
+    `distances` [B, n, n] is read for "isolated" alone, beyond that its type.
+    """
     if isinstance(first, int):
         hits = tokens == first if inside is None else (tokens == first) & inside
         refuse_if(
