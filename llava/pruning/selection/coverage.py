@@ -56,7 +56,8 @@ def cover(
         passed_over = own.masked_fill(taken, -torch.inf).amax()
         picks.append(pick)
         margins.append(own.gather(0, pick) - passed_over)
-        best = torch.maximum(best, similarity.index_select(1, pick))
+        column = similarity.gather(1, pick.expand(len(best), 1))  # quick in both memory layouts
+        best = torch.maximum(best, column)
     if not picks:
         return Picks(taken.new_empty(0, dtype=torch.long), similarity.new_empty(0))
     return Picks(torch.cat(picks), torch.cat(margins))
