@@ -374,6 +374,11 @@ def _take_images(tokens: Tokens, images: Sequence[int], **changes: Any) -> Token
     return _take_tiles(tokens, [tile for group in groups for tile in group], **changes)
 
 
+def tile_starts(tiles: int, count: int, device: torch.device) -> Tensor:
+    """Return the number of every tile's first token: LongTensor [tiles, 1]."""
+    return constant(tuple(range(0, tiles * count, count)), device)[:, None]
+
+
 def raster_slots(chosen: Tensor) -> Tensor:
     """Return the indices chosen in BoolTensor [T, N]: [T, K], ascending, padded with -1.
 
@@ -420,8 +425,6 @@ def gather_slots(tokens: Tensor, kept: Tensor, padded: bool = True) -> Tensor:
         kept: indices of each tile's own tokens.
         padded: False promises that `kept` has no -1.
     """
-    tiles, count = tokens.shape[:2]
-    first = torch.arange(tiles, device=kept.device)[:, None] * count
-    at = (kept.clamp(min=0) if padded else kept) + first
+    at = (kept.clamp(min=0) if padded else kept) + tile_starts(*tokens.shape[:2], kept.device)
     gathered = tokens.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, kept.shape)
     return gathered.masked_fill((kept < 0)[..., None], 0) if padded else gathered

@@ -24,6 +24,7 @@ from llava.pruning.tokens import (
     VisualTokens,
     constant,
     raster_slots,
+    tile_starts,
     true_places,
 )
 from llava.pruning.trace import PruningTrace
@@ -234,8 +235,7 @@ def _left_of(
     own = slice(tiles[0], tiles[-1] + 1)
     width, count, device = kept.shape[1], visual.projected.shape[1], kept.device
     slots = _filled_slots(tuple(counts[own]), width, device)
-    first = torch.arange(len(tiles), device=device)[:, None] * count
-    patch = (kept[own] + first).flatten()
+    patch = (kept[own] + tile_starts(len(tiles), count, device)).flatten()
     if len(slots) < len(patch):
         patch = patch[slots]
     place_of = _places_of(visual, image, own)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.kernels import usable
 from llava.pruning.late_checks import refuse_if
 from llava.pruning.precision import widen
 from llava.pruning.selection.rows import selectable
@@ -31,6 +32,10 @@ def min_max(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     if scores.shape[-1] == 0:
         return scores
+    if scores.dtype == torch.float32 and scores.dim() == 2 and usable(scores, scores.shape[1]):
+        from llava.pruning.kernels import normalise
+
+        return normalise.min_max(scores, valid, FLAT)
     low = high = own = scores
     count: int | Tensor = scores.shape[-1]
     if valid is not None:
