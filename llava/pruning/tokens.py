@@ -29,7 +29,7 @@ ENCODER_EXTRAS = (
 CLASS_ATTENTION = ("cls_attention", "next_cls_attention", "next_single_head_attention")
 
 # Keys of `extras` that hold one entry per tile; the others hold one per image.
-TILE_EXTRAS = ("image_digest", "clip_image", *ENCODER_EXTRAS)
+TILE_EXTRAS = ("image_digest", "clip_image", "projector_hidden", *ENCODER_EXTRAS)
 
 # Fields of VisualTokens and PrunedTokens that are tensors with one row per tile.
 _TILE_FIELDS = ("features", "projected", "image_index", "valid", "blank", "kept", "sources")
@@ -178,6 +178,8 @@ class VisualTokens(ImageTokens):
             `image_position` (list: index of image i within its own prompt, default 0),
             `clip_image` (list of T [N, E]: patches in the space that CLIP's images and texts
             share), `clip_text` (list: [m, E], the m segments of image i's instruction there),
+            `projector_hidden` (list of T [N, H]: what the first layer of a projector
+            Linear-activation-Linear made of the features, in the model's precision),
             `question_embeddings` (list: [m, D], the language model's embeddings of the m words that
             image i's question is about), and of the vision tower, lists of T tensors in at least
             float32:
@@ -198,6 +200,7 @@ class VisualTokens(ImageTokens):
         blank: BoolTensor [T, N]: patches of the padding that makes LLaVA-1.5's square, with nothing
             of the image in them. They are valid, the model reads them; a method may leave them
             out. None where the size of an image is unknown.
+        compute: precision of the largest products behind scores, see `PruningConfig`.
     """
 
     features: Tensor
@@ -213,6 +216,7 @@ class VisualTokens(ImageTokens):
     tile_protocol: str = "native"
     prompts: tuple[Prompt, ...] = ()
     blank: Tensor | None = None
+    compute: str = "auto"
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]
@@ -373,7 +377,8 @@ def refuse_non_finite(visual: VisualTokens) -> None:
         PruningError: there is such a token.
     """
     held = {"features": visual.features, "projected": visual.projected}
-    for name in TILE_EXTRAS:
+    # Pre-activations of the projector are left out: what they hold is in `projected`.
+    for name in ("clip_image", *ENCODER_EXTRAS):
         values = visual.extras.get(name, ())
         if len(values) and all(isinstance(value, Tensor) for value in values):
             held[name] = torch.stack(list(values))

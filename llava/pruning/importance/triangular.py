@@ -52,17 +52,23 @@ def quadratic_form(g: Tensor, folded: Tensor, precision: str = "float32") -> Ten
     return total
 
 
-def squared_norms(parts: tuple[Tensor, ...], factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ||R d_i||^2 of every row d_i: [n] in `dtype`.
+def squared_norms(
+    parts: tuple[Tensor, ...], factor: Tensor, dtype: torch.dtype, added: Tensor | None = None
+) -> Tensor:
+    """Return ||R d_ij + v_j||^2 of rows d_ij in the order of i, then j: [n] in `dtype`.
 
     Args:
         parts: tensors [n, H] that add up to d, see `split_parts`.
         factor: R [r, H], upper triangular, in their type.
         dtype: float32 or float64.
+        added: v [l, r] in `dtype`, where n is a multiple of l; None for zero.
     """
     block = BLOCK if factor.device.type == "cpu" else ACCELERATOR_BLOCK
     total = torch.zeros(len(parts[0]), dtype=dtype, device=factor.device)
-    for _, product in _products(parts, factor, block):
+    for start, product in _products(parts, factor, block):
+        if added is not None:
+            rows = product.view(-1, len(added), product.shape[1])
+            product = (rows + added[:, start : start + product.shape[1]]).flatten(0, 1)
         total += torch.linalg.vector_norm(product, dim=1, dtype=dtype).square_()
     return total
 
@@ -91,20 +97,19 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
-def fold(weight1: Tensor, weight2: Tensor, dtype: torch.dtype) -> Tensor:
+def fold(weight1: Tensor, weight2: Tensor) -> Tensor:
     """Return the upper triangular U with g^T U g = g^T Q g for Q = (W2^T W2) o (W1 W1^T).
 
     Q is symmetric, so elements above the diagonal count twice and those below not at all.
 
     Args:
         weight1, weight2: W1 [H, Dv] and W2 [D, H], float32 or float64.
-        dtype: of the result; everything is computed in the type of the weights.
 
     Returns:
-        [H, H].
+        [H, H] in their type.
     """
     width = len(weight1)
-    folded = torch.zeros(width, width, dtype=dtype, device=weight1.device)
+    folded = weight1.new_zeros(width, width)
     for start in range(0, width, ACCELERATOR_BLOCK):
         block = slice(start, start + ACCELERATOR_BLOCK)
         rows = weight2[:, block].T @ weight2[:, start:]
@@ -115,16 +120,15 @@ def fold(weight1: Tensor, weight2: Tensor, dtype: torch.dtype) -> Tensor:
     return folded
 
 
-def triangular_factor(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def triangular_factor(weight: Tensor) -> Tensor:
     """Return upper triangular R with ||R d|| = ||W d|| for every d: W = QR, Q orthonormal.
 
     Args:
         weight: W [D, H], float32 or float64.
-        dtype: of the result; everything is computed in the type of the weight.
 
     Returns:
-        [min(D, H), H]: never more operations than W.
+        [min(D, H), H] in its type: never more operations than W.
     """
     # Other accelerators do not have this decomposition. It is made once.
     work = weight if weight.device.type in ("cuda", "meta") else weight.cpu()
-    return torch.linalg.qr(work, mode="r").R.to(weight.device, dtype)
+    return torch.linalg.qr(work, mode="r").R.to(weight.device)

@@ -4,7 +4,9 @@ Both ways start from the pre-activations W1 x + b1, which the projector has comp
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from llava.pruning.importance.derivatives import derivative
@@ -22,15 +24,30 @@ from llava.pruning.importance.weight_cache import WeightCache
 # Elementwise work of a CPU is done in pieces that stay in its caches.
 PIECE_BYTES = 2**20
 
-_folded = WeightCache()
+_forms = WeightCache()
 _factors = WeightCache()
+
+
+class QuadraticForm(NamedTuple):
+    """g^T Q g as (g - c)^T Q (g - c) + (g - c)^T slope + constant.
+
+    Attributes:
+        folded: [H, H], Q in the form of `fold`, in the type of the product's operands.
+        centre: c [H]; None for zero, and then there is nothing to add.
+        slope: 2 Q c, [H].
+        constant: c^T Q c.
+    """
+
+    folded: Tensor
+    centre: Tensor | None = None
+    slope: Tensor | None = None
+    constant: Tensor | None = None
 
 
 def pre_activations(parts: TwoLayer, x: Tensor) -> Tensor:
     """Return W1 x + b1, [N, H], of tokens x [N, Dv], in their type."""
-    bias = parts.first.bias
     weight = parts.first.weight.to(x.dtype)
-    return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return nn.functional.linear(x, weight, _bias(parts, x.dtype))
 
 
 def exact(projector: nn.Module, parts: TwoLayer, hidden: Tensor, precision: str) -> Tensor:
@@ -39,25 +56,34 @@ def exact(projector: nn.Module, parts: TwoLayer, hidden: Tensor, precision: str)
     J = W2 diag(g) W1 with g = act'(W1 x + b1), hence ||J||_F^2 = g^T Q g with the fixed matrix
     Q = (W2^T W2) o (W1 W1^T), o elementwise.
 
+    Products in bfloat16 take only what g differs by from its value c at x = 0: rounding errors
+    shrink with it, and the rest is one float32 product with a vector.
+
     Args:
         projector: the module that `parts` are of.
         parts: its layers.
-        hidden: [N, H] pre-activations, float32 or float64.
+        hidden: [N, H] pre-activations, float32 or float64. They may be overwritten.
         precision: see `product_precision`.
     """
-    dtype = hidden.dtype
-    folded = _folded.get(
-        projector,
-        (dtype, factor_type(precision, dtype)),
-        lambda: fold(
-            parts.first.weight.to(dtype),
-            parts.second.weight.to(dtype),
-            factor_type(precision, dtype),
-        ),
-    )
-    squares = quadratic_form(derivative(parts.act, hidden), folded, precision)
+    dtype, narrow = hidden.dtype, factor_type(precision, hidden.dtype)
+    form = _forms.get(projector, (dtype, narrow), lambda: _quadratic_form(parts, dtype, narrow))
+    g = derivative(parts.act, hidden)
+    if form.centre is None:
+        squares = quadratic_form(g, form.folded, precision)
+    else:
+        g = g.sub_(form.centre)
+        squares = quadratic_form(g, form.folded, precision) + (g @ form.slope + form.constant)
     # Q is positive semidefinite; clamp what rounding leaves below zero.
     return squares.clamp_min_(0).div_(parts.first.in_features).sqrt_()
+
+
+def _quadratic_form(parts: TwoLayer, dtype: torch.dtype, narrow: torch.dtype) -> QuadraticForm:
+    folded = fold(parts.first.weight.to(dtype), parts.second.weight.to(dtype))
+    if narrow == dtype:
+        return QuadraticForm(folded)
+    centre = derivative(parts.act, _origin(parts, dtype))
+    slope = folded @ centre + centre @ folded
+    return QuadraticForm(folded.to(narrow), centre, slope, slope @ centre / 2)
 
 
 def zeroth_order(
@@ -73,7 +99,8 @@ def zeroth_order(
 
     W1 (x + h u) + b1 = (W1 x + b1) + h W1 u, so the first layer runs once per token and once per
     direction; b2 cancels, so the second layer runs once, on the difference d of activations; and
-    ||W2 d|| = ||R d|| with the triangular factor of W2 = QR.
+    ||W2 d|| = ||R d|| with the triangular factor of W2 = QR. As in `exact`, products in bfloat16
+    take only what d differs by from its value at x = 0.
 
     Args:
         projector, parts, hidden, precision: as in `exact`.
@@ -82,23 +109,42 @@ def zeroth_order(
         chunk_bytes: the most that intermediates may take.
     """
     dtype, count = hidden.dtype, len(bank)
-    factor = _factors.get(
-        projector,
-        (dtype, factor_type(precision, dtype)),
-        lambda: triangular_factor(parts.second.weight.to(dtype), factor_type(precision, dtype)),
-    )
+    factor, narrow = _triangular_factors(projector, parts, dtype, precision)
     nudges = step * (bank @ parts.first.weight.to(dtype).T)  # [m, H]
+    centres = added = None
+    if precision != "float32":
+        origin = _origin(parts, dtype)
+        centres = parts.act(origin + nudges) - parts.act(origin - nudges)
+        added = centres @ factor.T
     squares = hidden.new_empty(len(hidden), count)
     # Of every row: two points, two activations, the parts of their difference, a product.
     rows = chunk_bytes // (6 * max(factor.shape) * hidden.element_size())
     for tokens, lanes in blocks(len(hidden), count, rows):
-        moved = _differences(parts.act, hidden[tokens], nudges[lanes], precision)
-        squares[tokens, lanes] = squared_norms(moved, factor, dtype).view_as(squares[tokens, lanes])
+        moved = _differences(
+            parts.act, hidden[tokens], nudges[lanes], precision, _some(centres, lanes)
+        )
+        norms = squared_norms(moved, narrow, dtype, _some(added, lanes))
+        squares[tokens, lanes] = norms.view_as(squares[tokens, lanes])
     return squares.sqrt_().mean(dim=1).div_(2 * step)
 
 
-def _differences(act: nn.Module, at: Tensor, nudges: Tensor, precision: str) -> tuple[Tensor, ...]:
-    """Return act(at_i + nudge_j) - act(at_i - nudge_j), see `split_parts`: [t * l, H] each.
+def _triangular_factors(
+    projector: nn.Module, parts: TwoLayer, dtype: torch.dtype, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Return R of W2 = QR in `dtype`, and in the type of the product's operands."""
+    factor = _factors.get(
+        projector, dtype, lambda: triangular_factor(parts.second.weight.to(dtype))
+    )
+    narrow = factor_type(precision, dtype)
+    if narrow == dtype:
+        return factor, factor
+    return factor, _factors.get(projector, (dtype, narrow), lambda: factor.to(narrow))
+
+
+def _differences(
+    act: nn.Module, at: Tensor, nudges: Tensor, precision: str, centres: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return act(at_i + nudge_j) - act(at_i - nudge_j) - centre_j, see `split_parts`: [t * l, H].
 
     Computed in the type of `at`; only the result is rounded.
     """
@@ -112,9 +158,30 @@ def _differences(act: nn.Module, at: Tensor, nudges: Tensor, precision: str) -> 
         centre, nudge = at[tokens, None], nudges[some]
         moved = act(centre + nudge)
         moved = moved.sub_(act(centre - nudge))
+        if centres is not None:
+            moved = moved.sub_(centres[some])
         for part, piece in zip(parts, split_parts(moved, precision), strict=True):
             part[tokens, some] = piece
     return tuple(part.view(count * lanes, width) for part in parts)
+
+
+def _some(values: Tensor | None, rows: slice) -> Tensor | None:
+    return None if values is None else values[rows]
+
+
+def _bias(parts: TwoLayer, dtype: torch.dtype) -> Tensor | None:
+    bias = parts.first.bias
+    return None if bias is None else bias.to(dtype)
+
+
+def _origin(parts: TwoLayer, dtype: torch.dtype) -> Tensor:
+    """Return the pre-activations of x = 0: [H]."""
+    bias = _bias(parts, dtype)
+    return (
+        parts.first.weight.new_zeros(parts.first.out_features, dtype=dtype)
+        if bias is None
+        else bias
+    )
 
 
 def blocks(count: int, lanes: int, rows: int) -> Iterator[tuple[slice, slice]]:
