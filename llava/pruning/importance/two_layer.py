@@ -28,20 +28,18 @@ _forms = WeightCache()
 _factors = WeightCache()
 
 
-class QuadraticForm(NamedTuple):
-    """g^T Q g as (g - c)^T Q (g - c) + (g - c)^T slope + constant.
+class Tangent(NamedTuple):
+    """What g^T Q g is more than (g - c)^T Q (g - c): (g - c)^T slope + constant.
 
     Attributes:
-        folded: [H, H], Q in the form of `fold`, in the type of the product's operands.
-        centre: c [H]; None for zero, and then there is nothing to add.
+        centre: c [H].
         slope: 2 Q c, [H].
-        constant: c^T Q c.
+        constant: c^T Q c, a scalar tensor.
     """
 
-    folded: Tensor
-    centre: Tensor | None = None
-    slope: Tensor | None = None
-    constant: Tensor | None = None
+    centre: Tensor
+    slope: Tensor
+    constant: Tensor
 
 
 def pre_activations(parts: TwoLayer, x: Tensor) -> Tensor:
@@ -56,34 +54,37 @@ def exact(projector: nn.Module, parts: TwoLayer, hidden: Tensor, precision: str)
     J = W2 diag(g) W1 with g = act'(W1 x + b1), hence ||J||_F^2 = g^T Q g with the fixed matrix
     Q = (W2^T W2) o (W1 W1^T), o elementwise.
 
-    Products in bfloat16 take only what g differs by from its value c at x = 0: rounding errors
-    shrink with it, and the rest is one float32 product with a vector.
+    Products in bfloat16 take only what g differs by from its value c at x = 0, because rounding
+    errors shrink with it; the rest is a float32 product with a vector.
 
     Args:
         projector: the module that `parts` are of.
         parts: its layers.
-        hidden: [N, H] pre-activations, float32 or float64. They may be overwritten.
+        hidden: [N, H] pre-activations, float32 or float64.
         precision: see `product_precision`.
     """
     dtype, narrow = hidden.dtype, factor_type(precision, hidden.dtype)
-    form = _forms.get(projector, (dtype, narrow), lambda: _quadratic_form(parts, dtype, narrow))
+    folded, tangent = _forms.get(projector, (dtype, narrow), lambda: _form(parts, dtype, narrow))
     g = derivative(parts.act, hidden)
-    if form.centre is None:
-        squares = quadratic_form(g, form.folded, precision)
+    if tangent is None:
+        squares = quadratic_form(g, folded, precision)
     else:
-        g = g.sub_(form.centre)
-        squares = quadratic_form(g, form.folded, precision) + (g @ form.slope + form.constant)
+        g = g.sub_(tangent.centre)
+        squares = quadratic_form(g, folded, precision) + (g @ tangent.slope + tangent.constant)
     # Q is positive semidefinite; clamp what rounding leaves below zero.
     return squares.clamp_min_(0).div_(parts.first.in_features).sqrt_()
 
 
-def _quadratic_form(parts: TwoLayer, dtype: torch.dtype, narrow: torch.dtype) -> QuadraticForm:
+def _form(
+    parts: TwoLayer, dtype: torch.dtype, narrow: torch.dtype
+) -> tuple[Tensor, Tangent | None]:
+    """Return Q as `fold` arranges it, [H, H] in `narrow`, and what is added where that rounds."""
     folded = fold(parts.first.weight.to(dtype), parts.second.weight.to(dtype))
     if narrow == dtype:
-        return QuadraticForm(folded)
+        return folded, None
     centre = derivative(parts.act, _origin(parts, dtype))
     slope = folded @ centre + centre @ folded
-    return QuadraticForm(folded.to(narrow), centre, slope, slope @ centre / 2)
+    return folded.to(narrow), Tangent(centre, slope, slope @ centre / 2)
 
 
 def zeroth_order(
@@ -176,12 +177,8 @@ def _bias(parts: TwoLayer, dtype: torch.dtype) -> Tensor | None:
 
 def _origin(parts: TwoLayer, dtype: torch.dtype) -> Tensor:
     """Return the pre-activations of x = 0: [H]."""
-    bias = _bias(parts, dtype)
-    return (
-        parts.first.weight.new_zeros(parts.first.out_features, dtype=dtype)
-        if bias is None
-        else bias
-    )
+    bias, weight = _bias(parts, dtype), parts.first.weight
+    return weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias
 
 
 def blocks(count: int, lanes: int, rows: int) -> Iterator[tuple[slice, slice]]:
