@@ -16,12 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llava.pruning.kernels import dpp, max_min, quadratic
+from llava.pruning.kernels import dpp, max_min, normalise, quadratic
 from llava.pruning.kernels.reductions import warps
 
 SIZES = (576, 2880, 11_520, 16_384)
 # Sizes that are multiples of 16 at LLaVA's shapes, which triton is told as it would find out.
-ALIGNED = ("size", "hidden", "rows", "total")
+ALIGNED = ("size", "hidden", "rows")
 SELECTION = {"counts": "*i64", "indices": "*i64", "margins": "*fp32", "valid": "*i1"}
 
 
@@ -45,7 +45,7 @@ def jobs() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, Any
     types["width"] = types.pop("width", "i32")
     made["max-min bare"] = (max_min._pick_rows, types, constants, {"num_warps": 4})
     for dtype in ("bf16", "fp16", "fp32"):
-        kernels = {"g": f"*{dtype}", "q": f"*{dtype}", "partial": "*fp32"}
+        kernels = {"d": f"*{dtype}", "u": f"*{dtype}", "partial": "*fp32"}
         sizes = {"rows": "i32", "hidden": "i32"}
         shape = dict(
             zip(("ROWS", "COLUMNS", "DEPTH"), quadratic.tiles(dtype == "fp32"), strict=True)
@@ -53,14 +53,16 @@ def jobs() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, Any
         options = {"num_warps": 4, "num_stages": 3}
         made[f"triangle {dtype}"] = (quadratic._triangle, {**kernels, **sizes}, shape, options)
         for kind in ("gelu", "gelu_tanh", "silu", "relu"):
-            types = {"hidden": "*bf16", "made": f"*{dtype}", "total": "i32"}
+            types = dict.fromkeys(("centre", "slope", "linear"), "*fp32")
+            types |= {"hidden": "*bf16", "made": f"*{dtype}", "width": "i32"}
             constants = {"KIND": kind, "BLOCK": 1024}
             made[f"{kind} {dtype}"] = (quadratic._derivative, types, constants, {"num_warps": 4})
-    for root in (False, True):
-        types = {"partial": "*fp32", "scores": "*fp32", "rows": "i32", "blocks": "i32"}
-        constants = {"ROOT": root, "BLOCK": 128}
-        types["width"] = "i32"
-        made[f"join {root}"] = (quadratic._join, types, constants, {"num_warps": 4})
+    types = dict.fromkeys(("partial", "linear", "constant", "scores"), "*fp32")
+    types |= {"rows": "i32", "blocks": "i32", "width": "i32"}
+    made["join"] = (quadratic._join, types, {"BLOCK": 128}, {"num_warps": 4})
+    types = {"scores": "*fp32", "weights": "*fp32", "size": "i32", "flat": "fp32"}
+    constants = {"valid": None, "BLOCK": 1024}
+    made["min-max"] = (normalise._min_max, types, constants, {"num_warps": 4})
     return made
 
 

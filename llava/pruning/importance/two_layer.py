@@ -75,6 +75,26 @@ def exact(projector: nn.Module, parts: TwoLayer, hidden: Tensor, precision: str)
     return squares.clamp_min_(0).div_(parts.first.in_features).sqrt_()
 
 
+def exact_by_kernels(projector: nn.Module, parts: TwoLayer, hidden: Tensor, kind: str) -> Tensor:
+    """Return `exact` with products in bfloat16, [R], by kernels that take all tiles at once.
+
+    A row gives the same whatever other rows there are.
+
+    Args:
+        projector, parts: as in `exact`.
+        hidden: [R, H] pre-activations, any type but float64.
+        kind: see `derivative_kind`.
+    """
+    from llava.pruning.kernels.quadratic import centred_derivative
+    from llava.pruning.kernels.quadratic import quadratic_form as fused_form
+
+    dtype, narrow = torch.float32, torch.bfloat16
+    folded, tangent = _forms.get(projector, (dtype, narrow), lambda: _form(parts, dtype, narrow))
+    assert tangent is not None  # it always has one in bfloat16
+    d, linear = centred_derivative(hidden, kind, tangent.centre, tangent.slope, narrow)
+    return fused_form(d, folded, linear, tangent.constant, parts.first.in_features)
+
+
 def _form(
     parts: TwoLayer, dtype: torch.dtype, narrow: torch.dtype
 ) -> tuple[Tensor, Tangent | None]:

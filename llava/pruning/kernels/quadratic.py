@@ -1,7 +1,7 @@
-"""Sensitivity of Linear-activation-Linear projectors in Triton: g = act'(h) and g^T Q g.
+"""Sensitivity of Linear-activation-Linear projectors in Triton: d = act'(h) - c and d^T U d.
 
-The torch code they stand for is `importance.sensitivity`. Q is symmetric, so blocks above its
-diagonal count twice and those below are not read.
+The torch code they stand for is `importance.two_layer.exact`. U is upper triangular
+(`importance.triangular.fold`): blocks below its diagonal are not read.
 """
 
 import torch
@@ -11,56 +11,71 @@ from torch import Tensor, nn
 
 
 def derivative_kind(act: nn.Module) -> str | None:
-    """Return what `activation_derivative` calls the activation; None where it has no formula."""
+    """Return what `centred_derivative` calls the activation; None where it has no formula."""
     if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
     return {nn.SiLU: "silu", nn.ReLU: "relu"}.get(type(act))
 
 
-def activation_derivative(hidden: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """Return act'(hidden), computed in float32 and rounded once to `dtype`.
+def centred_derivative(
+    hidden: Tensor, kind: str, centre: Tensor, slope: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return d = act'(hidden) - centre, rounded once to `dtype`, and d . slope before that.
 
     Args:
         hidden: pre-activations [R, H], any floating type but float64.
         kind: of `derivative_kind`.
+        centre, slope: [H] float32.
         dtype: of the result.
+
+    Returns:
+        [R, H] and float32 [R].
     """
-    hidden = hidden.contiguous()
-    made = torch.empty_like(hidden, dtype=dtype)
-    if hidden.numel():
-        block = 1024
-        _derivative[(triton.cdiv(hidden.numel(), block),)](
-            hidden, made, hidden.numel(), KIND=kind, BLOCK=block, num_warps=4, enable_fp_fusion=True
+    rows, width = hidden.shape
+    made = torch.empty(rows, width, dtype=dtype, device=hidden.device)
+    linear = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    if rows:
+        _derivative[(rows,)](
+            hidden.contiguous(), centre, slope, made, linear, width, KIND=kind, BLOCK=1024
         )
-    return made
+    return made, linear
 
 
-def quadratic_form(g: Tensor, q: Tensor, width: int | None = None) -> Tensor:
-    """Return g_i^T Q g_i of every row: products and sums in float32, no atomics.
+def quadratic_form(
+    d: Tensor,
+    u: Tensor,
+    linear: Tensor | None = None,
+    constant: Tensor | None = None,
+    width: int = 1,
+) -> Tensor:
+    """Return sqrt(max(d_i^T U d_i + linear_i + constant, 0) / width) of every row.
 
-    A row gives the same whatever other rows there are.
+    Products and sums are float32, without atomics, so a row gives the same whatever other rows
+    there are.
 
     Args:
-        g: [R, H], float32, bfloat16 or float16.
-        q: [H, H] in the same type, symmetric.
-        width: Dv. With it, sqrt(max(g^T Q g, 0) / Dv), the root mean square of ||J u||.
+        d: [R, H], float32, bfloat16 or float16.
+        u: [H, H] in the same type, upper triangular; what is below its diagonal is not read.
+        linear: [R] float32; None for 0.
+        constant: float32 scalar on the same device; None for 0.
+        width: Dv, which makes the result the root mean square of ||J u||.
 
     Returns:
         [R] float32.
     """
-    rows, hidden = g.shape
-    scores = torch.empty(rows, dtype=torch.float32, device=g.device)
+    rows, hidden = d.shape
+    scores = torch.empty(rows, dtype=torch.float32, device=d.device)
     if rows == 0:
         return scores
-    if g.dtype == torch.bfloat16 and not g.is_cuda:
+    if d.dtype == torch.bfloat16 and not d.is_cuda:
         # Triton's interpreter cannot multiply bfloat16; float32 holds the same numbers.
-        g, q = g.float(), q.float()
-    tile = tiles(g.dtype == torch.float32)
+        d, u = d.float(), u.float()
+    tile = tiles(d.dtype == torch.float32)
     blocks = triton.cdiv(hidden, tile[1])
-    partial = torch.empty(blocks, rows, dtype=torch.float32, device=g.device)
+    partial = torch.empty(blocks, rows, dtype=torch.float32, device=d.device)
     _triangle[(triton.cdiv(rows, tile[0]), blocks)](
-        g.contiguous(),
-        q.contiguous(),
+        d.contiguous(),
+        u.contiguous(),
         partial,
         rows,
         hidden,
@@ -69,18 +84,9 @@ def quadratic_form(g: Tensor, q: Tensor, width: int | None = None) -> Tensor:
         DEPTH=tile[2],
         num_warps=4,
         num_stages=3,
-        enable_fp_fusion=True,
     )
     _join[(triton.cdiv(rows, 128),)](
-        partial,
-        scores,
-        rows,
-        blocks,
-        width or 1,
-        ROOT=width is not None,
-        BLOCK=128,
-        num_warps=4,
-        enable_fp_fusion=True,
+        partial, linear, constant, scores, rows, blocks, width, BLOCK=128, num_warps=4
     )
     return scores
 
@@ -94,10 +100,24 @@ def tiles(full: bool) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _derivative(hidden, made, total, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < total
-    x = tl.load(hidden + places, mask=inside, other=0.0).to(tl.float32)
+def _derivative(
+    hidden, centre, slope, made, linear, width, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < width
+        x = tl.load(hidden + row * width + place, mask=inside, other=0.0).to(tl.float32)
+        g = _act_derivative(x, KIND)
+        d = g - tl.load(centre + place, mask=inside, other=0.0)
+        total += d * tl.load(slope + place, mask=inside, other=0.0)
+        tl.store(made + row * width + place, d.to(made.dtype.element_ty), mask=inside)
+    tl.store(linear + row, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _act_derivative(x, KIND: tl.constexpr):
     if KIND == "gelu":  # Phi(x) + x phi(x)
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         g = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density
@@ -114,13 +134,13 @@ def _derivative(hidden, made, total, KIND: tl.constexpr, BLOCK: tl.constexpr):
         tl.static_assert(KIND == "relu")
         g = tl.where(x > 0.0, 1.0, 0.0)
         g = tl.where(x == x, g, x)
-    tl.store(made + places, g.to(made.dtype.element_ty), mask=inside)
+    return g
 
 
 @triton.jit
 def _triangle(
-    g,
-    q,
+    d,
+    u,
     partial,
     rows,
     hidden,
@@ -135,21 +155,21 @@ def _triangle(
     column = first + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     has_row, has_column = row < rows, column < hidden
-    lines = g + row.to(tl.int64)[:, None] * hidden
+    lines = d + row.to(tl.int64)[:, None] * hidden
     products = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, first, DEPTH):
         at = start + depth
         left = tl.load(lines + at[None, :], mask=has_row[:, None], other=0.0)
-        above = q + at.to(tl.int64)[:, None] * hidden + column[None, :]
+        above = u + at.to(tl.int64)[:, None] * hidden + column[None, :]
         right = tl.load(above, mask=has_column[None, :], other=0.0)
         products = tl.dot(left, right, products, input_precision="ieee")
-    products = products * 2.0
     for start in range(first, first + COLUMNS, DEPTH):
         at = start + depth
         has_depth = at < hidden
         left = tl.load(lines + at[None, :], mask=has_row[:, None] & has_depth[None, :], other=0.0)
-        beside = q + at.to(tl.int64)[:, None] * hidden + column[None, :]
-        right = tl.load(beside, mask=has_depth[:, None] & has_column[None, :], other=0.0)
+        beside = u + at.to(tl.int64)[:, None] * hidden + column[None, :]
+        upper = (at[:, None] <= column[None, :]) & has_column[None, :]
+        right = tl.load(beside, mask=has_depth[:, None] & upper, other=0.0)
         products = tl.dot(left, right, products, input_precision="ieee")
     own = tl.load(lines + column[None, :], mask=has_row[:, None] & has_column[None, :], other=0.0)
     sums = tl.sum(products * own.to(tl.float32), axis=1)
@@ -157,14 +177,17 @@ def _triangle(
 
 
 @triton.jit
-def _join(partial, scores, rows, blocks, width, ROOT: tl.constexpr, BLOCK: tl.constexpr):
+def _join(partial, linear, constant, scores, rows, blocks, width, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     total = tl.zeros((BLOCK,), tl.float32)
     for block in range(0, blocks):
         total += tl.load(partial + block * rows + row, mask=inside, other=0.0)
-    if ROOT:
-        # What rounding leaves below zero is clamped; NaN passes.
-        total = tl.where(total < 0.0, 0.0, total)
-        total = tl.sqrt_rn(tl.div_rn(total, width.to(tl.float32)))
+    if linear is not None:
+        total += tl.load(linear + row, mask=inside, other=0.0)
+    if constant is not None:
+        total += tl.load(constant)
+    # What rounding leaves below zero is clamped; NaN passes.
+    total = tl.where(total < 0.0, 0.0, total)
+    total = tl.sqrt_rn(tl.div_rn(total, width.to(tl.float32)))
     tl.store(scores + row, total, mask=inside)
