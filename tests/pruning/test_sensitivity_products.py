@@ -262,7 +262,7 @@ def test_nothing_waits_for_an_accelerator() -> None:
                             projector, x, estimator=estimator, compute=compute, hidden=given
                         )
                 assert scores.shape == (2, 576)
-                assert len(late) >= 4  # the second call checks four parameters, later
+                assert late  # the second call checks the weights, later
                 late.clear()
 
 
