@@ -108,8 +108,9 @@ def _check_elsewhere(module: nn.Module, known: _Entry) -> None:
         if parameter.device.type != "cpu":
             pairs.setdefault(parameter.device, []).append((parameter.detach(), before))
 
-    def differ(weights: tuple[Tensor, ...], before: tuple[Tensor, ...]) -> Tensor:
-        return torch.stack([_checksum(weight) for weight in weights]) != torch.stack(before)
+    def differ(of_device: list[tuple[Tensor, Tensor]]) -> Tensor:
+        now, then = zip(*((_checksum(weight), before) for weight, before in of_device), strict=True)
+        return torch.stack(now) != torch.stack(then)
 
     def explain() -> PruningError:
         forget(module)
@@ -119,5 +120,4 @@ def _check_elsewhere(module: nn.Module, known: _Entry) -> None:
         )
 
     for device, of_device in pairs.items():
-        weights, before = zip(*of_device, strict=True)
-        refuse_if(device, partial(differ, weights, before), explain)
+        refuse_if(device, partial(differ, of_device), explain)
