@@ -61,8 +61,8 @@ def sensitivity(
         hidden: their pre-activations W1 x + b1, [..., N, H], where these are known; tensors
             [N, H] in a list for features [T, N, Dv]. None: computed here, where they are used.
 
-    Everything else is computed in float32 at least: in half precision most of the nudge is rounded
-    away, and noise that grows with the token is added. Every [N, Dv] row of the leading shape is
+    Nudges, differences, derivatives and sums are float32 at least: in half precision most of the
+    nudge is rounded away, and noise that grows with the token is added. Every [N, Dv] row of the leading shape is
     scored by itself, so an image has the same scores bit for bit alone and in a batch.
 
     Returns:
