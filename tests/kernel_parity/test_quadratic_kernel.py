@@ -61,7 +61,7 @@ def test_kinds_are_told_apart() -> None:
 def test_derivatives(kind: str) -> None:
     hidden = torch.cat([torch.linspace(-12, 12, 3000), torch.tensor([-1e4, -0.0, 0.0, 1e4])])[None]
     error = (derivative(hidden, kind) - exact_derivative(hidden, kind)).abs().max()
-    assert error < 5e-7
+    assert error < (2e-6 if cases.DEVICE == "cuda" else 5e-7)  # exp is approximate there
     # Rounded once.
     for dtype in (torch.bfloat16, torch.float16):
         got = derivative(hidden.to(dtype), kind, dtype)
@@ -84,9 +84,10 @@ def test_form(rows: int, hidden: int, dtype: torch.dtype) -> None:
     want = exact_form(g, q)
     got = form(g, q)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=0)
+    bound = 2e-5 if dtype == torch.float32 else 1e-4  # tensor cores cut a sum off, not round it
+    torch.testing.assert_close(got.double(), want, rtol=bound, atol=0)
     root = form(g, q, width=24)
-    torch.testing.assert_close(root.double(), (want / 24).sqrt(), rtol=2e-5, atol=0)
+    torch.testing.assert_close(root.double(), (want / 24).sqrt(), rtol=bound, atol=0)
 
 
 def test_below_zero_is_zero_and_nan_stays_in_its_row() -> None:

@@ -5,6 +5,7 @@ Meta tensors have shapes but no data, so whatever would make the host wait for t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,21 +26,20 @@ WAITING = {
     "prumerge": "how many neighbours are merged twice is part of the shapes",
     "prumerge-plus": "as prumerge",
 }
-# Options that wait, beside defaults that do not.
-OPTIONS = [
-    ("cen-prune", {"host": "cdpruner"}),
-    ("cen-prune", {"host": "zoo-exact", "form": "qwen"}),
-    ("cdpruner", {"relevance": "none", "tokens": "projected"}),
-    ("divprune", {"precision": "model"}),
-    ("fopru", {"strategy": "row"}),
-    ("hiprune", {"wrap_neighbours": False, "alpha": 2.0}),
-    ("mmtok", {"text": "none"}),
-    ("scope", {"combine": "sum"}),
-    ("visionzip", {"ctx_merge": "mean"}),
-    ("vispruner", {"important_ratio": 0.2}),
-    ("zoo", {"fusion": "sum"}),
-    ("zoo-exact", {"fusion": "sensitivity"}),
-]
+# Options to look at beside the defaults.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "cdpruner": [{"relevance": "none", "tokens": "projected"}],
+    "cen-prune": [{"host": "cdpruner"}, {"host": "zoo-exact", "form": "qwen"}],
+    "divprune": [{"precision": "model"}],
+    "fopru": [{"strategy": "row"}],
+    "hiprune": [{"wrap_neighbours": False, "alpha": 2.0}],
+    "mmtok": [{"text": "none"}],
+    "scope": [{"combine": "sum"}],
+    "visionzip": [{"ctx_merge": "mean"}],
+    "vispruner": [{"important_ratio": 0.2}],
+    "zoo": [{"fusion": "sum"}],
+    "zoo-exact": [{"fusion": "sensitivity"}],
+}
 SIZES = (N, 24)
 
 
@@ -78,29 +78,39 @@ def run(method: PruningMethod, visual: VisualTokens) -> Picks | Merged:
         return method.select(method.rows(visual, method.score(visual), counts))
 
 
-METHODS = [name for name in list_methods() if get_method(name).budgeted]
-
-
-@pytest.mark.parametrize("name", sorted(set(METHODS) - set(WAITING)))
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_no_method_waits(name: str, padded: bool) -> None:
-    if padded and name in PLACES:
-        pytest.skip(PLACES[name])
-    made = run(make_method(name, {}), without_data(name, padded=padded))
+def check(method: PruningMethod, name: str, *, padded: bool) -> None:
+    made = run(method, without_data(name, padded=padded))
     tokens = made.projected if isinstance(made, Merged) else made.indices
     assert tokens.is_meta
     assert tokens.shape[:2] == (2, 9)
 
 
-PLACES = dict.fromkeys(("grid", "pool"), "the rectangle of a padded tile is read from its mask")
+METHODS = [name for name in list_methods() if get_method(name).budgeted]
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_no_option_waits(name: str, options: dict[str, Any], padded: bool) -> None:
-    method = make_method(name, options)
-    host = options.get("host", name)
-    assert run(method, without_data(host, padded=padded))[0].is_meta
+# The cache of quadratic forms compares a sum of the weights on the host.
+EXACT = {"zoo-exact", "least-sensitive"}
+cached = pytest.mark.xfail(strict=True, reason="the cache of quadratic forms reads the weights")
+
+
+def cases() -> Iterator[Any]:
+    """Every method that need not wait, with each of the options."""
+    for name in sorted(set(METHODS) - set(WAITING)):
+        for options in [{}, *OPTIONS.get(name, ())]:
+            marks = [cached] if {name, options.get("host")} & EXACT else []
+            yield pytest.param(name, options, id=f"{name} {options or ''}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "options"), list(cases()))
+def test_whole_tiles(name: str, options: dict[str, Any]) -> None:
+    check(make_method(name, options), options.get("host", name), padded=False)
+
+
+@pytest.mark.parametrize(("name", "options"), list(cases()))
+def test_padded_tiles(name: str, options: dict[str, Any]) -> None:
+    if name in ("grid", "pool"):
+        pytest.skip("the rectangle of a padded tile is read from its mask")
+    check(make_method(name, options), options.get("host", name), padded=True)
 
 
 @pytest.mark.parametrize("name", WAITING)

@@ -29,9 +29,16 @@ def activation_derivative(hidden: Tensor, kind: str, dtype: torch.dtype) -> Tens
     made = torch.empty_like(hidden, dtype=dtype)
     if hidden.numel():
         block = 1024
-        _derivative[(triton.cdiv(hidden.numel(), block),)](
-            hidden, made, hidden.numel(), KIND=kind, BLOCK=block, num_warps=4, enable_fp_fusion=True
-        )
+        with torch.cuda.device_of(hidden):  # triton launches on the current GPU
+            _derivative[(triton.cdiv(hidden.numel(), block),)](
+                hidden,
+                made,
+                hidden.numel(),
+                KIND=kind,
+                BLOCK=block,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return made
 
 
@@ -58,30 +65,31 @@ def quadratic_form(g: Tensor, q: Tensor, width: int | None = None) -> Tensor:
     tile = tiles(g.dtype == torch.float32)
     blocks = triton.cdiv(hidden, tile[1])
     partial = torch.empty(blocks, rows, dtype=torch.float32, device=g.device)
-    _triangle[(triton.cdiv(rows, tile[0]), blocks)](
-        g.contiguous(),
-        q.contiguous(),
-        partial,
-        rows,
-        hidden,
-        ROWS=tile[0],
-        COLUMNS=tile[1],
-        DEPTH=tile[2],
-        num_warps=4,
-        num_stages=3,
-        enable_fp_fusion=True,
-    )
-    _join[(triton.cdiv(rows, 128),)](
-        partial,
-        scores,
-        rows,
-        blocks,
-        width or 1,
-        ROOT=width is not None,
-        BLOCK=128,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(g):
+        _triangle[(triton.cdiv(rows, tile[0]), blocks)](
+            g.contiguous(),
+            q.contiguous(),
+            partial,
+            rows,
+            hidden,
+            ROWS=tile[0],
+            COLUMNS=tile[1],
+            DEPTH=tile[2],
+            num_warps=4,
+            num_stages=3,
+            enable_fp_fusion=True,
+        )
+        _join[(triton.cdiv(rows, 128),)](
+            partial,
+            scores,
+            rows,
+            blocks,
+            width or 1,
+            ROOT=width is not None,
+            BLOCK=128,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return scores
 
 
