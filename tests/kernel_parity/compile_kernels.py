@@ -39,6 +39,14 @@ def jobs() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, Any
         constants = {"BLOCK": block, "CHUNK": dpp.chunk(block)}
         numbers["spent"] = "fp32"
         made[f"dpp {size}"] = (dpp._pick_rows, {**types, **numbers}, constants, options)
+        types = {
+            "scores": "*fp32",
+            "valid": "*i1",
+            "weights": "*fp32",
+            "size": "i32",
+            "flat": "fp32",
+        }
+        made[f"normalise {size}"] = (normalise._min_max, types, {"BLOCK": block}, options)
     # The shortest signature that `zoo-exact` and `divprune` use.
     types = {**dict.fromkeys(("gram", "score"), "*fp32"), **SELECTION, "size": "i32"}
     constants = {"scale": None, "weights": None, "ADDS": False, "BLOCK": 1024}

@@ -31,7 +31,7 @@ def needs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 
 def test_all_compile_and_fit(needs: dict[str, dict]) -> None:
-    assert len(needs) == 2 * 26
+    assert len(needs) == 2 * 30
     for name, need in needs.items():
         assert need["registers"] * 32 * need["warps"] <= REGISTERS, name
         assert need["shared"] <= SHARED, name

@@ -5,6 +5,7 @@ Meta tensors have shapes but no data, so whatever would make the host wait for t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from pruning_inputs import GRID, N, visual_for
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.pruning import VisualTokens, get_method, list_methods
 from llava.pruning.late_checks import collecting
@@ -25,21 +27,20 @@ WAITING = {
     "prumerge": "how many neighbours are merged twice is part of the shapes",
     "prumerge-plus": "as prumerge",
 }
-# Options that wait, beside defaults that do not.
-OPTIONS = [
-    ("cen-prune", {"host": "cdpruner"}),
-    ("cen-prune", {"host": "zoo-exact", "form": "qwen"}),
-    ("cdpruner", {"relevance": "none", "tokens": "projected"}),
-    ("divprune", {"precision": "model"}),
-    ("fopru", {"strategy": "row"}),
-    ("hiprune", {"wrap_neighbours": False, "alpha": 2.0}),
-    ("mmtok", {"text": "none"}),
-    ("scope", {"combine": "sum"}),
-    ("visionzip", {"ctx_merge": "mean"}),
-    ("vispruner", {"important_ratio": 0.2}),
-    ("zoo", {"fusion": "sum"}),
-    ("zoo-exact", {"fusion": "sensitivity"}),
-]
+# Options to look at beside the defaults.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "cdpruner": [{"relevance": "none", "tokens": "projected"}],
+    "cen-prune": [{"host": "cdpruner"}, {"host": "zoo-exact", "form": "qwen"}],
+    "divprune": [{"precision": "model"}],
+    "fopru": [{"strategy": "row"}],
+    "hiprune": [{"wrap_neighbours": False, "alpha": 2.0}],
+    "mmtok": [{"text": "none"}],
+    "scope": [{"combine": "sum"}],
+    "visionzip": [{"ctx_merge": "mean"}],
+    "vispruner": [{"important_ratio": 0.2}],
+    "zoo": [{"fusion": "sum"}],
+    "zoo-exact": [{"fusion": "sensitivity"}],
+}
 SIZES = (N, 24)
 
 
@@ -69,6 +70,20 @@ def without_data(name: str, *, padded: bool) -> VisualTokens:
     )
 
 
+class NoCopies(TorchDispatchMode):
+    """Refuse copies from the CPU to the device for which the host would wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        values = args if func is torch.ops.aten.copy_.default else (made, *args)
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            to, source = values[:2]
+            wait = not (args[2:] or [(kwargs or {}).get("non_blocking", False)])[0]
+            if to.is_meta and not source.is_meta and wait:
+                raise RuntimeError(f"{list(source.shape)} numbers are copied to the device")
+        return made
+
+
 def run(method: PruningMethod, visual: VisualTokens) -> Picks | Merged:
     """Score and select, or merge, 9 tokens of one tile and 5 of the other."""
     counts = torch.tensor([9, 5])
@@ -78,29 +93,36 @@ def run(method: PruningMethod, visual: VisualTokens) -> Picks | Merged:
         return method.select(method.rows(visual, method.score(visual), counts))
 
 
-METHODS = [name for name in list_methods() if get_method(name).budgeted]
-
-
-@pytest.mark.parametrize("name", sorted(set(METHODS) - set(WAITING)))
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_no_method_waits(name: str, padded: bool) -> None:
-    if padded and name in PLACES:
-        pytest.skip(PLACES[name])
-    made = run(make_method(name, {}), without_data(name, padded=padded))
+def check(method: PruningMethod, name: str, *, padded: bool) -> None:
+    visual = without_data(name, padded=padded)
+    run(method, visual)  # directions and the like are copied to a device once
+    with NoCopies():
+        made = run(method, visual)
     tokens = made.projected if isinstance(made, Merged) else made.indices
     assert tokens.is_meta
     assert tokens.shape[:2] == (2, 9)
 
 
-PLACES = dict.fromkeys(("grid", "pool"), "the rectangle of a padded tile is read from its mask")
+METHODS = [name for name in list_methods() if get_method(name).budgeted]
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_no_option_waits(name: str, options: dict[str, Any], padded: bool) -> None:
-    method = make_method(name, options)
-    host = options.get("host", name)
-    assert run(method, without_data(host, padded=padded))[0].is_meta
+def cases() -> Iterator[Any]:
+    """Every method that need not wait, with each of the options."""
+    for name in sorted(set(METHODS) - set(WAITING)):
+        for options in [{}, *OPTIONS.get(name, ())]:
+            yield pytest.param(name, options, id=f"{name} {options or ''}")
+
+
+@pytest.mark.parametrize(("name", "options"), list(cases()))
+def test_whole_tiles(name: str, options: dict[str, Any]) -> None:
+    check(make_method(name, options), options.get("host", name), padded=False)
+
+
+@pytest.mark.parametrize(("name", "options"), list(cases()))
+def test_padded_tiles(name: str, options: dict[str, Any]) -> None:
+    if name in ("grid", "pool"):
+        pytest.skip("the rectangle of a padded tile is read from its mask")
+    check(make_method(name, options), options.get("host", name), padded=True)
 
 
 @pytest.mark.parametrize("name", WAITING)
@@ -116,3 +138,10 @@ def test_a_look_at_a_value_is_noticed() -> None:
         visual.projected.amax().item()
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool((visual.projected > 0).all())
+    numbers = torch.arange(3)
+    with NoCopies():
+        numbers.to("meta", non_blocking=True)
+        with pytest.raises(RuntimeError, match="copied"):
+            numbers.to("meta")
+        with pytest.raises(RuntimeError, match="copied"):
+            torch.empty(3, device="meta", dtype=torch.long).copy_(numbers)

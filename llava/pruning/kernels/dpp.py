@@ -42,23 +42,24 @@ def determinant_picks(
     if batch * width == 0:
         return Picks(indices, margins)
     block = triton.next_power_of_2(size)
-    _pick_rows[(batch,)](
-        similarity.contiguous(),
-        None if quality is None else quality.contiguous(),
-        None if valid is None else valid.contiguous(),
-        counts,
-        similarity.new_empty(batch, width, size),
-        indices,
-        margins,
-        size,
-        width,
-        spent,
-        BLOCK=block,
-        CHUNK=chunk(block),
-        num_warps=warps(block),
-        num_stages=1,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(similarity):  # triton launches on the current GPU
+        _pick_rows[(batch,)](
+            similarity.contiguous(),
+            None if quality is None else quality.contiguous(),
+            None if valid is None else valid.contiguous(),
+            counts,
+            similarity.new_empty(batch, width, size),
+            indices,
+            margins,
+            size,
+            width,
+            spent,
+            BLOCK=block,
+            CHUNK=chunk(block),
+            num_warps=warps(block),
+            num_stages=1,
+            enable_fp_fusion=False,
+        )
     return Picks(indices, margins)
 
 

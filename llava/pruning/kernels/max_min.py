@@ -45,24 +45,25 @@ def max_min_picks(
     if batch * width == 0:
         return Picks(indices, margins)
     block = triton.next_power_of_2(size)
-    _pick_rows[(batch,)](
-        gram.contiguous(),
-        None if scale is None else scale.contiguous(),
-        None if weights is None else weights.contiguous(),
-        score.contiguous(),
-        None if valid is None else valid.contiguous(),
-        counts,
-        indices,
-        margins,
-        size,
-        width,
-        ADDS=combine == "sum",
-        BLOCK=block,
-        num_warps=warps(block),
-        num_stages=1,
-        # Contracted to a multiply-add, 1 - cos would differ from the reference in the last bit.
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(gram):  # triton launches on the current GPU
+        _pick_rows[(batch,)](
+            gram.contiguous(),
+            None if scale is None else scale.contiguous(),
+            None if weights is None else weights.contiguous(),
+            score.contiguous(),
+            None if valid is None else valid.contiguous(),
+            counts,
+            indices,
+            margins,
+            size,
+            width,
+            ADDS=combine == "sum",
+            BLOCK=block,
+            num_warps=warps(block),
+            num_stages=1,
+            # Contracted to a multiply-add, 1 - cos would differ from the reference in the last bit.
+            enable_fp_fusion=False,
+        )
     return Picks(indices, margins)
 
 

@@ -24,16 +24,17 @@ def min_max(scores: Tensor, valid: Tensor | None, flat: float) -> Tensor:
     if rows * size == 0:
         return weights
     block = triton.next_power_of_2(size)
-    _min_max[(rows,)](
-        scores.contiguous(),
-        None if valid is None else valid.contiguous(),
-        weights,
-        size,
-        flat,
-        BLOCK=block,
-        num_warps=warps(block),
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(scores):  # triton launches on the current GPU
+        _min_max[(rows,)](
+            scores.contiguous(),
+            None if valid is None else valid.contiguous(),
+            weights,
+            size,
+            flat,
+            BLOCK=block,
+            num_warps=warps(block),
+            enable_fp_fusion=False,
+        )
     return weights
 
 

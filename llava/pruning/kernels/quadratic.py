@@ -35,9 +35,10 @@ def centred_derivative(
     made = torch.empty(rows, width, dtype=dtype, device=hidden.device)
     linear = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows:
-        _derivative[(rows,)](
-            hidden.contiguous(), centre, slope, made, linear, width, KIND=kind, BLOCK=1024
-        )
+        with torch.cuda.device_of(hidden):  # triton launches on the current GPU
+            _derivative[(rows,)](
+                hidden.contiguous(), centre, slope, made, linear, width, KIND=kind, BLOCK=1024
+            )
     return made, linear
 
 
@@ -73,21 +74,22 @@ def quadratic_form(
     tile = tiles(d.dtype == torch.float32)
     blocks = triton.cdiv(hidden, tile[1])
     partial = torch.empty(blocks, rows, dtype=torch.float32, device=d.device)
-    _triangle[(triton.cdiv(rows, tile[0]), blocks)](
-        d.contiguous(),
-        u.contiguous(),
-        partial,
-        rows,
-        hidden,
-        ROWS=tile[0],
-        COLUMNS=tile[1],
-        DEPTH=tile[2],
-        num_warps=4,
-        num_stages=3,
-    )
-    _join[(triton.cdiv(rows, 128),)](
-        partial, linear, constant, scores, rows, blocks, width, BLOCK=128, num_warps=4
-    )
+    with torch.cuda.device_of(d):
+        _triangle[(triton.cdiv(rows, tile[0]), blocks)](
+            d.contiguous(),
+            u.contiguous(),
+            partial,
+            rows,
+            hidden,
+            ROWS=tile[0],
+            COLUMNS=tile[1],
+            DEPTH=tile[2],
+            num_warps=4,
+            num_stages=3,
+        )
+        _join[(triton.cdiv(rows, 128),)](
+            partial, linear, constant, scores, rows, blocks, width, BLOCK=128, num_warps=4
+        )
     return scores
 
 
