@@ -81,18 +81,19 @@ def describe(result: BenchResult) -> str:
 
 
 LEGEND = """\
-*free*: the indices are given, so the arm only gathers; no method can be faster. *select*: the rest
-of the stage after scoring, gather included. *splice*: all else between pixels and embeddings.
-*total n*: from pixels to the n-th token of an answer. *x prefill*: from features to the first
-token (stage, splice, prefill), the unpruned model's time over that of the arm; *x total n*: the same
-of totals. *of free*: from features to the first token, the free arm's time over that of an arm with
-the same budget; *allowed*: the same if the stage ran at its bound; *of free total*: of totals at the
-shortest answer. Ratios are taken within a repeat. *pays up to*: the most tokens of an image that the method may keep and still
-give that answer no later than the unpruned model. *bound*: operations at the measured rate of
-products of their type, or bytes (weights and inputs once, results once) at that of memory,
-whichever takes longer; the shares are bound over time. *peak*: what a whole call held beyond weights
-and inputs, on CUDA. *operators*: what torch ran in the stage. *first call*: what the first call of
-the stage took beyond later ones: for the first arm of a method, what is computed once a model."""
+*free*: the indices are given, so the arm only gathers; no method can be faster. *select*: the
+rest of the stage after scoring, gather included. *splice*: all else between pixels and
+embeddings. *total n*: from pixels to the n-th token of an answer. *x prefill*: from features to
+the first token (stage, splice, prefill), the unpruned model's time over that of the arm; *x total
+n*: the same of totals. *of free*: from features to the first token, the free arm's time over that
+of an arm with the same budget; *allowed*: the same if the stage ran at its bound; *of free
+total*: of totals at the shortest answer. Ratios are taken within a repeat. *pays up to*: the most
+tokens of an image that the method may keep and still give that answer no later than the unpruned
+model. *bound*: operations at the measured rate of products of their type, or bytes (weights and
+inputs once, results once) at that of memory, whichever takes longer; the shares are bound over
+time. *peak*: what a whole call held beyond weights and inputs, on CUDA. *operators*: what torch
+ran in the stage. *first call*: what the first call of the stage took beyond later ones: for the
+first arm of a method, what is computed once a model."""
 
 
 def published() -> str:
