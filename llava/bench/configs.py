@@ -133,8 +133,10 @@ def build_random(
     tower_config = CLIPVisionConfig(**shape.tower)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
+    moved = [device] if device.type == "cuda" else []
     try:
-        with torch.device(device), no_init_weights():
+        # CLIP draws its class token whatever is asked for.
+        with torch.device(device), no_init_weights(), torch.random.fork_rng(moved):
             model = LlavaLlamaForCausalLM(LlavaConfig(**settings))
             inner, config = model.get_model(), model.config
             inner.vision_tower = CLIPVisionTower("random", config, True, source=_NO_FILES)

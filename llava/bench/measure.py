@@ -18,13 +18,17 @@ from llava.model.call_context import asking, steps_run_by
 from llava.pruning import PruningConfig, PruningError, prune, prune_visual_tokens
 from llava.pruning.stage import importance_of
 from llava.pruning.tokens import ImageTokens, PrunedTokens, VisualTokens
+from llava.utils import UserInputError
 
 # Steps that the time of a decoding step is the mean of.
 DECODE_STEPS = 8
 QUESTION = "What is the color of the large object on the left?"
 # What methods need that is there after encoding without any work of its own.
 COLLECTED_ANYWAY = ("features", "projector", "projector_hidden")
-TIMES = ("encode", "score", "select", "splice", "prefill", "decode", "head", "end_to_end")
+TIMES = (
+    *("encode", "score", "select", "splice", "prefill", "decode", "head", "decode_head"),
+    "end_to_end",
+)
 
 Times = dict[str, float]
 
@@ -112,8 +116,16 @@ class Bench:
         model, arm, depth = self.subject.model, self.arms[number], self.subject.depth
         batch = self.batches[size]
         phases, embeds = self._prepare(arm, batch)
-        length = embeds.shape[1]
+        assert phases.visual is not None
+        length, every = embeds.shape[1], phases.visual.lengths()[0]
         tokens = length - self.subject.text
+        if arm.pruning is None and tokens != every:
+            limit = model.config.tokenizer_model_max_length
+            raise UserInputError(
+                f"{self.subject.text} tokens of text and {every} of an image do not fit into "
+                f"tokenizer_model_max_length {limit}, so the unpruned model would be measured with "
+                "a prompt that is cut; give fewer --text-tokens"
+            )
         stage: Work = {"flops": {}, "bytes": 0, "launches": 0}
         if arm.pruning is not None:
             assert phases.prepared is not None
@@ -127,7 +139,7 @@ class Bench:
             "free": arm.free,
             "batch": size,
             "tokens": tokens,
-            "all_tokens": phases.visual.lengths()[0] if phases.visual is not None else tokens,
+            "all_tokens": every,
             "changes": isinstance(pruned, PrunedTokens),
             "prompt": length,
             "first_ms": phases.times.get("prune", 0.0),
@@ -159,7 +171,7 @@ class Bench:
         return times
 
     def _in_steps(self, arm: BenchArm, batch: Batch) -> Times:
-        model, steps = self.subject.model, self.subject.steps
+        steps = self.subject.steps
         phases, embeds = self._prepare(arm, batch)
         clock = phases.clock
         with torch.inference_mode():
@@ -167,14 +179,26 @@ class Bench:
             clock.lap()
             out = self._forward(embeds)
             times["prefill"] = clock.lap()
-            if self.subject.layers != self.subject.depth:
-                model.lm_head(embeds[:, -1:])
-                clock.lap()
-                model.lm_head(embeds[:, -1:])
-                times["head"] = clock.lap()
             if steps:
                 self._decode(out, steps)
                 times["decode"] = clock.lap() / steps
+            if self.subject.layers != self.subject.depth:
+                times |= self._heads(embeds, clock)
+        return times
+
+    def _heads(self, embeds: Tensor, clock: Stopwatch) -> Times:
+        """Time the output layer alone, on a row as it comes in a prefill and in a decoding step.
+
+        The first is a part of a longer tensor, which some kernels take far longer for.
+        """
+        head, last = self.subject.model.lm_head, embeds[:, -1:]
+        times = {}
+        alone = torch.zeros(last.shape, device=last.device, dtype=last.dtype)
+        for name, row in (("head", last), ("decode_head", alone)):
+            head(row)
+            clock.lap()
+            head(row)
+            times[name] = clock.lap()
         return times
 
     def _split(self, arm: BenchArm, phases: "_Phases") -> Times:

@@ -79,17 +79,13 @@ def step_times(arm: ArmResult, scale: float) -> dict[str, list[float]]:
     Args:
         arm: as in the file.
         scale: decoder layers of the model over those that were run. What is outside the layers,
-            the output layer, is not scaled: it was timed by itself as `head`.
+            the output layer, is not scaled: it was timed by itself.
     """
     times = {name: list(arm["times"][name]) for name in ROWS if name in arm["times"]}
-    if scale != 1:
-        heads = arm["times"]["head"]
-        for name in ("prefill", "decode"):
-            if name in times:
-                times[name] = [
-                    min(head, whole) + scale * (whole - min(head, whole))
-                    for head, whole in zip(heads, times[name], strict=True)
-                ]
+    for name, head in (("prefill", "head"), ("decode", "decode_head")):
+        if scale != 1 and name in times:
+            pairs = zip(times[name], arm["times"][head], strict=True)
+            times[name] = [own + scale * (whole - own) for whole, own in pairs]
     return times
 
 

@@ -16,6 +16,7 @@ TIMES = {
     "splice": [0.5, 0.5],
     "prefill": [6.0, 8.0],
     "head": [1.0, 2.0],
+    "decode_head": [0.5, 1.0],
     "decode": [2.0, 3.0],
 }
 
@@ -27,7 +28,7 @@ def arm(**changes: Any) -> Any:
 def test_language_model_times_are_scaled_and_the_output_layer_is_not() -> None:
     times = step_times(arm(), 16)
     assert times["prefill"] == [1 + 16 * 5, 2 + 16 * 6]
-    assert times["decode"] == [1 + 16 * 1, 2 + 16 * 1]
+    assert times["decode"] == [0.5 + 16 * 1.5, 1 + 16 * 2]
     assert times["encode"] == TIMES["encode"]
     assert step_times(arm(), 1)["prefill"] == TIMES["prefill"]
 
