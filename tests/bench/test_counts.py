@@ -62,13 +62,16 @@ def test_prefill_and_decode(model: Any, batch: int) -> None:
     pairs = length**2 - length * (length + 1) // 2
     heads = model.config.num_attention_heads * head_width(model.config)
     masked = 2 * batch * 2 * 2 * pairs * heads
-    assert found - masked == forward_work(model, 2, batch, length)["flops"]["float32"]
+    # transformers up to 5.17 turns positions into angles by a product, which is no work to speak of.
+    angles = (0, length * head_width(model.config))
+    assert found - masked - forward_work(model, 2, batch, length)["flops"]["float32"] in angles
     (out,) = cache
     held = sum(layer.keys.numel() + layer.values.numel() for layer in out.past_key_values.layers)
     assert 4 * held == kv_cache_bytes(model, 2, batch, length)
     past = out.past_key_values
     step = counted(lambda: model(inputs_embeds=embeds[:, :1], past_key_values=past, use_cache=True))
-    assert step == forward_work(model, 2, batch, 1, length)["flops"]["float32"]
+    angles = (0, head_width(model.config))
+    assert step - forward_work(model, 2, batch, 1, length)["flops"]["float32"] in angles
 
 
 def test_bytes_of_a_decoding_step_are_weights_and_cache(model: Any) -> None:
