@@ -21,7 +21,7 @@ from llava.bench.command import describe_run
 from llava.bench.report import render
 from llava.bench.scaling import exponents
 from llava.bench.schema import read_bench
-from llava.bench.stage import stage_rows
+from llava.bench.stage import stage_calls, time_call, time_graph
 from llava.bench.summary import figures_of
 from llava.command_line import OneLineParser, device_name, one_line_errors
 from llava.markdown import table
@@ -74,7 +74,6 @@ def parts(out: Path, small: bool, commit: str | None) -> Iterator[Part]:
     stage = ("-m", "llava.bench.gpu", "--stage", device, str(out / "stage.json"))
     yield Part("stage alone", (stage,), lambda _: _read_stage(out / "stage.json"))
     yield _bench(out, "llava-1.5-7b", ("--batch", "1,8"), small, source)
-    yield _bench(out, "llava-next-7b", (), small, source)
     asked: tuple[str, ...] = ("--limit", "240", "--batch-size", "16")
     asked = ("--limit", "2") if small else asked
     runs = (("cpu", "float32"), (device, "bfloat16"))
@@ -86,6 +85,7 @@ def parts(out: Path, small: bool, commit: str | None) -> Iterator[Part]:
         for (kind, dtype), to in zip(runs, folders, strict=True)
     )
     yield Part("llava-tiny in bfloat16", commands, lambda _: _read_answers(folders))
+    yield _bench(out, "llava-next-7b", (), small, source)
     file = out / "scaling.json"
     few = ("--pruner", "divprune", "--seconds", "0.001") if small else ("--seconds", "0.2")
     scaling = ("-m", "llava.bench", "--scaling", "--device", device, *few, *source)
@@ -94,7 +94,7 @@ def parts(out: Path, small: bool, commit: str | None) -> Iterator[Part]:
 
 def _bench(out: Path, config: str, more: Sequence[str], small: bool, source: Sequence[str]) -> Part:
     file = out / f"bench-{config}.json"
-    sized = ("--config", config, "--repeats", "5", "--device", "cuda", *more)
+    sized = ("--config", config, "--repeats", "3", "--device", "cuda", *more)
     if small:
         sized = ("--config", LLAVA_TINY, "--layers", "1", "--repeats", "1", "--device", "cpu")
     command = ("-m", "llava.bench", *sized, *source, "--output", str(file))
@@ -176,11 +176,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_parts(args.out, args.device == "cpu", 60 * args.minutes, args.commit)
 
 
-def _time_stage(device: str, file: Path) -> int:
-    small = device == "cpu"
-    width, seconds = (128, 0.0) if small else (4096, 0.3)
-    rows = stage_rows(torch.device(device), torch.bfloat16, width, seconds)
+def _time_stage(name: str, file: Path) -> int:
+    """Time the stage alone and write the rows; on CUDA then add the times of CUDA graphs."""
+    device = torch.device(name)
+    width, seconds = (128, 0.0) if device.type == "cpu" else (4096, 0.3)
+    calls = stage_calls(device, torch.bfloat16, width)
+    rows = [{**named, **time_call(call, device, seconds)} for named, call in calls]
     write_atomically(file, dump_json({"rows": rows}))
+    if device.type == "cuda":
+        for row, (_, call) in zip(rows, calls, strict=True):
+            row |= time_graph(call, device, seconds / 4)
+        write_atomically(file, dump_json({"rows": rows}))
     return 0
 
 

@@ -90,35 +90,32 @@ def waits(call: Callable[[], Any]) -> int | None:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def stage_rows(
-    device: torch.device, dtype: torch.dtype, width: int, seconds: float
-) -> list[dict[str, Any]]:
-    """Time every method of `METHODS` on one image of one tile and of five: a row each.
+def stage_calls(
+    device: torch.device, dtype: torch.dtype, width: int
+) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Return a call of the stage for every method of `METHODS`, image and budget, and its name.
 
-    A row has the milliseconds of the whole stage (score, select, gather), how often the host waits
-    in it, the bytes it holds beyond its inputs (CUDA), and the ms of a replayed CUDA graph, or why
-    there is none.
+    The name is what its row begins with: method, tokens, keep, dtype.
     """
-    rows = []
+    calls: list[tuple[dict[str, Any], Callable[[], Any]]] = []
     for tiles, count, budgets in IMAGES:
         visual = random_tokens(1, tiles, count, width, device, dtype)
-        for name in METHODS:
+        for method in METHODS:
             for keep in budgets:
-                config = PruningConfig(name, keep_tokens=keep)
-                with torch.inference_mode():
-                    rows.append(
-                        {
-                            "method": name,
-                            "tokens": tiles * count,
-                            "keep": keep,
-                            "dtype": str(dtype).removeprefix("torch."),
-                            **_time(partial(prune_visual_tokens, visual, config), device, seconds),
-                        }
-                    )
-    return rows
+                name = {
+                    "method": method,
+                    "tokens": tiles * count,
+                    "keep": keep,
+                    "dtype": str(dtype).removeprefix("torch."),
+                }
+                config = PruningConfig(method, keep_tokens=keep)
+                calls.append((name, partial(prune_visual_tokens, visual, config)))
+    return calls
 
 
-def _time(call: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, Any]:
+@torch.inference_mode()
+def time_call(call: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, Any]:
+    """Time a call: first, median, percentiles (ms), waits, and on CUDA bytes beyond its inputs."""
     start = time.perf_counter()
     call()
     finish(device)
@@ -138,18 +135,20 @@ def _time(call: Callable[[], Any], device: torch.device, seconds: float) -> dict
         call()
         finish(device)
         row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-        row |= _graph(call, device, seconds)
     return row
 
 
-def _graph(call: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, Any]:
-    """Capture a call in a CUDA graph and time its replays."""
+@torch.inference_mode()
+def time_graph(call: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, Any]:
+    """Capture a call in a CUDA graph and time its replays (ms), or say why it cannot be captured.
+
+    To be run after all other measurements: a capture that fails may leave the device unusable.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             call()
-    except RuntimeError as error:  # the stage waits, or allocates on the host
-        finish(device)
+        times = repeat(graph.replay, device, seconds, least=5)
+    except RuntimeError as error:  # the stage waits, or copies from the host
         return {"graph_ms": None, "graph_error": str(error).splitlines()[0]}
-    times = repeat(graph.replay, device, seconds / 4, least=5)
     return {"graph_ms": round(statistics.median(times), 4)}

@@ -62,7 +62,7 @@ def test_prefill_and_decode(model: Any, batch: int) -> None:
     pairs = length**2 - length * (length + 1) // 2
     heads = model.config.num_attention_heads * head_width(model.config)
     masked = 2 * batch * 2 * 2 * pairs * heads
-    # transformers up to 5.17 turns positions into angles by a product, which is no work to speak of.
+    # transformers 5.17 makes the angles of positions by a product, which the formula leaves out.
     angles = (0, length * head_width(model.config))
     assert found - masked - forward_work(model, 2, batch, length)["flops"]["float32"] in angles
     (out,) = cache

@@ -15,7 +15,7 @@ import torch
 from llava.bench import gpu
 from llava.bench.command import build_parser
 from llava.bench.gpu import Part, main, parts, run_parts
-from llava.bench.stage import IMAGES, METHODS, stage_rows
+from llava.bench.stage import IMAGES, METHODS, stage_calls, time_call
 from llava.eval.__main__ import build_parser as evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +105,9 @@ def test_answers_are_compared_by_arm(tmp_path: Path) -> None:
 
 
 def test_the_stage_alone_has_a_row_for_every_method_and_budget() -> None:
-    rows = stage_rows(torch.device("cpu"), torch.float32, 32, 0.0)
+    device = torch.device("cpu")
+    calls = stage_calls(device, torch.float32, 32)
+    rows = [{**name, **time_call(call, device, 0.0)} for name, call in calls]
     budgets = [keep for _, _, budgets in IMAGES for keep in budgets]
     assert len(rows) == len(METHODS) * len(budgets)
     tracked = json.loads((ROOT / "playground" / "results" / "stage-h200.json").read_text())
