@@ -63,9 +63,8 @@ def weighted(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
 def _max_min(similarity: Tensor, weights: Tensor | None, k: int, first: str) -> Tensor:
     distances = distances_of([similarity])
     tokens = torch.arange(len(similarity))[None]
-    score = first_score(distances, weights, tokens, first)
-    nothing = torch.zeros_like(score, dtype=torch.bool)
-    return greedy(distances, weights, score, nothing, k, "multiply")[0][0]
+    score = first_score(weights, tokens, None, first, distances)
+    return greedy(distances, weights, score, None, k, "multiply")[0][0]
 
 
 def published_isolated(similarity: Tensor, weights: Tensor, k: int) -> Tensor:

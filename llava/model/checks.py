@@ -12,6 +12,8 @@ from llava.model.layouts import TileGeometry
 from llava.model.types import VisualModel
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
+from llava.pruning.finite import largest_of_last
+from llava.pruning.late_checks import refuse_if
 from llava.utils import UserInputError, describe_value
 from llava.value_rules import list_of, unfit, whole
 
@@ -221,7 +223,7 @@ def check_weights(weights: Mapping[str, torch.Tensor], where: str) -> None:
 def check_projected(
     model: VisualModel, tiles: torch.Tensor, projected: torch.Tensor, image_index: torch.Tensor
 ) -> None:
-    """Refuse tokens with NaN or inf, naming what they come from.
+    """Refuse tokens with NaN or inf, naming what they come from; see `refuse_if` for when.
 
     One look at the tokens suffices: what is wrong with pixels or weights arrives there.
 
@@ -234,20 +236,34 @@ def check_projected(
     Raises:
         UserInputError: names image or weight.
     """
-    if all_finite(projected):
+    if projected.is_meta:
         return
+    refuse_if(
+        projected.device,
+        lambda: ~largest_of_last(projected.detach()).isfinite(),
+        lambda: _not_finite(model, tiles, projected.dtype, image_index),
+    )
+
+
+def _not_finite(
+    model: VisualModel, tiles: torch.Tensor, dtype: torch.dtype, image_index: torch.Tensor
+) -> UserInputError:
+    """Return the error for tokens with NaN or inf; names image or weight."""
     for tile, image in zip(tiles, image_index.tolist(), strict=True):
         if not all_finite(tile):
             kind = "pixels" if tiles.ndim == 4 else "features"
-            raise UserInputError(
+            return UserInputError(
                 f"the {kind} of image {image} hold NaN or inf values; check the {kind}, or make "
                 "them again with process_images(pictures, image_processor, model.config)"
             )
     inner = model.get_model()
     for part, where in (("vision_tower", "the vision tower"), ("mm_projector", "the projector")):
-        check_weights(dict(getattr(inner, part).named_parameters()), where)
-    dtype = str(projected.dtype).removeprefix("torch.")
-    raise UserInputError(
-        f"the tokens of an image overflow in {dtype}, though pixels and weights are finite; load "
+        try:
+            check_weights(dict(getattr(inner, part).named_parameters()), where)
+        except UserInputError as error:
+            return error
+    name = str(dtype).removeprefix("torch.")
+    return UserInputError(
+        f"the tokens of an image overflow in {name}, though pixels and weights are finite; load "
         "the model with dtype=torch.bfloat16 or torch.float32"
     )

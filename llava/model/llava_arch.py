@@ -239,7 +239,12 @@ class LlavaMetaForCausalLM(Prunable):
             position_ids, attention_mask, inputs_embeds [B, L', D], labels; each of the others is
             None where the caller gave None, and the mask keeps the caller's dtype. With
             `positions="original"` position_ids and attention_mask are always returned.
+
+        Raises:
+            UserInputError: a check that was left to this moment found NaN or inf.
         """
+        if visual is not None:
+            visual.settle()
         rows = unpadded(input_ids, attention_mask)
         targets = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
         embed = self.get_model().embed_tokens

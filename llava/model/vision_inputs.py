@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from llava.model.layouts import TileGeometry, blank_patches, padding_mask, tile_
 from llava.model.multimodal_encoder.readings import CLASS_FEATURE, TowerReader
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.types import Images, VisualModel
+from llava.pruning.late_checks import collecting
 from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import ENCODER_EXTRAS, VisualTokens
 from llava.utils import UserInputError
@@ -41,8 +43,9 @@ def encode(
     tiles, image_index = flatten_tiles(images)
     sizes = check_sizes(image_sizes, len(image_index.bincount()))
     encoded = encode_tiles(model, tiles, needs)
-    check_projected(model, tiles, encoded.projected, image_index)
-    return _with_geometry(model, images, image_index, sizes, encoded)
+    with collecting() as checks:
+        check_projected(model, tiles, encoded.projected, image_index)
+    return replace(_with_geometry(model, images, image_index, sizes, encoded), checks=checks)
 
 
 def count_visual_tokens(
@@ -190,7 +193,7 @@ def _with_geometry(
         features=encoded.features,
         projected=encoded.projected,
         projector=model.get_model().mm_projector,
-        image_index=image_index.to(device),
+        image_index=image_index,
         grid=grid,
         valid=None if valid is None else valid.to(device),
         blank=None if blank is None else blank.to(device),

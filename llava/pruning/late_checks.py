@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llava.pruning.errors import PruningError
+from llava.utils import UserInputError
 
 
 class Check(NamedTuple):
     """Something that must not be: `bad` computes whether it is, `explain` says what to do."""
 
     bad: Callable[[], Tensor]
-    explain: Callable[[], PruningError]
+    explain: Callable[[], UserInputError]
 
 
 class LateChecks(list[Check]):
@@ -30,13 +30,14 @@ class LateChecks(list[Check]):
         """Make the checks: the host waits once for all of them. Later calls find none left.
 
         Raises:
-            PruningError: the first check that found something.
+            UserInputError: of the first check that found something.
         """
         checks = [*self]
         self.clear()
         if not checks:
             return
-        found = torch.stack([check.bad().any().to(torch.bool) for check in checks]).tolist()
+        flags = [check.bad().any() for check in checks]
+        found = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
         for check, bad in zip(checks, found, strict=True):
             if bad:
                 raise check.explain()
@@ -57,13 +58,13 @@ def collecting() -> Iterator[LateChecks]:
 
 
 def refuse_if(
-    device: torch.device, bad: Callable[[], Tensor], explain: Callable[[], PruningError]
+    device: torch.device, bad: Callable[[], Tensor], explain: Callable[[], UserInputError]
 ) -> None:
     """Raise `explain()` if any of `bad()` is true: at once, or in `settle` of the block around.
 
     Args:
         device: where the values lie.
-        bad: makes a BoolTensor of any shape. It is called once; what it holds is kept until then.
+        bad: makes a BoolTensor of any shape. What it holds is kept until it is called.
         explain: makes the error.
     """
     checks = _collected.get()

@@ -55,7 +55,20 @@ class ImageLayout:
 
         Entries are tile * patches + patch, or NEWLINE.
         """
-        return _sequence(self.grid, self.crops, self.window, self.joined, self.newline)
+        return self.sequence_on(torch.device("cpu"))
+
+    def sequence_on(self, device: torch.device) -> Tensor:
+        """Return `sequence` on a device, to which it is copied only once."""
+        return _sequence(self.grid, self.crops, self.window, self.joined, self.newline, device)
+
+    def places_on(self, device: torch.device) -> Tensor | None:
+        """Return the place of every patch in `sequence`: LongTensor [tiles * patches].
+
+        Padding gets 0. None where every patch has its own number as its place.
+        """
+        if self.crops == (0, 0):
+            return None
+        return _places(self.grid, self.crops, self.window, self.joined, self.newline, device)
 
     @cached_property
     def tile_sizes(self) -> tuple[int, ...]:
@@ -121,7 +134,12 @@ def _sequence(
     window: tuple[int, int, int, int] | None,
     joined: bool,
     newline: bool,
+    device: torch.device,
 ) -> Tensor:
+    if device.type != "cpu":
+        own = _sequence(grid, crops, window, joined, newline, torch.device("cpu"))
+        with torch.inference_mode(False):
+            return own.to(device, non_blocking=True)
     with torch.inference_mode(False):
         patches = grid[0] * grid[1]
         base = torch.arange(patches)
@@ -137,3 +155,20 @@ def _sequence(
         if newline:
             canvas = torch.cat([canvas, canvas.new_full((len(canvas), 1), NEWLINE)], dim=1)
         return torch.cat([base, canvas.flatten()])
+
+
+@lru_cache(maxsize=256)
+def _places(
+    grid: tuple[int, int],
+    crops: tuple[int, int],
+    window: tuple[int, int, int, int] | None,
+    joined: bool,
+    newline: bool,
+    device: torch.device,
+) -> Tensor:
+    sequence = _sequence(grid, crops, window, joined, newline, torch.device("cpu"))
+    with torch.inference_mode(False):
+        places = torch.zeros(grid[0] * grid[1] * (1 + crops[0] * crops[1]), dtype=torch.long)
+        at = (sequence != NEWLINE).nonzero()[:, 0]
+        places[sequence[at]] = at
+        return places.to(device, non_blocking=True)

@@ -1,16 +1,18 @@
 """What a method file imports: the base class of all methods, and what methods are made of."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, dataclass_transform
 
 import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.late_checks import refuse_if
 from llava.pruning.options import check_options, option, varies
 from llava.pruning.registry import register
 from llava.pruning.selection.rows import Merged, Picks, Rows
-from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens, raster_order
+from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens, constant, raster_order
 
 __all__ = [
     "Merged",
@@ -139,29 +141,33 @@ class PruningMethod:
             counts: picks of every row.
 
         Raises:
-            PruningError: a row has not exactly its count of distinct, valid tokens.
+            PruningError: a row has not exactly its count of distinct, valid tokens; on an
+                accelerator later, see `refuse_if`.
         """
         picks = self.select(self.rows(tokens, scores, torch.tensor(counts, dtype=torch.long)))
-        indices = raster_order(picks.indices)
-        if not _in_order(indices, counts, tokens):
+        padded = picks.indices.shape[1] != min(counts, default=0)
+        indices = raster_order(picks.indices, padded)
+
+        def explain() -> PruningError:
             total = tokens.projected.shape[1]
-            raise PruningError(
+            return PruningError(
                 f"method {self.name!r} broke its contract: it must return {counts} distinct valid "
                 f"token indices below {total} for its {len(counts)} rows"
             )
+
+        if indices.shape != (len(counts), max(counts, default=0)):
+            raise explain()
+        refuse_if(indices.device, partial(_breaks, indices, tuple(counts), tokens), explain)
         return Picks(indices, picks.margins)
 
 
-def _in_order(indices: Tensor, counts: list[int], tokens: VisualTokens) -> bool:
-    """Return whether sorted indices are exactly `counts` distinct, valid tokens of every row."""
-    real = indices >= 0
-    return (
-        indices.shape == (len(counts), max(counts, default=0))
-        and real.sum(dim=1).tolist() == counts
-        and bool((indices < tokens.projected.shape[1]).all())
-        and not bool(((indices[:, 1:] == indices[:, :-1]) & real[:, 1:]).any())
-        and (
-            tokens.valid is None
-            or bool((tokens.valid.gather(1, indices.clamp(min=0)) | ~real).all())
-        )
-    )
+def _breaks(indices: Tensor, counts: tuple[int, ...], tokens: VisualTokens) -> Tensor:
+    """Return which rows of sorted indices [R, K] are not `counts` distinct, valid tokens: [R]."""
+    real, valid = indices >= 0, tokens.valid
+    wrong = real.sum(dim=1) != constant(counts, indices.device)
+    wrong |= (indices >= tokens.projected.shape[1]).any(dim=1)
+    wrong |= ((indices[:, 1:] == indices[:, :-1]) & real[:, 1:]).any(dim=1)
+    if valid is not None:
+        inside = indices.clamp(min=0, max=valid.shape[1] - 1)
+        wrong |= (~valid.gather(1, inside) & real).any(dim=1)
+    return wrong

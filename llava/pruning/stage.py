@@ -12,6 +12,7 @@ from llava.pruning.allocation.budgets import fit_prompts, tile_counts
 from llava.pruning.allocation.strategy import MethodRun, Selection
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
+from llava.pruning.late_checks import LateChecks, collecting
 from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.rows import Merged, no_choice
 from llava.pruning.tokens import (
@@ -49,21 +50,18 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> I
     if all(budget is None for budget in asked):
         return visual
     strategy = choose_strategy(visual, config)
-    with fit_prompts(visual, asked) as budgets:
+    with collecting() as checks, fit_prompts(visual, asked) as budgets:
         run = MethodRun(visual, config, budgets)
-        return _merge(run) if config.pruner.merges else _gather(run, strategy(run, budgets))
+        pruned = _merge(run) if config.pruner.merges else _gather(run, strategy(run, budgets))
+    pruned.checks = LateChecks([*visual.checks, *checks])
+    return pruned
 
 
 def _gather(run: MethodRun, selected: Selection) -> PrunedTokens:
     """Gather what was selected into [T, Kmax, D]."""
-    visual, patches = run.visual, run.patches_at(selected.places)
-    kept, slots = raster_slots(patches), patches.cumsum(dim=1) - 1
-    sequences = [
-        sequence.keep(places, slots[visual.tiles_of(image)], kept.shape[1])
-        for image, (sequence, places) in enumerate(zip(run.sequences, selected.places, strict=True))
-    ]
-    projected = gather_slots(visual.projected, kept)
-    return run.result(projected, kept >= 0, sequences, selected.margins, kept=kept)
+    kept, padded, sequences, margins = selected
+    projected = gather_slots(run.visual.projected, kept, padded)
+    return run.result(projected, kept >= 0, sequences, margins, kept=kept)
 
 
 def _merge(run: MethodRun) -> PrunedTokens:
@@ -97,7 +95,7 @@ def _merge(run: MethodRun) -> PrunedTokens:
     for image, (old, budget) in enumerate(zip(run.sequences, run.budgets, strict=True)):
         tiles = visual.tiles_of(image)
         if budget is None:
-            everything = torch.ones_like(old.source, dtype=torch.bool)
+            everything = torch.arange(old.total, device=device)
             sequences.append(old.keep(everything, slots[tiles], width))
             continue
         source = filled[tiles].flatten().nonzero().flatten()
@@ -174,6 +172,7 @@ def select(
         extras=dict(extras or {}),
     )
     pruned = prune_visual_tokens(visual, config)
+    pruned.settle()
     if pruned.kept is None:
         return torch.arange(count, device=projected.device)
     return pruned.kept[0]
@@ -207,6 +206,7 @@ def importance_of(config: PruningConfig, visual: VisualTokens) -> Tensor:
     Raises:
         PruningError: the method does not score tokens.
     """
+    visual.settle()
     with torch.no_grad():
         importance = config.pruner.score(visual)
     if importance is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
+from llava.pruning.late_checks import LateChecks
 from llava.pruning.layout import NEWLINE, Box, ImageLayout
 from llava.pruning.trace import PruningTrace
 
@@ -50,15 +52,14 @@ class TokenSequence(NamedTuple):
     place: Tensor | None
     total: int
 
-    def keep(self, places: Tensor, slots: Tensor, width: int) -> TokenSequence:
+    def keep(self, place: Tensor, slots: Tensor, width: int) -> TokenSequence:
         """Return what is left of an unpruned sequence.
 
         Args:
-            places: BoolTensor [n], which tokens are kept.
+            place: LongTensor [n], ascending, which tokens are kept.
             slots: LongTensor [tiles, N], the new slot of every patch that is kept.
             width: the new number of slots of a tile.
         """
-        place = places.nonzero().flatten()
         source = self.source[place]
         patch = source.clamp(min=0)
         moved = patch // slots.shape[1] * width + slots.flatten()[patch]
@@ -86,10 +87,11 @@ class ImageTokens:
 
     Attributes:
         projected: [T, K, D], the tokens of every tile.
-        image_index: LongTensor [T], which image (of the flat batch) a tile belongs to, 0-based
-            and non-decreasing. May be on the CPU.
+        image_index: LongTensor [T] on the CPU, where it can be read without waiting: which image
+            (of the flat batch) a tile belongs to, 0-based and non-decreasing.
         layouts: how each image's tiles follow each other; None: one after the other.
         newline: [D] embedding of the newline token, where a layout has any.
+        checks: what is still to be checked, see `settle`.
         kept, sources, trace, original_positions: see `PrunedTokens`; as here where nothing was
             pruned.
     """
@@ -98,6 +100,7 @@ class ImageTokens:
     image_index: Tensor
     layouts: tuple[ImageLayout, ...] | None
     newline: Tensor | None
+    checks: LateChecks
     kept: Tensor | None = None
     sources: Tensor | None = None
     trace: PruningTrace | None = None
@@ -122,6 +125,16 @@ class ImageTokens:
     def sequence(self, image: int) -> TokenSequence:
         """Return the tokens of `image` in the order in which the language model reads them."""
         raise NotImplementedError
+
+    def settle(self) -> None:
+        """Make the checks that would have made the host wait, see `llava.pruning.late_checks`.
+
+        `splice_visual_tokens` does, which waits for the device anyway. Nothing is left on the CPU.
+
+        Raises:
+            UserInputError: a check found something; these tokens must not be used.
+        """
+        self.checks.settle()
 
     def take_images(self, images: Sequence[int]) -> ImageTokens:
         """Return the given images in that order, repeats allowed, numbered from 0.
@@ -168,7 +181,7 @@ class VisualTokens(ImageTokens):
         features: [T, N, Dv], output of the vision tower.
         projected: [T, N, D], output of the projector.
         projector: the module that maps `features` to `projected`.
-        image_index, layouts, newline: see `ImageTokens`.
+        image_index, layouts, newline, checks: see `ImageTokens`.
         grid: (rows, cols) of a tile's patches, rows * cols = N.
         valid: BoolTensor [T, N]: False marks padding, which is never selected and never reaches the
             language model. None: everything is valid.
@@ -198,6 +211,7 @@ class VisualTokens(ImageTokens):
         blank: BoolTensor [T, N]: patches of the padding that makes LLaVA-1.5's square, with nothing
             of the image in them. They are valid, the model reads them; a method may leave them
             out. None where the size of an image is unknown.
+        sizes: valid tokens of every tile; None where only `layouts` or `valid` tell.
     """
 
     features: Tensor
@@ -213,6 +227,8 @@ class VisualTokens(ImageTokens):
     tile_protocol: str = "native"
     prompts: tuple[Prompt, ...] = ()
     blank: Tensor | None = None
+    sizes: tuple[int, ...] | None = None
+    checks: LateChecks = field(default_factory=LateChecks)
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]
@@ -231,7 +247,9 @@ class VisualTokens(ImageTokens):
                 raise PruningError(f"{name} must be [{tiles}, {count}], got {[*mask.shape]}")
 
     def tile_sizes(self) -> list[int]:
-        """Count the valid tokens of every tile, length T."""
+        """Count the valid tokens of every tile, length T; `valid` is read if nothing else tells."""
+        if self.sizes is not None:
+            return [*self.sizes]
         if self.layouts is not None:
             return [size for layout in self.layouts for size in layout.tile_sizes]
         if self.valid is None:
@@ -255,10 +273,11 @@ class VisualTokens(ImageTokens):
     def sequence(self, image: int) -> TokenSequence:
         device = self.projected.device
         if self.layouts is not None:
-            source = self.layouts[image].sequence.to(device)
+            source = self.layouts[image].sequence_on(device)
         else:
             tiles = self.tiles_of(image)
-            source = self.valid_mask()[tiles].flatten().nonzero().flatten()
+            mask = self.valid_mask()[tiles[0] : tiles[-1] + 1]
+            source = true_places(mask, sum(self.tile_sizes()[tiles[0] : tiles[-1] + 1]))
         return TokenSequence(source, torch.arange(len(source), device=device), len(source))
 
     def subset(self, tiles: list[int]) -> VisualTokens:
@@ -269,7 +288,9 @@ class VisualTokens(ImageTokens):
             key: [value[tile] for tile in tiles] if key in TILE_EXTRAS else value
             for key, value in self.extras.items()
         }
-        return _take_tiles(self, tiles, extras=extras, layouts=None, prompts=())
+        every = self.tile_sizes()
+        sizes = tuple(every[tile] for tile in tiles)
+        return _take_tiles(self, tiles, extras=extras, layouts=None, prompts=(), sizes=sizes)
 
     def take_images(self, images: Sequence[int]) -> VisualTokens:
         tiles = [tile for image in images for tile in self.tiles_of(image)]
@@ -277,7 +298,7 @@ class VisualTokens(ImageTokens):
             key: [value[entry] for entry in (tiles if key in TILE_EXTRAS else images)]
             for key, value in self.extras.items()
         }
-        return _take_images(self, images, extras=extras, prompts=())
+        return _take_images(self, images, extras=extras, prompts=(), sizes=None)
 
     def extra(self, key: str) -> Any:
         """Return `extras[key]`.
@@ -301,7 +322,7 @@ class PrunedTokens(ImageTokens):
         projected: [T, Kmax, D], kept tokens in raster order, or merged ones; zero where `valid` is
             False.
         valid: BoolTensor [T, Kmax]: False where a tile has fewer than Kmax tokens.
-        image_index, layouts, newline: see `ImageTokens`.
+        image_index, layouts, newline, checks: see `ImageTokens`.
         sequences: what the language model reads of each image.
         trace: what the stage did; None after `take_images`.
         kept: LongTensor [T, Kmax], index of every kept token in its tile, padded with -1. None for
@@ -320,6 +341,7 @@ class PrunedTokens(ImageTokens):
     original_positions: bool = False
     layouts: tuple[ImageLayout, ...] | None = None
     newline: Tensor | None = None
+    checks: LateChecks = field(default_factory=LateChecks)
 
     def sequence(self, image: int) -> TokenSequence:
         return self.sequences[image]
@@ -337,7 +359,8 @@ def _take_tiles(tokens: Tokens, tiles: list[int], **changes: Any) -> Tokens:
     for name in _TILE_FIELDS:
         value = getattr(tokens, name, None)
         if value is not None:
-            changes.setdefault(name, value[tiles])
+            at = constant(tuple(tiles), value.device)
+            changes.setdefault(name, value.index_select(0, at))
     return replace(tokens, **changes)
 
 
@@ -351,50 +374,57 @@ def _take_images(tokens: Tokens, images: Sequence[int], **changes: Any) -> Token
     return _take_tiles(tokens, [tile for group in groups for tile in group], **changes)
 
 
+def tile_starts(tiles: int, count: int, device: torch.device) -> Tensor:
+    """Return the number of every tile's first token: LongTensor [tiles, 1]."""
+    return constant(tuple(range(0, tiles * count, count)), device)[:, None]
+
+
 def raster_slots(chosen: Tensor) -> Tensor:
-    """Return the indices chosen in BoolTensor [T, N]: [T, K], ascending, padded with -1."""
+    """Return the indices chosen in BoolTensor [T, N]: [T, K], ascending, padded with -1.
+
+    Reads how many there are, for which the host waits.
+    """
     every = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
     return raster_order(every.masked_fill(~chosen, -1))[:, : int(chosen.sum(dim=1).max())]
 
 
-def raster_order(indices: Tensor) -> Tensor:
-    """Sort every row of LongTensor [R, K] ascending; the -1 padding stays at the end."""
+def true_places(mask: Tensor, count: int) -> Tensor:
+    """Return the flat places of the `count` true values of a BoolTensor: LongTensor [count]."""
+    return torch.nonzero_static(mask.flatten(), size=count)[:, 0]
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return LongTensor [n] of `values`, not to be changed, copied to a device only once.
+
+    A copy from ordinary memory would make the host wait if it had to be finished.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+
+
+def raster_order(indices: Tensor, padded: bool = True) -> Tensor:
+    """Sort every row of LongTensor [R, K] ascending; the -1 padding stays at the end.
+
+    Args:
+        indices: of tokens.
+        padded: False promises that there is no -1.
+    """
+    if not padded:
+        return indices.sort(dim=1).values
     last = torch.iinfo(indices.dtype).max
     ordered = indices.masked_fill(indices < 0, last).sort(dim=1).values
     return ordered.masked_fill(ordered == last, -1)
 
 
-def refuse_non_finite(visual: VisualTokens) -> None:
-    """Refuse valid tokens with NaN or inf, which would make every comparison wrong.
+def gather_slots(tokens: Tensor, kept: Tensor, padded: bool = True) -> Tensor:
+    """Return tokens [T, N, D] at LongTensor kept [T, K], zero where that is -1: [T, K, D].
 
-    The same goes for what was read of them in the tower, which can overflow where features do not.
-
-    Raises:
-        PruningError: there is such a token.
+    Args:
+        tokens: the tokens of every tile.
+        kept: indices of each tile's own tokens.
+        padded: False promises that `kept` has no -1.
     """
-    held = {"features": visual.features, "projected": visual.projected}
-    for name in TILE_EXTRAS:
-        values = visual.extras.get(name, ())
-        if len(values) and all(isinstance(value, Tensor) for value in values):
-            held[name] = torch.stack(list(values))
-    for name, values in held.items():
-        of_tokens = name != "cls_feature"
-        bad = ~values.isfinite()
-        if bad.dim() > 1 + of_tokens:
-            bad = bad.any(dim=-1)
-        if visual.valid is not None and of_tokens:
-            bad = bad & visual.valid.to(bad.device)
-        if bad.any():
-            tile, *token = bad.nonzero()[0].tolist()
-            place = f"tile {tile}, token {token[0]}" if token else f"tile {tile}"
-            raise PruningError(
-                f"{name} of {place} is NaN or inf "
-                f"({int(bad.sum())} such {'tokens' if token else 'tiles'}), so pruning would pick "
-                "at random; check the pixels and the weights, or load the model in float32"
-            )
-
-
-def gather_slots(tokens: Tensor, kept: Tensor) -> Tensor:
-    """Return tokens [T, N, D] at LongTensor kept [T, K], zero where that is -1: [T, K, D]."""
-    rows = kept.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1])
-    return tokens.gather(1, rows).masked_fill((kept < 0)[..., None], 0)
+    at = (kept.clamp(min=0) if padded else kept) + tile_starts(*tokens.shape[:2], kept.device)
+    gathered = tokens.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, kept.shape)
+    return gathered.masked_fill((kept < 0)[..., None], 0) if padded else gathered

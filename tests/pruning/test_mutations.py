@@ -10,7 +10,7 @@ import torch
 
 from llava.model import layouts
 from llava.pruning import PruningError, method, stage
-from llava.pruning.allocation import newlines
+from llava.pruning.allocation import newlines, strategy
 from llava.pruning.importance import sensitivity as sensitivity_module
 from llava.pruning.layout import NEWLINE
 from llava.pruning.methods import random
@@ -25,7 +25,7 @@ def highest_argmax(score):
     return score.shape[-1] - 1 - score.flip(-1).argmax(dim=-1)
 
 
-def shifted(indices):
+def shifted(indices, padded=True):
     ordered = indices.sort(dim=1).values
     return torch.where(ordered > 0, ordered - 1, ordered)
 
@@ -34,11 +34,8 @@ def global_bank(seed, width, count):
     return torch.randn(count, width)
 
 
-raster_slots = stage.raster_slots
-
-
-def backwards(chosen):
-    return raster_slots(chosen).flip(1)
+def unsorted(indices, padded=True):
+    return indices
 
 
 row_cosine = max_min.cosine
@@ -50,7 +47,7 @@ def unsteady_cosine(z):
 
 
 MUTATIONS = {
-    "sort dropped": (stage, "raster_slots", backwards),
+    "sort dropped": (method, "raster_order", unsorted),
     "valid mask skipped": (max_min, "selectable", every_token),
     "duplicate re-picked": (max_min, "exclude", lambda limits: None),
     "tie to highest index": (max_min, "first_argmax", highest_argmax),
@@ -127,6 +124,13 @@ def no_newlines(layout, places):
     return [False] * layout.newline_rows[0]
 
 
+raster_slots = strategy.raster_slots
+
+
+def backwards(chosen):
+    return raster_slots(chosen).flip(1)
+
+
 def unmasked(layouts):
     return None
 
@@ -134,7 +138,7 @@ def unmasked(layouts):
 TILED_MUTATIONS = {
     "padding of crops not masked": (layouts, "padding_mask", unmasked),
     "rows of patches not counted": (newlines, "_used_rows", no_newlines),
-    "order dropped": (stage, "raster_slots", backwards),
+    "order dropped": (strategy, "raster_slots", backwards),
 }
 
 

@@ -12,7 +12,8 @@ def keep_newlines(strategy: Strategy, run: MethodRun, budgets: list[int | None])
 
     At first every row's newline is reserved. What rows without a patch give back goes to more
     patches, half of it at a time, because a new patch may need the newline of its row as well. If
-    too little is left for that, it keeps newlines of the first rows without a patch.
+    too little is left for that, it keeps newlines of the first rows without a patch. The host waits
+    for every selection, to count its rows.
 
     Args:
         strategy: selects everything that is not a newline.
@@ -31,7 +32,8 @@ def keep_newlines(strategy: Strategy, run: MethodRun, budgets: list[int | None])
     def attempt(patches: dict[int, int]) -> tuple[Selection, dict[int, int]]:
         """Select so many patches, and count the rows that they are in."""
         selected = strategy(run, [patches.get(i, k) for i, k in enumerate(budgets)])
-        rows = {i: sum(_used_rows(layout, selected.places[i])) for i, layout in layouts.items()}
+        places = selected.places()
+        rows = {i: sum(_used_rows(layout, places[i])) for i, layout in layouts.items()}
         return selected, rows
 
     patches = {i: _without_newlines(i, layout, limits[i]) for i, layout in layouts.items()}
@@ -47,12 +49,13 @@ def keep_newlines(strategy: Strategy, run: MethodRun, budgets: list[int | None])
         for i in growing:
             patches[i], rows[i] = more[i], needed[i]
     selected, _ = attempt(patches)
+    places = selected.places()
     for i, layout in layouts.items():
-        used = _used_rows(layout, selected.places[i])
+        used = _used_rows(layout, places[i])
         # The sort is stable: rows with a patch, then the others from the top.
         order = sorted(range(len(used)), key=[not has_patch for has_patch in used].__getitem__)
-        layout.newline_grid(selected.places[i])[order[: limits[i] - patches[i]], -1] = True
-    return selected
+        layout.newline_grid(places[i])[order[: limits[i] - patches[i]], -1] = True
+    return run.keep_places(places, selected.margins)
 
 
 def _without_newlines(image: int, layout: ImageLayout, budget: int) -> int:

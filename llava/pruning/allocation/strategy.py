@@ -4,19 +4,29 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.allocation.budgets import tile_counts
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
+from llava.pruning.finite import refuse_non_finite
 from llava.pruning.layout import NEWLINE
 from llava.pruning.selection.rows import Merged, Picks, no_choice
-from llava.pruning.tokens import PrunedTokens, TokenSequence, VisualTokens, refuse_non_finite
+from llava.pruning.tokens import (
+    PrunedTokens,
+    TokenSequence,
+    VisualTokens,
+    constant,
+    raster_slots,
+    tile_starts,
+    true_places,
+)
 from llava.pruning.trace import PruningTrace
 
 
@@ -24,12 +34,26 @@ class Selection(NamedTuple):
     """What a batch keeps.
 
     Attributes:
-        places: BoolTensor [n] per image: which tokens of its unpruned sequence are kept.
+        kept: LongTensor [T, Kmax], indices of the kept tokens of every tile, ascending, padded with
+            -1.
+        padded: False where no tile is padded.
+        sequences: what is left of every image's sequence; `source` counts the slots of `kept`.
         margins: [R, K] of the method's picks in every row; `inf` where there was no choice.
     """
 
-    places: list[Tensor]
+    kept: Tensor
+    padded: bool
+    sequences: list[TokenSequence]
     margins: Tensor
+
+    def places(self) -> list[Tensor]:
+        """Return which tokens of each unpruned sequence are kept: BoolTensor [n] per image."""
+        masks = []
+        for _, place, total in self.sequences:
+            assert place is not None  # what selects keeps places
+            mask = torch.zeros(total, dtype=torch.bool, device=place.device)
+            masks.append(mask.index_fill(0, place, True))
+        return masks
 
 
 class MethodRun:
@@ -37,7 +61,6 @@ class MethodRun:
 
     Attributes:
         budgets: tokens that every image keeps; None for an image that stays as it is.
-        sequences: the unpruned sequence of every image.
         score_seconds, select_seconds: time spent so far.
     """
 
@@ -45,8 +68,12 @@ class MethodRun:
         self, visual: VisualTokens, config: PruningConfig, budgets: list[int | None]
     ) -> None:
         self.visual, self.config, self.budgets = visual, config, budgets
-        self.sequences = [visual.sequence(image) for image in range(visual.num_images)]
         self.score_seconds = self.select_seconds = 0.0
+
+    @cached_property
+    def sequences(self) -> list[TokenSequence]:
+        """The unpruned sequence of every image."""
+        return [self.visual.sequence(image) for image in range(self.visual.num_images)]
 
     @cached_property
     def scores(self) -> Tensor | None:
@@ -62,9 +89,9 @@ class MethodRun:
         refuse_non_finite(some)
         with torch.no_grad():
             scores = own = self.config.pruner.score(some)
-        if own is not None:
+        if own is not None and len(tiles) < len(self.visual.projected):
             scores = own.new_zeros(self.visual.projected.shape[:2])
-            scores[tiles] = own
+            scores.index_copy_(0, constant(tuple(tiles), own.device), own)
         self.score_seconds = time.perf_counter() - start
         return scores
 
@@ -97,6 +124,21 @@ class MethodRun:
             block[sequence.source] = kept
             blocks.append(block[:-1].view(-1, count))
         return torch.cat(blocks)
+
+    def keep_places(self, places: Sequence[Tensor], margins: Tensor) -> Selection:
+        """Keep the tokens at `places`, one BoolTensor [n] per image.
+
+        Reads how many each tile has, for which the host waits.
+        """
+        patches = self.patches_at(places)
+        kept, slots = raster_slots(patches), patches.cumsum(dim=1) - 1
+        sequences = [
+            sequence.keep(
+                own.nonzero().flatten(), slots[self.visual.tiles_of(image)], kept.shape[1]
+            )
+            for image, (sequence, own) in enumerate(zip(self.sequences, places, strict=True))
+        ]
+        return Selection(kept, True, sequences, margins)
 
     def result(
         self,
@@ -142,33 +184,98 @@ def select_in_tiles(run: MethodRun, budgets: list[int | None]) -> Selection:
 
 def select_counted(run: MethodRun, budgets: list[int | None], counts: list[int]) -> Selection:
     """Select `counts[t]` tokens in every tile t of the images that have a budget."""
-    visual, sizes, device = run.visual, run.visual.tile_sizes(), run.visual.projected.device
-    whole = [k == n for k, n in zip(counts, sizes, strict=True)]
-    patches = visual.valid_mask() & torch.tensor(whole, device=device)[:, None]
+    visual, sizes = run.visual, run.visual.tile_sizes()
     work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
-    margins = no_choice(len(counts), max(counts), device)
+    picks = None
     if work:
-        at, scores = torch.tensor(work, device=device), run.scores
-        picks = run.select(
-            visual.subset(work),
-            None if scores is None else scores[at],
-            [counts[tile] for tile in work],
-        )
-        # One more column takes the -1 that rows with fewer picks are padded with.
-        chosen = patches.new_zeros(len(work), patches.shape[1] + 1)
-        patches[at] = chosen.scatter(1, picks.indices % chosen.shape[1], True)[:, :-1]
-        margins[at, : picks.margins.shape[1]] = picks.margins.to(margins.dtype)
-    places = [
-        torch.ones_like(sequence.source, dtype=torch.bool)
-        if budgets[image] is None
-        else _line_up(patches[visual.tiles_of(image)], sequence.source)
-        for image, sequence in enumerate(run.sequences)
+        scores = run.scores
+        if scores is not None and len(work) < len(counts):
+            scores = scores.index_select(0, constant(tuple(work), scores.device))
+        picks = run.select(visual.subset(work), scores, [counts[tile] for tile in work])
+    if picks is not None and len(work) == len(counts):
+        kept, margins = picks
+    else:
+        kept, margins = _fill_in(visual, counts, work, picks)
+    sequences = [
+        _renumber(run, image, kept)
+        if budget is None
+        else _left_of(visual, image, kept, counts, total)
+        for image, (budget, total) in enumerate(zip(budgets, visual.lengths(), strict=True))
     ]
-    return Selection(places, margins)
+    return Selection(kept, min(counts) < kept.shape[1], sequences, margins)
+
+
+def _fill_in(
+    visual: VisualTokens, counts: list[int], work: list[int], picks: Picks | None
+) -> tuple[Tensor, Tensor]:
+    """Return kept [T, K] and margins [T, K] of all tiles: picks of some, others whole or empty."""
+    width, device = max(counts), visual.projected.device
+    kept = torch.full((len(counts), width), -1, dtype=torch.long, device=device)
+    margins = no_choice(len(counts), width, device)
+    for tile in set(range(len(counts))) - set(work):
+        count = counts[tile]
+        every = torch.arange(count, device=device)
+        kept[tile, :count] = (
+            every if visual.valid is None else true_places(visual.valid[tile], count)
+        )
+    if picks is not None:
+        at = constant(tuple(work), device)
+        free = (0, width - picks.indices.shape[1])
+        kept.index_copy_(0, at, pad(picks.indices, free, value=-1))
+        own = pad(picks.margins.to(margins.dtype), free, value=torch.inf)
+        margins.index_copy_(0, at, own)
+    return kept, margins
+
+
+def _left_of(
+    visual: VisualTokens, image: int, kept: Tensor, counts: list[int], total: int
+) -> TokenSequence:
+    """Return what kept [T, K] leaves of an image whose newlines go; tile t has counts[t]."""
+    tiles = visual.tiles_of(image)
+    own = slice(tiles[0], tiles[-1] + 1)
+    width, count, device = kept.shape[1], visual.projected.shape[1], kept.device
+    slots = _filled_slots(tuple(counts[own]), width, device)
+    patch = (kept[own] + tile_starts(len(tiles), count, device)).flatten()
+    if len(slots) < len(patch):
+        patch = patch[slots]
+    place_of = _places_of(visual, image, own)
+    if place_of is None:
+        return TokenSequence(slots, patch, total)
+    place, order = place_of[patch].sort()
+    return TokenSequence(slots[order], place, total)
+
+
+def _places_of(visual: VisualTokens, image: int, tiles: slice) -> Tensor | None:
+    """Return the place of every patch of an image in its unpruned sequence, [tiles * N].
+
+    None where every patch has its own number as its place.
+    """
+    if visual.layouts is not None:
+        return visual.layouts[image].places_on(visual.projected.device)
+    return None if visual.valid is None else visual.valid[tiles].flatten().cumsum(dim=0) - 1
+
+
+@lru_cache(maxsize=256)
+def _filled_slots(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Return the slots of tiles with `counts` tokens in rows of `width`, flat: LongTensor [n]."""
+    slots = (tile * width + slot for tile, count in enumerate(counts) for slot in range(count))
+    return constant(tuple(slots), device)
+
+
+def _renumber(run: MethodRun, image: int, kept: Tensor) -> TokenSequence:
+    """Return the whole sequence of an image of which kept [T, K] has all tokens."""
+    visual, sequence = run.visual, run.sequences[image]
+    tiles = visual.tiles_of(image)
+    slots = visual.valid_mask()[tiles[0] : tiles[-1] + 1].cumsum(dim=1) - 1
+    everything = torch.arange(sequence.total, device=kept.device)
+    return sequence.keep(everything, slots, kept.shape[1])
 
 
 def select_in_images(run: MethodRun, budgets: list[int | None]) -> Selection:
-    """Select among all tokens of an image at once: the `Strategy` of "global"."""
+    """Select among all tokens of an image at once: the `Strategy` of "global".
+
+    How many a tile keeps depends on the tokens, so the host waits for that.
+    """
     counts = {image: count for image, count in enumerate(budgets) if count is not None}
     candidates = {image: _candidates(run, image) for image in counts}
     rows, scores = _image_rows(run, candidates)
@@ -178,8 +285,9 @@ def select_in_images(run: MethodRun, budgets: list[int | None]) -> Selection:
         places[image][:] = False
         places[image][candidates[image][picks.indices[row, :count]]] = True
     margins = no_choice(len(budgets), max(counts.values()), picks.margins.device)
-    margins[list(counts), : picks.margins.shape[1]] = picks.margins.to(margins.dtype)
-    return Selection(places, margins)
+    at = constant(tuple(counts), margins.device)
+    margins[:, : picks.margins.shape[1]].index_copy_(0, at, picks.margins.to(margins.dtype))
+    return run.keep_places(places, margins)
 
 
 def _candidates(run: MethodRun, image: int) -> Tensor:
@@ -187,7 +295,8 @@ def _candidates(run: MethodRun, image: int) -> Tensor:
     source = run.sequences[image].source
     if run.config.newline == "select":
         return torch.arange(len(source), device=source.device)
-    return (source != NEWLINE).nonzero().flatten()
+    sizes = run.visual.tile_sizes()
+    return true_places(source != NEWLINE, sum(sizes[tile] for tile in run.visual.tiles_of(image)))
 
 
 def _image_rows(
@@ -228,13 +337,14 @@ def _image_rows(
         visual,
         features=stack(visual.features),
         projected=pad_sequence(projected, batch_first=True),
-        image_index=torch.tensor(list(candidates), device=visual.image_index.device),
+        image_index=torch.tensor(list(candidates)),
         grid=(1, max(map(len, projected))),
         valid=pad_sequence(valid, batch_first=True),
         blank=None if visual.blank is None else stack(visual.blank),
         extras=extras,
         layouts=None,
         prompts=(),
+        sizes=tuple(map(len, projected)),
     )
     return rows, None if scores is None else stack(scores)
 

@@ -29,7 +29,7 @@ from llava.pruning.allocation.budgets import tile_counts
 from llava.pruning.allocation.strategy import MethodRun, Selection, select_counted
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.tokens import VisualTokens, constant
 
 # Base view and four crops: what released budgets are shares of.
 NOMINAL_TILES = 5
@@ -71,9 +71,12 @@ def select_as_zoo_release(run: MethodRun, budgets: list[int | None]) -> Selectio
         for tile in tiles:
             counts[tile] = min(share, sizes[tile])
     selected = select_counted(run, budgets, counts)
+    if not extras:
+        return selected
+    places = selected.places()
     for image, extra in extras.items():
-        selected.places[image][extra] = True
-    return selected
+        places[image].index_fill_(0, constant(tuple(extra), places[image].device), True)
+    return run.keep_places(places, selected.margins)
 
 
 def _count_as_zoo(visual: VisualTokens, config: PruningConfig, image: int) -> Counted:

@@ -1,13 +1,17 @@
 """Normalise scores, and tokens before they are compared, over the valid tokens of every row."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.kernels import usable
+from llava.pruning.late_checks import refuse_if
 from llava.pruning.precision import widen
 from llava.pruning.selection.rows import selectable
+from llava.pruning.tokens import constant
 
 # Below this relative spread a score only carries rounding noise.
 FLAT = 1e-4
@@ -28,17 +32,22 @@ def min_max(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     if scores.shape[-1] == 0:
         return scores
-    if valid is None:
-        valid = torch.ones_like(scores, dtype=torch.bool)
-    lowest = scores.masked_fill(~valid, torch.inf).amin(dim=-1, keepdim=True)
-    highest = scores.masked_fill(~valid, -torch.inf).amax(dim=-1, keepdim=True)
-    count = valid.sum(dim=-1, keepdim=True)
+    if scores.dtype == torch.float32 and scores.dim() == 2 and usable(scores, scores.shape[1]):
+        from llava.pruning.kernels import normalise
+
+        return normalise.min_max(scores, valid, FLAT)
+    low = high = own = scores
+    count: int | Tensor = scores.shape[-1]
+    if valid is not None:
+        low, high = (scores.masked_fill(~valid, fill) for fill in (torch.inf, -torch.inf))
+        own, count = scores.masked_fill(~valid, 0), valid.sum(dim=-1, keepdim=True)
+    lowest, highest = low.amin(dim=-1, keepdim=True), high.amax(dim=-1, keepdim=True)
     # The sum may be beyond float16.
-    mean = widen(scores.masked_fill(~valid, 0)).sum(dim=-1, keepdim=True) / count
+    mean = widen(own).sum(dim=-1, keepdim=True) / count
     spread = highest - lowest
     weights = (scores - lowest) / (spread + 1e-8)
-    weights = torch.where(spread <= FLAT * mean.abs(), torch.ones_like(scores), weights)
-    return weights.masked_fill(~valid, 0)
+    weights = torch.where(spread <= FLAT * mean.abs(), 1.0, weights)
+    return weights if valid is None else weights.masked_fill(~valid, 0)
 
 
 def spread_out(scores: Tensor, groups: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -46,7 +55,7 @@ def spread_out(scores: Tensor, groups: Tensor, valid: Tensor | None = None) -> T
 
     Args:
         scores: [T, N].
-        groups: LongTensor [T], rows with the same number are normalised together.
+        groups: LongTensor [T] on the CPU, rows with the same number are normalised together.
         valid: BoolTensor [T, N]; invalid tokens do not count and become 0.
 
     Returns:
@@ -58,15 +67,22 @@ def spread_out(scores: Tensor, groups: Tensor, valid: Tensor | None = None) -> T
     valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     out = torch.zeros_like(scores)
     for group in groups.unique().tolist():
-        rows = (groups == group).nonzero().flatten().to(scores.device)
+        rows = constant(tuple((groups == group).nonzero()[:, 0].tolist()), scores.device)
         own, inside = scores[rows], valid[rows]
         lowest = own.masked_fill(~inside, torch.inf).amin()
         highest = own.masked_fill(~inside, -torch.inf).amax()
-        if not bool((highest - lowest).isfinite()):
-            raise PruningError("the relevance of a token is NaN or inf")
+        refuse_if(scores.device, partial(_not_finite, highest - lowest), _no_relevance)
         spread = (own - lowest + 1e-6) / (highest - lowest)
         out[rows] = torch.where(highest > lowest, spread, 1.0).masked_fill(~inside, 0)
     return out
+
+
+def _not_finite(values: Tensor) -> Tensor:
+    return ~values.isfinite()
+
+
+def _no_relevance() -> PruningError:
+    return PruningError("the relevance of a token is NaN or inf")
 
 
 def sigmoid_of_z_score(scores: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -1,14 +1,19 @@
 """Greedy max-min diversity: always take the token farthest from everything already taken."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.normalise import min_max
+from llava.pruning.kernels import usable
+from llava.pruning.late_checks import refuse_if
 from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.rows import Picks, Rows, check_rows, selectable, top_k
+from llava.pruning.tokens import constant
 
 FUSIONS = ("multiply", "sum", "sensitivity", "diversity")
 
@@ -39,8 +44,8 @@ def max_min(
         combine: "multiply", or "sum" for w_i + d(i, P).
 
     Returns:
-        LongTensor [B, max k] in pick order. A row gives the same indices alone, in any batch and
-        under any padding.
+        LongTensor [B, max k] in pick order. A row gives the same indices alone and in any batch; on
+        the CPU also under any padding.
 
     Raises:
         PruningError: NaN or inf, weights below 0, k above the number of valid tokens, or wrong
@@ -99,31 +104,98 @@ def max_min_with_margins(
     if first not in ("importance", "isolated") and not isinstance(first, int):
         raise PruningError(f"first must be 'importance', 'isolated' or an index, got {first!r}")
     counts = check_rows(z, k, valid, weights=weights)
-    width = max(counts, default=0)
     dtype = z.dtype if precision == "model" else torch.promote_types(z.dtype, torch.float32)
-    if width == 0:
+    if max(counts, default=0) == 0:
         nothing = torch.empty(len(counts), 0, dtype=dtype, device=z.device)
         return Picks(nothing.long(), nothing)
-    rows = [selectable(z, valid, row) for row in range(z.shape[0])]
-    tokens = pad_sequence(rows, batch_first=True, padding_value=-1)
-    similarities = [cosine(z[row, own].to(dtype)) for row, own in enumerate(rows)]
+    if mask_selected and dtype == torch.float32 and usable(z, z.shape[1]):
+        if weights is not None:
+            weights = _checked_weights(weights.to(dtype), valid, combine)
+        return _pick_by_kernel(z, weights, valid, counts, first, combine)
+    own, inside = list(z), valid
+    tokens = torch.arange(z.shape[1], device=z.device).expand(z.shape[:2])
+    if valid is not None and z.device.type == "cpu":  # fewer tokens, so fewer products
+        rows = [selectable(z, valid, row) for row in range(z.shape[0])]
+        own = [z[row, inner] for row, inner in enumerate(rows)]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=-1)
+        inside = tokens >= 0
+        if weights is not None:
+            weights = weights.gather(1, tokens.clamp(min=0))
+    elif valid is not None:
+        own = [row.masked_fill(~real[:, None], 0) for row, real in zip(z, valid, strict=True)]
+    if weights is not None:
+        weights = _checked_weights(weights.to(dtype), inside, combine)
+    similarities = [cosine(row.to(dtype).contiguous()) for row in own]
     itself = None
     if not mask_selected:
-        own = [1 - similarity.diagonal() for similarity in similarities]
-        itself = pad_sequence(own, batch_first=True)
+        itself = pad_sequence([1 - each.diagonal() for each in similarities], batch_first=True)
     distances = distances_of(similarities)
-    inside = tokens >= 0
-    if weights is not None:
-        weights = weights.to(dtype).gather(1, tokens.clamp(min=0)).masked_fill(~inside, 0)
-        if not weights.isfinite().all():
-            raise PruningError("weights contain NaN or inf")
-        if combine == "multiply" and (weights < 0).any():
-            raise PruningError("weights below 0 would turn distance around; give at least 0")
-    score = first_score(distances, weights, tokens, first)
-    picks, margins = greedy(distances, weights, score, ~inside, width, combine, itself=itself)
-    filled = (torch.arange(width) < torch.tensor(counts)[:, None]).to(z.device)
-    indices = tokens.gather(1, picks).masked_fill(~filled, -1)
-    return Picks(indices, margins.masked_fill(~filled, torch.inf))
+    score = first_score(weights, tokens, inside, first, distances)
+    picks, margins = greedy(distances, weights, score, inside, max(counts), combine, itself=itself)
+    indices = tokens.gather(1, picks)
+    if min(counts) == max(counts):
+        return Picks(indices, margins)
+    slots = torch.arange(max(counts), device=z.device)
+    filled = slots < constant(tuple(counts), z.device)[:, None]
+    return Picks(indices.masked_fill(~filled, -1), margins.masked_fill(~filled, torch.inf))
+
+
+def _pick_by_kernel(
+    z: Tensor,
+    weights: Tensor | None,
+    inside: Tensor | None,
+    counts: list[int],
+    first: str | int,
+    combine: str,
+) -> Picks:
+    """Pick as `max_min_with_margins` with the loop in one kernel, in float32."""
+    from llava.pruning.kernels.max_min import max_min_picks
+
+    grams = [_product(row) for row in z]
+    gram = grams[0][None] if len(grams) == 1 else torch.stack(grams)
+    scale = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt()  # norms of at least 1e-12
+    refuse_if(z.device, partial(_not_positive, scale, inside), _no_distances)
+    distances = gram
+    if first == "isolated":
+        distances = distances_of([*(gram + gram.mT).div_(2) * (scale[:, :, None] * scale[:, None])])
+    tokens = torch.arange(z.shape[1], device=z.device).expand(z.shape[:2])
+    score = first_score(weights, tokens, inside, first, distances)
+    wanted = constant(tuple(counts), z.device)
+    return max_min_picks(gram, scale, weights, score, inside, wanted, max(counts), combine)
+
+
+def _product(z: Tensor) -> Tensor:
+    """Return the float32 products [n, n] of one row's tokens z [n, D].
+
+    Of half-precision numbers every product fits float32, so tensor cores lose nothing.
+    """
+    if z.is_cuda and z.element_size() == 2:
+        return torch.mm(z, z.T, out_dtype=torch.float32)
+    wide = z.float()
+    return wide @ wide.T
+
+
+def _not_positive(scale: Tensor, inside: Tensor | None) -> Tensor:
+    bad = ~(scale > 0)
+    return bad if inside is None else bad & inside
+
+
+def _checked_weights(weights: Tensor, inside: Tensor | None, combine: str) -> Tensor:
+    """Return weights [B, n], 0 where not `inside`; PruningError for those that cannot be used."""
+    if inside is not None:
+        weights = weights.masked_fill(~inside, 0)
+    refuse_if(
+        weights.device,
+        lambda: ~weights.isfinite(),
+        lambda: PruningError("weights contain NaN or inf"),
+    )
+    if combine == "multiply":
+        refuse_if(
+            weights.device,
+            lambda: weights < 0,
+            lambda: PruningError("weights below 0 would turn distance around; give at least 0"),
+        )
+    return weights
 
 
 def distances_of(similarities: list[Tensor]) -> Tensor:
@@ -155,19 +227,25 @@ def cosine(z: Tensor) -> Tensor:
     another memory offset, the same numbers may be summed in another order. Made exactly symmetric,
     so that two mutually nearest tokens tie and the tie goes to the lowest index.
     """
-    if not z.isfinite().all():
-        raise PruningError("z contains NaN or inf; distances to it mean nothing")
     smallest = max(1e-12, torch.finfo(z.dtype).tiny)  # 1e-12 is 0 in half precision
-    unit = normalize(z, dim=-1, eps=smallest)
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    # The norm of finite half-precision tokens may be beyond their type.
+    seen = norm if z.element_size() > 2 else z
+    refuse_if(z.device, lambda: ~seen.isfinite(), _no_distances)
+    unit = z / norm.clamp_min(smallest)
     gram = unit @ unit.T
     return (gram + gram.T).div_(2)
+
+
+def _no_distances() -> PruningError:
+    return PruningError("z contains NaN or inf; distances to it mean nothing")
 
 
 def greedy(
     distances: Tensor,
     weights: Tensor | None,
     score: Tensor,
-    taken: Tensor,
+    inside: Tensor | None,
     k: int,
     combine: str,
     *,
@@ -183,8 +261,8 @@ def greedy(
         distances: [B, n, n] of `distances_of`; overwritten.
         weights: [B, n] or None.
         score: [B, n] of the first pick.
-        taken: BoolTensor [B, n], out of reach from the start. A row that has nothing left
-            continues with meaningless picks, which the caller cuts off.
+        inside: BoolTensor [B, n], what may be taken; None for everything. A row that has nothing
+            left continues with meaningless picks, which the caller cuts off.
         k: number of picks, at least 1.
         itself: [B, n], every token's distance to itself, all rounding, where a token may be taken
             again; None for never.
@@ -197,15 +275,16 @@ def greedy(
         limits.diagonal(dim1=1, dim2=2).copy_(itself)
     if weights is not None:
         limits = (limits.mul_ if combine == "multiply" else limits.add_)(weights[:, None])
-    if taken.any():
-        limits.masked_fill_(taken[:, None], -torch.inf)
+    if inside is not None:
+        limits.masked_fill_(~inside[:, None], -torch.inf)
+        score = score.masked_fill(~inside, -torch.inf)
     if itself is None:
         exclude(limits)
     rows = limits.view(batch * size, size)
     first_row = torch.arange(batch, device=score.device) * size
     history = score.new_empty(k, batch, size)
     scores = history.unbind()
-    scores[0].copy_(score.masked_fill(taken, -torch.inf))
+    scores[0].copy_(score)
     left = torch.full_like(score, torch.inf)
     picks = [first_argmax(scores[0])]
     for following in scores[1:]:
@@ -219,15 +298,27 @@ def greedy(
 
 
 def first_score(
-    distances: Tensor, weights: Tensor | None, tokens: Tensor, first: str | int
+    weights: Tensor | None,
+    tokens: Tensor,
+    inside: Tensor | None,
+    first: str | int,
+    distances: Tensor,
 ) -> Tensor:
-    """Return the first pick's score [B, n] of `tokens` [B, n], the indices the caller knows."""
+    """Return the first pick's score [B, n] of `tokens` [B, n], the indices the caller knows.
+
+    `distances` [B, n, n] is read for "isolated" alone, beyond that its type.
+    """
     if isinstance(first, int):
-        hits = tokens == first
-        if not hits.any(dim=1).all():
-            raise PruningError(f"first={first} is not a valid token")
+        hits = tokens == first if inside is None else (tokens == first) & inside
+        refuse_if(
+            hits.device,
+            lambda: ~hits.any(dim=1),
+            lambda: PruningError(f"first={first} is not a valid token"),
+        )
         return torch.where(hits, 0.0, -torch.inf).to(distances.dtype)
     if first == "isolated":
+        if inside is not None:
+            distances = distances.masked_fill(~inside[:, None], 2.0)
         return distances.amin(dim=-1)
     return distances.new_ones(tokens.shape) if weights is None else weights
 

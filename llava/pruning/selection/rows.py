@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
-from llava.pruning.tokens import VisualTokens, gather_slots, raster_order
+from llava.pruning.late_checks import refuse_if
+from llava.pruning.tokens import VisualTokens, constant, gather_slots, raster_order, true_places
 
 
 class Picks(NamedTuple):
@@ -98,8 +99,14 @@ class Rows:
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield row, count and LongTensor [n] of the valid tokens, row by row."""
+        room = self.room
         for row, count in enumerate(self.counts.tolist()):
-            yield row, count, selectable(self.z, self.valid, row)
+            yield row, count, selectable(self.z, self.valid, row, room[row])
+
+    @property
+    def room(self) -> list[int]:
+        """Valid tokens of every row, known on the host."""
+        return self.tokens.tile_sizes()
 
     @property
     def scored(self) -> Tensor:
@@ -113,19 +120,32 @@ class Rows:
         return top_k(self.scored, self.counts, valid=self.valid)
 
 
-def selectable(z: Tensor, valid: Tensor | None, row: int) -> Tensor:
-    """Return the indices of a row's valid tokens, LongTensor [n]; z is [R, N, ...]."""
-    tokens = torch.arange(z.shape[1], device=z.device)
-    return tokens if valid is None else tokens[valid[row]]
+def selectable(z: Tensor, valid: Tensor | None, row: int, room: int | None = None) -> Tensor:
+    """Return the indices of a row's valid tokens, LongTensor [n].
+
+    Args:
+        z: [R, N, ...].
+        valid: BoolTensor [R, N]; None for all.
+        row: which row.
+        room: how many tokens are valid; without it the host waits to learn that.
+    """
+    if valid is None:
+        return torch.arange(z.shape[1], device=z.device)
+    return valid[row].nonzero()[:, 0] if room is None else true_places(valid[row], room)
 
 
 def check_counts(k: int | Tensor, rows: Tensor, valid: Tensor | None) -> list[int]:
-    """Return `k` as one int per row of `rows` [B, N, ...]; PruningError for more than is valid."""
+    """Return `k` as one int per row of `rows` [B, N, ...]; PruningError for more than is valid.
+
+    Where `valid` lies on an accelerator it is not read: of rows with too few valid tokens, padding
+    is picked.
+    """
     batch, total = rows.shape[:2]
     counts = [int(c) for c in k.tolist()] if isinstance(k, Tensor) else [int(k)] * batch
     if len(counts) != batch:
         raise PruningError(f"k has {len(counts)} entries for {batch} rows")
-    room = [total] * batch if valid is None else [int(n) for n in valid.sum(dim=1).tolist()]
+    known = valid is not None and valid.device.type == "cpu"
+    room = valid.sum(dim=1).tolist() if valid is not None and known else [total] * batch
     for row, (count, limit) in enumerate(zip(counts, room, strict=True)):
         if not 0 <= count <= limit:
             raise PruningError(f"cannot pick {count} of the {limit} valid tokens of row {row}")
@@ -172,7 +192,8 @@ def top_k(scores: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> Pi
     counts = check_counts(k, scores, valid)
     width = max(counts, default=0)
     total = scores.shape[1]
-    if valid is None and 0 < width < total and counts.count(width) == len(counts):
+    same = counts.count(width) == len(counts)
+    if scores.device.type == "cpu" and valid is None and 0 < width < total and same:
         highest = scores.topk(width + 1, dim=1)[0]
         best_left = highest[:, width:]
         places = (scores > best_left).nonzero()
@@ -185,16 +206,21 @@ def top_k(scores: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> Pi
 
 def _top_k_of_any(scores: Tensor, counts: list[int], valid: Tensor | None) -> Picks:
     """Do `top_k` for ties, padding and a count for every row."""
-    if scores.isnan().any() if valid is None else scores.isnan().logical_and(valid).any():
-        raise PruningError("scores contain NaN; there is no highest one")
+
+    def bad() -> Tensor:
+        return scores.isnan() if valid is None else scores.isnan() & valid
+
+    refuse_if(
+        scores.device, bad, lambda: PruningError("scores contain NaN; there is no highest one")
+    )
     order = ranking(scores, valid)
     width = max(counts, default=0)
     slots = torch.arange(width, device=scores.device)
-    filled = slots < torch.tensor(counts, device=scores.device)[:, None]
+    edge = constant(tuple(counts), scores.device)[:, None]
+    filled = slots < edge
     picked = raster_order(order[:, :width].masked_fill(~filled, -1))
     ranked = scores if valid is None else scores.masked_fill(~valid, -torch.inf)
     ranked = torch.nn.functional.pad(ranked.gather(1, order), (1, 1), value=-torch.inf)
-    edge = torch.tensor(counts, device=scores.device)[:, None]
     lowest, best_left = ranked.gather(1, edge), ranked.gather(1, edge + 1)
     margin = torch.where(lowest == best_left, 0, lowest - best_left)
     margins = margin.expand(-1, width).masked_fill(~filled, torch.inf)
