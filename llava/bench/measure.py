@@ -278,7 +278,9 @@ class Bench:
         template, index = batch.given[arm.name]
         if visual.projected.device != index.device:
             index = index.to(visual.projected.device)
-        return replace(template, projected=visual.projected.gather(1, index))
+        # Checks of what was encoded stay due; older checkouts know none.
+        due: dict[str, Any] = {"checks": visual.checks} if hasattr(visual, "checks") else {}
+        return replace(template, projected=visual.projected.gather(1, index), **due)
 
 
 class _Phases:

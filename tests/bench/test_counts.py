@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava.bench.configs import build_random, shape_of
 from llava.bench.counts import (
+    _count,
+    _shapes_of,
     count_stage,
     encode_work,
     forward_work,
@@ -95,6 +97,16 @@ def test_the_stage_is_counted_as_torch_counts() -> None:
         work = count_stage(call, visual)
         assert sum(work["flops"].values()) == found > 0
         assert work["launches"] is not None and work["launches"] > 10
+
+
+@pytest.mark.parametrize("method", ["divprune", "zoo"])
+def test_shapes_alone_are_counted_as_the_values_are(method: str) -> None:
+    """On an accelerator, where kernels hide their products from the counter."""
+    visual = random_tokens(1, 1, 144, 128, CPU, torch.float32)
+    call = stage(method, 16)
+    call(visual)
+    shapes = _count(call, _shapes_of(visual), first=True)
+    assert shapes["flops"] == count_stage(call, visual)["flops"]
 
 
 def test_bytes_of_the_stage_are_what_comes_in_and_goes_out() -> None:
