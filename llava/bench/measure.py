@@ -11,9 +11,8 @@ from torch import Tensor
 
 from llava.bench.arms import BenchArm
 from llava.bench.counts import Work, count_stage, encode_work, forward_work, kv_cache_bytes
-from llava.bench.rates import finish
+from llava.bench.rates import Clock, finish
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.engine.decode import Stopwatch
 from llava.model.call_context import asking, steps_run_by
 from llava.pruning import PruningConfig, PruningError, prune, prune_visual_tokens
 from llava.pruning.stage import importance_of
@@ -25,11 +24,7 @@ DECODE_STEPS = 8
 QUESTION = "What is the color of the large object on the left?"
 # What methods need that is there after encoding without any work of its own.
 COLLECTED_ANYWAY = ("features", "projector", "projector_hidden")
-TIMES = (
-    *("encode", "score", "select", "splice", "prefill", "decode", "head", "decode_head"),
-    "end_to_end",
-)
-
+# Milliseconds by phase, see `times` of `ArmResult`.
 Times = dict[str, float]
 
 
@@ -153,7 +148,7 @@ class Bench:
         }
 
     def measure(self, number: int, size: int) -> Times:
-        """Run an arm once in steps and once as a whole; return milliseconds by `TIMES`.
+        """Run an arm once in steps and once as a whole; return milliseconds by phase.
 
         On CUDA also `peak_bytes`, the most that the whole call held beyond what was held before it.
         """
@@ -186,7 +181,7 @@ class Bench:
                 times |= self._heads(embeds, clock)
         return times
 
-    def _heads(self, embeds: Tensor, clock: Stopwatch) -> Times:
+    def _heads(self, embeds: Tensor, clock: Clock) -> Times:
         """Time the output layer alone, on a row as it comes in a prefill and in a decoding step.
 
         The first is a part of a longer tensor, which some kernels take far longer for.
@@ -301,7 +296,7 @@ class _Phases:
         self.visual: VisualTokens | None = None
         self.prepared: VisualTokens | None = None
         self.pruned: ImageTokens | None = None
-        self.clock = Stopwatch(bench.device)
+        self.clock = Clock(bench.device)
 
     def lap(self) -> float:
         return self.clock.lap() if self._waits else 0.0

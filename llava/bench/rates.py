@@ -57,3 +57,18 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+class Clock:
+    """Measures milliseconds since its creation or last lap, with all work of `device` done."""
+
+    def __init__(self, device: torch.device) -> None:
+        finish(device)
+        self._device, self._start = device, time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the milliseconds since the previous lap, and start the next one."""
+        finish(self._device)
+        now = time.perf_counter()
+        elapsed, self._start = now - self._start, now
+        return 1000 * elapsed

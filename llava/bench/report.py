@@ -1,11 +1,11 @@
 """Tables of a bench as Markdown, from its file alone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llava.bench.arms import FREE
 from llava.bench.schema import BenchResult
-from llava.bench.summary import ROWS, Figures, Spread, figures_of
+from llava.bench.summary import ROWS, Figures, Spread, figures_of, spread
 from llava.eval.engine.request import UNPRUNED
 from llava.markdown import table
 
@@ -45,7 +45,7 @@ def render(result: BenchResult) -> str:
             _times(result, own),
             "Operations, bytes, memory, and the share of what this machine could do at best",
             _work(own),
-            "<details><summary>5th to 95th percentile, milliseconds</summary>",
+            "<details><summary>5th to 95th percentile: milliseconds and ratios</summary>",
             _percentiles(own),
             "</details>",
         ]
@@ -67,7 +67,8 @@ def describe(result: BenchResult) -> str:
         f"{images}; {', '.join([*known, 'commit ' + str(commit.get('commit'))[:10]])}.",
         f"This machine, measured in the same run: {products}, memory {rates['memory'] / 1e9:.3g} "
         "GB/s.",
-        f"Made by `{result['command']}`.",
+        f"The model was ready after {result['loading_seconds']['this']:.3g} s, which is in no time "
+        f"below. Made by `{result['command']}`.",
     ]
     if conditions["layers"] != conditions["depth"]:
         lines.insert(
@@ -179,16 +180,16 @@ def _percentiles(figures: Sequence[Figures]) -> str:
             _name(own),
             *(_range(own.rows.get(step)) for step in steps),
             *(_range(own.totals[n]) for n in answers),
-            *_range_of(own.arm["times"]["end_to_end"]),
+            _range(spread(own.arm["times"]["end_to_end"])),
+            _range(own.prefill_speed_up),
+            _range(own.of_free_prefill),
         ]
         for own in figures
     ]
-    return table(["arm", *steps, *(f"total {n}" for n in answers), "as one call"], lines)
-
-
-def _range_of(values: Iterable[float]) -> list[str]:
-    ordered = sorted(values)
-    return [f"{_digits(ordered[0])}..{_digits(ordered[-1])}"]
+    return table(
+        ["arm", *steps, *(f"total {n}" for n in answers), "as one call", "x prefill", "of free"],
+        lines,
+    )
 
 
 def _ms(value: Spread | None) -> str:

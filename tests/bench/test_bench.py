@@ -143,6 +143,17 @@ def test_the_free_arm_keeps_the_tokens_it_is_given() -> None:
     assert torch.equal(embeds[0], embeds[1]) and embeds[0].shape == (1, 84, 128)
 
 
+def test_a_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    words = ["--model-path", "llava-tiny", "--pruner", "cdpruner", "--keep-tokens", "64"]
+    words += ["--answer", "2", "--repeats", "1", "--device", "cpu", "--output", str(file)]
+    assert main(words) == 0
+    result = read_bench(file)
+    assert (result["conditions"]["weights"], result["conditions"]["depth"]) == ("checkpoint", 4)
+    assert "head" not in result["arms"][0]["times"], "all layers ran, nothing is scaled"
+    assert "layers**" not in render(result)
+
+
 def test_methods_that_read_question_or_tower_run() -> None:
     plan = run.Plan("llava-tiny", None, "cpu", "float32", 1, 20, (), (1,), (1,), 1)
     arms = make_arms(["mmtok", "visionzip", "cdpruner"], [16], {})[2:]
