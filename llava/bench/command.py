@@ -141,10 +141,18 @@ def describe_run(command: str, device: str, commit: str | None) -> dict[str, Any
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that `auto` means here; another name as it is."""
+    """Return the device that `auto` means here; another name as it is.
+
+    Raises:
+        UserInputError: a GPU that is not there.
+    """
+    found = torch.cuda.is_available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+        return torch.device("cuda" if found else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not found:
+        raise UserInputError(f"--device {name}: torch finds no CUDA GPU here; use cpu or auto")
+    return device
 
 
 def _dtype(args: argparse.Namespace) -> str:

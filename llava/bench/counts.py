@@ -178,4 +178,5 @@ def _shapes_of(visual: VisualTokens) -> VisualTokens:
         name: tree_map_only(Tensor, lambda tensor: tensor.to("meta"), getattr(visual, name))
         for name in fields
     }
-    return replace(visual, **moved, projector=deepcopy(visual.projector).to("meta"))
+    projector = deepcopy(visual.projector).to("meta")
+    return replace(visual, **moved, projector=projector, image_index=visual.image_index.cpu())

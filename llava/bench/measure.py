@@ -16,7 +16,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.call_context import asking, steps_run_by
 from llava.pruning import PruningConfig, PruningError, prune, prune_visual_tokens
 from llava.pruning.stage import importance_of
-from llava.pruning.tokens import ImageTokens, PrunedTokens, VisualTokens
+from llava.pruning.tokens import ENCODER_EXTRAS, ImageTokens, PrunedTokens, VisualTokens
 from llava.utils import UserInputError
 
 # Steps that the time of a decoding step is the mean of.
@@ -212,6 +212,7 @@ class Bench:
         return {**times, "score": score, "select": stage - score}
 
     def _score_alone(self, config: PruningConfig | None, phases: "_Phases") -> float:
+        """Return the milliseconds that scoring takes by itself."""
         assert config is not None and phases.prepared is not None
         phases.clock.lap()
         try:
@@ -263,12 +264,12 @@ class Bench:
     def gather(self, arm: BenchArm, batch: Batch, visual: VisualTokens) -> ImageTokens:
         """Prune by given indices: what a pruner costs that costs nothing."""
         if arm.name not in batch.given:
-            model = prune_visual_tokens(visual, arm.pruning)
-            if not isinstance(model, PrunedTokens):
+            pruned = prune_visual_tokens(visual, arm.pruning)
+            if not isinstance(pruned, PrunedTokens):
                 return visual  # a budget of all tokens
-            assert model.kept is not None
-            index = model.kept.clamp(min=0)[..., None].expand(-1, -1, visual.projected.shape[-1])
-            batch.given[arm.name] = replace(model, trace=None), index
+            assert pruned.kept is not None
+            index = pruned.kept.clamp(min=0)[..., None].expand(-1, -1, visual.projected.shape[-1])
+            batch.given[arm.name] = replace(pruned, trace=None), index
         template, index = batch.given[arm.name]
         if visual.projected.device != index.device:
             index = index.to(visual.projected.device)
@@ -303,8 +304,8 @@ class _Phases:
     def __call__(self, name: str, step: Callable[..., Any], *arguments: Any) -> Any:
         self.other += self.lap()
         if name == "encode":
-            result = self.visual = self._encode(step, *arguments)
-            return result
+            self.visual = self._encode(step, *arguments)
+            return self.visual
         self.prepared = arguments[0]
         if self._arm.free:
             self.pruned = self._bench.gather(self._arm, self._batch, arguments[0])
@@ -322,7 +323,7 @@ class _Phases:
             return step(*arguments)
         config = None if self._arm.free else self._arm.pruning
         needs = set() if config is None else {*config.pruner.needs, *config.pruner.wants}
-        key = frozenset(needs - set(COLLECTED_ANYWAY))
+        key = frozenset(needs & {*ENCODER_EXTRAS, "image_digest"})
         if key not in self._batch.encoded:
             visual = step(*arguments, sorted(key | set(COLLECTED_ANYWAY)))
             self._batch.encoded[key] = visual, self.lap()

@@ -227,6 +227,7 @@ REFUSED = {
     "budget": (["--keep-tokens", "0"], "at least 1"),
     "answers": (["--answer", "1,x"], "invalid int value: 'x'"),
     "device": (["--device", "gpu"], "unknown device 'gpu'"),
+    "no GPU": (["--device", "cuda"], "finds no CUDA GPU"),
     "checkout": (["--compare-with", "no-such-folder"], "no checkout"),
     "file": (["--from", "no-such-file.json"], "no-such-file.json"),
     "section without a file": (["--update", "README.md"], "--output or --from"),
@@ -236,9 +237,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_used_is_one_line(
-    case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    case: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words, said = REFUSED[case]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "--output", str(tmp_path / "x.json"), *words]
                  if case != "section without a file" else ["bench", *words])  # fmt: skip
