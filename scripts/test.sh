@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Set up .venv and run every check: lint, types, tests.
 #
-#   bash scripts/test.sh [--slow] [--min-deps | --lmms-eval] [-- pytest arguments]
+#   bash scripts/test.sh [--slow] [--min-deps | --lmms-eval | --triton] [-- pytest arguments]
 #
 #   --slow      also the checks that take minutes
 #   --min-deps  the tests of what stands on transformers, with the oldest one that is supported
 #   --lmms-eval the tests of the plug-in, with lmms-eval
+#   --triton    the tests of the kernels, in Triton's interpreter where there is no GPU
 #
-# The last two use an environment of their own over .venv and run only what its packages can change.
+# The last three use an environment of their own over .venv and run only what its packages can change.
 # Safe to run twice. Any failing check fails the run; so does a run that lost tests, and a default
 # run that takes longer than 15 minutes after installation.
 set -euo pipefail
@@ -19,9 +20,9 @@ group=default overlay= pytest_args=() selection=()
 while [ $# -gt 0 ]; do
     case $1 in
     --slow) group=slow && pytest_args+=(--slow) ;;
-    --min-deps | --lmms-eval) overlay=${1#--} ;;
+    --min-deps | --lmms-eval | --triton) overlay=${1#--} ;;
     --) shift && selection=("$@") && break ;;
-    *) echo "error: unknown option $1 (known: --slow --min-deps --lmms-eval -- ...)" >&2 && exit 2 ;;
+    *) echo "error: unknown option $1 (known: --slow --min-deps --lmms-eval --triton -- ...)" >&2 && exit 2 ;;
     esac
     shift
 done
@@ -35,14 +36,16 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
     declare -A added=(
         [min-deps]="transformers==5.17.0"
         [lmms-eval]="lmms-eval==0.7.3 loguru pytz" # of its many requirements, what the tests import
+        [triton]="triton==3.9.0"
     )
-    declare -A place=([min-deps]=.venv-min [lmms-eval]=.venv-lmms)
+    declare -A place=([min-deps]=.venv-min [lmms-eval]=.venv-lmms [triton]=.venv-triton)
     declare -A tests=(
         [min-deps]="tests/model tests/train tests/serve tests/eval/test_generation.py
             tests/eval/test_model_vqa.py tests/eval/test_run_llava.py tests/eval/test_runner.py
             tests/eval/test_run.py tests/pruning/test_divprune_end_to_end.py
             tests/pruning/test_visionzip.py"
         [lmms-eval]="tests/eval/test_lmms_eval_plugin.py"
+        [triton]="tests/kernel_parity"
     )
     group=$overlay second=${place[$overlay]}
     read -r -d '' -a affected <<<"${tests[$overlay]}" || true
@@ -53,6 +56,7 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
     read -r -a packages <<<"${added[$overlay]}"
     quiet=(--quiet --disable-pip-version-check --ignore-installed)
     [ "$overlay" = lmms-eval ] && quiet+=(--no-deps)
+    [ "$overlay" = triton ] && pytest_args+=(--triton)
     "$second/bin/python" -m pip install "${quiet[@]}" "${packages[@]}"
     PYTHON=$PWD/$second/bin/python
 fi

@@ -13,6 +13,7 @@ _ERROR = "largest error"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
     parser.addoption("--gpu", action="store_true", help="also run tests that need a CUDA GPU")
+    parser.addoption("--triton", action="store_true", help="also run tests that need triton")
     parser.addoption(
         "--at-least", type=int, default=0, metavar="N", help="fail if fewer tests than N passed"
     )
@@ -22,6 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reasons = {
         "slow": "takes minutes; run with --slow",
         "gpu": "needs a CUDA GPU; run with --gpu (bash scripts/gpu.sh)",
+        "triton": "needs triton; run with --triton (bash scripts/test.sh --triton)",
     }
     for item in items:
         for group, reason in reasons.items():

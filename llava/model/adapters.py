@@ -22,6 +22,7 @@ from llava.model.checkpoint import (
     read_weights,
     weight_file,
 )
+from llava.pruning import forget
 from llava.utils import UserInputError
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class PartialCheckpoint:
             state[name].copy_(value)
         if self.factors:
             self._merge_factors(model)
+        forget(model.get_model().mm_projector)
         tower = model.get_vision_tower()
         changed = (*self.weights, *self.factors)
         if tower is not None and any(name.startswith(TOWER_PREFIX) for name in changed):

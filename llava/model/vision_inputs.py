@@ -15,10 +15,14 @@ from llava.model.layouts import TileGeometry, blank_patches, padding_mask, tile_
 from llava.model.multimodal_encoder.readings import CLASS_FEATURE, TowerReader
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.types import Images, VisualModel
+from llava.pruning.importance.projectors import two_layer
 from llava.pruning.late_checks import collecting
 from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import ENCODER_EXTRAS, VisualTokens
 from llava.utils import UserInputError
+
+# Key of `extras`: what the projector computes on the way to its output.
+PRE_ACTIVATIONS = "projector_hidden"
 
 
 class EncodedTiles(NamedTuple):
@@ -110,20 +114,24 @@ def encode_tiles(
             needed.
     """
     if needs is None:
-        needs = () if model.pruning is None else model.pruning.pruner.needs
+        needs = () if model.pruning is None else model.pruning.pruner.collects
     needs, tower = set(needs), tower_of(model)
     # Without a class token methods are told by VisualTokens.class_token.
     absent = () if tower.has_class_token else (CLASS_FEATURE,)
     reader = TowerReader(name for name in ENCODER_EXTRAS if name in needs and name not in absent)
     projector = model.get_model().mm_projector
+    hidden = None
     if tiles.ndim == 4 and model.encode_images != model.own_encode_images:
         features, projected = _encode_as_replaced(model, tiles, reader)
+        features = for_projector(projector, features)
     else:
         with tower_read_by(reader):
             features = tower(tiles) if tiles.ndim == 4 else _check_features(model, tiles)
-        projected = projector(for_projector(projector, features))
-    features = for_projector(projector, features)
+        features = for_projector(projector, features)
+        projected, hidden = _project(projector, features, PRE_ACTIVATIONS in needs)
     extras: dict[str, Any] = reader.extras(len(tiles))
+    if hidden is not None:
+        extras[PRE_ACTIVATIONS] = [*hidden]
     if "image_digest" in needs:
         extras["image_digest"] = [tile_digest(tile) for tile in tiles]
     return EncodedTiles(features, projected, extras)
@@ -133,6 +141,32 @@ def for_projector(projector: nn.Module, features: torch.Tensor) -> torch.Tensor:
     """Move features to the projector's device and precision: callers may hold others."""
     weight = next(projector.parameters(), None)
     return features if weight is None else features.to(weight.device, weight.dtype)
+
+
+def _project(
+    projector: nn.Module, features: torch.Tensor, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Project features [T, N, Dv] to [T, N, D].
+
+    Returns:
+        What `projector(features)` returns, and if `keep` its pre-activations [T, N, H], where it is
+        Linear-activation-Linear and nothing but its layers has a part in the result.
+    """
+    parts = two_layer(projector) if keep else None
+    if parts is None or any(map(_is_changed, (projector, *parts))):
+        return projector(features), None
+    hidden = parts.first(features)
+    projected = parts.second(parts.act(hidden))
+    # Under autocast they are not in the model's precision.
+    return projected, hidden.detach() if hidden.dtype == features.dtype else None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Return whether a module calls more than its class's `forward`, or changes its input."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name) for name in hooks) or "forward" in vars(module):
+        return True
+    return module._compiled_call_impl is not None or getattr(module, "inplace", False)
 
 
 def tile_digest(tile: torch.Tensor) -> int:

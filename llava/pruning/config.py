@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from llava.pruning.errors import PruningError
 from llava.pruning.method import PruningMethod
+from llava.pruning.precision import COMPUTE
 from llava.pruning.registry import get_method, make_method
 from llava.registry import unknown
 
@@ -33,6 +34,7 @@ CHOICES = {
         "newline tokens of LLaVA-1.6: leave out, keep with their rows, or choose like patches",
     ),
     "positions": Choice(("compact", "original"), "number kept tokens 0, 1, ..., or as unpruned"),
+    "compute": Choice(COMPUTE, "precision of the largest products behind scores"),
 }
 # Words of other tools. The first two say what is removed, we say what is kept.
 ALIASES = ("pruning_ratio", "reduction_ratio", "visual_token_num")
@@ -56,6 +58,8 @@ class PruningConfig:
             and for methods that do not score tokens).
         positions: "compact" numbers the kept sequence 0, 1, ...; "original" leaves every token at
             its position in the unpruned sequence.
+        compute: precision of the largest products behind scores; "auto" goes by the model's type
+            and by what the device multiplies fast, see `llava.pruning.precision`.
 
     Exactly one budget is required (`none` needs no budget).
 
@@ -71,6 +75,7 @@ class PruningConfig:
     allocation: str = "per_tile"
     newline: str = "drop"
     positions: str = "compact"
+    compute: str = "auto"
     pruner: PruningMethod = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +98,7 @@ class PruningConfig:
             value = getattr(self, name)
             if value not in values:
                 raise PruningError(unknown(name, value, values))
-            if self.pruner.merges and value != values[0]:
+            if self.pruner.merges and name != "compute" and value != values[0]:
                 raise PruningError(
                     f"{self.method!r} makes new tokens, so {name} can only be {values[0]!r}; for "
                     f"{value!r} use a method that selects"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llava.pruning.errors import PruningError
 from llava.pruning.late_checks import refuse_if
-from llava.pruning.tokens import TILE_EXTRAS, VisualTokens
+from llava.pruning.tokens import ENCODER_EXTRAS, VisualTokens
 
 
 def refuse_non_finite(visual: VisualTokens) -> None:
@@ -19,7 +19,8 @@ def refuse_non_finite(visual: VisualTokens) -> None:
         PruningError: there is such a token; on an accelerator later, see `refuse_if`.
     """
     held = {"features": visual.features, "projected": visual.projected}
-    for name in TILE_EXTRAS:
+    # Pre-activations of the projector are left out: what they hold is in `projected`.
+    for name in ("clip_image", *ENCODER_EXTRAS):
         values = visual.extras.get(name, ())
         if len(values) and all(isinstance(value, Tensor) for value in values):
             held[name] = torch.stack(list(values))

@@ -43,8 +43,8 @@ class PruningMethod:
         paper: where it was published, in a few words.
         needs: inputs beyond the projected tokens: `features`, `projector`, or a key of
             `VisualTokens.extras` that the pipeline collects only for methods naming it.
-        wants: as `needs`, but only where the model can provide it; without, the method does
-            something else and says so in its `label`.
+        wants: as `needs`, but only where the model can provide it; without, the method computes it
+            itself, or does something else and says so in its `label`.
         query_aware: whether the text of the prompt changes the selection.
         keyword_rule: which words of a question become `question_embeddings`, see
             `llava.model.prompt_inputs`.
@@ -86,6 +86,11 @@ class PruningMethod:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def collects(self) -> tuple[str, ...]:
+        """What the pipeline collects for this method where it can: `needs` and `wants`."""
+        return (*self.needs, *self.wants)
 
     def score(self, tokens: VisualTokens) -> Tensor | None:
         """Score every token, [T, N], higher is more important; None if the method has no score."""

@@ -1,6 +1,7 @@
 """The pruning stage: count budgets, select or merge, gather what is left."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> I
     if all(budget is None for budget in asked):
         return visual
     strategy = choose_strategy(visual, config)
+    visual = replace(visual, compute=config.compute)
     with collecting() as checks, fit_prompts(visual, asked) as budgets:
         run = MethodRun(visual, config, budgets)
         pruned = _merge(run) if config.pruner.merges else _gather(run, strategy(run, budgets))
@@ -208,7 +210,7 @@ def importance_of(config: PruningConfig, visual: VisualTokens) -> Tensor:
     """
     visual.settle()
     with torch.no_grad():
-        importance = config.pruner.score(visual)
+        importance = config.pruner.score(replace(visual, compute=config.compute))
     if importance is None:
         raise PruningError(f"method {config.method!r} does not score tokens")
     return importance

@@ -31,7 +31,7 @@ ENCODER_EXTRAS = (
 CLASS_ATTENTION = ("cls_attention", "next_cls_attention", "next_single_head_attention")
 
 # Keys of `extras` that hold one entry per tile; the others hold one per image.
-TILE_EXTRAS = ("image_digest", "clip_image", *ENCODER_EXTRAS)
+TILE_EXTRAS = ("image_digest", "clip_image", "projector_hidden", *ENCODER_EXTRAS)
 
 # Fields of VisualTokens and PrunedTokens that are tensors with one row per tile.
 _TILE_FIELDS = ("features", "projected", "image_index", "valid", "blank", "kept", "sources")
@@ -191,6 +191,8 @@ class VisualTokens(ImageTokens):
             `image_position` (list: index of image i within its own prompt, default 0),
             `clip_image` (list of T [N, E]: patches in the space that CLIP's images and texts
             share), `clip_text` (list: [m, E], the m segments of image i's instruction there),
+            `projector_hidden` (list of T [N, H]: what the first layer of a projector
+            Linear-activation-Linear made of the features, in the model's precision),
             `question_embeddings` (list: [m, D], the language model's embeddings of the m words that
             image i's question is about), and of the vision tower, lists of T tensors in at least
             float32:
@@ -212,6 +214,7 @@ class VisualTokens(ImageTokens):
             of the image in them. They are valid, the model reads them; a method may leave them
             out. None where the size of an image is unknown.
         sizes: valid tokens of every tile; None where only `layouts` or `valid` tell.
+        compute: precision of the largest products behind scores, see `PruningConfig`.
     """
 
     features: Tensor
@@ -229,6 +232,7 @@ class VisualTokens(ImageTokens):
     blank: Tensor | None = None
     sizes: tuple[int, ...] | None = None
     checks: LateChecks = field(default_factory=LateChecks)
+    compute: str = "auto"
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]
@@ -425,6 +429,8 @@ def gather_slots(tokens: Tensor, kept: Tensor, padded: bool = True) -> Tensor:
         kept: indices of each tile's own tokens.
         padded: False promises that `kept` has no -1.
     """
-    at = (kept.clamp(min=0) if padded else kept) + tile_starts(*tokens.shape[:2], kept.device)
+    at = (kept.clamp(min=0) if padded else kept) + tile_starts(
+        tokens.shape[0], tokens.shape[1], kept.device
+    )
     gathered = tokens.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, kept.shape)
     return gathered.masked_fill((kept < 0)[..., None], 0) if padded else gathered

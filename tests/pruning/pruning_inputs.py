@@ -63,6 +63,12 @@ def cls_feature(visual: VisualTokens) -> list[Tensor]:
     return [tile.double().mean(dim=0).to(tile.dtype) for tile in visual.features]
 
 
+def pre_activations(visual: VisualTokens) -> list[Tensor]:
+    """[N, H] a tile."""
+    with torch.no_grad():
+        return [visual.projector[0](tile.clone()) for tile in visual.features]
+
+
 # What a method may name in `needs` -> how the suite makes it. An entry per token has to be made
 # token by token, so that it moves with its token; `features` and `projector` are always there.
 MAKERS: dict[str, Maker | None] = {
@@ -77,6 +83,7 @@ MAKERS: dict[str, Maker | None] = {
     "encoder_keys": vectors(4, seed=16),
     "next_keys": vectors(8, seed=17),
     "cls_feature": cls_feature,
+    "projector_hidden": pre_activations,
     "clip_image": vectors(6, seed=18),
     "clip_text": text(2, 6, seed=30),
     "question_embeddings": text(3, 14, seed=40),

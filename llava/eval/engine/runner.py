@@ -86,7 +86,9 @@ class Runner:
         """Encode images, one after the other, with what any of the arms needs of them."""
         # `random` draws from the image itself, not from features that move with the batch they
         # were computed in.
-        needs = {"image_digest"}.union(*(arm.pruning.pruner.needs for arm in arms if arm.pruning))
+        needs = {"image_digest"}.union(
+            *(arm.pruning.pruner.collects for arm in arms if arm.pruning)
+        )
         return self.subject.model.encode_visual_tokens(images.batch(), images.sizes, needs)
 
     @torch.inference_mode()

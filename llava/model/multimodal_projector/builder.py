@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llava.model.checkpoint import read_tensors
+from llava.pruning import forget
 from llava.utils import UserInputError, user_path
 
 
@@ -74,3 +75,4 @@ def load_projector(projector: nn.Module, file: str | Path) -> None:
             "file that was saved with this tower, language model and mm_projector_type"
         )
     projector.load_state_dict(found)
+    forget(projector)

@@ -85,48 +85,62 @@ def _no_relevance() -> PruningError:
     return PruningError("the relevance of a token is NaN or inf")
 
 
-def sigmoid_of_z_score(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+def sigmoid_of_z_score(
+    scores: Tensor, valid: Tensor | None = None, room: list[int] | None = None
+) -> Tensor:
     """Return sigmoid((s - mean) / std) of scores [B, N] over a row's valid tokens.
 
-    1/2 everywhere in a row of equal scores; invalid tokens get 0.
+    1/2 everywhere in a row of equal scores; invalid tokens get 0. For `room` see `map_rows`.
     """
 
     def of_row(own: Tensor) -> Tensor:
         return ((own - own.mean()) / own.std(correction=0).clamp_min(1e-6)).sigmoid()
 
-    return map_rows(of_row, scores, valid)
+    return map_rows(of_row, scores, valid, room)
 
 
-def centre(z: Tensor, valid: Tensor | None = None) -> Tensor:
+def centre(z: Tensor, valid: Tensor | None = None, room: list[int] | None = None) -> Tensor:
     """Return z_i - mean_j z_j over the valid tokens of every row (Cen-Prune, arXiv 2608.30263).
 
     Args:
         z: [B, N, C]; half precision is computed in float32.
         valid: BoolTensor [B, N]; invalid tokens do not count and become 0.
+        room: see `map_rows`.
 
     Returns:
         [B, N, C]. A row is the same alone and in a batch.
     """
-    return map_rows(lambda own: own - own.mean(dim=0), z, valid)
+    return map_rows(lambda own: own - own.mean(dim=0), z, valid, room)
 
 
-def scale_channels(z: Tensor, valid: Tensor | None = None) -> Tensor:
+def scale_channels(z: Tensor, valid: Tensor | None = None, room: list[int] | None = None) -> Tensor:
     """Divide every channel of z [B, N, C] by sqrt(var + 1e-6) over a row's valid tokens.
 
     Half precision is computed in float32; invalid tokens become 0. Where one channel carries nearly
-    all variance, all cosines are those of that channel alone (Cen-Prune on Qwen2.5-VL).
+    all variance, all cosines are those of that channel alone (Cen-Prune on Qwen2.5-VL). For `room`
+    see `map_rows`.
     """
-    return map_rows(lambda own: own / (own.var(dim=0, correction=0) + 1e-6).sqrt(), z, valid)
+
+    def of_row(own: Tensor) -> Tensor:
+        return own / (own.var(dim=0, correction=0) + 1e-6).sqrt()
+
+    return map_rows(of_row, z, valid, room)
 
 
-def map_rows(function: Callable[[Tensor], Tensor], z: Tensor, valid: Tensor | None) -> Tensor:
+def map_rows(
+    function: Callable[[Tensor], Tensor],
+    z: Tensor,
+    valid: Tensor | None,
+    room: list[int] | None = None,
+) -> Tensor:
     """Apply `function` to the valid tokens of every row of z [B, N, ...], in float32 at least.
 
-    `function` maps [n, ...] to [n, ...]. Invalid tokens get 0.
+    `function` maps [n, ...] to [n, ...]. Invalid tokens get 0. `room` says how many tokens of every
+    row are valid; without it the host waits to learn that.
     """
     rows = []
     for row in range(z.shape[0]):
-        tokens = selectable(z, valid, row)
+        tokens = selectable(z, valid, row, None if room is None else room[row])
         made = function(widen(z[row, tokens]))
         rows.append(made.new_zeros(z.shape[1], *made.shape[1:]).index_copy(0, tokens, made))
     return torch.stack(rows)

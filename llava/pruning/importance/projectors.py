@@ -1,33 +1,16 @@
-"""Read the structure of projectors, cache values of their weights, make low-rank copies."""
+"""Read the structure of projectors, make low-rank copies of them."""
 
 import copy
-from collections.abc import Callable, Hashable
 from functools import partial
-from threading import Lock
-from typing import NamedTuple, TypeVar, cast
-from weakref import WeakKeyDictionary
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
-from llava.pruning.precision import outside_autocast, widen
-
-# Activations that act on every number by itself: their Jacobian is diagonal.
-ELEMENTWISE = (
-    nn.ELU,
-    nn.GELU,
-    nn.Hardswish,
-    nn.LeakyReLU,
-    nn.Mish,
-    nn.ReLU,
-    nn.Sigmoid,
-    nn.SiLU,
-    nn.Softplus,
-    nn.Tanh,
-)
-
-Value = TypeVar("Value")
+from llava.pruning.importance.derivatives import ELEMENTWISE
+from llava.pruning.importance.weight_cache import WeightCache
+from llava.pruning.precision import widen
 
 
 class TwoLayer(NamedTuple):
@@ -77,49 +60,6 @@ def _chain(projector: nn.Module) -> list[nn.Module]:
     if isinstance(projector, nn.Sequential) and type(projector).forward is nn.Sequential.forward:
         return list(projector)
     return [projector]
-
-
-class WeightCache:
-    """Values computed from a module's weights; forgotten when the weights or the module change."""
-
-    def __init__(self) -> None:
-        self._entries: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, object]]] = (
-            WeakKeyDictionary()
-        )
-        self._lock = Lock()
-
-    def get(self, module: nn.Module, key: Hashable, compute: Callable[[], Value]) -> Value:
-        """Return `compute()`, or its last result for this module, key and these weights.
-
-        It runs outside autocast, without gradients, and gives no inference tensors.
-        """
-        state = _fingerprint(module)
-        with self._lock:  # a WeakKeyDictionary is not made for several threads
-            known = self._entries.setdefault(module, {}).get(key)
-        if known is None or known[0] != state:
-            with outside_autocast(), torch.inference_mode(False), torch.no_grad():
-                known = (state, compute())
-            with self._lock:
-                self._entries.setdefault(module, {})[key] = known
-        return cast(Value, known[1])
-
-
-def _fingerprint(module: nn.Module) -> Hashable:
-    """Return what changes whenever a parameter is replaced or written to.
-
-    The storage address and the version counter see assignments and in-place updates; writes
-    through `.data` leave both alone, so the sum of the values is looked at as well.
-    """
-    return tuple(
-        (
-            p.data_ptr(),
-            0 if p.is_inference() else p._version,
-            p.dtype,
-            p.device,
-            float(p.detach().sum(dtype=torch.float64)),
-        )
-        for p in module.parameters()
-    )
 
 
 _low_rank_copies = WeightCache()

@@ -7,31 +7,26 @@ differentiated in forward mode (by central differences where a layer does not su
 Dv axes if Dv <= 256, beyond that along the directions, an unbiased estimate of the square.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
-from llava.pruning.importance.projectors import (
-    TwoLayer,
-    WeightCache,
-    evaluating,
-    linear_matrix,
-    two_layer,
-)
-from llava.pruning.precision import outside_autocast
+from llava.pruning.importance import two_layer as closed_forms
+from llava.pruning.importance.projectors import TwoLayer, evaluating, linear_matrix, two_layer
+from llava.pruning.precision import COMPUTE, outside_autocast, product_precision
+from llava.registry import unknown
 
 ESTIMATORS = ("zeroth_order", "exact")
 PRECISIONS = ("float32", "model")
-CHUNK_BYTES = 256 * 2**20
+# What the intermediates of a score may take.
+CHUNK_BYTES = 64 * 2**20
 # Up to this input width an unknown projector is differentiated along every axis.
 BASIS_WIDTH = 256
 
 Function = Callable[[Tensor], Tensor]
-
-_quadratic_forms = WeightCache()
 
 
 @outside_autocast()
@@ -44,6 +39,8 @@ def sensitivity(
     step: float = 0.01,
     seed: int = 0,
     precision: str = "float32",
+    compute: str = "auto",
+    hidden: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Measure the sensitivity of every token.
 
@@ -58,6 +55,10 @@ def sensitivity(
         seed: of the drawn directions.
         precision: "float32", or "model": all of it in the features' own type and as many passes
             through the projector as ZOO-Prune's released code makes; the result is of that type.
+        compute: precision of the largest products on Linear-activation-Linear projectors, see
+            `product_precision`.
+        hidden: their pre-activations W1 x + b1, [..., N, H], where these are known; tensors
+            [N, H] in a list for features [T, N, Dv]. None: computed here, where they are used.
 
     Everything else is computed in float32 at least: in half precision most of the nudge is rounded
     away, and noise that grows with the token is added. Every [N, Dv] row of the leading shape is
@@ -69,31 +70,57 @@ def sensitivity(
     Raises:
         PruningError: an argument is wrong.
     """
+    _check_arguments(projector, features, estimator, step, precision, compute)
+    dtype = features.dtype
+    if precision == "float32":
+        dtype = torch.promote_types(dtype, torch.float32)
+    products = product_precision(compute, features.dtype, features.device)
+    # Forward-mode derivatives and version counters do not exist in inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        bank = _bank(directions, seed, features, dtype)
+        tiles = [*features.detach().reshape(-1, *features.shape[-2:])]
+        parts = two_layer(projector)
+        if precision == "model":
+            score = _as_released(projector, bank, step, dtype)
+        elif parts is not None:
+            _check_width(parts.first.in_features, bank)
+            score = _closed_form(projector, parts, estimator, bank, step, products)
+            if hidden is not None:
+                tiles = _hidden_tiles(hidden, len(tiles), features.shape[-2], parts)
+            else:
+                score = _after_first_layer(score, parts)
+        else:
+            score = _scorer(projector, estimator, bank, step, dtype)
+        # copy: a fresh, aligned block of memory whatever the batch around the row looks like.
+        whole = torch.contiguous_format
+        rows = [score(tile.to(dtype, copy=True, memory_format=whole)) for tile in tiles]
+        if not rows:
+            return features.new_zeros(features.shape[:-1], dtype=dtype)
+        return torch.stack(rows).reshape(features.shape[:-1])
+
+
+def _check_arguments(
+    projector: nn.Module,
+    features: Tensor,
+    estimator: str,
+    step: float,
+    precision: str,
+    compute: str,
+) -> None:
     if estimator not in ESTIMATORS:
         raise PruningError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
     if not isinstance(projector, nn.Module):
         raise PruningError(f"projector must be a module, got {projector!r}")
+    if features.dim() < 2:
+        raise PruningError(f"features must be [..., N, Dv], got {list(features.shape)}")
     if not step > 0:
         raise PruningError(f"step must be positive, got {step}")
     if precision not in PRECISIONS:
         raise PruningError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "model" and estimator != "zeroth_order":
         raise PruningError("precision='model' is a way to nudge tokens: use 'zeroth_order'")
-    wide = torch.promote_types(features.dtype, torch.float32)
-    dtype = features.dtype if precision == "model" else wide
-    # Forward-mode derivatives and version counters do not exist in inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        bank = _bank(directions, seed, features).to(features.device, dtype)
-        if precision == "model":
-            score = _as_released(projector, bank, step, dtype)
-        else:
-            score = _scorer(projector, estimator, bank, step, dtype)
-        # clone(): a fresh, aligned block of memory whatever the batch around the row looks like.
-        tiles = features.detach().reshape(-1, *features.shape[-2:])
-        rows = [score(tile.to(dtype).clone()) for tile in tiles]
-        if not rows:
-            return features.new_zeros(features.shape[:-1], dtype=dtype)
-        return torch.stack(rows).reshape(features.shape[:-1])
+    if compute not in COMPUTE:
+        raise PruningError(unknown("compute", compute, COMPUTE))
 
 
 @lru_cache(maxsize=16)
@@ -109,45 +136,90 @@ def direction_bank(seed: int, width: int, count: int) -> Tensor:
         return bank / bank.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
-def _bank(directions: int | Tensor, seed: int, features: Tensor) -> Tensor:
-    width = features.shape[-1]
-    if features.dim() < 2:
-        raise PruningError(f"features must be [..., N, Dv], got {list(features.shape)}")
+@lru_cache(maxsize=16)
+def _bank_on(device: torch.device, dtype: torch.dtype, seed: int, width: int, count: int) -> Tensor:
+    """Return the bank on an accelerator, copied there once: a copy makes the host wait."""
+    with torch.inference_mode(False):
+        return direction_bank(seed, width, count).to(device, dtype)
+
+
+def _bank(directions: int | Tensor, seed: int, features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the directions as [m, Dv] in `dtype`, where the features are."""
+    width, device = features.shape[-1], features.device
     if isinstance(directions, Tensor):
         if directions.dim() != 2 or directions.shape[1] != width or len(directions) == 0:
             raise PruningError(f"directions must be [m, {width}], got {list(directions.shape)}")
-        return directions
+        return directions.to(device, dtype)
     if directions < 1:
         raise PruningError(f"directions must be at least 1, got {directions}")
-    return direction_bank(seed, width, directions)
+    if device.type == "cpu":
+        return direction_bank(seed, width, directions).to(dtype)
+    return _bank_on(device, dtype, seed, width, directions)
+
+
+def _check_width(width: int, bank: Tensor) -> None:
+    if width != bank.shape[1]:
+        raise PruningError(
+            f"the projector takes tokens of width {width}, features have {bank.shape[1]}; give the "
+            "features that this projector is fed with"
+        )
+
+
+def _hidden_tiles(
+    hidden: Tensor | Sequence[Tensor], count: int, tokens: int, parts: TwoLayer
+) -> list[Tensor]:
+    """Return the pre-activations of every tile, [N, H] each."""
+    width = parts.first.out_features
+    stacks = [hidden] if isinstance(hidden, Tensor) else hidden
+    tiles = [tile for s in stacks for tile in s.detach().reshape(-1, *s.shape[-2:])]
+    if len(tiles) != count or any(tile.shape != (tokens, width) for tile in tiles):
+        raise PruningError(
+            f"hidden must be the pre-activations of the features' {count} tiles, "
+            f"[{tokens}, {width}] each, got {[list(tile.shape) for tile in tiles]}"
+        )
+    return tiles
+
+
+# --- Linear-activation-Linear ---------------------------------------------------------------------
+
+
+def _closed_form(
+    projector: nn.Module,
+    parts: TwoLayer,
+    estimator: str,
+    bank: Tensor,
+    step: float,
+    products: str,
+) -> Function:
+    """Return how pre-activations [N, H] of a Linear-activation-Linear projector are scored."""
+    if estimator == "exact":
+        return lambda hidden: closed_forms.exact(projector, parts, hidden, products)
+    return lambda hidden: closed_forms.zeroth_order(
+        projector, parts, hidden, bank, step, products, CHUNK_BYTES
+    )
+
+
+def _after_first_layer(score: Function, parts: TwoLayer) -> Function:
+    return lambda x: score(closed_forms.pre_activations(parts, x))
+
+
+# --- any other projector --------------------------------------------------------------------------
 
 
 def _scorer(
     projector: nn.Module, estimator: str, bank: Tensor, step: float, dtype: torch.dtype
 ) -> Function:
-    """Return the cheapest correct way to score x [N, Dv] -> [N] for this projector."""
-    matrix, parts = linear_matrix(projector, dtype), two_layer(projector)
-    width = matrix.shape[1] if matrix is not None else parts.first.in_features if parts else None
-    if width not in (None, bank.shape[1]):
-        raise PruningError(
-            f"the projector takes tokens of width {width}, features have {bank.shape[1]}; give the "
-            "features that this projector is fed with"
-        )
+    """Return how tokens [N, Dv] of a projector of another form are scored."""
+    matrix = linear_matrix(projector, dtype)
     if matrix is not None:
+        _check_width(matrix.shape[1], bank)
         norms = (bank @ matrix.T).norm(dim=1)
         root = matrix.norm() / matrix.shape[1] ** 0.5
         constant = norms.mean() if estimator == "zeroth_order" else root
         return lambda x: constant.expand(x.shape[0])
     if estimator == "zeroth_order":
-        if parts is not None:
-            return _shared_bank(parts, bank, step)
         return _black_box(projector, bank, step, dtype)
-    if parts is not None:
-        return _closed_form(projector, parts, dtype)
     return _forward_mode(projector, bank, step, dtype)
-
-
-# --- zeroth order ---------------------------------------------------------------------------------
 
 
 def _black_box(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
@@ -156,26 +228,6 @@ def _black_box(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dty
 
     def score(x: Tensor) -> Tensor:
         return _norms(_difference(function, step), x, bank, _widest(projector, x)).mean(dim=1)
-
-    return score
-
-
-def _shared_bank(parts: TwoLayer, bank: Tensor, step: float) -> Function:
-    """Score by eq. 4 for M(x) = W2 act(W1 x + b1) + b2 with one bank for all tokens.
-
-    W1 (x + h u) + b1 = (W1 x + b1) + h W1 u, so the first layer runs once per token and once per
-    direction; b2 cancels, so the second layer runs once, on the difference of activations.
-    """
-    weight1, bias1, weight2 = _weights(parts, bank.dtype)
-    nudges = step * (bank @ weight1.T)  # [m, H]
-
-    def score(x: Tensor) -> Tensor:
-        hidden = nn.functional.linear(x, weight1, bias1)  # [N, H]
-
-        def move(at: Tensor, nudge: Tensor) -> Tensor:
-            return (parts.act(at + nudge) - parts.act(at - nudge)) @ weight2.T / (2 * step)
-
-        return _norms(move, hidden, nudges, max(weight2.shape)).mean(dim=1)
 
     return score
 
@@ -191,29 +243,6 @@ def _as_released(projector: nn.Module, bank: Tensor, step: float, dtype: torch.d
 
     def score(x: Tensor) -> Tensor:
         return (_norms(move, x, bank, _widest(projector, x)) / (2 * step)).mean(dim=1)
-
-    return score
-
-
-# --- exact ----------------------------------------------------------------------------------------
-
-
-def _closed_form(projector: nn.Module, parts: TwoLayer, dtype: torch.dtype) -> Function:
-    """Score by ||J||_F / sqrt(Dv) for M(x) = W2 act(W1 x + b1) + b2, one product per token.
-
-    J = W2 diag(g) W1 with g = act'(W1 x + b1), hence ||J||_F^2 = g^T Q g with the fixed matrix
-    Q = (W2^T W2) o (W1 W1^T), o elementwise.
-    """
-    weight1, bias1, weight2 = _weights(parts, dtype)
-    q = _quadratic_forms.get(
-        projector, dtype, lambda: (weight2.T @ weight2) * (weight1 @ weight1.T)
-    )
-
-    def score(x: Tensor) -> Tensor:
-        hidden = nn.functional.linear(x, weight1, bias1)
-        g = torch.func.jvp(parts.act, (hidden,), (torch.ones_like(hidden),))[1]
-        # Q is positive semidefinite; clamp what rounding leaves below zero.
-        return ((g @ q) * g).sum(dim=1).clamp_min(0).div(x.shape[1]).sqrt()
 
     return score
 
@@ -247,23 +276,17 @@ def _forward_mode(projector: nn.Module, bank: Tensor, step: float, dtype: torch.
 
 
 def _norms(move: Callable[[Tensor, Tensor], Tensor], x: Tensor, bank: Tensor, wide: int) -> Tensor:
-    """Return ||move(x_i, u_j)||, [N, m], in chunks whose intermediates stay below 256 MiB.
+    """Return ||move(x_i, u_j)||, [N, m], in chunks whose intermediates stay below CHUNK_BYTES.
 
     move maps points [r, E] and directions [r, E] to vectors [r, D]; it needs up to four
     intermediates of `wide` numbers a row at a time.
     """
-    rows = max(1, CHUNK_BYTES // (4 * wide * x.element_size()))
-    lanes = min(len(bank), rows)
-    tokens = max(1, rows // lanes)
+    rows = CHUNK_BYTES // (4 * wide * x.element_size())
     norms = x.new_empty(x.shape[0], len(bank))
-    for t in range(0, x.shape[0], tokens):
-        for j in range(0, len(bank), lanes):
-            at, direction = torch.broadcast_tensors(
-                x[t : t + tokens, None], bank[None, j : j + lanes]
-            )
-            shape = at.shape[:2]
-            moved = move(at.flatten(0, 1), direction.flatten(0, 1))
-            norms[t : t + tokens, j : j + lanes] = moved.norm(dim=1).view(shape)
+    for tokens, lanes in closed_forms.blocks(x.shape[0], len(bank), rows):
+        at, direction = torch.broadcast_tensors(x[tokens, None], bank[None, lanes])
+        moved = move(at.flatten(0, 1), direction.flatten(0, 1))
+        norms[tokens, lanes] = moved.norm(dim=1).view(at.shape[:2])
     return norms
 
 
@@ -275,15 +298,6 @@ def _difference(function: Function, step: float) -> Callable[[Tensor, Tensor], T
         return (function(at + nudge) - function(at - nudge)) / (2 * step)
 
     return move
-
-
-def _weights(parts: TwoLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
-    bias = parts.first.bias
-    return (
-        parts.first.weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        parts.second.weight.to(dtype),
-    )
 
 
 def _as_function(projector: nn.Module, dtype: torch.dtype) -> Function:

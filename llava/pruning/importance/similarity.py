@@ -8,7 +8,9 @@ from llava.pruning.precision import outside_autocast, widen
 
 
 @outside_autocast()
-def distinctiveness(z: Tensor, valid: Tensor | None = None) -> Tensor:
+def distinctiveness(
+    z: Tensor, valid: Tensor | None = None, room: list[int] | None = None
+) -> Tensor:
     """Return g_i = -mean_{j != i} cos(z_i, z_j) over the valid tokens of every row.
 
     Cen-Prune, arXiv 2608.30263; taken before any centring.
@@ -16,6 +18,7 @@ def distinctiveness(z: Tensor, valid: Tensor | None = None) -> Tensor:
     Args:
         z: [B, N, C]; half precision is computed in float32.
         valid: BoolTensor [B, N]; invalid tokens do not count and get 0.
+        room: valid tokens of every row, where known: see `map_rows`.
 
     Returns:
         [B, N] in [-1, 1], 0 in a row of one token. The cosines are summed at once,
@@ -27,7 +30,7 @@ def distinctiveness(z: Tensor, valid: Tensor | None = None) -> Tensor:
         others = unit @ unit.sum(dim=0) - unit.square().sum(dim=-1)
         return -others / max(len(own) - 1, 1)
 
-    return map_rows(of_row, z, valid)
+    return map_rows(of_row, z, valid, room)
 
 
 @outside_autocast()

@@ -26,11 +26,17 @@ def usable(tensor: Tensor, tokens: int = 0) -> bool:
     They need triton and a GPU that it compiles for. With TRITON_INTERPRET=1, set before triton is
     imported, they run step by step on the CPU instead, for tests.
     """
-    if tokens > MOST_TOKENS or find_spec("triton") is None:
+    if tokens > MOST_TOKENS or not _has_triton():
         return False
     if os.environ.get("TRITON_INTERPRET") == "1":
         return tensor.device.type == "cpu" or tensor.is_cuda
     return tensor.is_cuda and _compiles_for(tensor.device.index)
+
+
+@cache
+def _has_triton() -> bool:
+    """Return whether triton is installed; looked up once, as that takes longer than a kernel."""
+    return find_spec("triton") is not None
 
 
 @cache

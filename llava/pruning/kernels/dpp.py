@@ -54,12 +54,17 @@ def determinant_picks(
         width,
         spent,
         BLOCK=block,
-        CHUNK=8 if block <= 4096 else 2,  # what the registers hold
+        CHUNK=chunk(block),
         num_warps=warps(block),
         num_stages=1,
         enable_fp_fusion=False,
     )
     return Picks(indices, margins)
+
+
+def chunk(block: int) -> int:
+    """Return how many earlier picks of the factor are read at once: what the registers hold."""
+    return 8 if block <= 4096 else 2
 
 
 @triton.jit(do_not_specialize=["width"])

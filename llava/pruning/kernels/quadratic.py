@@ -14,7 +14,7 @@ def derivative_kind(act: nn.Module) -> str | None:
     """Return what `activation_derivative` calls the activation; None where it has no formula."""
     if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
-    return {nn.SiLU: "silu", nn.ReLU: "relu"}.get(type(act))  # type: ignore[call-overload]
+    return {nn.SiLU: "silu", nn.ReLU: "relu"}.get(type(act))
 
 
 def activation_derivative(hidden: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -30,7 +30,7 @@ def activation_derivative(hidden: Tensor, kind: str, dtype: torch.dtype) -> Tens
     if hidden.numel():
         block = 1024
         _derivative[(triton.cdiv(hidden.numel(), block),)](
-            hidden, made, hidden.numel(), KIND=kind, BLOCK=block, num_warps=4
+            hidden, made, hidden.numel(), KIND=kind, BLOCK=block, num_warps=4, enable_fp_fusion=True
         )
     return made
 
@@ -55,8 +55,7 @@ def quadratic_form(g: Tensor, q: Tensor, width: int | None = None) -> Tensor:
     if g.dtype == torch.bfloat16 and not g.is_cuda:
         # Triton's interpreter cannot multiply bfloat16; float32 holds the same numbers.
         g, q = g.float(), q.float()
-    # Full float32 products have no tensor cores, hence the smaller tile.
-    tile = (64, 64, 32) if g.dtype == torch.float32 else (64, 128, 64)
+    tile = tiles(g.dtype == torch.float32)
     blocks = triton.cdiv(hidden, tile[1])
     partial = torch.empty(blocks, rows, dtype=torch.float32, device=g.device)
     _triangle[(triton.cdiv(rows, tile[0]), blocks)](
@@ -70,11 +69,28 @@ def quadratic_form(g: Tensor, q: Tensor, width: int | None = None) -> Tensor:
         DEPTH=tile[2],
         num_warps=4,
         num_stages=3,
+        enable_fp_fusion=True,
     )
     _join[(triton.cdiv(rows, 128),)](
-        partial, scores, rows, blocks, width or 1, ROOT=width is not None, BLOCK=128, num_warps=4
+        partial,
+        scores,
+        rows,
+        blocks,
+        width or 1,
+        ROOT=width is not None,
+        BLOCK=128,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return scores
+
+
+def tiles(full: bool) -> tuple[int, int, int]:
+    """Return rows, columns and depth of a program's products.
+
+    Full float32 products have no tensor cores, so their sums lie in more registers.
+    """
+    return (64, 64, 32) if full else (64, 128, 64)
 
 
 @triton.jit

@@ -84,10 +84,15 @@ class CenPrune(PruningMethod):
 
     def compared(self, tokens: VisualTokens) -> Tensor:
         if self.form == "qwen":
-            return scale_channels(tokens.features, tokens.valid)
+            return scale_channels(tokens.features, tokens.valid, tokens.tile_sizes())
         return self._host.compared(tokens)
 
     def select(self, rows: Rows) -> Picks:
-        normalise = sigmoid_of_z_score if self.form == "qwen" else min_max
-        weight = normalise(distinctiveness(rows.z, rows.valid), rows.valid)
-        return self._host.select(replace(rows, z=centre(rows.z, rows.valid), weight=weight))
+        z, valid, room = rows.z, rows.valid, rows.room
+        distinct = distinctiveness(z, valid, room)
+        weight = (
+            sigmoid_of_z_score(distinct, valid, room)
+            if self.form == "qwen"
+            else min_max(distinct, valid)
+        )
+        return self._host.select(replace(rows, z=centre(z, valid, room), weight=weight))

@@ -62,19 +62,27 @@ class FoPru(PruningMethod):
         return rows.highest() if self.strategy == "rank" else super().select(rows)
 
     def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Tensor:
-        columns = rows.tokens.grid[1]
-        return tokens[_by_rows(rows.scored[row, tokens], tokens // columns)[:count]]
+        lines, columns = rows.tokens.grid
+        order = _by_rows(rows.scored[row, tokens], tokens // columns, lines)
+        return tokens[order[:count]]
 
 
-def _by_rows(scores: Tensor, row: Tensor) -> Tensor:
+def _by_rows(scores: Tensor, row: Tensor, lines: int) -> Tensor:
     """Return the order of tokens, LongTensor [n]: the best row first, in it the best token first.
 
     Args:
         scores: [n].
         row: LongTensor [n], the row of the grid that each token is in.
+        lines: rows of the grid.
     """
-    sums = scores.new_zeros(int(row.max()) + 1).index_add(0, row, scores)
-    means = sums / torch.bincount(row).clamp(min=1)
+    if scores.device.type == "cpu":
+        sums = scores.new_zeros(lines).index_add(0, row, scores)
+        sizes = torch.bincount(row, minlength=lines)
+    else:  # index_add sums in any order there, bincount waits
+        inside = row == torch.arange(lines, device=row.device)[:, None]
+        sums, sizes = torch.where(inside, scores, 0).sum(dim=1), inside.sum(dim=1)
+    means = sums / sizes.clamp(min=1)
+    # A row of nothing but padding has no tokens to place.
     rank = means.argsort(descending=True, stable=True).argsort()
     order = scores.argsort(descending=True, stable=True)
     return order[rank[row[order]].argsort(stable=True)]

@@ -22,7 +22,8 @@ class Grid(PruningMethod):
         rectangle = valid_rectangle(rows.tokens, row)
         shape = lattice_shape(count, *rectangle[2:]) if rectangle is not None else None
         if rectangle is None or shape is None:
-            return tokens[centres(count, len(tokens)).to(tokens.device)]
+            return tokens[centres(count, len(tokens), tokens.device)]
         top, left, height, width = rectangle
-        down, across = top + centres(shape[0], height), left + centres(shape[1], width)
-        return (down[:, None] * rows.tokens.grid[1] + across).flatten().to(tokens.device)
+        down = top + centres(shape[0], height, tokens.device)
+        across = left + centres(shape[1], width, tokens.device)
+        return (down[:, None] * rows.tokens.grid[1] + across).flatten()

@@ -61,19 +61,22 @@ class HiPrune(PruningMethod):
             tokens[scores[tokens].argsort(descending=True, stable=True)[:count]]
             for scores in (middle, deep)
         )
-        anchors = middle[: round(self.alpha * count / 5)].tolist()
-        buffers = [n for anchor in anchors for n in self._neighbours(anchor, grid)]
-        valid = set(tokens.tolist())
-        # A dictionary keeps the first of equal entries in its place.
-        taken = dict.fromkeys([*anchors, *buffers, *deep.tolist()])
-        kept = [token for token in taken if token in valid][:count]
-        return torch.tensor(kept, dtype=torch.long, device=tokens.device)
+        anchors = middle[: round(self.alpha * count / 5)]
+        order = torch.cat([anchors, self._neighbours(anchors, grid).flatten(), deep])
+        # Every token's first place in that order; what has none, or is padding, comes last.
+        never = order.new_full((grid[0] * grid[1],), len(order))
+        place = never.scatter_reduce(
+            0, order, torch.arange(len(order), device=order.device), "amin"
+        )
+        return tokens[place[tokens].argsort(stable=True)[:count]]
 
-    def _neighbours(self, token: int, grid: tuple[int, int]) -> list[int]:
+    def _neighbours(self, anchors: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the buffers of every anchor [a], [a, 4]; the anchor itself where there is none."""
         rows, cols = grid
+        around = torch.stack([anchors - 1, anchors + 1, anchors - cols, anchors + cols], dim=1)
         if self.wrap_neighbours:
-            around = (token - 1, token + 1, token - cols, token + cols)
-            return [min(max(place, 0), rows * cols - 1) for place in around]
-        row, col = divmod(token, cols)
-        touching = ((row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col))
-        return [r * cols + c for r, c in touching if 0 <= r < rows and 0 <= c < cols]
+            return around.clamp(0, rows * cols - 1)
+        column = anchors % cols
+        beyond = torch.stack([column == 0, column == cols - 1], dim=1)
+        beyond = torch.cat([beyond, (around[:, 2:] < 0) | (around[:, 2:] >= rows * cols)], dim=1)
+        return torch.where(beyond, anchors[:, None], around)

@@ -19,10 +19,17 @@ class LeastSensitive(PruningMethod):
     signal = "projector sensitivity, lowest first"
     paper = "control"
     needs = ("features", "projector")
+    wants = ("projector_hidden",)
     control = True
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return sensitivity(tokens.projector, tokens.features, estimator="exact")
+        return sensitivity(
+            tokens.projector,
+            tokens.features,
+            estimator="exact",
+            compute=tokens.compute,
+            hidden=tokens.extras.get("projector_hidden"),
+        )
 
     def select(self, rows: Rows) -> Picks:
         return top_k(-rows.scored, rows.counts, valid=rows.valid)

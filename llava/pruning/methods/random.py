@@ -28,7 +28,9 @@ class Random(PruningMethod):
     def pick(self, rows: Rows, row: int, count: int, tokens: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self._row_seed(rows.tokens, row, tokens))
         order = torch.randperm(len(tokens), generator=generator)[:count]
-        return tokens[order.to(tokens.device)]
+        if tokens.is_cuda:  # from ordinary memory a copy would wait
+            order = order.pin_memory()
+        return tokens[order.to(tokens.device, non_blocking=True)]
 
     def _row_seed(self, visual: VisualTokens, row: int, tokens: Tensor) -> int:
         image = int(visual.image_index[row])

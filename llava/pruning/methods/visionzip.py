@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from llava.pruning.errors import PruningError
 from llava.pruning.method import Merged, PruningMethod, VisualTokens, option, register
 from llava.pruning.selection.rows import top_k
+from llava.pruning.tokens import true_places
 
 
 @register
@@ -53,10 +54,11 @@ class VisionZip(PruningMethod):
         few = torch.tensor([self._num_contextual(k) for k in counts.tolist()], dtype=torch.long)
         patches = counts - few - int(tokens.class_token)
         dominant = top_k(attention, patches, valid=tokens.valid).indices
+        plan = zip(patches.tolist(), few.tolist(), tokens.tile_sizes(), strict=True)
         return Merged.stack(
             [
-                self._merge_tile(tokens, tile, dominant[tile], count)
-                for tile, count in enumerate(few.tolist())
+                self._merge_tile(tokens, tile, dominant[tile, :kept].sort().values, count, size)
+                for tile, (kept, count, size) in enumerate(plan)
             ]
         )
 
@@ -71,27 +73,38 @@ class VisionZip(PruningMethod):
         return contextual
 
     def _merge_tile(
-        self, tokens: VisualTokens, tile: int, dominant: Tensor, contextual: int
+        self, tokens: VisualTokens, tile: int, dominant: Tensor, contextual: int, size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return projected tokens [K, D], their sources [K, N] and places [K]."""
+        """Return projected tokens [K, D], their sources [K, N] and places [K].
+
+        Args:
+            tokens: the batch.
+            tile: which tile of it.
+            dominant: its dominant patches, LongTensor, ascending.
+            contextual: how many contextual tokens to make.
+            size: how many of its patches are valid.
+        """
         x, z = tokens.features[tile], tokens.projected[tile]
-        dominant = dominant[dominant >= 0].sort().values
-        kept = one_hot(dominant, len(z)).bool()
+        patch = torch.arange(len(z), device=x.device)
+        kept = dominant[:, None] == patch
         free = ~kept.any(dim=0) if tokens.valid is None else tokens.valid[tile] & ~kept.any(dim=0)
         # The class token, if there is one, comes first of all.
         lead = int(tokens.class_token)
-        made = [tokens.extra("cls_feature")[tile].to(x)] if lead else []
+        made = [tokens.extra("cls_feature")[tile].to(x)[None]] if lead else []
         sources = torch.zeros(lead + contextual, len(z), dtype=torch.bool, device=x.device)
-        clusters = _clusters(tokens.extra("encoder_keys")[tile], free, contextual)
-        for row, (target, others) in enumerate(clusters, start=lead):
-            gathered = x[others].sum(dim=0)
+        if contextual:
+            rest = true_places(free, size - len(dominant))
+            targets, others, owner = _clusters(tokens.extra("encoder_keys")[tile], rest, contextual)
+            members = owner == torch.arange(contextual, device=x.device)[:, None]
+            gathered = _sums(x[others], members)
+            amount = members.sum(dim=1, keepdim=True)
             made.append(
-                x[target] + gathered / max(1, len(others))
+                x[targets] + gathered / amount.clamp(min=1)
                 if self.ctx_merge == "sum"
-                else (x[target] + gathered) / (1 + len(others))
+                else (x[targets] + gathered) / (1 + amount)
             )
-            sources[row, target] = sources[row, others] = True
-        new = tokens.projector(torch.stack(made)).to(z.dtype) if made else z[:0]
+            sources[lead:] = (targets[:, None] == patch).index_copy(1, others, members)
+        new = tokens.projector(torch.cat(made)).to(z.dtype) if made else z[:0]
         place = torch.full((lead + contextual,), -2, device=x.device)
         place[:lead] = -1
         return (
@@ -102,15 +115,28 @@ class VisionZip(PruningMethod):
 
 
 @torch.no_grad()
-def _clusters(keys: Tensor, free: Tensor, contextual: int) -> list[tuple[Tensor, Tensor]]:
-    """Return (target, LongTensor of the patches assigned to it) of every contextual token."""
-    if contextual == 0:
-        return []
-    rest = free.nonzero().flatten()
+def _clusters(keys: Tensor, rest: Tensor, contextual: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the targets among `rest`, the other patches, and the target that each belongs to.
+
+    Args:
+        keys: [N, C].
+        rest: LongTensor [r], the patches that are left, ascending.
+        contextual: c, targets wanted.
+
+    Returns:
+        LongTensors [c], [r - c] and, from 0 to c - 1, [r - c].
+    """
     step = max(1, len(rest) // contextual)
-    is_target = torch.zeros_like(rest, dtype=torch.bool)
-    is_target[: step * contextual : step] = True
-    targets, others = rest[is_target], rest[~is_target]
+    last = torch.zeros_like(rest, dtype=torch.uint8)
+    last[: step * contextual : step] = 1
+    others, targets = rest[last.argsort(stable=True)].split([len(rest) - contextual, contextual])
     nearest = normalize(keys[others], dim=-1) @ normalize(keys[targets], dim=-1).T
-    assigned = nearest.argmax(dim=1)
-    return [(target, others[assigned == i]) for i, target in enumerate(targets)]
+    return targets, others, nearest.argmax(dim=1)
+
+
+def _sums(x: Tensor, members: Tensor) -> Tensor:
+    """Return the sum of x [r, C] over every cluster of BoolTensor members [c, r]: [c, C]."""
+    if x.device.type == "cpu":
+        return torch.stack([x[inside].sum(dim=0) for inside in members])
+    # How many there are of each is not known on the host: a product of a fixed shape.
+    return (members.float() @ x.float()).to(x.dtype)

@@ -38,6 +38,7 @@ class Zoo(PruningMethod):
     signal = "projector sensitivity x max-min cosine distance"
     paper = "CVPR 2026, arXiv 2509.24837"
     needs = ("features", "projector")
+    wants = ("projector_hidden",)
     fidelity = "vectors"
 
     directions: int = option(64, at_least=1)
@@ -58,7 +59,9 @@ class Zoo(PruningMethod):
         return self.fusion != "sensitivity"
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        projector = tokens.projector
+        projector, hidden = tokens.projector, tokens.extras.get("projector_hidden")
+        if self.projector_rank is not None:
+            hidden = None  # another first layer
         if self.projector_rank is not None and self.projector_weights == "untrained":
             projector = untrained(projector, self.projector_rank, self.seed)
         elif self.projector_rank is not None:
@@ -70,6 +73,8 @@ class Zoo(PruningMethod):
             step=self.step,
             seed=self.seed,
             precision=self.precision,
+            compute=tokens.compute,
+            hidden=hidden,
         )
 
     def select(self, rows: Rows) -> Picks:

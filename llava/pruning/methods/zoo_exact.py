@@ -23,6 +23,7 @@ class ZooExact(PruningMethod):
     signal = "exact projector sensitivity x max-min cosine distance"
     paper = "this project, after arXiv 2509.24837"
     needs = ("features", "projector")
+    wants = ("projector_hidden",)
     fidelity = "vectors"
 
     fusion: str = option("multiply", choices=FUSIONS)
@@ -33,10 +34,12 @@ class ZooExact(PruningMethod):
         return self.fusion != "sensitivity"
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        projector = tokens.projector
+        projector, hidden = tokens.projector, tokens.extras.get("projector_hidden")
         if self.projector_rank is not None:
-            projector = low_rank(projector, self.projector_rank)
-        return sensitivity(projector, tokens.features, estimator="exact")
+            projector, hidden = low_rank(projector, self.projector_rank), None
+        return sensitivity(
+            projector, tokens.features, estimator="exact", compute=tokens.compute, hidden=hidden
+        )
 
     def select(self, rows: Rows) -> Picks:
         return fuse(rows, self.fusion)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.late_checks import refuse_if
 from llava.pruning.selection.max_min import first_argmax
 from llava.pruning.selection.rows import Picks
 
@@ -35,25 +36,32 @@ def cover(
     Raises:
         PruningError: a similarity is NaN or inf, or k is above n.
     """
-    if not similarity.isfinite().all():
-        raise PruningError("similarities contain NaN or inf")
+    refuse_if(similarity.device, lambda: ~similarity.isfinite(), _no_similarities)
     count = similarity.shape[1]
     if not 0 <= k <= count:
         raise PruningError(f"cannot pick {k} of {count} tokens")
     best = similarity.new_zeros(similarity.shape[0], 1)
     taken = torch.zeros(count, dtype=torch.bool, device=similarity.device)
-    others = count if last is None else count - int(last.sum())
-    picks = torch.empty(k, dtype=torch.long, device=similarity.device)
-    margins = similarity.new_empty(k)
+    others = None if last is None else count - last.sum()
+    picks: list[Tensor] = []
+    margins = []
     added = torch.empty_like(similarity)  # fresh memory of this size costs more than the sums
     for step in range(k):
         torch.sub(similarity, best, out=added)
-        closed = taken if last is None or step >= others else taken | last
+        closed = taken if last is None or others is None else taken | (last & (others > step))
         gain = added.clamp_min_(0).sum(dim=0)
         own = (gain if score is None else score(gain)).masked_fill_(closed, -torch.inf)
-        pick = first_argmax(own)
-        taken = taken.scatter(0, pick[None], True)
+        pick = first_argmax(own[None])
+        taken = taken.scatter(0, pick, True)
         passed_over = own.masked_fill(taken, -torch.inf).amax()
-        picks[step], margins[step] = pick, own[pick] - passed_over
-        best = torch.maximum(best, similarity[:, pick[None]])
-    return Picks(picks, margins)
+        picks.append(pick)
+        margins.append(own.gather(0, pick) - passed_over)
+        column = similarity.gather(1, pick.expand(len(best), 1))  # quick in both memory layouts
+        best = torch.maximum(best, column)
+    if not picks:
+        return Picks(taken.new_empty(0, dtype=torch.long), similarity.new_empty(0))
+    return Picks(torch.cat(picks), torch.cat(margins))
+
+
+def _no_similarities() -> PruningError:
+    return PruningError("similarities contain NaN or inf")

@@ -25,9 +25,9 @@ def lattice_shape(k: int, rows: int, cols: int) -> tuple[int, int] | None:
     )
 
 
-def centres(count: int, size: int) -> Tensor:
+def centres(count: int, size: int, device: torch.device | None = None) -> Tensor:
     """Return floor((i + .5) * size / count), the centres of equal parts: LongTensor [count]."""
-    return (2 * torch.arange(count) + 1) * size // (2 * count)
+    return (2 * torch.arange(count, device=device) + 1) * size // (2 * count)
 
 
 def valid_rectangle(visual: VisualTokens, tile: int) -> Rectangle | None:
