@@ -61,8 +61,9 @@ def sensitivity(
             [N, H] in a list for features [T, N, Dv]. None: computed here, where they are used.
 
     Nudges, differences, derivatives and sums are float32 at least: in half precision most of the
-    nudge is rounded away, and noise that grows with the token is added. Every [N, Dv] row of the leading shape is
-    scored by itself, so an image has the same scores bit for bit alone and in a batch.
+    nudge is rounded away, and noise that grows with the token is added. Every [N, Dv] row of the
+    leading shape is scored by itself, so an image has the same scores bit for bit alone and in a
+    batch.
 
     Returns:
         [..., N] in float32 (float64 if `features` are float64).
