@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 class _Entry(NamedTuple):
-    """A cached value, and the weights that it was computed from: see `_state` and `_checksums`."""
+    """A cached value, and the weights that it was computed from: see `_state` and `_checksum`."""
 
     state: Hashable
     checksums: list[Tensor]
@@ -39,14 +39,15 @@ class WeightCache:
         were written to through `.data` are noticed by a checksum: at once on the CPU, elsewhere by
         a late check, which does not wait for the device and forgets the module.
         """
-        state = _state(module)
+        weights = [*module.parameters()]
+        state = _state(weights)
         with self._lock:  # a WeakKeyDictionary is not made for several threads
             known = self._entries.setdefault(module, {}).get(key)
-        if known is not None and known.state == state and not _changed_here(module, known):
-            _check_elsewhere(module, known)
+        if known is not None and known.state == state and not _changed_here(weights, known):
+            _check_elsewhere(module, weights, known)
             return cast(Value, known.value)
         with outside_autocast(), torch.inference_mode(False), torch.no_grad():
-            entry = _Entry(state, _checksums(module), compute())
+            entry = _Entry(state, [_checksum(weight.detach()) for weight in weights], compute())
         with self._lock:
             self._entries.setdefault(module, {})[key] = entry
         return cast(Value, entry.value)
@@ -70,41 +71,40 @@ def forget(projector: nn.Module) -> None:
         cache.forget(projector)
 
 
-def _state(module: nn.Module) -> Hashable:
+def _state(weights: list[nn.Parameter]) -> Hashable:
     """Return what changes when a parameter is assigned, moved or written to, except by `.data`."""
     return tuple(
         (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device, p.shape)
-        for p in module.parameters()
+        for p in weights
     )
 
 
-def _checksums(module: nn.Module) -> list[Tensor]:
-    """Return the sum of every parameter's bits, read as integers: int64 scalars on its device."""
-    return [_checksum(parameter.detach()) for parameter in module.parameters()]
-
-
 def _checksum(weight: Tensor) -> Tensor:
-    """Add up the bits of a tensor, read as integers that are as wide as its layout allows."""
+    """Add up the bits of a tensor, read as integers: an int64 scalar on its device.
+
+    The integers are as wide as its layout allows.
+    """
     words = weight.contiguous().flatten()
+    size = words.element_size()
     for kind in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        if words.numel() * words.element_size() % kind.itemsize == 0:
+        if all(n * size % kind.itemsize == 0 for n in (words.numel(), words.storage_offset())):
             break
     # Integers wrap around, so the sum does not depend on its order; int64 is summed fastest.
     return words.view(kind).sum(dtype=torch.int64)
 
 
-def _changed_here(module: nn.Module, known: _Entry) -> bool:
+def _changed_here(weights: list[nn.Parameter], known: _Entry) -> bool:
     """Return whether the checksum of a parameter on the CPU differs from the cached one."""
     return any(
         parameter.device.type == "cpu" and not torch.equal(_checksum(parameter.detach()), before)
-        for parameter, before in zip(module.parameters(), known.checksums, strict=True)
+        for parameter, before in zip(weights, known.checksums, strict=True)
     )
 
 
-def _check_elsewhere(module: nn.Module, known: _Entry) -> None:
+def _check_elsewhere(module: nn.Module, weights: list[nn.Parameter], known: _Entry) -> None:
     """Refuse weights on an accelerator whose checksum differs from the cached one."""
     pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-    for parameter, before in zip(module.parameters(), known.checksums, strict=True):
+    for parameter, before in zip(weights, known.checksums, strict=True):
         if parameter.device.type != "cpu":
             pairs.setdefault(parameter.device, []).append((parameter.detach(), before))
 
