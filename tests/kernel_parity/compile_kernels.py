@@ -52,22 +52,25 @@ def jobs() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, Any
     constants = {"scale": None, "weights": None, "ADDS": False, "BLOCK": 1024}
     types["width"] = types.pop("width", "i32")
     made["max-min bare"] = (max_min._pick_rows, types, constants, {"num_warps": 4})
-    for dtype in ("bf16", "fp16", "fp32"):
-        kernels = {"g": f"*{dtype}", "q": f"*{dtype}", "partial": "*fp32"}
-        sizes = {"rows": "i32", "hidden": "i32"}
-        shape = dict(
-            zip(("ROWS", "COLUMNS", "DEPTH"), quadratic.tiles(dtype == "fp32"), strict=True)
-        )
+    for precision, parts in quadratic.PARTS.items():
+        types = dict.fromkeys(("g", "slope", "partial"), "*fp32")
+        types |= {"folded": "*bf16" if parts else "*fp32", "rows": "i32", "hidden": "i32"}
+        shape = zip(("ROWS", "COLUMNS", "DEPTH"), quadratic.tiles(parts), strict=True)
         options = {"num_warps": 4, "num_stages": 3}
-        made[f"triangle {dtype}"] = (quadratic._triangle, {**kernels, **sizes}, shape, options)
-        for kind in ("gelu", "gelu_tanh", "silu", "relu"):
-            types = {"hidden": "*bf16", "made": f"*{dtype}", "total": "i32"}
-            constants = {"KIND": kind, "BLOCK": 1024}
-            made[f"{kind} {dtype}"] = (quadratic._derivative, types, constants, {"num_warps": 4})
+        constants = {"PARTS": parts, **dict(shape)}
+        made[f"triangle {precision}"] = (quadratic._triangle, types, constants, options)
+    for kind in ("gelu", "gelu_tanh", "silu", "relu"):
+        types = {
+            **dict.fromkeys(("hidden", "centre", "made"), "*fp32"),
+            "total": "i32",
+            "width": "i32",
+        }
+        constants = {"KIND": kind, "BLOCK": 1024}
+        made[kind] = (quadratic._derivative, types, constants, {"num_warps": 4})
     for root in (False, True):
-        types = {"partial": "*fp32", "scores": "*fp32", "rows": "i32", "blocks": "i32"}
+        types = dict.fromkeys(("partial", "constant", "scores"), "*fp32")
+        types |= dict.fromkeys(("rows", "blocks", "width"), "i32")
         constants = {"ROOT": root, "BLOCK": 128}
-        types["width"] = "i32"
         made[f"join {root}"] = (quadratic._join, types, constants, {"num_warps": 4})
     return made
 

@@ -20,6 +20,7 @@ from llava.pruning.importance.triangular import (
     triangular_factor,
 )
 from llava.pruning.importance.weight_cache import WeightCache
+from llava.pruning.kernels import usable
 
 # Elementwise work of a CPU is done in pieces that stay in its caches.
 PIECE_BYTES = 2**20
@@ -65,6 +66,16 @@ def exact(projector: nn.Module, parts: TwoLayer, hidden: Tensor, precision: str)
     """
     dtype, narrow = hidden.dtype, factor_type(precision, hidden.dtype)
     folded, tangent = _forms.get(projector, (dtype, narrow), lambda: _form(parts, dtype, narrow))
+    if tangent is not None and dtype == torch.float32 and usable(hidden):
+        from llava.pruning.kernels import quadratic
+
+        kind = quadratic.derivative_kind(parts.act)
+        if kind is not None:
+            centre, slope, constant = tangent
+            g = quadratic.activation_derivative(hidden, kind, centre)
+            return quadratic.quadratic_form(
+                g, folded, precision, slope=slope, constant=constant, width=parts.first.in_features
+            )
     g = derivative(parts.act, hidden)
     if tangent is None:
         squares = quadratic_form(g, folded, precision)
