@@ -17,7 +17,10 @@ from llava.eval.__main__ import build_parser
 from llava.eval.commands import table as table_command
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("chat", "run", "quickstart", "compare", "table", "paper-table", "prepare", "methods")
+NAMES = (
+    *("chat", "run", "quickstart", "compare", "table", "paper-table", "prepare", "bench"),
+    "methods",
+)
 
 
 def test_it_is_installed_as_a_script() -> None:
@@ -46,7 +49,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["quikstart"], "unknown command 'quikstart'; did you mean 'quickstart'?"),
         (["papertable"], "did you mean 'paper-table' or 'table'?"),
         (["serve"], "unknown command 'serve'; "),
-        (["xyzzy"], "valid: chat, compare, "),
+        (["xyzzy"], "valid: bench, chat, compare, "),
         ([], "give a command: chat, "),
         ([""], "give a command: chat, "),
     ],

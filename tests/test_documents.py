@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import llava
+from llava.bench import command as bench
 from llava.cli import COMMANDS
 from llava.eval import __main__ as evaluation
 from llava.eval import run_llava
@@ -78,8 +79,8 @@ def understand(words: list[str]) -> object:
     if name == "--help":
         return None
     assert name in COMMANDS
-    if name == "chat":
-        return chat.build_parser().parse_args(rest)
+    if name in ("chat", "bench"):
+        return {"chat": chat, "bench": bench}[name].build_parser().parse_args(rest)
     return (pruning if name == "methods" else evaluation).build_parser().parse_args([name, *rest])
 
 

@@ -21,7 +21,7 @@ from llava.pruning.kernels.reductions import warps
 
 SIZES = (576, 2880, 11_520, 16_384)
 # Sizes that are multiples of 16 at LLaVA's shapes, which triton is told as it would find out.
-ALIGNED = ("size", "hidden", "rows", "total")
+ALIGNED = ("size", "hidden", "rows")
 SELECTION = {"counts": "*i64", "indices": "*i64", "margins": "*fp32", "valid": "*i1"}
 
 
@@ -52,26 +52,25 @@ def jobs() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, Any
     constants = {"scale": None, "weights": None, "ADDS": False, "BLOCK": 1024}
     types["width"] = types.pop("width", "i32")
     made["max-min bare"] = (max_min._pick_rows, types, constants, {"num_warps": 4})
-    for precision, parts in quadratic.PARTS.items():
-        types = dict.fromkeys(("g", "slope", "partial"), "*fp32")
-        types |= {"folded": "*bf16" if parts else "*fp32", "rows": "i32", "hidden": "i32"}
-        shape = zip(("ROWS", "COLUMNS", "DEPTH"), quadratic.tiles(parts), strict=True)
+    for dtype in ("bf16", "fp16", "fp32"):
+        kernels = {"d": f"*{dtype}", "u": f"*{dtype}", "partial": "*fp32"}
+        sizes = {"rows": "i32", "hidden": "i32"}
+        shape = dict(
+            zip(("ROWS", "COLUMNS", "DEPTH"), quadratic.tiles(dtype == "fp32"), strict=True)
+        )
         options = {"num_warps": 4, "num_stages": 3}
-        constants = {"PARTS": parts, **dict(shape)}
-        made[f"triangle {precision}"] = (quadratic._triangle, types, constants, options)
-    for kind in ("gelu", "gelu_tanh", "silu", "relu"):
-        types = {
-            **dict.fromkeys(("hidden", "centre", "made"), "*fp32"),
-            "total": "i32",
-            "width": "i32",
-        }
-        constants = {"KIND": kind, "BLOCK": 1024}
-        made[kind] = (quadratic._derivative, types, constants, {"num_warps": 4})
-    for root in (False, True):
-        types = dict.fromkeys(("partial", "constant", "scores"), "*fp32")
-        types |= dict.fromkeys(("rows", "blocks", "width"), "i32")
-        constants = {"ROOT": root, "BLOCK": 128}
-        made[f"join {root}"] = (quadratic._join, types, constants, {"num_warps": 4})
+        made[f"triangle {dtype}"] = (quadratic._triangle, {**kernels, **sizes}, shape, options)
+        for kind in ("gelu", "gelu_tanh", "silu", "relu"):
+            types = dict.fromkeys(("centre", "slope", "linear"), "*fp32")
+            types |= {"hidden": "*bf16", "made": f"*{dtype}", "width": "i32"}
+            constants = {"KIND": kind, "BLOCK": 1024}
+            made[f"{kind} {dtype}"] = (quadratic._derivative, types, constants, {"num_warps": 4})
+    types = dict.fromkeys(("partial", "linear", "constant", "scores"), "*fp32")
+    types |= {"rows": "i32", "blocks": "i32", "width": "i32"}
+    made["join"] = (quadratic._join, types, {"BLOCK": 128}, {"num_warps": 4})
+    types = {"scores": "*fp32", "weights": "*fp32", "size": "i32", "flat": "fp32"}
+    constants = {"valid": None, "BLOCK": 1024}
+    made["min-max"] = (normalise._min_max, types, constants, {"num_warps": 4})
     return made
 
 

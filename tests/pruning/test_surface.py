@@ -82,9 +82,8 @@ def test_list(capsys) -> None:
     assert lines[1] == "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     (zoo,) = [line for line in lines if line.startswith("| zoo |")]
     signal = "projector sensitivity x max-min cosine distance"
-    assert zoo.startswith(
-        f"| zoo | {signal} | features, projector | no | no | vectors | 95.5 [1], "
-    )
+    needs = "features, projector, (projector_hidden)"
+    assert zoo.startswith(f"| zoo | {signal} | {needs} | no | no | vectors | 95.5 [1], ")
     assert zoo.endswith(" | CVPR 2026, arXiv 2509.24837 |")
 
 

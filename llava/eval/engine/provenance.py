@@ -15,6 +15,7 @@ import torch
 from llava.eval.engine.request import RunRequest
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.model.multimodal_encoder.builder import resolve_vision_tower
+from llava.pruning.precision import multiplies_bf16_fast
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Everything that can change an answer. Tables, plots and the command line cannot.
@@ -54,6 +55,8 @@ def identify(request: RunRequest) -> dict[str, Any]:
         "device": kind_of_device(model.device),
         # Other numbers of threads may round differently.
         "threads": torch.get_num_threads(),
+        # `compute=auto` goes by it.
+        "bf16_products": multiplies_bf16(model.device),
     }
     whole = {
         "config": config,
@@ -82,6 +85,11 @@ def kind_of_device(device: str) -> str:
     """Return the type of the device that the loader chooses: another one may round differently."""
     kind = torch.device("cuda" if device == "auto" else device).type
     return "cpu" if kind == "cuda" and not torch.cuda.is_available() else kind
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Return whether scores of 16-bit models come from bfloat16 products (`compute=auto`)."""
+    return multiplies_bf16_fast(torch.device(kind_of_device(device)))
 
 
 def hash_json(value: Any) -> str:
@@ -143,6 +151,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "device": device,
+        "bf16_products": multiplies_bf16(device),
     }
     if device.startswith("cuda"):
         described["gpu"] = torch.cuda.get_device_name(device)

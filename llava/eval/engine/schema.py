@@ -87,7 +87,7 @@ class RunInfo(TypedDict):
     arms: dict[str, ArmSetting]
     command: str
     git: dict[str, Any] | None  # commit, dirty
-    machine: dict[str, Any]  # platform, cpu_count, torch_threads, device, gpu
+    machine: dict[str, Any]  # as docs/results_schema.md lists it
     processes: int
     batches: int
     reused_batches: int  # answered by an earlier attempt

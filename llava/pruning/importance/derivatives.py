@@ -31,4 +31,4 @@ def derivative(act: nn.Module, hidden: Tensor) -> Tensor:
 
     One pass of the kernel that training uses, instead of the several of `torch.func.jvp`.
     """
-    return _BACKWARD[type(act)](act, torch.ones_like(hidden), hidden)
+    return _BACKWARD[type(act)](act, hidden.new_ones(()).expand_as(hidden), hidden)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llava.pruning.errors import PruningError
 from llava.pruning.importance import two_layer as closed_forms
 from llava.pruning.importance.projectors import TwoLayer, evaluating, linear_matrix, two_layer
+from llava.pruning.kernels import usable
 from llava.pruning.precision import COMPUTE, outside_autocast, product_precision
 from llava.registry import unknown
 
@@ -60,9 +61,10 @@ def sensitivity(
         hidden: their pre-activations W1 x + b1, [..., N, H], where these are known; tensors
             [N, H] in a list for features [T, N, Dv]. None: computed here, where they are used.
 
-    Everything else is computed in float32 at least: in half precision most of the nudge is rounded
-    away, and noise that grows with the token is added. Every [N, Dv] row of the leading shape is
-    scored by itself, so an image has the same scores bit for bit alone and in a batch.
+    Nudges, differences, derivatives and sums are float32 at least: in half precision most of the
+    nudge is rounded away, and noise that grows with the token is added. Every [N, Dv] row of the
+    leading shape is scored by itself, so an image has the same scores bit for bit alone and in a
+    batch.
 
     Returns:
         [..., N] in float32 (float64 if `features` are float64).
@@ -84,9 +86,16 @@ def sensitivity(
             score = _as_released(projector, bank, step, dtype)
         elif parts is not None:
             _check_width(parts.first.in_features, bank)
+            if hidden is not None:
+                hidden = _hidden_tiles(hidden, len(tiles), features.shape[-2], parts)
+            fast = estimator == "exact" and products == "bf16" and dtype == torch.float32
+            kind = _kernel_for(parts.act) if fast and usable(features) else None
+            if kind is not None:
+                scores = _scores_by_kernels(projector, parts, tiles, hidden, kind)
+                return scores.reshape(features.shape[:-1])
             score = _closed_form(projector, parts, estimator, bank, step, products)
             if hidden is not None:
-                tiles = _hidden_tiles(hidden, len(tiles), features.shape[-2], parts)
+                tiles = hidden
             else:
                 score = _after_first_layer(score, parts)
         else:
@@ -197,6 +206,27 @@ def _closed_form(
     return lambda hidden: closed_forms.zeroth_order(
         projector, parts, hidden, bank, step, products, CHUNK_BYTES
     )
+
+
+def _kernel_for(act: nn.Module) -> str | None:
+    """Return what kernels call the derivative of an activation; None if they have none."""
+    from llava.pruning.kernels.quadratic import derivative_kind
+
+    return derivative_kind(act)
+
+
+def _scores_by_kernels(
+    projector: nn.Module,
+    parts: TwoLayer,
+    tiles: Sequence[Tensor],
+    hidden: Sequence[Tensor] | None,
+    kind: str,
+) -> Tensor:
+    """Return the exact scores of all tiles [T * N]; their first layer runs tile by tile."""
+    if hidden is None:
+        hidden = [closed_forms.pre_activations(parts, tile) for tile in tiles]
+    rows = hidden[0] if len(hidden) == 1 else torch.cat([*hidden])
+    return closed_forms.exact_by_kernels(projector, parts, rows, kind)
 
 
 def _after_first_layer(score: Function, parts: TwoLayer) -> Function:

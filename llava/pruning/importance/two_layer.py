@@ -20,7 +20,6 @@ from llava.pruning.importance.triangular import (
     triangular_factor,
 )
 from llava.pruning.importance.weight_cache import WeightCache
-from llava.pruning.kernels import usable
 
 # Elementwise work of a CPU is done in pieces that stay in its caches.
 PIECE_BYTES = 2**20
@@ -66,16 +65,6 @@ def exact(projector: nn.Module, parts: TwoLayer, hidden: Tensor, precision: str)
     """
     dtype, narrow = hidden.dtype, factor_type(precision, hidden.dtype)
     folded, tangent = _forms.get(projector, (dtype, narrow), lambda: _form(parts, dtype, narrow))
-    if tangent is not None and dtype == torch.float32 and usable(hidden):
-        from llava.pruning.kernels import quadratic
-
-        kind = quadratic.derivative_kind(parts.act)
-        if kind is not None:
-            centre, slope, constant = tangent
-            g = quadratic.activation_derivative(hidden, kind, centre)
-            return quadratic.quadratic_form(
-                g, folded, precision, slope=slope, constant=constant, width=parts.first.in_features
-            )
     g = derivative(parts.act, hidden)
     if tangent is None:
         squares = quadratic_form(g, folded, precision)
@@ -84,6 +73,26 @@ def exact(projector: nn.Module, parts: TwoLayer, hidden: Tensor, precision: str)
         squares = quadratic_form(g, folded, precision) + (g @ tangent.slope + tangent.constant)
     # Q is positive semidefinite; clamp what rounding leaves below zero.
     return squares.clamp_min_(0).div_(parts.first.in_features).sqrt_()
+
+
+def exact_by_kernels(projector: nn.Module, parts: TwoLayer, hidden: Tensor, kind: str) -> Tensor:
+    """Return `exact` with products in bfloat16, [R], by kernels that take all tiles at once.
+
+    A row gives the same whatever other rows there are.
+
+    Args:
+        projector, parts: as in `exact`.
+        hidden: [R, H] pre-activations, any type but float64.
+        kind: see `derivative_kind`.
+    """
+    from llava.pruning.kernels.quadratic import centred_derivative
+    from llava.pruning.kernels.quadratic import quadratic_form as fused_form
+
+    dtype, narrow = torch.float32, torch.bfloat16
+    folded, tangent = _forms.get(projector, (dtype, narrow), lambda: _form(parts, dtype, narrow))
+    assert tangent is not None  # it always has one in bfloat16
+    d, linear = centred_derivative(hidden, kind, tangent.centre, tangent.slope, narrow)
+    return fused_form(d, folded, linear, tangent.constant, parts.first.in_features)
 
 
 def _form(

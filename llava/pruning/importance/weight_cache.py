@@ -103,9 +103,14 @@ def _changed_here(module: nn.Module, known: _Entry) -> bool:
 
 def _check_elsewhere(module: nn.Module, known: _Entry) -> None:
     """Refuse weights on an accelerator whose checksum differs from the cached one."""
+    pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for parameter, before in zip(module.parameters(), known.checksums, strict=True):
+        if parameter.device.type != "cpu":
+            pairs.setdefault(parameter.device, []).append((parameter.detach(), before))
 
-    def differs(weight: Tensor, before: Tensor) -> Tensor:
-        return _checksum(weight) != before
+    def differ(of_device: list[tuple[Tensor, Tensor]]) -> Tensor:
+        now, then = zip(*((_checksum(weight), before) for weight, before in of_device), strict=True)
+        return torch.stack(now) != torch.stack(then)
 
     def explain() -> PruningError:
         forget(module)
@@ -114,6 +119,5 @@ def _check_elsewhere(module: nn.Module, known: _Entry) -> None:
             "them; call llava.pruning.forget(projector) after such a change, and run again"
         )
 
-    for parameter, before in zip(module.parameters(), known.checksums, strict=True):
-        if parameter.device.type != "cpu":
-            refuse_if(parameter.device, partial(differs, parameter.detach(), before), explain)
+    for device, of_device in pairs.items():
+        refuse_if(device, partial(differ, of_device), explain)

@@ -1,0 +1,73 @@
+"""The arms of a bench: the unpruned model, a pruner that costs nothing, and methods x budgets."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava.eval.engine.request import UNPRUNED, split_word
+from llava.pruning import PruningConfig
+
+FREE = "free"
+
+
+@dataclass(frozen=True)
+class BenchArm:
+    """One setting of a bench.
+
+    Attributes:
+        name: `none`, `free@64`, `zoo@64`, `zoo:directions=32@64`.
+        pruning: the setting. Of a free arm, the one that says how many tokens are kept.
+        free: the indices are given and the arm only gathers.
+    """
+
+    name: str
+    pruning: PruningConfig | None = None
+    free: bool = False
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens to keep of an image; None without pruning."""
+        return None if self.pruning is None else self.pruning.keep_tokens
+
+    @property
+    def method(self) -> str:
+        """The name without the budget."""
+        return self.name.rpartition("@")[0] or self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON, which `from_dict` reads."""
+        pruning = None if self.pruning is None else self.pruning.to_dict()
+        return {"name": self.name, "pruning": pruning, "free": self.free}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "BenchArm":
+        """Read `to_dict()` output."""
+        return cls(data["name"], PruningConfig.read(data["pruning"]), data["free"])
+
+
+def make_arms(
+    methods: Sequence[str], budgets: Sequence[int], choices: Mapping[str, Any]
+) -> list[BenchArm]:
+    """Return all arms in the order in which they are run.
+
+    Args:
+        methods: `zoo` or `zoo:directions=32`.
+        budgets: tokens to keep of an image.
+        choices: settings of the stage for every method, such as `allocation`.
+
+    Raises:
+        PruningError: a method or an option that does not exist, or settings that do not go
+            together.
+    """
+    arms = [BenchArm(UNPRUNED)]
+    free = {name: choices[name] for name in ("allocation", "newline") if name in choices}
+    for budget in budgets:
+        arms.append(
+            BenchArm(f"{FREE}@{budget}", PruningConfig.of("grid", keep_tokens=budget, **free), True)
+        )
+    for word in dict.fromkeys(methods):
+        method, _, options = split_word(word)
+        for budget in budgets:
+            config = PruningConfig.of(method, keep_tokens=budget, **options, **choices)
+            arms.append(BenchArm(f"{word}@{budget}", config))
+    return arms

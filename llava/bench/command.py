@@ -1,0 +1,218 @@
+"""`llava bench`: what pruning costs and saves on this machine, stage by stage.
+
+llava bench                                            llava-tiny's shapes, about a minute
+llava bench --config llava-1.5-7b --layers 2 --dtype bfloat16 --output 7b.json
+llava bench --from 7b.json --plot 7b.png               tables and picture of a file
+llava bench --scaling --output scaling.json            the stage alone, over sizes
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.bench.arms import make_arms
+from llava.bench.configs import NAMES, SHAPES, shape_of
+from llava.bench.plots import draw_bench, draw_scaling
+from llava.bench.report import render
+from llava.bench.run import Plan, run_bench
+from llava.bench.scaling import DEFAULT, METHODS, render_scaling, run_scaling
+from llava.bench.schema import read_bench
+from llava.command_line import DTYPES, OneLineParser, device_name, one_line_errors, positive
+from llava.eval.engine import provenance
+from llava.markdown import add_update_flag, fill_sections
+from llava.pruning.config import CHOICES
+from llava.shipped import LLAVA_TINY
+from llava.storage import write_atomically
+from llava.utils import UserInputError
+
+PRUNERS = ("zoo-exact", "divprune", "zoo")
+# Not offered: where kept tokens stand changes no time.
+_WITHOUT = ("positions",)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "llava bench") -> int:
+    """Run the command; 0 if it did its work, 2 with one line on stderr for unusable input."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser(prog)
+    args = parser.parse_args(words)
+    with one_line_errors(parser):
+        _check(args)
+        if args.source is not None:
+            result = read_bench(args.source)
+        else:
+            facts = describe_run(shlex.join([*prog.split(), *words]), args.device, args.commit)
+            result = _scale(args, facts) if args.scaling else _bench(args, facts)
+        _show(args, result)
+    return 0
+
+
+def build_parser(prog: str = "llava bench") -> OneLineParser:
+    """Return the parser of the command."""
+    parser = OneLineParser(prog=prog, description="What pruning costs and saves on this machine.")
+    add = parser.add_argument
+    add("--model-path", help="checkpoint folder or hub name")
+    add(
+        "--config", help=f"or a shape with random weights: {', '.join(NAMES)}; default {LLAVA_TINY}"
+    )
+    add(
+        "--pruner",
+        type=_words,
+        metavar="METHOD,...",
+        help=f"methods, options after a colon as in zoo:directions=32; default {','.join(PRUNERS)}",
+    )
+    add("--keep-tokens", type=_numbers, metavar="N,...", help="budgets; default: the papers'")
+    for name, (values, summary) in CHOICES.items():
+        if name not in _WITHOUT:
+            add(f"--{name}", choices=values, help=f"{summary}; default {values[0]}")
+    add("--batch", type=_numbers, default=(1,), metavar="N,...", help="images a batch; default 1")
+    add(
+        "--answer",
+        type=_numbers,
+        default=(1, 16, 128),
+        metavar="N,...",
+        help="lengths of answers in tokens; default 1,16,128",
+    )
+    add("--text-tokens", type=positive, default=60, help="of a prompt beside its image; default 60")
+    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--dtype", choices=DTYPES, help="by default bfloat16, float32 on the CPU")
+    add("--layers", type=positive, help="decoder layers to run; times are scaled to all of them")
+    add("--repeats", type=positive, default=10, help="how often every arm is run; default 10")
+    add("--compare-with", type=Path, metavar="CHECKOUT", help="run another source tree's arms too")
+    add("--scaling", action="store_true", help="the stage alone, over sizes")
+    add("--seconds", type=float, default=2.0, help="of every size in --scaling; default 2")
+    add("--output", type=Path, metavar="JSON", help="write raw times, after every repeat")
+    add("--commit", help="of this source, where git cannot tell")
+    add("--from", dest="source", type=Path, metavar="JSON", help="read a file, run nothing")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables")
+    add("--plot", type=Path, metavar="PNG", help="draw the picture")
+    add_update_flag(
+        parser, "write the tables between the markers of this file that are called as the JSON file"
+    )
+    return parser
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Read METHOD[:KEY=VALUE[,KEY=VALUE]],...; a word with `=` belongs to the method before it."""
+    words: list[str] = []
+    for part in text.split(","):
+        name, equals, _ = part.partition("=")
+        if equals and ":" not in name and words:
+            words[-1] += f",{part}"
+        else:
+            words.append(part)
+    return tuple(words)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together, before anything is built."""
+    if args.model_path and args.config:
+        raise UserInputError("give --model-path or --config, not both")
+    if args.layers and args.model_path:
+        raise UserInputError("--layers needs --config: a checkpoint runs with all its layers")
+    if args.update and not (args.output or args.source):
+        raise UserInputError("--update needs --output or --from: its section is called as the file")
+    if not args.scaling:
+        return
+    for name in ("model_path", "config", "layers", "keep_tokens", "compare_with"):
+        if getattr(args, name):
+            raise UserInputError(
+                f"--scaling has sizes of its own; leave out --{name.replace('_', '-')}"
+            )
+
+
+def describe_run(command: str, device: str, commit: str | None) -> dict[str, Any]:
+    """Return command, commit, versions and machine, as files of results have them."""
+    state = {"commit": commit, "dirty": None} if commit else provenance.git_state()
+    return {
+        "command": command,
+        "commit": state,
+        "versions": provenance.package_versions(),
+        "machine": provenance.machine(str(resolve_device(device))),
+    }
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `auto` means here; another name as it is.
+
+    Raises:
+        UserInputError: a GPU that is not there.
+    """
+    found = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if found else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not found:
+        raise UserInputError(f"--device {name}: torch finds no CUDA GPU here; use cpu or auto")
+    return device
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    device = resolve_device(args.device)
+    return args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+
+
+def _bench(args: argparse.Namespace, facts: dict[str, Any]) -> Any:
+    config = None if args.model_path else args.config or LLAVA_TINY
+    budgets = args.keep_tokens
+    if budgets is None:
+        budgets = shape_of(config).budgets if config else SHAPES["llava-1.5-7b"].budgets
+    choices = {
+        name: getattr(args, name)
+        for name in CHOICES
+        if name not in _WITHOUT and getattr(args, name) is not None
+    }
+    arms = make_arms(args.pruner or PRUNERS, budgets, choices)
+    plan = Plan(
+        config,
+        args.model_path,
+        str(resolve_device(args.device)),
+        _dtype(args),
+        args.layers,
+        args.text_tokens,
+        tuple(arm.to_dict() for arm in arms),
+        args.batch,
+        args.answer,
+        args.repeats,
+    )
+    return run_bench(plan, facts, args.output, args.compare_with, say=_say)
+
+
+def _scale(args: argparse.Namespace, facts: dict[str, Any]) -> Any:
+    return run_scaling(
+        args.pruner or METHODS,
+        facts,
+        device=resolve_device(args.device),
+        dtype=getattr(torch, _dtype(args)),
+        seconds=args.seconds,
+        output=args.output,
+        default=DEFAULT,
+        say=_say,
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _show(args: argparse.Namespace, result: Any) -> None:
+    """Print the tables of a result, and write what the flags ask for."""
+    scaling = result["kind"] == "scaling"
+    text = render_scaling(result) if scaling else render(result)
+    print(text)
+    if args.markdown:
+        write_atomically(args.markdown, text + "\n")
+    for file in args.update:
+        name = (args.source or args.output).stem
+        write_atomically(file, fill_sections(file, {name: text}))
+    if args.plot:
+        draw: Callable[[Any], Any] = draw_scaling if scaling else draw_bench
+        draw(result).savefig(args.plot)

@@ -1,0 +1,282 @@
+"""Run everything that needs a GPU in one go: `bash scripts/gpu.sh`.
+
+Every part runs in a process of its own, so one that fails or hangs stops no other. OUT/gpu.json is
+written after every part. `--device cpu` runs every line small, as a check before a GPU is there.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.bench.command import describe_run
+from llava.bench.report import render
+from llava.bench.scaling import exponents
+from llava.bench.schema import read_bench
+from llava.bench.stage import stage_calls, time_call, time_graph
+from llava.bench.summary import figures_of
+from llava.command_line import OneLineParser, device_name, one_line_errors
+from llava.markdown import table
+from llava.shipped import LLAVA_TINY
+from llava.storage import dump_json, read_json, read_jsonl, write_atomically
+from llava.utils import UserInputError
+
+ROOT = Path(__file__).resolve().parents[2]
+ARMS = ("none", "divprune@64", "zoo-exact@64", "zoo@64")
+TAIL = 2000  # characters of a part's output that are kept
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step of the run.
+
+    Attributes:
+        name: in the file and the table.
+        commands: arguments of the interpreter, run one after another.
+        read: returns what the part found, and a line about it, from its files and its output.
+        missing: why it cannot run; None if it can.
+    """
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    read: Callable[[str], tuple[Any, str]]
+    missing: str | None = None
+
+
+def parts(out: Path, small: bool, commit: str | None) -> Iterator[Part]:
+    """Yield all parts, what matters most first.
+
+    Args:
+        out: folder for their files.
+        small: run every line at a small size on the CPU, and only collect the tests.
+        commit: of the source, where git cannot tell.
+    """
+    source = ("--commit", commit) if commit else ()
+    device = "cpu" if small else "cuda"
+    collect = ("--collect-only",) if small else ()
+    yield Part(
+        "kernels equal their references",
+        ((*PYTEST, "--triton", *collect, "tests/kernel_parity"),),
+        _last_line,
+        None if find_spec("triton") else "triton is not installed",
+    )
+    yield Part("tests on CUDA", ((*PYTEST, "--gpu", *collect, "tests/gpu"),), _last_line)
+    stage = ("-m", "llava.bench.gpu", "--stage", device, str(out / "stage.json"))
+    yield Part("stage alone", (stage,), lambda _: _read_stage(out / "stage.json"))
+    yield _bench(out, "llava-1.5-7b", ("--batch", "1,8"), small, source)
+    asked: tuple[str, ...] = ("--limit", "240", "--batch-size", "16")
+    asked = ("--limit", "2") if small else asked
+    runs = (("cpu", "float32"), (device, "bfloat16"))
+    folders = [out / f"tiny-{kind}-{dtype}" for kind, dtype in runs]
+    asked = ("--model-path", LLAVA_TINY, "--task", LLAVA_TINY, *asked)
+    asked += tuple(word for arm in ARMS for word in ("--arm", arm))
+    commands = tuple(
+        ("-m", "llava.eval", "run", *asked, "--device", kind, "--dtype", dtype, "--output", str(to))
+        for (kind, dtype), to in zip(runs, folders, strict=True)
+    )
+    yield Part("llava-tiny in bfloat16", commands, lambda _: _read_answers(folders))
+    yield _bench(out, "llava-next-7b", (), small, source)
+    file = out / "scaling.json"
+    few = ("--pruner", "divprune", "--seconds", "0.001") if small else ("--seconds", "0.2")
+    scaling = ("-m", "llava.bench", "--scaling", "--device", device, *few, *source)
+    yield Part("scaling", ((*scaling, "--output", str(file)),), lambda _: _read_scaling(file))
+
+
+def _bench(out: Path, config: str, more: Sequence[str], small: bool, source: Sequence[str]) -> Part:
+    file = out / f"bench-{config}.json"
+    sized = ("--config", config, "--repeats", "3", "--device", "cuda", *more)
+    if small:
+        sized = ("--config", LLAVA_TINY, "--layers", "1", "--repeats", "1", "--device", "cpu")
+    command = ("-m", "llava.bench", *sized, *source, "--output", str(file))
+    return Part(f"bench {config}", (command,), lambda _: _read_bench(file))
+
+
+def _last_line(output: str) -> tuple[Any, str]:
+    lines = [line.strip("= ") for line in output.splitlines() if line.strip()]
+    return None, lines[-1] if lines else "no output"
+
+
+def _read_stage(file: Path) -> tuple[Any, str]:
+    rows = read_json(file)["rows"]
+    said = [
+        f"{row['method']} {row['tokens']} -> {row['keep']}: {row['median_ms']} ms, "
+        f"{row['waits']} waits"
+        for row in rows
+        if row["method"] == "zoo-exact"
+    ]
+    return rows, "; ".join(said)
+
+
+def _read_bench(file: Path) -> tuple[Any, str]:
+    result = read_bench(file)
+    if not result["arms"] or not result["arms"][0]["times"]:
+        return result, "stopped before the first repeat was done"
+    answer = min(result["conditions"]["answers"])
+    said = [
+        f"{f.arm['arm']} {f.prefill_speed_up.median:.2f} x prefill, "
+        f"{f.speed_up[answer].median:.2f} x total, "
+        f"{100 * f.of_free_prefill.median:.1f} % of free"
+        for f in figures_of(result)
+        if f.arm["method"] == "zoo-exact" and f.arm["batch"] == 1 and f.of_free_prefill
+    ]
+    return result, "; ".join(said)
+
+
+def _read_answers(folders: Sequence[Path]) -> tuple[Any, str]:
+    """Count the answers of the second run that are those of the first, by arm."""
+    runs = []
+    for folder in folders:
+        records = [record for _, record in read_jsonl(folder / "answers.jsonl")]
+        runs.append({(r["arm"], r["question_id"]): r["answer"] for r in records})
+    equal = {
+        arm: [runs[1].get(key) == answer for key, answer in runs[0].items() if key[0] == arm]
+        for arm in ARMS
+    }
+    counts = {arm: {"equal": sum(own), "of": len(own)} for arm, own in equal.items()}
+    return counts, "; ".join(f"{arm} {c['equal']} of {c['of']} equal" for arm, c in counts.items())
+
+
+def _read_scaling(file: Path) -> tuple[Any, str]:
+    result = read_bench(file)
+    fitted = exponents(result["points"])
+    said = [f"{method} over {axis} {value:.2f}" for (axis, method), value in fitted.items()]
+    return result, "exponents: " + "; ".join(said)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all parts; 0 if all did their work, 1 if one failed, 2 for unusable input."""
+    parser = OneLineParser(prog="llava.bench.gpu", description="Run everything that needs a GPU.")
+    add = parser.add_argument
+    add("out", type=Path, help="folder for gpu.json and the files of the parts")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: every line, small")
+    add("--minutes", type=float, default=6.0, help="after which no part goes on; default 6")
+    add("--commit", help="of this source, where git cannot tell")
+    add(
+        "--stage", type=device_name, metavar="DEVICE", help="time the stage alone into the file OUT"
+    )
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        if args.stage:
+            return _time_stage(args.stage, args.out)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise UserInputError(
+                "torch finds no CUDA GPU; set PYTHON to an interpreter that does, or DEVICE=cpu "
+                "for a small run without one"
+            )
+        return run_parts(args.out, args.device == "cpu", 60 * args.minutes, args.commit)
+
+
+def _time_stage(name: str, file: Path) -> int:
+    """Time the stage alone and write the rows; on CUDA then add the times of CUDA graphs."""
+    device = torch.device(name)
+    width, seconds = (128, 0.0) if device.type == "cpu" else (4096, 0.3)
+    calls = stage_calls(device, torch.bfloat16, width)
+    rows = [{**named, **time_call(call, device, seconds)} for named, call in calls]
+    write_atomically(file, dump_json({"rows": rows}))
+    if device.type == "cuda":
+        for row, (_, call) in zip(rows, calls, strict=True):
+            row |= time_graph(call, device, seconds / 4)
+        write_atomically(file, dump_json({"rows": rows}))
+    return 0
+
+
+def run_parts(out: Path, small: bool, seconds: float, commit: str | None) -> int:
+    """Run the parts within a time, write OUT/gpu.json after each, and print the table."""
+    command = f"bash scripts/gpu.sh{' (DEVICE=cpu)' if small else ''}"
+    result: dict[str, Any] = {
+        "schema_version": 1,
+        "kind": "gpu",
+        **describe_run(command, "cpu" if small else "cuda", commit),
+        "small": small,
+        "parts": [],
+    }
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    for part in parts(out, small, commit):
+        print(f"== {part.name}", flush=True)
+        result["parts"].append(run_part(part, end - time.monotonic()))
+        write_atomically(out / "gpu.json", dump_json(result))
+    print(_tables(result))
+    return int(any(part["status"] == "failed" for part in result["parts"]))
+
+
+def run_part(part: Part, seconds: float) -> dict[str, Any]:
+    """Run one part for at most `seconds`, and return what it found.
+
+    The status is `done`, `failed`, or `left out` with its reason as the line.
+    """
+    record: dict[str, Any] = {"name": part.name, "status": "left out", "seconds": 0.0}
+    if part.missing or seconds <= 0:
+        return {**record, "line": part.missing or "no time was left"}
+    codes: list[int] = []
+    start, output = time.monotonic(), ""
+    for words in part.commands:
+        code, said = _run(words, seconds - (time.monotonic() - start))
+        codes.append(code)
+        output += said
+    record |= {
+        "status": "done" if not any(codes) else "failed",
+        "seconds": round(time.monotonic() - start, 1),
+        "commands": [shlex.join(words) for words in part.commands],
+        "output": output[-TAIL:],
+    }
+    try:
+        found, line = part.read(output)
+    except (UserInputError, KeyError) as error:  # it stopped before it wrote what is read
+        return {**record, "status": "failed", "line": f"no result: {error}"}
+    return {**record, "line": line, "result": found}
+
+
+def _run(words: Sequence[str], seconds: float) -> tuple[int, str]:
+    """Run the interpreter; return its exit code, 124 if it took too long, and what it printed."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=max(1.0, seconds),
+        )
+    except subprocess.TimeoutExpired as error:
+        text = (error.stdout or b"").decode(errors="replace")
+        return 124, f"{text}\nstopped: the time for this run was over\n"
+    text = done.stdout.decode(errors="replace")
+    print(text[-TAIL:], flush=True)
+    return done.returncode, text
+
+
+def _tables(result: dict[str, Any]) -> str:
+    """Return the tables at the end: of the stage and the benches, and of all parts."""
+    found = {part["name"]: part.get("result") for part in result["parts"]}
+    blocks = []
+    if found.get("stage alone"):
+        rows = found["stage alone"]
+        header = list(dict.fromkeys(key for row in rows for key in row))
+        lines = [[json.dumps(row.get(key)).strip('"') for key in header] for row in rows]
+        blocks.append(table(header, lines))
+    for name, value in found.items():
+        if name.startswith("bench ") and value and value["arms"] and value["arms"][0]["times"]:
+            blocks.append(render(value))
+    lines = [[p["name"], p["status"], f"{p['seconds']:g}", p["line"]] for p in result["parts"]]
+    card = result["machine"].get("gpu", "a CPU: nothing here is a measurement")
+    blocks.append(
+        f"On {card}:\n\n" + table(["part", "status", "seconds", "result"], lines, aligned=False)
+    )
+    return "\n\n".join(blocks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

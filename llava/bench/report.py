@@ -1,0 +1,204 @@
+"""Tables of a bench as Markdown, from its file alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llava.bench.arms import FREE
+from llava.bench.schema import BenchResult
+from llava.bench.summary import ROWS, Figures, Spread, figures_of, spread
+from llava.eval.engine.request import UNPRUNED
+from llava.markdown import table
+
+NONE = "—"
+MIB = 2**20
+# What others report, under conditions of their own: (what, figure, conditions, source).
+PUBLISHED = (
+    (
+        "ZOO-Prune",
+        "2.59x prefill, 2.30x end to end",
+        "LLaVA-NeXT-7B, 160 tokens, POPE; GPU of the timing run not stated",
+        "arXiv 2509.24837",
+    ),
+    (
+        "DiffPrune",
+        "2.85x prefill, pruner 0.69 ms",
+        "LLaVA-1.5-7B, 64 of 576 tokens, one A6000, batch 1, fp16",
+        "arXiv 2605.28051",
+    ),
+    (
+        "DivPrune, an independent check",
+        "slower than no pruning: 2.33 against 2.24 s, 5.00 against 4.24 s a sample",
+        "LLaVA-1.5-7B, LLaVA-1.6-7B, FlashAttention, COCO",
+        "github.com/Theia-4869/CDPruner/issues/1",
+    ),
+)
+
+
+def render(result: BenchResult) -> str:
+    """Return all tables of a bench."""
+    figures = figures_of(result)
+    parts = [describe(result)]
+    for batch in result["conditions"]["batches"]:
+        own = [f for f in figures if f.arm["batch"] == batch]
+        parts += [
+            f"**Batch {batch}**: milliseconds, median of {len(own[0].arm['times']['encode'])}",
+            _times(result, own),
+            "Operations, bytes, memory, and the share of what this machine could do at best",
+            _work(own),
+            "<details><summary>5th to 95th percentile: milliseconds and ratios</summary>",
+            _percentiles(own),
+            "</details>",
+        ]
+    return "\n\n".join([*parts, LEGEND, "Published by others, on other machines:", published()])
+
+
+def describe(result: BenchResult) -> str:
+    """Return the conditions in words."""
+    conditions, rates, machine = result["conditions"], result["rates"], result["machine"]
+    place = machine.get("gpu") or f"{conditions['device']} ({machine.get('torch_threads')} threads)"
+    versions, commit = result["versions"], result["commit"] or {}
+    images = f"{conditions['tiles']} tile(s) an image, {conditions['text']} tokens of text"
+    products = ", ".join(
+        f"{kind} {rate / 1e12:.3g} TFLOP/s" for kind, rate in rates.items() if kind != "memory"
+    )
+    known = [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
+    lines = [
+        f"{conditions['model']}, {conditions['weights']} weights, {conditions['dtype']}, {place}; "
+        f"{images}; {', '.join([*known, 'commit ' + str(commit.get('commit'))[:10]])}.",
+        f"This machine, measured in the same run: {products}, memory {rates['memory'] / 1e9:.3g} "
+        "GB/s.",
+        f"The model was ready after {result['loading_seconds']['this']:.3g} s, which is in no time "
+        f"below. Made by `{result['command']}`.",
+    ]
+    if conditions["layers"] != conditions["depth"]:
+        lines.insert(
+            1,
+            f"**The language model ran with {conditions['layers']} of its {conditions['depth']} "
+            "layers**: its times are scaled to all of them, the output layer timed by itself.",
+        )
+    if not result["complete"]:
+        lines.append("**The run was interrupted: fewer repeats than asked for.**")
+    return " ".join(lines)
+
+
+LEGEND = """\
+*free*: the indices are given, so the arm only gathers; no method can be faster. *select*: the
+rest of the stage after scoring, gather included. *splice*: all else between pixels and
+embeddings. *total n*: from pixels to the n-th token of an answer. *x prefill*: from features to
+the first token (stage, splice, prefill), the unpruned model's time over that of the arm; *x total
+n*: the same of totals. *of free*: from features to the first token, the free arm's time over that
+of an arm with the same budget; *allowed*: the same if the stage ran at its bound; *of free
+total*: of totals at the shortest answer. Ratios are taken within a repeat. *pays up to*: the most
+tokens of an image that the method may keep and still give that answer no later than the unpruned
+model. *bound*: operations at the measured rate of products of their type, or bytes (weights and
+inputs once, results once) at that of memory, whichever takes longer; the shares are bound over
+time. *peak*: what a whole call held beyond weights and inputs, on CUDA. *operators*: what torch
+ran in the stage. *first call*: what the first call of the stage took beyond later ones: for the
+first arm of a method, what is computed once a model."""
+
+
+def published() -> str:
+    """Return the table of what others report."""
+    return table(("method", "reported", "conditions", "source"), PUBLISHED, aligned=False)
+
+
+def _name(figures: Figures) -> str:
+    arm = figures.arm
+    name = arm["arm"] if arm["label"] == arm["method"] else f"{arm['label']}@{arm['tokens']}"
+    return name if arm["source"] == "this" else f"{name} ({arm['source']})"
+
+
+def _times(result: BenchResult, figures: Sequence[Figures]) -> str:
+    answers = result["conditions"]["answers"]
+    shortest = min(answers)
+    steps = [step for step in ROWS if any(step in f.rows for f in figures)]
+    header = ["arm", "tokens", *steps, *(f"total {n}" for n in answers), "x prefill"]
+    header += [*(f"x total {n}" for n in answers), "of free", "allowed", "of free total"]
+    lines = []
+    for own in figures:
+        line = [_name(own), str(own.arm["tokens"])]
+        line += [_ms(own.rows.get(step)) for step in steps]
+        line += [_ms(own.totals[n]) for n in answers]
+        line.append(f"{own.prefill_speed_up.median:.2f}")
+        line += [f"{own.speed_up[n].median:.2f}" for n in answers]
+        if own.of_free_prefill is None or own.arm["free"]:
+            line += [NONE] * 4
+        else:
+            shares = own.of_free_prefill.median, own.allowed or 0.0, own.of_free[shortest].median
+            line += [*(f"{100 * share:.1f} %" for share in shares), _pays(own.pays_up_to)]
+        lines.append(line)
+    return table([*header, "pays up to"], lines)
+
+
+def _pays(tokens: float | None) -> str:
+    if tokens is None:
+        return NONE
+    return f"{tokens:.0f}" if tokens >= 1 else "never"
+
+
+def _work(figures: Sequence[Figures]) -> str:
+    parts = ("encode", "stage", "prefill", "decode")
+    header = ["arm"]
+    for part in parts:
+        header += [f"{part} GFLOP", f"{part} MB", f"{part} bound"]
+    header += ["KV cache MiB", "peak MiB", "operators", "first call ms"]
+    lines = []
+    for own in figures:
+        line = [_name(own)]
+        for part in parts:
+            work, spent = own.arm["work"][part], _spent(own, part)
+            share = f"{100 * own.bounds[part] / spent:.0f} %" if spent and work["bytes"] else NONE
+            line += [
+                f"{sum(work['flops'].values()) / 1e9:.4g}",
+                f"{work['bytes'] / 1e6:.4g}",
+                share,
+            ]
+        peaks = own.arm["times"].get("peak_bytes")
+        launches = own.arm["work"]["stage"]["launches"]
+        line += [
+            f"{own.arm['kv_cache_bytes'] / MIB:.4g}",
+            f"{max(peaks) / MIB:.4g}" if peaks else NONE,
+            str(launches) if own.arm["method"] not in (UNPRUNED, FREE) else NONE,
+            f"{own.one_time_ms:.3g}" if own.arm["method"] not in (UNPRUNED, FREE) else NONE,
+        ]
+        lines.append(line)
+    return table(header, lines)
+
+
+def _spent(figures: Figures, part: str) -> float | None:
+    """Return the median ms of a part that is counted."""
+    if part == "stage":
+        return figures.rows["score"].median + figures.rows["select"].median
+    return figures.rows[part].median if part in figures.rows else None
+
+
+def _percentiles(figures: Sequence[Figures]) -> str:
+    answers = list(figures[0].totals)
+    steps = [step for step in ROWS if any(step in f.rows for f in figures)]
+    lines = [
+        [
+            _name(own),
+            *(_range(own.rows.get(step)) for step in steps),
+            *(_range(own.totals[n]) for n in answers),
+            _range(spread(own.arm["times"]["end_to_end"])),
+            _range(own.prefill_speed_up),
+            _range(own.of_free_prefill),
+        ]
+        for own in figures
+    ]
+    return table(
+        ["arm", *steps, *(f"total {n}" for n in answers), "as one call", "x prefill", "of free"],
+        lines,
+    )
+
+
+def _ms(value: Spread | None) -> str:
+    return NONE if value is None else _digits(value.median)
+
+
+def _range(value: Spread | None) -> str:
+    return NONE if value is None else f"{_digits(value.low)}..{_digits(value.high)}"
+
+
+def _digits(value: Any) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"

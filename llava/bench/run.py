@@ -1,0 +1,193 @@
+"""Carry out a bench: build the model, run the arms of a repeat one after another, keep times."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from llava.bench.arms import BenchArm
+from llava.bench.beside import Beside
+from llava.bench.configs import build_random, shape_of
+from llava.bench.measure import DECODE_STEPS, Bench, Subject, Times
+from llava.bench.rates import measure_rates
+from llava.bench.schema import SCHEMA_VERSION, ArmResult, BenchResult, Conditions
+from llava.model.loaded import ModelSpec
+from llava.storage import dump_json, write_atomically
+from llava.utils import UserInputError
+
+THIS = "this"
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        config: name of a shape, built with random weights; None for a checkpoint.
+        model_path: the checkpoint; None for a shape.
+        device: as torch names it.
+        dtype: of the weights: `bfloat16`.
+        layers: decoder layers to run; None for all.
+        text: tokens of a prompt beside the image.
+        arms: see `BenchArm.to_dict`.
+        batches, answers: sizes and lengths in tokens.
+        repeats: how often every arm is run.
+    """
+
+    config: str | None
+    model_path: str | None
+    device: str
+    dtype: str
+    layers: int | None
+    text: int
+    arms: tuple[dict[str, Any], ...]
+    batches: tuple[int, ...]
+    answers: tuple[int, ...]
+    repeats: int
+
+    @property
+    def steps(self) -> int:
+        """Decoding steps that are timed; 0 if no answer has a second token."""
+        return min(DECODE_STEPS, max(self.answers) - 1)
+
+
+class Source(Protocol):
+    """A source tree that runs arms: this one, or another in a process of its own."""
+
+    def begin_repeat(self) -> None: ...
+    def describe(self, number: int, size: int) -> dict[str, Any]: ...
+    def measure(self, number: int, size: int) -> Times: ...
+
+
+def open_subject(plan: Plan) -> Subject:
+    """Build or load the model.
+
+    Raises:
+        UserInputError: a name or checkpoint that does not exist, or more layers than it has.
+    """
+    device, steps = torch.device(plan.device), plan.steps
+    dtype = getattr(torch, plan.dtype)
+    if plan.config is None:
+        loaded = ModelSpec(str(plan.model_path), device=plan.device, dtype=plan.dtype).load()
+        model: Any = loaded.model
+        tiled = str(getattr(model.config, "image_aspect_ratio", "")).startswith("anyres")
+        depth, tiles = model.config.num_hidden_layers, 5 if tiled else 1
+    else:
+        shape = shape_of(plan.config)
+        depth, tiles = shape.language["num_hidden_layers"], shape.tiles
+        if plan.layers is not None and plan.layers > depth:
+            raise UserInputError(
+                f"--layers {plan.layers}: {plan.config} has {depth} decoder layers"
+            )
+        model = build_random(shape, device=device, dtype=dtype, layers=plan.layers)
+    return Subject(model, tiles, plan.text, depth, min(plan.answers), steps)
+
+
+def run_bench(
+    plan: Plan,
+    facts: Mapping[str, Any],
+    output: Path | None,
+    compare_with: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> BenchResult:
+    """Measure and write `output` after every repeat, so that an interruption loses one at most.
+
+    Args:
+        plan: what is measured.
+        facts: command, commit, versions, machine.
+        output: file; None writes nothing.
+        compare_with: another checkout of this package, which runs the same arms beside this one.
+        say: takes lines about progress.
+
+    Raises:
+        UserInputError: a model or setting that cannot be used, or a checkout that cannot.
+    """
+    loading: dict[str, float] = {}
+    with ExitStack() as stack:
+        sources: dict[str, Source] = {}
+        if compare_with is not None:
+            start = time.perf_counter()
+            other = stack.enter_context(Beside(compare_with, asdict(plan)))
+            sources[other.name] = other
+            loading[other.name] = time.perf_counter() - start
+        start = time.perf_counter()
+        subject = open_subject(plan)
+        loading[THIS] = time.perf_counter() - start
+        arms = [BenchArm.from_dict(arm) for arm in plan.arms]
+        own = Bench(subject, arms, list(plan.batches))
+        sources = {THIS: own, **sources}
+        result: BenchResult = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "bench",
+            **facts,  # type: ignore[typeddict-item]
+            "conditions": _conditions(plan, subject),
+            "rates": measure_rates(own.device, {subject.model.dtype, torch.float32}),
+            "loading_seconds": loading,
+            "complete": False,
+            "arms": [],
+        }
+        save = _saver(result, output)
+        runs = [
+            (name, source, number, size)
+            for size in plan.batches
+            for number in range(len(arms))
+            for name, source in sources.items()
+        ]
+        say(f"warming up {len(runs)} arms")
+        for name, source, number, size in runs:
+            described: Any = {"source": name, **source.describe(number, size), "times": {}}
+            source.measure(number, size)
+            result["arms"].append(described)
+        for repeat in range(plan.repeats):
+            say(f"repeat {repeat + 1} of {plan.repeats}")
+            measure_once(runs, result["arms"], sources)
+            save()
+        result["complete"] = True
+        save()
+    return result
+
+
+def measure_once(
+    runs: list[tuple[str, Source, int, int]],
+    records: list[ArmResult],
+    sources: Mapping[str, Source],
+) -> None:
+    """Run every arm once, one after another, and add its times to its record."""
+    for source in sources.values():
+        source.begin_repeat()
+    measured = [source.measure(number, size) for _, source, number, size in runs]
+    for record, times in zip(records, measured, strict=True):
+        for name, value in times.items():
+            record["times"].setdefault(name, []).append(round(value, 5))
+
+
+def _saver(result: BenchResult, output: Path | None) -> Callable[[], None]:
+    def save() -> None:
+        if output is not None:
+            write_atomically(output, dump_json(result))
+
+    save()
+    return save
+
+
+def _conditions(plan: Plan, subject: Subject) -> Conditions:
+    return {
+        "model": plan.config or Path(str(plan.model_path)).name,
+        "weights": RANDOM if plan.config is not None else "checkpoint",
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "tiles": subject.tiles,
+        "layers": subject.layers,
+        "depth": subject.depth,
+        "text": plan.text,
+        "batches": list(plan.batches),
+        "answers": list(plan.answers),
+        "end_to_end_answer": subject.answer,
+        "decode_steps": subject.steps,
+        "repeats": plan.repeats,
+    }

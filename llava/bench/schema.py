@@ -1,0 +1,110 @@
+"""What `llava bench` writes, key by key; `docs/results_schema.md` says the same for people.
+
+Times are raw: medians, totals and ratios are made from them when a file is read.
+"""
+
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from llava.bench.counts import Work
+from llava.eval.engine.schema import read_object
+from llava.storage import StorageError
+
+SCHEMA_VERSION = 1
+KINDS = ("bench", "scaling")
+
+
+class ArmResult(TypedDict):
+    """An arm on batches of one size."""
+
+    source: str  # "this", or the name of the checkout given with --compare-with
+    arm: str  # unique within source and batch: `zoo@64`
+    method: str  # the arm without its budget; "none" and "free" are the controls
+    label: str  # what the trace calls the method, with what it could not read
+    pruning: dict[str, Any] | None  # as in `mm_token_pruning`
+    free: bool  # indices are given and the arm only gathers
+    batch: int
+    tokens: int  # visual tokens of an image in the language model
+    all_tokens: int  # without pruning
+    changes: bool  # False: the budget is no smaller than the image
+    prompt: int  # tokens of a row in the language model
+    first_ms: float  # the stage in the first call of the arm, with what is computed once
+    kv_cache_bytes: int  # after the prefill, with all layers
+    work: dict[str, Work]  # encode, stage, prefill, decode: operations and bytes, all layers
+    times: dict[str, list[float]]  # ms by phase, one entry a repeat, `peak_bytes` among them
+
+
+class Conditions(TypedDict):
+    """Under what a bench ran."""
+
+    model: str
+    weights: str  # "random", or "checkpoint"
+    device: str
+    dtype: str
+    tiles: int  # of an image
+    layers: int  # decoder layers that were run
+    depth: int  # those of the model; times of the language model are scaled to them
+    text: int  # tokens of a prompt beside the image
+    batches: list[int]
+    answers: list[int]  # lengths of answers in tokens
+    end_to_end_answer: int  # length in the calls that were timed as a whole
+    decode_steps: int  # a decoding step is the mean of so many
+    repeats: int  # asked for; every arm ran once before, not counted
+
+
+class BenchResult(TypedDict):
+    """The file of `llava bench --output`."""
+
+    schema_version: int
+    kind: str
+    command: str
+    commit: dict[str, Any] | None
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    conditions: Conditions
+    rates: dict[str, float]  # operations/s of products by type, bytes/s as `memory`
+    loading_seconds: dict[str, float]  # by source
+    complete: bool  # False: the run was interrupted, or goes on
+    arms: list[ArmResult]
+
+
+class Point(TypedDict):
+    """One size in `llava bench --scaling`."""
+
+    axis: str  # tokens, keep, width or batch: what was varied
+    method: str
+    tokens: int
+    keep: int
+    width: int  # D; features have a quarter
+    batch: int
+    times: list[float]  # ms of the stage
+
+
+class ScalingResult(TypedDict):
+    """The file of `llava bench --scaling --output`."""
+
+    schema_version: int
+    kind: str
+    command: str
+    commit: dict[str, Any] | None
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    conditions: dict[str, Any]
+    complete: bool
+    points: list[Point]
+    stopped: NotRequired[list[str]]  # axes that ended early, because a call took too long
+
+
+def read_bench(path: Path) -> Any:
+    """Read a file of `llava bench`, see `BenchResult` and `ScalingResult`.
+
+    Raises:
+        StorageError: it cannot be read, or is none.
+    """
+    result = read_object(path)
+    if result.get("kind") not in KINDS or result.get("schema_version") != SCHEMA_VERSION:
+        raise StorageError(
+            f"{path} is not a file of llava bench (schema {SCHEMA_VERSION}); give one that "
+            "`llava bench --output FILE` wrote"
+        )
+    return result
