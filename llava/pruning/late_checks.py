@@ -37,7 +37,9 @@ class LateChecks(list[Check]):
         if not checks:
             return
         flags = [check.bad().any() for check in checks]
-        found = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+        first = flags[0].device
+        flags = [flag if flag.device == first else flag.to(first) for flag in flags]
+        found = torch.stack(flags).tolist()
         for check, bad in zip(checks, found, strict=True):
             if bad:
                 raise check.explain()

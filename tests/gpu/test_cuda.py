@@ -49,6 +49,7 @@ def on_gpu(value: Any) -> Any:
             projected=value.projected.cuda(),
             projector=value.projector.cuda(),
             valid=None if value.valid is None else value.valid.cuda(),
+            newline=None if value.newline is None else value.newline.cuda(),
             extras={key: on_gpu(extra) for key, extra in value.extras.items()},
         )
     return value
@@ -96,7 +97,7 @@ def test_nan_is_refused(name: str) -> None:
     visual.projected[0, 3, 0] = torch.nan
     visual.features[0, 3, 0] = torch.nan
     with pytest.raises(PruningError, match="NaN or inf"):
-        prune_visual_tokens(visual, PruningConfig(name, keep_tokens=9))
+        prune_visual_tokens(visual, PruningConfig(name, keep_tokens=9)).settle()
 
 
 class Tiny:
