@@ -63,6 +63,9 @@ def draw_scaling(result: ScalingResult) -> Figure:
                 sizes = [p[axis] for p in own]  # type: ignore[literal-required]
                 plot.loglog(sizes, [median_ms(p) for p in own], marker="o", label=label)
         plot.set(xlabel=AXES[axis], ylabel="ms of the stage")
+        ticks = sorted({p[axis] for p in result["points"] if p["axis"] == axis})  # type: ignore[literal-required]
+        plot.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=7)
+        plot.set_xticks([], minor=True)
         plot.grid(alpha=0.25)
         plot.legend(fontsize=7, frameon=False)
     for plot in plots[len(axes) :]:
