@@ -148,7 +148,7 @@ def build_random(
     finally:
         torch.set_default_dtype(before)
     fill_random(model, device)
-    model.requires_grad_(False).eval()
+    model.eval()  # weights keep requires_grad, as loaded ones do: torch chooses kernels by it
     model.text_tokenizer = word_ids
     return model
 

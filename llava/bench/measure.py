@@ -184,7 +184,7 @@ class Bench:
     def _heads(self, embeds: Tensor, clock: Clock) -> Times:
         """Time the output layer alone, on a row as it comes in a prefill and in a decoding step.
 
-        The first is a part of a longer tensor, which some kernels take far longer for.
+        The first is a part of a longer tensor, for which torch may choose another kernel.
         """
         head, last = self.subject.model.lm_head, embeds[:, -1:]
         times = {}

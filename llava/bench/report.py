@@ -88,7 +88,8 @@ embeddings. *total n*: from pixels to the n-th token of an answer. *x prefill*: 
 the first token (stage, splice, prefill), the unpruned model's time over that of the arm; *x total
 n*: the same of totals. *of free*: from features to the first token, the free arm's time over that
 of an arm with the same budget; *allowed*: the same if the stage ran at its bound; *of free
-total*: of totals at the shortest answer. Ratios are taken within a repeat. *pays up to*: the most
+total*: of totals at the shortest answer; in these three the language model's time is the median
+over all arms that feed it as many tokens. Other ratios are taken within a repeat. *pays up to*: the most
 tokens of an image that the method may keep and still give that answer no later than the unpruned
 model. *bound*: operations at the measured rate of products of their type, or bytes (weights and
 inputs once, results once) at that of memory, whichever takes longer; the shares are bound over

@@ -40,7 +40,8 @@ class Figures:
         totals: ms by length of the answer: encode + stage + splice + prefill + decoding steps.
         speed_up: total of the unpruned arm over this one's, by length of the answer.
         prefill_speed_up: the same from features to the first token: stage + splice + prefill.
-        of_free: total of the free arm with the same budget over this one's; 1 costs nothing.
+        of_free: total of the free arm with the same budget over this one's; 1 costs nothing. The
+            language model's time is that of `same_model_time` in both.
         of_free_prefill: the same from features to the first token, where encoding hides nothing.
         allowed: `of_free_prefill` if the stage took only as long as its operations and bytes allow.
         bounds: ms by step that operations and bytes allow.
@@ -66,7 +67,8 @@ def figures_of(result: BenchResult) -> list[Figures]:
     """Return the figures of all arms, in the order of the file."""
     scale = result["conditions"]["depth"] / result["conditions"]["layers"]
     series = {_key(arm): step_times(arm, scale) for arm in result["arms"]}
-    return [_figures(result, arm, series) for arm in result["arms"]]
+    shared = same_model_time(result["arms"], series)
+    return [_figures(result, arm, series, shared) for arm in result["arms"]]
 
 
 def _key(arm: ArmResult) -> tuple[str, int, str]:
@@ -89,6 +91,31 @@ def step_times(arm: ArmResult, scale: float) -> dict[str, list[float]]:
     return times
 
 
+def same_model_time(
+    arms: Sequence[ArmResult], series: Mapping[Any, dict[str, list[float]]]
+) -> dict[Any, dict[str, list[float]]]:
+    """Return `series` with one time of the language model for all arms that feed it as many tokens.
+
+    It does the same for them, so that what differs between their prefills is the machine's doing;
+    that is often more than a whole stage takes. The time is the median over these arms and repeats.
+    """
+    alike: dict[Any, list[dict[str, list[float]]]] = {}
+    for arm in arms:
+        alike.setdefault(_prompt_of(arm), []).append(series[_key(arm)])
+    pooled = {}
+    for arm in arms:
+        own = dict(series[_key(arm)])
+        for step in own.keys() & {"prefill", "decode"}:
+            every = [ms for times in alike[_prompt_of(arm)] for ms in times.get(step, ())]
+            own[step] = [statistics.median(every)] * len(own[step])
+        pooled[_key(arm)] = own
+    return pooled
+
+
+def _prompt_of(arm: ArmResult) -> tuple[str, int, int]:
+    return arm["source"], arm["batch"], arm["prompt"]
+
+
 def totals_of(times: Mapping[str, Sequence[float]], answer: int) -> list[float]:
     """Return ms from pixels to the end of an answer of so many tokens, one entry a repeat."""
     before = [sum(parts) for parts in zip(*(times[n] for n in ROWS if n != "decode"), strict=True)]
@@ -106,29 +133,36 @@ def after_encode(times: Mapping[str, Sequence[float]]) -> list[float]:
 
 
 def _figures(
-    result: BenchResult, arm: ArmResult, series: Mapping[Any, dict[str, list[float]]]
+    result: BenchResult,
+    arm: ArmResult,
+    series: Mapping[Any, dict[str, list[float]]],
+    shared: Mapping[Any, dict[str, list[float]]],
 ) -> Figures:
     source, batch, name = _key(arm)
     own, unpruned = series[_key(arm)], series[source, batch, UNPRUNED]
-    free = series.get((source, batch, f"{FREE}@{name.rpartition('@')[2]}"))
+    free = shared.get((source, batch, f"{FREE}@{name.rpartition('@')[2]}"))
+    beside_free = shared[_key(arm)]
     answers = result["conditions"]["answers"]
     bounds = {step: bound_ms(work, result["rates"]) for step, work in arm["work"].items()}
     totals = {answer: totals_of(own, answer) for answer in answers}
     base = {answer: totals_of(unpruned, answer) for answer in answers}
     given = {} if free is None else {answer: totals_of(free, answer) for answer in answers}
     stage = statistics.median(map(sum, zip(own["score"], own["select"], strict=True)))
-    shortest, late = min(answers), after_encode(own)
+    shared_totals = {answer: totals_of(beside_free, answer) for answer in answers}
+    shortest = min(answers)
     return Figures(
         arm=arm,
         rows={step: spread(values) for step, values in own.items()},
         totals={answer: spread(values) for answer, values in totals.items()},
         speed_up={answer: ratio(base[answer], totals[answer]) for answer in answers},
-        prefill_speed_up=ratio(after_encode(unpruned), late),
-        of_free={answer: ratio(values, totals[answer]) for answer, values in given.items()},
-        of_free_prefill=None if free is None else ratio(after_encode(free), late),
+        prefill_speed_up=ratio(after_encode(unpruned), after_encode(own)),
+        of_free={answer: ratio(values, shared_totals[answer]) for answer, values in given.items()},
+        of_free_prefill=None
+        if free is None
+        else ratio(after_encode(free), after_encode(beside_free)),
         allowed=None if free is None else allowed_share(free, bounds["stage"]),
         bounds=bounds,
-        pays_up_to=break_even(arm, base[shortest], given.get(shortest), totals[shortest]),
+        pays_up_to=break_even(arm, base[shortest], given.get(shortest), shared_totals[shortest]),
         one_time_ms=max(0.0, arm["first_ms"] - stage),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from typing import Any
 
 import pytest
@@ -76,11 +77,28 @@ def test_ratios_are_taken_within_a_repeat(bench_result: Any) -> None:
     for figures in figures_of(bench_result):
         if figures.arm["method"] == "zoo-exact":
             assert figures.prefill_speed_up == (2, 2, 2)
-            assert figures.of_free_prefill == (0.5, 0.5, 0.5)
             assert figures.speed_up[1] == (2, 2, 2)
         elif figures.arm["free"]:
             assert figures.prefill_speed_up.median == 4
             assert figures.of_free_prefill == (1, 1, 1)
+
+
+def test_noise_of_the_language_model_is_no_part_of_the_share_of_free(bench_result: Any) -> None:
+    """Arms that feed it as many tokens share one time of it; only their stages differ."""
+    for record in bench_result["arms"]:
+        noise = 3.0 if record["free"] else 1.0
+        for name in record["times"]:
+            record["times"][name] = [10.0 * noise] * 2 if name == "prefill" else [0.0, 0.0]
+        if record["method"] == "zoo-exact":
+            record["times"]["score"] = [5.0, 10.0]
+    for figures in figures_of(bench_result):
+        if figures.arm["method"] == "zoo-exact":
+            same = [a for a in bench_result["arms"] if a["prompt"] == figures.arm["prompt"]]
+            middle = statistics.median([30.0 if a["free"] else 10.0 for a in same])
+            shares = [middle / (middle + 10), middle / (middle + 5)]
+            assert figures.of_free_prefill is not None
+            assert figures.of_free_prefill.low == pytest.approx(shares[0])
+            assert figures.of_free_prefill.high == pytest.approx(shares[1])
 
 
 def test_a_stage_at_its_bound_reaches_what_is_allowed(bench_result: Any) -> None:
