@@ -89,13 +89,13 @@ the first token (stage, splice, prefill), the unpruned model's time over that of
 n*: the same of totals. *of free*: from features to the first token, the free arm's time over that
 of an arm with the same budget; *allowed*: the same if the stage ran at its bound; *of free
 total*: of totals at the shortest answer; in these three the language model's time is the median
-over all arms that feed it as many tokens. Other ratios are taken within a repeat. *pays up to*: the most
-tokens of an image that the method may keep and still give that answer no later than the unpruned
-model. *bound*: operations at the measured rate of products of their type, or bytes (weights and
-inputs once, results once) at that of memory, whichever takes longer; the shares are bound over
-time. *peak*: what a whole call held beyond weights and inputs, on CUDA. *operators*: what torch
-ran in the stage. *first call*: what the first call of the stage took beyond later ones: for the
-first arm of a method, what is computed once a model."""
+over all arms that feed it as many tokens. Other ratios are taken within a repeat. *pays up to*:
+the most tokens of an image that the method may keep and still give that answer no later than the
+unpruned model. *bound*: operations at the measured rate of products of their type, or bytes
+(weights and inputs once, results once) at that of memory, whichever takes longer; the shares are
+bound over time. *peak*: what a whole call held beyond weights and inputs, on CUDA. *operators*:
+what torch ran in the stage. *first call*: what the first call of the stage took beyond later
+ones: for the first arm of a method, what is computed once a model."""
 
 
 def published() -> str:

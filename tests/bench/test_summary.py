@@ -91,6 +91,8 @@ def test_noise_of_the_language_model_is_no_part_of_the_share_of_free(bench_resul
             record["times"][name] = [10.0 * noise] * 2 if name == "prefill" else [0.0, 0.0]
         if record["method"] == "zoo-exact":
             record["times"]["score"] = [5.0, 10.0]
+    conditions = bench_result["conditions"]
+    conditions["layers"] = conditions["depth"]
     for figures in figures_of(bench_result):
         if figures.arm["method"] == "zoo-exact":
             same = [a for a in bench_result["arms"] if a["prompt"] == figures.arm["prompt"]]
