@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.indices import constant, raster_order
 from llava.pruning.late_checks import refuse_if
 from llava.pruning.options import check_options, option, varies
 from llava.pruning.registry import register
 from llava.pruning.selection.rows import Merged, Picks, Rows
-from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens, constant, raster_order
+from llava.pruning.tokens import CLASS_ATTENTION, VisualTokens
 
 __all__ = [
     "Merged",

@@ -10,20 +10,21 @@ from torch.nn.functional import pad
 
 from llava.pruning.allocation import choose_strategy, image_budgets
 from llava.pruning.allocation.budgets import fit_prompts, tile_counts
-from llava.pruning.allocation.strategy import MethodRun, Selection
+from llava.pruning.allocation.strategy import (
+    MethodRun,
+    Selection,
+    filled_slots,
+    places_of,
+    renumbered,
+    whole_tiles,
+)
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
+from llava.pruning.indices import constant, gather_slots
 from llava.pruning.late_checks import LateChecks, collecting
 from llava.pruning.precision import outside_autocast
-from llava.pruning.selection.rows import Merged, no_choice
-from llava.pruning.tokens import (
-    ImageTokens,
-    PrunedTokens,
-    TokenSequence,
-    VisualTokens,
-    gather_slots,
-    raster_slots,
-)
+from llava.pruning.selection.rows import Merged
+from llava.pruning.tokens import ImageTokens, PrunedTokens, TokenSequence, VisualTokens
 from llava.utils import describe_value
 
 
@@ -73,57 +74,59 @@ def _merge(run: MethodRun) -> PrunedTokens:
     """
     visual, counts = run.visual, tile_counts(run.visual, run.budgets)
     sizes, device = visual.tile_sizes(), visual.projected.device
-    whole = [k == n for k, n in zip(counts, sizes, strict=True)]
+    whole = [k if k == n else 0 for k, n in zip(counts, sizes, strict=True)]
     work = [t for t, (k, n) in enumerate(zip(counts, sizes, strict=True)) if 0 < k < n]
+    merged = None
     if work:  # a budget of all patches only drops newlines
         asked = [counts[tile] for tile in work]
         merged = run.merge(visual.subset(work), asked)
         for tile, count in zip(work, merged.counts or asked, strict=True):
             counts[tile] = count
     width = max(counts)
-    valid = visual.valid_mask()
-    kept = raster_slots(valid & torch.tensor(whole, device=device)[:, None])
-    kept = pad(kept, (0, width - kept.shape[1]), value=-1)
-    projected, sources, places, _ = Merged.as_picked(visual, kept)
-    if work:
-        at, free = torch.tensor(work, device=device), width - merged.projected.shape[1]
+    kept, margins = whole_tiles(visual, whole, width)
+    projected, sources, places, _ = Merged.as_picked(visual, kept, whole)
+    if merged is not None:
+        at, free = constant(tuple(work), device), width - merged.projected.shape[1]
         projected = projected.index_copy(0, at, pad(merged.projected, (0, 0, 0, free)))
-        sources[at] = pad(merged.sources, (0, 0, 0, free))
+        sources = sources.index_copy(0, at, pad(merged.sources, (0, 0, 0, free)))
         if merged.places is not None:
             places = kept.index_copy(0, at, pad(merged.places, (0, free)))
-    filled = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
-    slots = valid.cumsum(dim=1) - 1
-    sequences = []
-    for image, (old, budget) in enumerate(zip(run.sequences, run.budgets, strict=True)):
-        tiles = visual.tiles_of(image)
-        if budget is None:
-            everything = torch.arange(old.total, device=device)
-            sequences.append(old.keep(everything, slots[tiles], width))
-            continue
-        source = filled[tiles].flatten().nonzero().flatten()
-        if places is not None:
-            place = places[tiles].flatten()[source]
-            source = source[_reading_order(place, source // width, old.source, valid.shape[1])]
-        sequences.append(TokenSequence(source, None, old.total))
-    margins = no_choice(len(counts), width, device)
+    sequences = [
+        renumbered(run, image, width)
+        if budget is None
+        else _merged_sequence(visual, image, counts, places, width)
+        for image, budget in enumerate(run.budgets)
+    ]
+    filled = torch.arange(width, device=device) < constant(tuple(counts), device)[:, None]
     return run.result(projected, filled, sequences, margins, sources=sources)
 
 
-def _reading_order(place: Tensor, tile: Tensor, sequence: Tensor, count: int) -> Tensor:
-    """Order the merged tokens of an image, LongTensor [n]; see `Merged.places`.
+def _merged_sequence(
+    visual: VisualTokens, image: int, counts: list[int], places: Tensor | None, width: int
+) -> TokenSequence:
+    """Return the merged tokens of an image in reading order, see `Merged.places`.
 
     Args:
-        place: LongTensor [n], patch of its tile or below zero.
-        tile: LongTensor [n], ascending.
-        sequence: LongTensor, the unpruned sequence.
-        count: patches of a tile.
+        visual: the tokens before.
+        image: its number.
+        counts: tokens of every tile.
+        places: LongTensor [T, width]; None for the order of the tiles' own tokens.
+        width: slots of a tile.
     """
-    rank = torch.zeros(int(tile.max() + 1) * count, dtype=torch.long, device=place.device)
-    patches = (sequence >= 0) & (sequence < len(rank))
-    rank[sequence[patches]] = patches.nonzero().flatten()
-    key = torch.where(place >= 0, rank[tile * count + place.clamp(min=0)], len(sequence) * -place)
+    tiles = visual.tiles_of(image)
+    own = slice(tiles[0], tiles[-1] + 1)
+    source = filled_slots(tuple(counts[own]), width, visual.projected.device)
+    total = visual.lengths()[image]
+    if places is None:
+        return TokenSequence(source, None, total)
+    place, tile = places[own].flatten()[source], source // width
+    patch = tile * visual.projected.shape[1] + place.clamp(min=0)
+    place_of = places_of(visual, image, own)
+    rank = patch if place_of is None else place_of[patch]
+    key = torch.where(place >= 0, rank, total * -place)
     # The base view stays as it is, before everything else; the sort is stable.
-    return key.masked_fill(tile == 0, -1).argsort(stable=True)
+    order = key.masked_fill(tile == 0, -1).argsort(stable=True)
+    return TokenSequence(source[order], None, total)
 
 
 def select(

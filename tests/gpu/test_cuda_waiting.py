@@ -4,37 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 from pruning_inputs import visual_for
 from test_cuda import METHODS, on_gpu
-from test_waiting import WAITING
+from test_waiting import WAITING, image_of_tiles
 
-from llava.model.layouts import padding_mask
-from llava.pruning import (
-    PruningConfig,
-    PruningError,
-    VisualTokens,
-    get_method,
-    prune_visual_tokens,
-)
-from llava.pruning.layout import ImageLayout
+from llava.pruning import PruningConfig, PruningError, prune_visual_tokens
 
 pytestmark = pytest.mark.gpu
 
-# The stage itself waits for methods that merge: it reads where their tokens go.
-FREE = [name for name in METHODS if name not in WAITING and not get_method(name).merges]
+FREE = [name for name in METHODS if name not in WAITING]
 each_free_method = pytest.mark.parametrize("name", FREE)
-
-
-def tiled(name: str) -> VisualTokens:
-    """An image of LLaVA-1.6 on the GPU: base view and 2 x 2 crops, with padding and newlines."""
-    layout = ImageLayout((6, 6), crops=(2, 2), window=(2, 0, 8, 12), newline=True)
-    visual = visual_for(name, 5, owners=[0] * 5, valid=padding_mask([layout]))
-    newline = torch.ones(visual.projected.shape[-1])
-    return on_gpu(replace(visual, layouts=(layout,), newline=newline))
 
 
 @contextmanager
@@ -62,9 +44,9 @@ def test_the_host_never_waits(name: str, dtype: torch.dtype) -> None:
 
 @each_free_method
 def test_the_host_never_waits_for_tiles(name: str) -> None:
-    if name == "grid":
+    if name in ("grid", "pool"):
         pytest.skip("the rectangle of a padded tile is read from its mask")
-    visual = tiled(name)
+    visual = on_gpu(image_of_tiles(name))
     config = PruningConfig(name, keep_tokens=40)
     want = prune_visual_tokens(visual, config)
     with no_waiting():

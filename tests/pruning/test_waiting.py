@@ -15,8 +15,16 @@ from pruning_inputs import GRID, N, visual_for
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava.pruning import VisualTokens, get_method, list_methods
+from llava.model.layouts import padding_mask
+from llava.pruning import (
+    PruningConfig,
+    VisualTokens,
+    get_method,
+    list_methods,
+    prune_visual_tokens,
+)
 from llava.pruning.late_checks import collecting
+from llava.pruning.layout import ImageLayout
 from llava.pruning.method import Merged, Picks, PruningMethod
 from llava.pruning.registry import make_method
 
@@ -123,6 +131,35 @@ def test_padded_tiles(name: str, options: dict[str, Any]) -> None:
     if name in ("grid", "pool"):
         pytest.skip("the rectangle of a padded tile is read from its mask")
     check(make_method(name, options), options.get("host", name), padded=True)
+
+
+def image_of_tiles(name: str) -> VisualTokens:
+    """An image of LLaVA-1.6: base view and 2 x 2 crops, with padding and newlines."""
+    layout = ImageLayout(GRID, crops=(2, 2), window=(2, 0, 8, 12), newline=True)
+    visual = visual_for(name, 5, owners=[0] * 5, valid=padding_mask([layout]))
+    return replace(visual, layouts=(layout,), newline=torch.ones(visual.projected.shape[-1]))
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["images", "tiles"])
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(WAITING)))
+def test_the_whole_stage(name: str, tiled: bool) -> None:
+    if tiled and name in ("grid", "pool"):
+        pytest.skip("the rectangle of a padded tile is read from its mask")
+    visual = image_of_tiles(name) if tiled else visual_for(name, 2)
+    tensors = ("features", "projected", "valid", "newline")
+    visual = replace(
+        visual,
+        projector=visual.projector.to("meta"),
+        extras={key: on_meta(extra) for key, extra in visual.extras.items()},
+        **{field: on_meta(getattr(visual, field)) for field in tensors},
+    )
+    config = PruningConfig(name, keep_tokens=12)
+    prune_visual_tokens(visual, config)
+    with NoCopies():
+        pruned = prune_visual_tokens(visual, config)
+    assert len(pruned.checks) > 0
+    for image in range(visual.num_images):
+        assert pruned.embeddings(image).shape == (12, visual.projected.shape[-1])
 
 
 @pytest.mark.parametrize("name", WAITING)

@@ -16,17 +16,10 @@ from llava.pruning.allocation.budgets import tile_counts
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.finite import refuse_non_finite
+from llava.pruning.indices import constant, raster_slots, tile_starts, true_places
 from llava.pruning.layout import NEWLINE
 from llava.pruning.selection.rows import Merged, Picks, no_choice
-from llava.pruning.tokens import (
-    PrunedTokens,
-    TokenSequence,
-    VisualTokens,
-    constant,
-    raster_slots,
-    tile_starts,
-    true_places,
-)
+from llava.pruning.tokens import PrunedTokens, TokenSequence, VisualTokens
 from llava.pruning.trace import PruningTrace
 
 
@@ -195,9 +188,12 @@ def select_counted(run: MethodRun, budgets: list[int | None], counts: list[int])
     if picks is not None and len(work) == len(counts):
         kept, margins = picks
     else:
-        kept, margins = _fill_in(visual, counts, work, picks)
+        rest = [0 if tile in work else count for tile, count in enumerate(counts)]
+        kept, margins = whole_tiles(visual, rest, max(counts))
+        if picks is not None:
+            _fill_in(kept, margins, work, picks)
     sequences = [
-        _renumber(run, image, kept)
+        renumbered(run, image, kept.shape[1])
         if budget is None
         else _left_of(visual, image, kept, counts, total)
         for image, (budget, total) in enumerate(zip(budgets, visual.lengths(), strict=True))
@@ -205,26 +201,28 @@ def select_counted(run: MethodRun, budgets: list[int | None], counts: list[int])
     return Selection(kept, min(counts) < kept.shape[1], sequences, margins)
 
 
-def _fill_in(
-    visual: VisualTokens, counts: list[int], work: list[int], picks: Picks | None
-) -> tuple[Tensor, Tensor]:
-    """Return kept [T, K] and margins [T, K] of all tiles: picks of some, others whole or empty."""
-    width, device = max(counts), visual.projected.device
+def whole_tiles(visual: VisualTokens, counts: list[int], width: int) -> tuple[Tensor, Tensor]:
+    """Return what tiles keep whose counts[t] are all their tokens, or none, and their margins.
+
+    Both are [T, width]: LongTensor, padded with -1; and `inf`, because nothing was chosen.
+    """
+    device = visual.projected.device
     kept = torch.full((len(counts), width), -1, dtype=torch.long, device=device)
-    margins = no_choice(len(counts), width, device)
-    for tile in set(range(len(counts))) - set(work):
-        count = counts[tile]
-        every = torch.arange(count, device=device)
-        kept[tile, :count] = (
-            every if visual.valid is None else true_places(visual.valid[tile], count)
-        )
-    if picks is not None:
-        at = constant(tuple(work), device)
-        free = (0, width - picks.indices.shape[1])
-        kept.index_copy_(0, at, pad(picks.indices, free, value=-1))
-        own = pad(picks.margins.to(margins.dtype), free, value=torch.inf)
-        margins.index_copy_(0, at, own)
-    return kept, margins
+    for tile, count in enumerate(counts):
+        if count:
+            own = visual.valid
+            every = torch.arange(count, device=device)
+            kept[tile, :count] = every if own is None else true_places(own[tile], count)
+    return kept, no_choice(len(counts), width, device)
+
+
+def _fill_in(kept: Tensor, margins: Tensor, tiles: list[int], picks: Picks) -> None:
+    """Write the picks of some tiles into kept and margins [T, width] of all."""
+    at = constant(tuple(tiles), kept.device)
+    free = (0, kept.shape[1] - picks.indices.shape[1])
+    kept.index_copy_(0, at, pad(picks.indices, free, value=-1))
+    own = pad(picks.margins.to(margins.dtype), free, value=torch.inf)
+    margins.index_copy_(0, at, own)
 
 
 def _left_of(
@@ -234,18 +232,18 @@ def _left_of(
     tiles = visual.tiles_of(image)
     own = slice(tiles[0], tiles[-1] + 1)
     width, count, device = kept.shape[1], visual.projected.shape[1], kept.device
-    slots = _filled_slots(tuple(counts[own]), width, device)
+    slots = filled_slots(tuple(counts[own]), width, device)
     patch = (kept[own] + tile_starts(len(tiles), count, device)).flatten()
     if len(slots) < len(patch):
         patch = patch[slots]
-    place_of = _places_of(visual, image, own)
+    place_of = places_of(visual, image, own)
     if place_of is None:
         return TokenSequence(slots, patch, total)
     place, order = place_of[patch].sort()
     return TokenSequence(slots[order], place, total)
 
 
-def _places_of(visual: VisualTokens, image: int, tiles: slice) -> Tensor | None:
+def places_of(visual: VisualTokens, image: int, tiles: slice) -> Tensor | None:
     """Return the place of every patch of an image in its unpruned sequence, [tiles * N].
 
     None where every patch has its own number as its place.
@@ -256,19 +254,19 @@ def _places_of(visual: VisualTokens, image: int, tiles: slice) -> Tensor | None:
 
 
 @lru_cache(maxsize=256)
-def _filled_slots(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+def filled_slots(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """Return the slots of tiles with `counts` tokens in rows of `width`, flat: LongTensor [n]."""
     slots = (tile * width + slot for tile, count in enumerate(counts) for slot in range(count))
     return constant(tuple(slots), device)
 
 
-def _renumber(run: MethodRun, image: int, kept: Tensor) -> TokenSequence:
-    """Return the whole sequence of an image of which kept [T, K] has all tokens."""
+def renumbered(run: MethodRun, image: int, width: int) -> TokenSequence:
+    """Return the whole sequence of an image that keeps all tokens, in rows of `width` slots."""
     visual, sequence = run.visual, run.sequences[image]
     tiles = visual.tiles_of(image)
     slots = visual.valid_mask()[tiles[0] : tiles[-1] + 1].cumsum(dim=1) - 1
-    everything = torch.arange(sequence.total, device=kept.device)
-    return sequence.keep(everything, slots, kept.shape[1])
+    everything = torch.arange(sequence.total, device=slots.device)
+    return sequence.keep(everything, slots, width)
 
 
 def select_in_images(run: MethodRun, budgets: list[int | None]) -> Selection:

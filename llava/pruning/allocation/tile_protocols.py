@@ -29,7 +29,8 @@ from llava.pruning.allocation.budgets import tile_counts
 from llava.pruning.allocation.strategy import MethodRun, Selection, select_counted
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
-from llava.pruning.tokens import VisualTokens, constant
+from llava.pruning.indices import constant
+from llava.pruning.tokens import VisualTokens
 
 # Base view and four crops: what released budgets are shares of.
 NOMINAL_TILES = 5

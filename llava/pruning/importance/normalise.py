@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.indices import constant
 from llava.pruning.kernels import usable
 from llava.pruning.late_checks import refuse_if
 from llava.pruning.precision import widen
 from llava.pruning.selection.rows import selectable
-from llava.pruning.tokens import constant
 
 # Below this relative spread a score only carries rounding noise.
 FLAT = 1e-4

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from llava.pruning.indices import raster_order
 from llava.pruning.method import (
     Merged,
     Picks,
@@ -13,7 +14,6 @@ from llava.pruning.method import (
     varies,
 )
 from llava.pruning.selection.max_min import max_min_with_margins
-from llava.pruning.tokens import raster_order
 
 
 @register
@@ -67,5 +67,7 @@ class DivPrune(PruningMethod):
     def merge(self, tokens: VisualTokens, counts: Tensor) -> Merged:
         picks = self.select(self.rows(tokens, None, counts)).indices
         return Merged.as_picked(
-            tokens, picks if self.emit_order == "selection" else raster_order(picks)
+            tokens,
+            picks if self.emit_order == "selection" else raster_order(picks),
+            counts.tolist(),
         )

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llava.pruning.errors import PruningError
+from llava.pruning.indices import true_places
 from llava.pruning.method import Merged, PruningMethod, VisualTokens, option, register
 from llava.pruning.selection.rows import top_k
-from llava.pruning.tokens import true_places
 
 
 @register

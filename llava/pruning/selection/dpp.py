@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.indices import constant
 from llava.pruning.kernels import usable
 from llava.pruning.late_checks import refuse_if
 from llava.pruning.precision import outside_autocast, widen
 from llava.pruning.selection.max_min import cosine, first_argmax
 from llava.pruning.selection.rows import Picks, check_rows, selectable
-from llava.pruning.tokens import constant
 
 # A token whose remaining volume is below this many roundings of its own is in the span of the
 # picked ones: what is left of it is noise.

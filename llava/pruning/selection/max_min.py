@@ -9,11 +9,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.normalise import min_max
+from llava.pruning.indices import constant
 from llava.pruning.kernels import usable
 from llava.pruning.late_checks import refuse_if
 from llava.pruning.precision import outside_autocast
 from llava.pruning.selection.rows import Picks, Rows, check_rows, selectable, top_k
-from llava.pruning.tokens import constant
 
 FUSIONS = ("multiply", "sum", "sensitivity", "diversity")
 

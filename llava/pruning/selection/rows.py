@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
+from llava.pruning.indices import constant, gather_slots, raster_order, true_places
 from llava.pruning.late_checks import refuse_if
-from llava.pruning.tokens import VisualTokens, constant, gather_slots, raster_order, true_places
+from llava.pruning.tokens import VisualTokens
 
 
 class Picks(NamedTuple):
@@ -64,14 +65,17 @@ class Merged(NamedTuple):
         )
 
     @classmethod
-    def as_picked(cls, tokens: VisualTokens, picks: Tensor) -> "Merged":
+    def as_picked(
+        cls, tokens: VisualTokens, picks: Tensor, counts: list[int] | None = None
+    ) -> "Merged":
         """Emit tokens in the order of LongTensor picks [T, K], -1 padded, repeats included.
 
         For options that reproduce what no set of tokens in raster order can: such methods then
-        merge.
+        merge. Without `counts`, how many picks a tile has, the host waits to learn them.
         """
         every = torch.arange(tokens.projected.shape[1], device=picks.device)
-        counts = (picks >= 0).sum(dim=1).tolist()
+        if counts is None:
+            counts = (picks >= 0).sum(dim=1).tolist()
         made = gather_slots(tokens.projected, picks)
         return cls(made, picks[..., None] == every, counts=counts)
 
