@@ -4,6 +4,7 @@ A multiplication and an addition are two operations. Bytes are the least that mu
 weight and every input read once, every result written once.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from llava.pruning import PruningConfig
 from llava.pruning.tokens import ImageTokens, VisualTokens
 
 
@@ -95,15 +97,38 @@ def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# Operators that read only what they return of their first input.
+_LOOK_UPS = (torch.ops.aten.index_select, torch.ops.aten.gather, torch.ops.aten.index)
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Return the bytes of a tensor's values, those of an expanded one counted once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, step in sizes if step) * tensor.element_size()
+
+
+def _is_gram(inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    """Return whether a product is that of a matrix [N, D] and its own transpose."""
+    if len(inputs) != 2 or len(outputs) != 1 or outputs[0].ndim != 2:
+        return False
+    left, right = inputs
+    same = left.untyped_storage()._cdata == right.untyped_storage()._cdata
+    return same and left.shape == right.T.shape and left.stride() == right.T.stride()
+
+
 class Counter(TorchDispatchMode):
     """Counts what torch runs inside: products, operators, bytes that come in from outside.
 
     Products are counted by torch's own formulas. What a kernel of another library computes is not
     seen. Call it outside of inference mode, which hides the parts of composed operators.
+
+    Args:
+        gram: type under which products of tokens with themselves are counted; None: their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gram: str | None = None) -> None:
         super().__init__()
+        self._gram = gram
         self.flops: dict[str, int] = defaultdict(int)
         self.launches = 0
         self._held: list[Any] = []  # storages stay alive, so that no address is used twice
@@ -122,15 +147,20 @@ class Counter(TorchDispatchMode):
         if all(self._storage(tensor) in given for tensor in outputs) and func.is_view:
             return out  # a view: nothing runs
         self.launches += 1
-        for tensor in inputs:
+        for number, tensor in enumerate(inputs):
             key = self._storage(tensor)
             if key not in self._made:
-                moved = tensor.numel() * tensor.element_size()
+                moved = _bytes_of(tensor)
+                if number == 0 and func._overloadpacket in _LOOK_UPS:
+                    moved = min(moved, sum(map(_bytes_of, outputs)))
                 self._read[key] = max(moved, self._read.get(key, 0))
         self._made |= {self._storage(tensor) for tensor in outputs} - given
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.flops[type_name(inputs[0].dtype)] += formula(*args, **kwargs, out_val=out)
+            kind = type_name(inputs[0].dtype)
+            if self._gram is not None and _is_gram(inputs, outputs):
+                kind = self._gram
+            self.flops[kind] += formula(*args, **kwargs, out_val=out)
         return out
 
     def _storage(self, tensor: Tensor) -> int:
@@ -150,23 +180,52 @@ def count_stage(stage: Callable[[VisualTokens], ImageTokens], visual: VisualToke
 
     On an accelerator the counter would not see our kernels. There shapes alone are sent through the
     stage (meta tensors), which then takes torch's operators; a method that needs to see the values
-    is counted where it runs. What is computed once for a projector is not part of it.
+    is counted where it runs. So `stage` must not choose its precision by the device of what it is
+    given, see `as_on_device`. What is computed once for a projector is not part of it.
     """
     if visual.projected.device.type != "cpu":
         try:
-            return _count(stage, _shapes_of(visual), first=True)
+            return _count(stage, _shapes_of(visual), True, gram_type(visual.projected))
         except (NotImplementedError, RuntimeError):  # it reads values, which meta tensors lack
             pass
     return _count(stage, visual)
 
 
+def gram_type(tokens: Tensor) -> str | None:
+    """Return the type that tokens are multiplied with each other in; None for what is counted.
+
+    Shapes alone take `cosine`, in float32. On CUDA the products of 16-bit tokens have 16-bit
+    inputs, see `max_min`.
+    """
+    narrow = tokens.device.type == "cuda" and tokens.element_size() == 2
+    return type_name(tokens.dtype) if narrow else None
+
+
+def as_on_device(config: PruningConfig, dtype: torch.dtype, device: torch.device) -> PruningConfig:
+    """Return a setting whose products have the precision that `auto` means on a device.
+
+    Args:
+        config: of the stage; that of an older checkout has no such choice and is returned as it is.
+        dtype: of the model.
+        device: that it runs on.
+    """
+    if not hasattr(config, "compute"):
+        return config
+    from llava.pruning.precision import product_precision
+
+    return replace(config, compute=product_precision(config.compute, dtype, device))
+
+
 def _count(
-    stage: Callable[[VisualTokens], ImageTokens], visual: VisualTokens, first: bool = False
+    stage: Callable[[VisualTokens], ImageTokens],
+    visual: VisualTokens,
+    first: bool = False,
+    gram: str | None = None,
 ) -> Work:
     with torch.no_grad():
         if first:
             stage(visual)
-        with Counter() as counter:
+        with Counter(gram) as counter:
             result = stage(visual)
     return counter.work(result)
 

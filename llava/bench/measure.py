@@ -4,18 +4,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava.bench.arms import BenchArm
-from llava.bench.counts import Work, count_stage, encode_work, forward_work, kv_cache_bytes
+from llava.bench.counts import (
+    Work,
+    as_on_device,
+    count_stage,
+    encode_work,
+    forward_work,
+    kv_cache_bytes,
+)
 from llava.bench.rates import Clock, finish
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.call_context import asking, steps_run_by
 from llava.pruning import PruningConfig, PruningError, prune, prune_visual_tokens
-from llava.pruning.stage import importance_of
+from llava.pruning.stage import gather_slots, importance_of  # a place that older checkouts have
 from llava.pruning.tokens import ENCODER_EXTRAS, ImageTokens, PrunedTokens, VisualTokens
 from llava.utils import UserInputError
 
@@ -63,7 +71,7 @@ class Batch:
     sizes: list[tuple[int, int]]
     questions: list[str]
     encoded: dict[frozenset[str], tuple[VisualTokens, float]] = field(default_factory=dict)
-    given: dict[str, tuple[PrunedTokens, Tensor]] = field(default_factory=dict)
+    given: dict[str, tuple[PrunedTokens, Tensor, dict[str, bool]]] = field(default_factory=dict)
 
 
 def make_batch(subject: Subject, size: int) -> Batch:
@@ -154,7 +162,6 @@ class Bench:
         """
         arm, batch = self.arms[number], self.batches[size]
         times = self._in_steps(arm, batch)
-        kept, batch.encoded = batch.encoded, {}  # no more than a user's call is held meanwhile
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -162,7 +169,6 @@ class Bench:
         times["end_to_end"] = self._whole(arm, batch)
         if cuda:
             times["peak_bytes"] = torch.cuda.max_memory_allocated(self.device) - before
-        batch.encoded = kept
         return times
 
     def _in_steps(self, arm: BenchArm, batch: Batch) -> Times:
@@ -184,12 +190,14 @@ class Bench:
     def _heads(self, embeds: Tensor, clock: Clock) -> Times:
         """Time the output layer alone, on a row as it comes in a prefill and in a decoding step.
 
-        The first is a part of a longer tensor, for which torch may choose another kernel.
+        The first is a part of a longer tensor, for which torch may choose another kernel. The
+        layers run before either, as they do in a call, so that no cache holds its weights.
         """
-        head, last = self.subject.model.lm_head, embeds[:, -1:]
-        times = {}
+        model, last = self.subject.model, embeds[:, -1:]
+        head, times = model.lm_head, {}
         alone = torch.zeros(last.shape, device=last.device, dtype=last.dtype)
         for name, row in (("head", last), ("decode_head", alone)):
+            model.get_model()(inputs_embeds=alone, use_cache=False)
             clock.lap()
             head(row)
             times[name] = clock.lap()
@@ -226,7 +234,8 @@ class Bench:
         finish(self.device)
         start = time.perf_counter()
         with torch.inference_mode():
-            _, embeds = self._prepare(arm, batch, waits=False)
+            # What the stage made is let go before the language model runs, as in a user's call.
+            embeds = self._prepare(arm, batch, waits=False)[1]
             out = self._forward(embeds)
             if self.subject.answer > 1:
                 self._decode(out, self.subject.answer - 1)
@@ -259,7 +268,9 @@ class Bench:
     def _count_stage(self, arm: BenchArm, batch: Batch, visual: VisualTokens) -> Work:
         if arm.free:
             return count_stage(lambda tokens: self.gather(arm, batch, tokens), visual)
-        return count_stage(lambda tokens: prune_visual_tokens(tokens, arm.pruning), visual)
+        assert arm.pruning is not None
+        config = as_on_device(arm.pruning, visual.projected.dtype, self.device)
+        return count_stage(lambda tokens: prune_visual_tokens(tokens, config), visual)
 
     def gather(self, arm: BenchArm, batch: Batch, visual: VisualTokens) -> ImageTokens:
         """Prune by given indices: what a pruner costs that costs nothing."""
@@ -268,14 +279,20 @@ class Bench:
             if not isinstance(pruned, PrunedTokens):
                 return visual  # a budget of all tokens
             assert pruned.kept is not None
-            index = pruned.kept.clamp(min=0)[..., None].expand(-1, -1, visual.projected.shape[-1])
-            batch.given[arm.name] = replace(pruned, trace=None), index
-        template, index = batch.given[arm.name]
-        if visual.projected.device != index.device:
-            index = index.to(visual.projected.device)
+            batch.given[arm.name] = replace(pruned, trace=None), pruned.kept, _padding(pruned.kept)
+        template, kept, padding = batch.given[arm.name]
+        if visual.projected.device != kept.device:
+            kept = kept.to(visual.projected.device)
         # Checks of what was encoded stay due; older checkouts know none.
         due: dict[str, Any] = {"checks": visual.checks} if hasattr(visual, "checks") else {}
-        return replace(template, projected=visual.projected.gather(1, index), **due)
+        return replace(template, projected=gather_slots(visual.projected, kept, **padding), **due)
+
+
+def _padding(kept: Tensor) -> dict[str, bool]:
+    """Say as the stage does whether there is padding; older checkouts always look for it."""
+    if "padded" not in signature(gather_slots).parameters:
+        return {}
+    return {"padded": bool((kept < 0).any())}
 
 
 class _Phases:
@@ -326,6 +343,8 @@ class _Phases:
         key = frozenset(needs & {*ENCODER_EXTRAS, "image_digest"})
         if key not in self._batch.encoded:
             visual = step(*arguments, sorted(key | set(COLLECTED_ANYWAY)))
+            if hasattr(visual, "settle"):  # or the first arm alone would pay for it in its splice
+                visual.settle()
             self._batch.encoded[key] = visual, self.lap()
         visual, self.times["encode"] = self._batch.encoded[key]
         return visual

@@ -8,18 +8,18 @@ import torch
 from llava.bench.counts import type_name
 
 # Rows, inner and outer width of a product, and bytes that are moved, by kind of device.
-_PRODUCT = {"cpu": (576, 4096, 4096), "cuda": (8192, 8192, 8192)}
+PRODUCT = {"cpu": (576, 4096, 4096), "cuda": (8192, 8192, 8192)}
 _BYTES = {"cpu": 2**28, "cuda": 2**31}
 _CALLS = 4
 
 
 def measure_rates(device: torch.device, dtypes: set[torch.dtype]) -> dict[str, float]:
-    """Return operations per second of products by type, and bytes per second as `memory`.
+    """Return operations per second of a product by type, and bytes per second as `memory`.
 
-    The best of several calls counts, so that a share of these rates is a share of what can be
-    reached. Memory is the faster of reading and copying.
+    The best of several calls of one shape, `PRODUCT`, whose operands may lie in a cache. Other
+    shapes may reach more or less. Memory is the faster of reading and copying.
     """
-    kind = device.type if device.type in _PRODUCT else "cpu"
+    kind = device.type if device.type in PRODUCT else "cpu"
     rates = {
         type_name(dtype): _product_rate(device, dtype, kind) for dtype in sorted(dtypes, key=str)
     }
@@ -32,7 +32,7 @@ def measure_rates(device: torch.device, dtypes: set[torch.dtype]) -> dict[str, f
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, kind: str) -> float:
-    rows, inner, outer = _PRODUCT[kind]
+    rows, inner, outer = PRODUCT[kind]
     a = torch.randn(rows, inner, device=device, dtype=dtype)  # ones would draw less power
     b = torch.randn(outer, inner, device=device, dtype=dtype)
     return 2 * rows * inner * outer / fastest(lambda: torch.nn.functional.linear(a, b), device)

@@ -13,14 +13,16 @@ from llava.bench.configs import build_random, shape_of
 from llava.bench.counts import (
     _count,
     _shapes_of,
+    as_on_device,
     count_stage,
     encode_work,
     forward_work,
+    gram_type,
     head_width,
     kv_cache_bytes,
 )
 from llava.bench.stage import random_tokens
-from llava.pruning import PruningConfig, prune_visual_tokens
+from llava.pruning import PruningConfig, precision, prune_visual_tokens
 
 CPU = torch.device("cpu")
 
@@ -110,7 +112,7 @@ def test_shapes_alone_are_counted_as_the_values_are(method: str) -> None:
 
 
 def test_bytes_of_the_stage_are_what_comes_in_and_goes_out() -> None:
-    """A gather reads all tokens at least, and the indices; its result is what it writes."""
+    """A gather reads what it returns, and the indices once; its result is what it writes."""
     visual = random_tokens(1, 1, 144, 128, CPU, torch.float32)
     index = torch.arange(16)[None, :, None].expand(1, 16, 128)
 
@@ -123,5 +125,44 @@ def test_bytes_of_the_stage_are_what_comes_in_and_goes_out() -> None:
         return result
 
     work = count_stage(gather, visual)
-    assert work["bytes"] == 4 * 144 * 128 + 8 * index.numel() + 4 * 16 * 128
+    assert work["bytes"] == 4 * 16 * 128 + 8 * 16 + 4 * 16 * 128
     assert work["launches"] == 2
+
+    def whole(tokens: Any) -> Any:
+        tokens.projected.sum()
+        return gather(tokens)
+
+    assert count_stage(whole, visual)["bytes"] == 4 * 144 * 128 + 8 * 16 + 4 * 16 * 128
+
+
+@pytest.mark.parametrize(("fast", "kind"), [(True, "bfloat16"), (False, "float32")])
+def test_shapes_are_multiplied_as_the_device_would(
+    fast: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` goes by the device, and shapes alone are on none that multiplies bfloat16 fast."""
+    monkeypatch.setattr(
+        precision, "multiplies_bf16_fast", lambda device: fast and device.type != "meta"
+    )
+    visual = random_tokens(1, 1, 144, 128, CPU, torch.bfloat16)
+    config = as_on_device(PruningConfig("zoo-exact", keep_tokens=16), torch.bfloat16, CPU)
+    shapes = _count(
+        lambda tokens: prune_visual_tokens(tokens, config), _shapes_of(visual), True, "bfloat16"
+    )
+    gram = 2 * 144 * 144 * 128
+    assert shapes["flops"]["bfloat16"] >= gram, "16-bit tokens are multiplied as they are"
+    large = {name: flops for name, flops in shapes["flops"].items() if flops > gram}
+    assert large.keys() == {kind}
+
+
+def test_the_gram_matrix_is_booked_under_the_type_of_the_tokens() -> None:
+    visual = random_tokens(1, 1, 144, 128, CPU, torch.bfloat16)
+    call = stage("divprune", 16)
+    assert _count(call, _shapes_of(visual), True)["flops"] == {"float32": 2 * 144 * 144 * 128}
+    booked = _count(call, _shapes_of(visual), True, "bfloat16")
+    assert booked["flops"] == {"bfloat16": 2 * 144 * 144 * 128}
+    assert gram_type(visual.projected) is None, "on the CPU it is a float32 product"
+
+
+def test_a_setting_of_an_older_checkout_is_left_alone() -> None:
+    older: Any = object()
+    assert as_on_device(older, torch.bfloat16, CPU) is older
