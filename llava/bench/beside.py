@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.bench.measure import Bench, Times
+from llava.bench.schema import THIS
+from llava.eval.engine import provenance
 from llava.utils import UserInputError
 
 OWN = Path(__file__).resolve().parents[2]
@@ -47,6 +49,12 @@ class Beside:
         if not (root / "llava" / "__init__.py").is_file():
             raise UserInputError(f"--compare-with {root}: no checkout of this package is there")
         self.name = root.resolve().name
+        if self.name == THIS:
+            raise UserInputError(
+                f"--compare-with {root}: the name {THIS!r} stands for this source tree; rename "
+                "that folder"
+            )
+        self.commit = provenance.git_state(root / "llava")
         self._process = subprocess.Popen(
             [sys.executable, "-c", BOOTSTRAP, str(root.resolve()), str(OWN)],
             stdin=subprocess.PIPE,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.bench.scaling import AXES, exponents, median_ms
-from llava.bench.schema import BenchResult, ScalingResult
+from llava.bench.schema import THIS, BenchResult, ScalingResult
 from llava.bench.summary import ROWS, figures_of
 from llava.utils import UserInputError
 
@@ -28,7 +29,7 @@ def draw_bench(result: BenchResult) -> Figure:
     ):
         own = [f for f in figures if f.arm["batch"] == batch]
         names = [
-            f"{f.arm['arm']} {'' if f.arm['source'] == 'this' else f.arm['source']}" for f in own
+            f"{f.arm['arm']} {'' if f.arm['source'] == THIS else f.arm['source']}" for f in own
         ]
         left = [0.0] * len(own)
         for step, colour in zip(ROWS, COLOURS, strict=True):
@@ -43,7 +44,10 @@ def draw_bench(result: BenchResult) -> Figure:
     plot.legend(fontsize=7, ncols=len(ROWS), frameon=False)
     conditions = result["conditions"]
     place = result["machine"].get("gpu") or conditions["device"]
-    figure.suptitle(f"{conditions['model']}, {conditions['dtype']}, {place}", fontsize=9)
+    title = f"{conditions['model']}, {conditions['dtype']}, {place}"
+    if conditions["layers"] != conditions["depth"]:
+        title += f"; scaled from {conditions['layers']} to {conditions['depth']} decoder layers"
+    figure.suptitle(title, fontsize=9)
     return figure
 
 
@@ -71,6 +75,20 @@ def draw_scaling(result: ScalingResult) -> Figure:
     for plot in plots[len(axes) :]:
         plot.remove()
     return figure
+
+
+def check_plot(file: Path) -> None:
+    """Refuse, before anything is run, a picture that could not be written.
+
+    Raises:
+        UserInputError: matplotlib is not installed, or does not know the kind of picture.
+    """
+    _figure_class()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kind, known = file.suffix.lstrip("."), FigureCanvasBase.filetypes
+    if kind not in known:
+        raise UserInputError(f"--plot {file}: the name must end in one of .{', .'.join(known)}")
 
 
 def _figure_class() -> type[Figure]:

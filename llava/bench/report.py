@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava.bench.arms import FREE
-from llava.bench.schema import BenchResult
+from llava.bench.rates import PRODUCT
+from llava.bench.schema import THIS, BenchResult
 from llava.bench.summary import ROWS, Figures, Spread, figures_of, spread
 from llava.eval.engine.request import UNPRUNED
 from llava.markdown import table
@@ -38,16 +39,19 @@ def render(result: BenchResult) -> str:
     """Return all tables of a bench."""
     figures = figures_of(result)
     parts = [describe(result)]
-    for batch in result["conditions"]["batches"]:
+    conditions = result["conditions"]
+    ran = "" if conditions["layers"] == conditions["depth"] else f" ({conditions['layers']} layers)"
+    for batch in conditions["batches"]:
         own = [f for f in figures if f.arm["batch"] == batch]
         parts += [
             f"**Batch {batch}**: milliseconds, median of {len(own[0].arm['times']['encode'])}",
             _times(result, own),
-            "Operations, bytes, memory, and the share of what this machine could do at best",
-            _work(own),
+            "Operations, bytes, memory, and bounds over times",
+            _work(own, ran),
             "<details><summary>5th to 95th percentile: milliseconds and ratios</summary>",
-            _percentiles(own),
+            _percentiles(own, ran),
             "</details>",
+            *against(own),
         ]
     return "\n\n".join([*parts, LEGEND, "Published by others, on other machines:", published()])
 
@@ -56,46 +60,63 @@ def describe(result: BenchResult) -> str:
     """Return the conditions in words."""
     conditions, rates, machine = result["conditions"], result["rates"], result["machine"]
     place = machine.get("gpu") or f"{conditions['device']} ({machine.get('torch_threads')} threads)"
-    versions, commit = result["versions"], result["commit"] or {}
+    versions = result["versions"]
     images = f"{conditions['tiles']} tile(s) an image, {conditions['text']} tokens of text"
     products = ", ".join(
         f"{kind} {rate / 1e12:.3g} TFLOP/s" for kind, rate in rates.items() if kind != "memory"
     )
     known = [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
+    rows, inner, outer = PRODUCT.get(conditions["device"].partition(":")[0], PRODUCT["cpu"])
     lines = [
         f"{conditions['model']}, {conditions['weights']} weights, {conditions['dtype']}, {place}; "
-        f"{images}; {', '.join([*known, 'commit ' + str(commit.get('commit'))[:10]])}.",
-        f"This machine, measured in the same run: {products}, memory {rates['memory'] / 1e9:.3g} "
-        "GB/s.",
-        f"The model was ready after {result['loading_seconds']['this']:.3g} s, which is in no time "
+        f"{images}; {', '.join([*known, _commit(result['commit'])])}.",
+        f"One product of {rows} x {inner} x {outer} on this machine, in the same run: {products}; "
+        f"memory: {rates['memory'] / 1e9:.3g} GB/s.",
+        f"The model was ready after {result['loading_seconds'][THIS]:.3g} s, which is in no time "
         f"below. Made by `{result['command']}`.",
     ]
     if conditions["layers"] != conditions["depth"]:
         lines.insert(
             1,
             f"**The language model ran with {conditions['layers']} of its {conditions['depth']} "
-            "layers**: its times are scaled to all of them, the output layer timed by itself.",
+            "layers**: its times are scaled to all of them, and with the layers all else that is "
+            "not the output layer (mask, rotary angles, last norm). The output layer is the median "
+            "of its own times in all arms of a batch.",
         )
+    for name, state in result.get("compared_with", {}).items():
+        lines.append(f"{name} is {_commit(state)}.")
     if not result["complete"]:
         lines.append("**The run was interrupted: fewer repeats than asked for.**")
     return " ".join(lines)
 
 
+def _commit(state: dict[str, Any] | None) -> str:
+    """Return a commit in words."""
+    if state is None:
+        return "of no known commit"
+    changed = " with changes that are not committed" if state.get("dirty") else ""
+    return f"commit {str(state['commit'])[:10]}{changed}"
+
+
 LEGEND = """\
 *free*: the indices are given, so the arm only gathers; no method can be faster. *select*: the
 rest of the stage after scoring, gather included. *splice*: all else between pixels and
-embeddings. *total n*: from pixels to the n-th token of an answer. *x prefill*: from features to
+embeddings. *total n*: from pixels to the n-th token of an answer; a decoding step is the mean of
+the first ones (at most 8), also where answers are longer. *x prefill*: from features to
 the first token (stage, splice, prefill), the unpruned model's time over that of the arm; *x total
-n*: the same of totals. *of free*: from features to the first token, the free arm's time over that
-of an arm with the same budget; *allowed*: the same if the stage ran at its bound; *of free
-total*: of totals at the shortest answer; in these three the language model's time is the median
-over all arms that feed it as many tokens. Other ratios are taken within a repeat. *pays up to*:
-the most tokens of an image that the method may keep and still give that answer no later than the
-unpruned model. *bound*: operations at the measured rate of products of their type, or bytes
-(weights and inputs once, results once) at that of memory, whichever takes longer; the shares are
-bound over time. *peak*: what a whole call held beyond weights and inputs, on CUDA. *operators*:
-what torch ran in the stage. *first call*: what the first call of the stage took beyond later
-ones: for the first arm of a method, what is computed once a model."""
+n*: the same of totals; both are taken within a repeat. *of free*: from features to the first token,
+the free arm's time over that of an arm that keeps as many tokens; *allowed*: the same if the stage
+ran at its bound; *of free total*: of totals at the shortest answer. In these three and in *pays up
+to* the language model's time is one median over all arms that feed it as many tokens, so their
+percentiles show the noise of the stage alone. *pays up to*: the most tokens of an image that the
+method may keep and still give that answer no later than the unpruned model, if every removed token
+saves as much and the method costs the same whatever it keeps. *bound*: operations at the rate of
+one product of their type, or bytes (weights and inputs once, results once) at that of memory,
+whichever takes longer; the columns show bound over time. Stages run again and again on tokens that
+may lie in a cache. *peak*: the most that a whole call held beyond weights and inputs, on CUDA.
+*operators*: what torch runs in the stage; on CUDA what it would run there without kernels. *first
+call*: what the first call of the stage took beyond later ones: for the first arm of a method, what
+is computed once a model, and compilation."""
 
 
 def published() -> str:
@@ -105,8 +126,10 @@ def published() -> str:
 
 def _name(figures: Figures) -> str:
     arm = figures.arm
-    name = arm["arm"] if arm["label"] == arm["method"] else f"{arm['label']}@{arm['tokens']}"
-    return name if arm["source"] == "this" else f"{name} ({arm['source']})"
+    method = arm["method"].partition(":")[0]
+    # The label says what the method could not read, the arm its options.
+    name = arm["label"] + arm["arm"].removeprefix(method)
+    return name if arm["source"] == THIS else f"{name} ({arm['source']})"
 
 
 def _times(result: BenchResult, figures: Sequence[Figures]) -> str:
@@ -137,12 +160,12 @@ def _pays(tokens: float | None) -> str:
     return f"{tokens:.0f}" if tokens >= 1 else "never"
 
 
-def _work(figures: Sequence[Figures]) -> str:
+def _work(figures: Sequence[Figures], ran: str) -> str:
     parts = ("encode", "stage", "prefill", "decode")
     header = ["arm"]
     for part in parts:
         header += [f"{part} GFLOP", f"{part} MB", f"{part} bound"]
-    header += ["KV cache MiB", "peak MiB", "operators", "first call ms"]
+    header += ["KV cache MiB", f"peak MiB{ran}", "operators", "first call ms"]
     lines = []
     for own in figures:
         line = [_name(own)]
@@ -173,7 +196,7 @@ def _spent(figures: Figures, part: str) -> float | None:
     return figures.rows[part].median if part in figures.rows else None
 
 
-def _percentiles(figures: Sequence[Figures]) -> str:
+def _percentiles(figures: Sequence[Figures], ran: str) -> str:
     answers = list(figures[0].totals)
     steps = [step for step in ROWS if any(step in f.rows for f in figures)]
     lines = [
@@ -188,9 +211,53 @@ def _percentiles(figures: Sequence[Figures]) -> str:
         for own in figures
     ]
     return table(
-        ["arm", *steps, *(f"total {n}" for n in answers), "as one call", "x prefill", "of free"],
+        [
+            "arm",
+            *steps,
+            *(f"total {n}" for n in answers),
+            f"as one call{ran}",
+            "x prefill",
+            "of free",
+        ],
         lines,
     )
+
+
+def against(figures: Sequence[Figures]) -> list[str]:
+    """Return a heading and a table for each other checkout: what this tree changed in every arm."""
+    parts = []
+    for source in dict.fromkeys(f.arm["source"] for f in figures if f.arm["source"] != THIS):
+        before = {f.arm["arm"]: f for f in figures if f.arm["source"] == source}
+        lines = [
+            _change(before[own.arm["arm"]], own)
+            for own in figures
+            if own.arm["source"] == THIS and own.arm["method"] != UNPRUNED
+        ]
+        header = ["arm"]
+        for name in ("stage ms", "x prefill", "of free"):
+            header += [f"{name} there", f"{name} here", "ratio"]
+        parts += [
+            f"Against {source}: medians there and here; a ratio above 1: better here",
+            table(header, lines),
+        ]
+    return parts
+
+
+def _change(before: Figures, own: Figures) -> list[str]:
+    """Return a line of `against`."""
+    cells = [_name(own)]
+    there, here = _spent(before, "stage") or 0.0, _spent(own, "stage") or 0.0
+    cells += [_digits(there), _digits(here), f"{there / here:.2f}" if here else NONE]
+    pairs = [
+        (before.prefill_speed_up, own.prefill_speed_up),
+        (before.of_free_prefill, own.of_free_prefill),
+    ]
+    for first, second in pairs:
+        if first is None or second is None:
+            continue
+        cells += [f"{first.median:.3f}", f"{second.median:.3f}"]
+        cells.append(f"{second.median / first.median:.2f}")
+    return cells + [NONE] * (10 - len(cells))
 
 
 def _ms(value: Spread | None) -> str:

@@ -14,12 +14,11 @@ from llava.bench.beside import Beside
 from llava.bench.configs import build_random, shape_of
 from llava.bench.measure import DECODE_STEPS, Bench, Subject, Times
 from llava.bench.rates import measure_rates
-from llava.bench.schema import SCHEMA_VERSION, ArmResult, BenchResult, Conditions
+from llava.bench.schema import SCHEMA_VERSION, THIS, ArmResult, BenchResult, Conditions
 from llava.model.loaded import ModelSpec
 from llava.storage import dump_json, write_atomically
 from llava.utils import UserInputError
 
-THIS = "this"
 RANDOM = "random"
 
 
@@ -108,12 +107,14 @@ def run_bench(
         UserInputError: a model or setting that cannot be used, or a checkout that cannot.
     """
     loading: dict[str, float] = {}
+    compared: dict[str, dict[str, Any] | None] = {}
     with ExitStack() as stack:
         sources: dict[str, Source] = {}
         if compare_with is not None:
             start = time.perf_counter()
             other = stack.enter_context(Beside(compare_with, asdict(plan)))
             sources[other.name] = other
+            compared[other.name] = other.commit
             loading[other.name] = time.perf_counter() - start
         start = time.perf_counter()
         subject = open_subject(plan)
@@ -121,13 +122,15 @@ def run_bench(
         arms = [BenchArm.from_dict(arm) for arm in plan.arms]
         own = Bench(subject, arms, list(plan.batches))
         sources = {THIS: own, **sources}
+        dtypes = {subject.model.dtype, torch.float32}
         result: BenchResult = {
             "schema_version": SCHEMA_VERSION,
             "kind": "bench",
             **facts,  # type: ignore[typeddict-item]
             "conditions": _conditions(plan, subject),
-            "rates": measure_rates(own.device, {subject.model.dtype, torch.float32}),
+            "rates": measure_rates(own.device, dtypes),
             "loading_seconds": loading,
+            **({"compared_with": compared} if compared else {}),
             "complete": False,
             "arms": [],
         }
@@ -145,8 +148,10 @@ def run_bench(
             result["arms"].append(described)
         for repeat in range(plan.repeats):
             say(f"repeat {repeat + 1} of {plan.repeats}")
-            measure_once(runs, result["arms"], sources)
+            measure_once(runs, result["arms"], sources, backwards=repeat % 2 == 1)
             save()
+        again = measure_rates(own.device, dtypes)
+        result["rates"] = {name: max(rate, again[name]) for name, rate in result["rates"].items()}
         result["complete"] = True
         save()
     return result
@@ -156,12 +161,21 @@ def measure_once(
     runs: list[tuple[str, Source, int, int]],
     records: list[ArmResult],
     sources: Mapping[str, Source],
+    backwards: bool = False,
 ) -> None:
-    """Run every arm once, one after another, and add its times to its record."""
+    """Run every arm once, one after another, and add its times to its record.
+
+    `backwards` runs the last one first, so that over two repeats no arm and no source always comes
+    before another.
+    """
     for source in sources.values():
         source.begin_repeat()
-    measured = [source.measure(number, size) for _, source, number, size in runs]
-    for record, times in zip(records, measured, strict=True):
+    turns = list(zip(runs, records, strict=True))
+    measured = [
+        (record, source.measure(number, size))
+        for (_, source, number, size), record in (turns[::-1] if backwards else turns)
+    ]
+    for record, times in measured:
         for name, value in times.items():
             record["times"].setdefault(name, []).append(round(value, 5))
 
@@ -190,4 +204,5 @@ def _conditions(plan: Plan, subject: Subject) -> Conditions:
         "end_to_end_answer": subject.answer,
         "decode_steps": subject.steps,
         "repeats": plan.repeats,
+        "order": "as listed, backwards in every second repeat",
     }

@@ -11,7 +11,7 @@ from llava.eval.engine.schema import read_object
 from llava.storage import StorageError
 
 SCHEMA_VERSION = 1
-KINDS = ("bench", "scaling")
+THIS = "this"  # this source tree, where arms of another one are beside it
 
 
 class ArmResult(TypedDict):
@@ -50,6 +50,7 @@ class Conditions(TypedDict):
     end_to_end_answer: int  # length in the calls that were timed as a whole
     decode_steps: int  # a decoding step is the mean of so many
     repeats: int  # asked for; every arm ran once before, not counted
+    order: NotRequired[str]  # of the arms; not in older files, where it is that of `arms`
 
 
 class BenchResult(TypedDict):
@@ -62,8 +63,9 @@ class BenchResult(TypedDict):
     versions: dict[str, str]
     machine: dict[str, Any]
     conditions: Conditions
-    rates: dict[str, float]  # operations/s of products by type, bytes/s as `memory`
-    loading_seconds: dict[str, float]  # by source
+    rates: dict[str, float]  # operations/s of a product by type, bytes/s as `memory`
+    loading_seconds: dict[str, float]  # by source; another checkout's with its process and imports
+    compared_with: NotRequired[dict[str, dict[str, Any] | None]]  # its `commit`, by its name
     complete: bool  # False: the run was interrupted, or goes on
     arms: list[ArmResult]
 
@@ -95,16 +97,73 @@ class ScalingResult(TypedDict):
     stopped: NotRequired[list[str]]  # axes that ended early, because a call took too long
 
 
+class PartResult(TypedDict):
+    """A part of `scripts/gpu.sh`."""
+
+    name: str
+    status: str  # "done", "failed" or "left out"
+    seconds: float
+    line: str  # what was found, or why there is nothing
+    commands: NotRequired[list[str]]
+    output: NotRequired[str]  # the end of it
+    result: NotRequired[Any]  # such as a `BenchResult`
+
+
+class GpuResult(TypedDict):
+    """The file `gpu.json` of `scripts/gpu.sh`."""
+
+    schema_version: int
+    kind: str
+    command: str
+    commit: dict[str, Any] | None
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    small: bool  # True: a check of the script, not a measurement
+    parts: list[PartResult]
+
+
+_FORMS: dict[str, Any] = {"bench": BenchResult, "scaling": ScalingResult, "gpu": GpuResult}
+# Lists of a file, what their entries must have, and what their lack means.
+_ENTRIES: dict[str, tuple[str, Any, str]] = {
+    "bench": ("arms", ArmResult, "it was interrupted before its first repeat was done"),
+    "scaling": ("points", Point, "it was interrupted before its first size was done"),
+    "gpu": ("parts", PartResult, "it was interrupted before its first part was done"),
+}
+
+
 def read_bench(path: Path) -> Any:
-    """Read a file of `llava bench`, see `BenchResult` and `ScalingResult`.
+    """Read a file of `llava bench` or `scripts/gpu.sh`: see `BenchResult` and the types below it.
 
     Raises:
-        StorageError: it cannot be read, or is none.
+        StorageError: it cannot be read, is none, or has nothing to show.
     """
-    result = read_object(path)
-    if result.get("kind") not in KINDS or result.get("schema_version") != SCHEMA_VERSION:
+    return check_result(read_object(path), str(path))
+
+
+def check_result(result: Any, name: str) -> Any:
+    """Return a result that has all its keys and something to show.
+
+    Raises:
+        StorageError: it lacks some; `name` says whose.
+    """
+    kind = result.get("kind") if isinstance(result, dict) else None
+    if kind not in _FORMS or result.get("schema_version") != SCHEMA_VERSION:
         raise StorageError(
-            f"{path} is not a file of llava bench (schema {SCHEMA_VERSION}); give one that "
-            "`llava bench --output FILE` wrote"
+            f"{name} is not a file of llava bench (schema {SCHEMA_VERSION}); give one that "
+            "`llava bench --output FILE` or scripts/gpu.sh wrote"
         )
+    place, form, why = _ENTRIES[kind]
+    _check_keys(result, _FORMS[kind], name)
+    if kind == "bench":
+        _check_keys(result["conditions"], Conditions, f"conditions of {name}")
+    if not result[place]:
+        raise StorageError(f"{name} has no {place}: {why}; run its command again")
+    for number, entry in enumerate(result[place]):
+        _check_keys(entry, form, f"{place}[{number}] of {name}")
     return result
+
+
+def _check_keys(value: Any, form: Any, name: str) -> None:
+    missing = sorted(form.__required_keys__ - (value.keys() if isinstance(value, dict) else set()))
+    if missing:
+        raise StorageError(f"{name} is damaged, it lacks {', '.join(missing)}; run it again")

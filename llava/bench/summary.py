@@ -14,6 +14,10 @@ from llava.eval.engine.request import UNPRUNED
 ROWS = ("encode", "score", "select", "splice", "prefill", "decode")
 
 
+# Times of the output layer alone, by the step that it is a part of.
+HEADS = {"prefill": "head", "decode": "decode_head"}
+
+
 class Spread(NamedTuple):
     """Median, 5th and 95th percentile over repeats."""
 
@@ -41,7 +45,8 @@ class Figures:
         speed_up: total of the unpruned arm over this one's, by length of the answer.
         prefill_speed_up: the same from features to the first token: stage + splice + prefill.
         of_free: total of the free arm with the same budget over this one's; 1 costs nothing. The
-            language model's time is that of `same_model_time` in both.
+            language model's time is that of `same_model_time` in both. Empty where the method keeps
+            another number of tokens than that arm.
         of_free_prefill: the same from features to the first token, where encoding hides nothing.
         allowed: `of_free_prefill` if the stage took only as long as its operations and bytes allow.
         bounds: ms by step that operations and bytes allow.
@@ -66,7 +71,11 @@ class Figures:
 def figures_of(result: BenchResult) -> list[Figures]:
     """Return the figures of all arms, in the order of the file."""
     scale = result["conditions"]["depth"] / result["conditions"]["layers"]
-    series = {_key(arm): step_times(arm, scale) for arm in result["arms"]}
+    heads = head_times(result["arms"])
+    series = {
+        _key(arm): step_times(arm, scale, heads[arm["source"], arm["batch"]])
+        for arm in result["arms"]
+    }
     shared = same_model_time(result["arms"], series)
     return [_figures(result, arm, series, shared) for arm in result["arms"]]
 
@@ -75,19 +84,37 @@ def _key(arm: ArmResult) -> tuple[str, int, str]:
     return arm["source"], arm["batch"], arm["arm"]
 
 
-def step_times(arm: ArmResult, scale: float) -> dict[str, list[float]]:
+def head_times(arms: Sequence[ArmResult]) -> dict[tuple[str, int], dict[str, float]]:
+    """Return the median ms of the output layer in prefill and decode, by source and batch size.
+
+    It does the same in all arms, and scaling multiplies an error of it by almost the scale.
+    """
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for arm in arms:
+        own = found.setdefault((arm["source"], arm["batch"]), {})
+        for step, head in HEADS.items():
+            own.setdefault(step, []).extend(arm["times"].get(head, ()))
+    return {
+        key: {step: statistics.median(values) for step, values in own.items() if values}
+        for key, own in found.items()
+    }
+
+
+def step_times(arm: ArmResult, scale: float, heads: Mapping[str, float]) -> dict[str, list[float]]:
     """Return ms by step, one entry a repeat, with all layers of the language model.
 
     Args:
         arm: as in the file.
-        scale: decoder layers of the model over those that were run. What is outside the layers,
-            the output layer, is not scaled: it was timed by itself.
+        scale: decoder layers of the model over those that were run. All that is not the output
+            layer is scaled: the layers, and with them mask, rotary angles and last norm.
+        heads: ms of the output layer in `prefill` and `decode`, see `head_times`.
     """
     times = {name: list(arm["times"][name]) for name in ROWS if name in arm["times"]}
-    for name, head in (("prefill", "head"), ("decode", "decode_head")):
-        if scale != 1 and name in times:
-            pairs = zip(times[name], arm["times"][head], strict=True)
-            times[name] = [own + scale * (whole - own) for whole, own in pairs]
+    if scale == 1:
+        return times
+    for name in HEADS.keys() & times.keys():
+        head = heads[name]
+        times[name] = [head + scale * max(0.0, whole - head) for whole in times[name]]
     return times
 
 
@@ -140,7 +167,9 @@ def _figures(
 ) -> Figures:
     source, batch, name = _key(arm)
     own, unpruned = series[_key(arm)], series[source, batch, UNPRUNED]
-    free = shared.get((source, batch, f"{FREE}@{name.rpartition('@')[2]}"))
+    prompts = {_key(other): other["prompt"] for other in result["arms"]}
+    beside = (source, batch, f"{FREE}@{name.rpartition('@')[2]}")
+    free = shared.get(beside) if prompts.get(beside) == arm["prompt"] else None
     beside_free = shared[_key(arm)]
     answers = result["conditions"]["answers"]
     bounds = {step: bound_ms(work, result["rates"]) for step, work in arm["work"].items()}

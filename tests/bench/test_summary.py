@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from llava.bench.summary import bound_ms, break_even, figures_of, spread, step_times, totals_of
+from llava.bench.summary import (
+    bound_ms,
+    break_even,
+    figures_of,
+    head_times,
+    spread,
+    step_times,
+    totals_of,
+)
 
 TIMES = {
     "encode": [10.0, 12.0],
@@ -27,15 +35,30 @@ def arm(**changes: Any) -> Any:
 
 
 def test_language_model_times_are_scaled_and_the_output_layer_is_not() -> None:
-    times = step_times(arm(), 16)
-    assert times["prefill"] == [1 + 16 * 5, 2 + 16 * 6]
-    assert times["decode"] == [0.5 + 16 * 1.5, 1 + 16 * 2]
+    heads = {"prefill": 1.0, "decode": 0.5}
+    times = step_times(arm(), 16, heads)
+    assert times["prefill"] == [1 + 16 * 5, 1 + 16 * 7]
+    assert times["decode"] == [0.5 + 16 * 1.5, 0.5 + 16 * 2.5]
     assert times["encode"] == TIMES["encode"]
-    assert step_times(arm(), 1)["prefill"] == TIMES["prefill"]
+    assert step_times(arm(), 1, {})["prefill"] == TIMES["prefill"]
+
+
+def test_one_slow_call_of_the_output_layer_changes_no_time() -> None:
+    """Scaled, an error of it would count many times; it does the same in all arms of a batch."""
+    arms = [arm(source=source, batch=batch) for source in ("this", "other") for batch in (1, 2)]
+    arms.append(arm(source="this", batch=1))
+    arms[0]["times"]["head"] = [1.0, 1.5]
+    arms[1]["times"]["head"] = [7.0, 7.0]
+    arms[4]["times"]["head"] = [1.2, 90.0]
+    heads = head_times(arms)
+    assert heads["this", 1] == {"prefill": 1.35, "decode": 0.75}
+    assert heads["this", 2]["prefill"] == 7 and heads["other", 1]["prefill"] == 1.5
+    del arms[4]["times"]["decode_head"], arms[0]["times"]["decode_head"]
+    assert head_times(arms)["this", 1] == {"prefill": 1.35}
 
 
 def test_totals_count_every_step_once() -> None:
-    times = step_times(arm(), 1)
+    times = step_times(arm(), 1, {})
     assert totals_of(times, 1) == [19.5, 23.5]
     assert totals_of(times, 4) == [19.5 + 3 * 2, 23.5 + 3 * 3]
 
@@ -101,6 +124,15 @@ def test_noise_of_the_language_model_is_no_part_of_the_share_of_free(bench_resul
             assert figures.of_free_prefill is not None
             assert figures.of_free_prefill.low == pytest.approx(shares[0])
             assert figures.of_free_prefill.high == pytest.approx(shares[1])
+
+
+def test_a_free_arm_of_another_size_is_not_compared_with(bench_result: Any) -> None:
+    """Methods that choose how many tokens they keep have no share of it."""
+    for record in bench_result["arms"]:
+        if record["method"] == "zoo-exact":
+            record["prompt"] -= 1
+    for figures in figures_of(bench_result):
+        assert (figures.of_free_prefill is None) == (figures.arm["method"] in ("zoo-exact", "none"))
 
 
 def test_a_stage_at_its_bound_reaches_what_is_allowed(bench_result: Any) -> None:

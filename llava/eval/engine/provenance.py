@@ -136,12 +136,12 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def git_state() -> dict[str, Any] | None:
-    """Return commit and dirty flag of the checkout of this package; None outside of one."""
-    commit = _git("rev-parse", "HEAD")
+def git_state(package: Path = PACKAGE_ROOT) -> dict[str, Any] | None:
+    """Return commit and dirty flag of the checkout of a package; None outside of one."""
+    commit = _git(package, "rev-parse", "HEAD")
     if commit is None:
         return None
-    return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
+    return {"commit": commit, "dirty": bool(_git(package, "status", "--porcelain"))}
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -158,8 +158,8 @@ def machine(device: str) -> dict[str, Any]:
     return described
 
 
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(PACKAGE_ROOT), *arguments]
+def _git(package: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(package), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
