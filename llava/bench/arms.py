@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.eval.engine.request import UNPRUNED, split_word
-from llava.pruning import PruningConfig
+from llava.pruning import PruningConfig, PruningError
 
 FREE = "free"
 
@@ -45,6 +45,20 @@ class BenchArm:
         return cls(data["name"], PruningConfig.read(data["pruning"]), data["free"])
 
 
+def split_method(word: str) -> tuple[str, dict[str, Any]]:
+    """Split `zoo:directions=32` into the name of a method and its options.
+
+    Raises:
+        PruningError: there is a budget, or it is not written so.
+    """
+    method, budget, options = split_word(word)
+    if budget is not None:
+        raise PruningError(
+            f"{word!r} has a budget; give methods alone, and budgets to --keep-tokens"
+        )
+    return method, options
+
+
 def make_arms(
     methods: Sequence[str], budgets: Sequence[int], choices: Mapping[str, Any]
 ) -> list[BenchArm]:
@@ -56,8 +70,8 @@ def make_arms(
         choices: settings of the stage for every method, such as `allocation`.
 
     Raises:
-        PruningError: a method or an option that does not exist, or settings that do not go
-            together.
+        PruningError: a method or an option that does not exist, a budget among the words, or
+            settings that do not go together.
     """
     arms = [BenchArm(UNPRUNED)]
     free = {name: choices[name] for name in ("allocation", "newline") if name in choices}
@@ -66,7 +80,7 @@ def make_arms(
             BenchArm(f"{FREE}@{budget}", PruningConfig.of("grid", keep_tokens=budget, **free), True)
         )
     for word in dict.fromkeys(methods):
-        method, _, options = split_word(word)
+        method, options = split_method(word)
         for budget in budgets:
             config = PruningConfig.of(method, keep_tokens=budget, **options, **choices)
             arms.append(BenchArm(f"{word}@{budget}", config))

@@ -1,6 +1,6 @@
 """`llava bench`: what pruning costs and saves on this machine, stage by stage.
 
-llava bench                                            llava-tiny's shapes, about a minute
+llava bench                                            llava-tiny's shapes, about half a minute
 llava bench --config llava-1.5-7b --layers 2 --dtype bfloat16 --output 7b.json
 llava bench --from 7b.json --plot 7b.png               tables and picture of a file
 llava bench --scaling --output scaling.json            the stage alone, over sizes
@@ -9,7 +9,8 @@ llava bench --scaling --output scaling.json            the stage alone, over siz
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 
 from llava.bench.arms import make_arms
 from llava.bench.configs import NAMES, SHAPES, shape_of
-from llava.bench.plots import draw_bench, draw_scaling
+from llava.bench.gpu_report import find_part, render_gpu
+from llava.bench.plots import check_plot, draw_bench, draw_scaling
 from llava.bench.report import render
 from llava.bench.run import Plan, run_bench
 from llava.bench.scaling import DEFAULT, METHODS, render_scaling, run_scaling
@@ -33,6 +35,20 @@ from llava.utils import UserInputError
 PRUNERS = ("zoo-exact", "divprune", "zoo")
 # Not offered: where kept tokens stand changes no time.
 _WITHOUT = ("positions",)
+# Flags without a meaning for --scaling, and those of it alone.
+_OF_A_RUN = (
+    "model_path",
+    "config",
+    "layers",
+    "keep_tokens",
+    "compare_with",
+    "batch",
+    "answer",
+    "text_tokens",
+    "repeats",
+    *(name for name in CHOICES if name not in _WITHOUT),
+)
+_OF_SIZES = ("scaling", "seconds")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "llava bench") -> int:
@@ -44,11 +60,30 @@ def main(argv: Sequence[str] | None = None, prog: str = "llava bench") -> int:
         _check(args)
         if args.source is not None:
             result = read_bench(args.source)
+            if args.part is not None:
+                result = find_part(result, args.part, args.source)
         else:
             facts = describe_run(shlex.join([*prog.split(), *words]), args.device, args.commit)
-            result = _scale(args, facts) if args.scaling else _bench(args, facts)
+            with _enough_memory():
+                result = _scale(args, facts) if args.scaling else _bench(args, facts)
         _show(args, result)
     return 0
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Say what to do where a model does not fit: torch has no error of its own for a CPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        raise UserInputError(
+            "there is too little memory; give fewer --layers, a smaller --batch, "
+            f"--dtype bfloat16, or another --device ({said})"
+        ) from error
 
 
 def build_parser(prog: str = "llava bench") -> OneLineParser:
@@ -69,29 +104,30 @@ def build_parser(prog: str = "llava bench") -> OneLineParser:
     for name, (values, summary) in CHOICES.items():
         if name not in _WITHOUT:
             add(f"--{name}", choices=values, help=f"{summary}; default {values[0]}")
-    add("--batch", type=_numbers, default=(1,), metavar="N,...", help="images a batch; default 1")
+    add("--batch", type=_numbers, metavar="N,...", help="images a batch; default 1")
     add(
         "--answer",
         type=_numbers,
-        default=(1, 16, 128),
         metavar="N,...",
         help="lengths of answers in tokens; default 1,16,128",
     )
-    add("--text-tokens", type=positive, default=60, help="of a prompt beside its image; default 60")
+    add("--text-tokens", type=positive, help="of a prompt beside its image; default 60")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--dtype", choices=DTYPES, help="by default bfloat16, float32 on the CPU")
     add("--layers", type=positive, help="decoder layers to run; times are scaled to all of them")
-    add("--repeats", type=positive, default=10, help="how often every arm is run; default 10")
+    add("--repeats", type=positive, help="how often every arm is run; default 10")
     add("--compare-with", type=Path, metavar="CHECKOUT", help="run another source tree's arms too")
     add("--scaling", action="store_true", help="the stage alone, over sizes")
-    add("--seconds", type=float, default=2.0, help="of every size in --scaling; default 2")
+    add("--seconds", type=float, help="of every size in --scaling; default 2")
     add("--output", type=Path, metavar="JSON", help="write raw times, after every repeat")
     add("--commit", help="of this source, where git cannot tell")
     add("--from", dest="source", type=Path, metavar="JSON", help="read a file, run nothing")
+    add("--part", metavar="NAME", help="of a gpu.json in --from, such as 'bench llava-1.5-7b'")
     add("--markdown", type=Path, metavar="FILE", help="write the tables")
     add("--plot", type=Path, metavar="PNG", help="draw the picture")
     add_update_flag(
-        parser, "write the tables between the markers of this file that are called as the JSON file"
+        parser,
+        "write the tables between the markers of this file that are named like the JSON file",
     )
     return parser
 
@@ -119,14 +155,38 @@ def _check(args: argparse.Namespace) -> None:
     if args.layers and args.model_path:
         raise UserInputError("--layers needs --config: a checkpoint runs with all its layers")
     if args.update and not (args.output or args.source):
-        raise UserInputError("--update needs --output or --from: its section is called as the file")
-    if not args.scaling:
-        return
-    for name in ("model_path", "config", "layers", "keep_tokens", "compare_with"):
+        raise UserInputError(
+            "--update needs --output or --from: its section is named like the file"
+        )
+    if args.part is not None and args.source is None:
+        raise UserInputError("--part needs --from: it is a part of that file")
+    if args.source is not None:
+        _refuse(
+            args,
+            (*_OF_A_RUN, *_OF_SIZES, "pruner", "dtype", "output", "commit"),
+            "--from runs nothing",
+        )
+    elif args.scaling:
+        _refuse(args, _OF_A_RUN, "--scaling has sizes of its own")
+    elif args.seconds is not None:
+        raise UserInputError("--seconds is of every size in --scaling; give --scaling too")
+    for file in args.update:
+        fill_sections(file, {_section(args): ""})
+    if args.plot:
+        check_plot(args.plot)
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    for name in names:
         if getattr(args, name):
-            raise UserInputError(
-                f"--scaling has sizes of its own; leave out --{name.replace('_', '-')}"
-            )
+            raise UserInputError(f"{why}; leave out --{name.replace('_', '-')}")
+
+
+def _section(args: argparse.Namespace) -> str:
+    """Return the name of the section that `--update` fills."""
+    if args.part is not None:
+        return args.part.replace(" ", "-")
+    return (args.source or args.output).stem
 
 
 def describe_run(command: str, device: str, commit: str | None) -> dict[str, Any]:
@@ -177,11 +237,11 @@ def _bench(args: argparse.Namespace, facts: dict[str, Any]) -> Any:
         str(resolve_device(args.device)),
         _dtype(args),
         args.layers,
-        args.text_tokens,
+        args.text_tokens or 60,
         tuple(arm.to_dict() for arm in arms),
-        args.batch,
-        args.answer,
-        args.repeats,
+        args.batch or (1,),
+        args.answer or (1, 16, 128),
+        args.repeats or 10,
     )
     return run_bench(plan, facts, args.output, args.compare_with, say=_say)
 
@@ -192,7 +252,7 @@ def _scale(args: argparse.Namespace, facts: dict[str, Any]) -> Any:
         facts,
         device=resolve_device(args.device),
         dtype=getattr(torch, _dtype(args)),
-        seconds=args.seconds,
+        seconds=2.0 if args.seconds is None else args.seconds,
         output=args.output,
         default=DEFAULT,
         say=_say,
@@ -205,14 +265,22 @@ def _say(line: str) -> None:
 
 def _show(args: argparse.Namespace, result: Any) -> None:
     """Print the tables of a result, and write what the flags ask for."""
-    scaling = result["kind"] == "scaling"
-    text = render_scaling(result) if scaling else render(result)
+    if args.plot and result["kind"] == "gpu":
+        raise UserInputError(f"{args.source} has several pictures; choose one with --part")
+    show: Callable[[Any], str] = _TABLES[result["kind"]]
+    text = show(result)
     print(text)
     if args.markdown:
         write_atomically(args.markdown, text + "\n")
     for file in args.update:
-        name = (args.source or args.output).stem
-        write_atomically(file, fill_sections(file, {name: text}))
+        write_atomically(file, fill_sections(file, {_section(args): text}))
     if args.plot:
-        draw: Callable[[Any], Any] = draw_scaling if scaling else draw_bench
+        draw: Callable[[Any], Any] = draw_scaling if result["kind"] == "scaling" else draw_bench
         draw(result).savefig(args.plot)
+
+
+_TABLES: dict[str, Callable[[Any], str]] = {
+    "bench": render,
+    "scaling": render_scaling,
+    "gpu": render_gpu,
+}

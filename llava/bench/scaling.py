@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llava.bench.arms import split_method
 from llava.bench.rates import finish
 from llava.bench.schema import SCHEMA_VERSION, Point, ScalingResult
 from llava.bench.stage import random_tokens, repeat
@@ -34,6 +35,8 @@ METHODS = ("zoo-exact", "divprune", "zoo")
 SHARE = 9  # of the tokens are kept on the axis of tokens: one in so many
 # Points from this time on count for an exponent: below, calls cost as much as their work.
 LEAST_MS = 0.5
+FEWEST = 3  # points of an exponent
+LAUNCH_BOUND = "launch-bound"  # instead of an exponent
 
 
 def run_scaling(
@@ -53,7 +56,7 @@ def run_scaling(
     An axis ends after the first size of which one call takes longer than `seconds`.
 
     Args:
-        methods: names of methods that read nothing of the tower.
+        methods: that read nothing of the tower, options after a colon as in `zoo:directions=32`.
         facts: command, commit, versions, machine.
         device, dtype: of the tokens.
         seconds: of every point; at least three calls are made.
@@ -77,6 +80,8 @@ def run_scaling(
         "points": [],
         "stopped": [],
     }
+    for method in methods:
+        _config(method, default["keep"])  # refused before anything is measured
     for method in methods:
         for axis, values in sizes.items():
             say(f"{method}: {AXES[axis]}")
@@ -106,7 +111,7 @@ def _measure(
     seconds: float,
 ) -> Point:
     keep = sizes["tokens"] // SHARE if axis == "tokens" else sizes["keep"]
-    config = PruningConfig(method, keep_tokens=keep)
+    config = _config(method, keep)
     visual = random_tokens(sizes["batch"], 1, sizes["tokens"], sizes["width"], device, dtype)
     with torch.inference_mode():
         start = time.perf_counter()
@@ -127,6 +132,11 @@ def _measure(
     }
 
 
+def _config(method: str, keep: int) -> PruningConfig:
+    name, options = split_method(method)
+    return PruningConfig.of(name, keep_tokens=keep, **options)
+
+
 def median_ms(point: Point) -> float:
     """Return the median time of a point."""
     return statistics.median(point["times"])
@@ -135,7 +145,7 @@ def median_ms(point: Point) -> float:
 def exponents(points: Sequence[Point]) -> dict[tuple[str, str], float]:
     """Fit ms = c * size^exponent to every axis and method by least squares of the logarithms.
 
-    Only sizes that take `LEAST_MS` count, and none is fitted to fewer than three.
+    Only sizes that take `LEAST_MS` count, and none is fitted to fewer than `FEWEST`.
     """
     fitted = {}
     for axis, method in dict.fromkeys((p["axis"], p["method"]) for p in points):
@@ -144,7 +154,7 @@ def exponents(points: Sequence[Point]) -> dict[tuple[str, str], float]:
             for point in points
             if (point["axis"], point["method"]) == (axis, method) and median_ms(point) >= LEAST_MS
         ]
-        if len(own) < 3:
+        if len(own) < FEWEST:
             continue
         fitted[axis, method] = statistics.linear_regression(*zip(*own, strict=True)).slope
     return fitted
@@ -169,9 +179,15 @@ def render_scaling(result: ScalingResult) -> str:
         for method in dict.fromkeys(p["method"] for p in own):
             cells = {p[axis]: f"{median_ms(p):.3g}" for p in own if p["method"] == method}  # type: ignore[literal-required]
             exponent = fitted.get((axis, method))
-            shown = "—" if exponent is None else f"{exponent:.2f}"
+            few = "—" if len(cells) < FEWEST else LAUNCH_BOUND
+            shown = few if exponent is None else f"{exponent:.2f}"
             lines.append([method, *(cells.get(value, "") for value in values), shown])
         parts.append(table([AXES[axis], *map(str, values), "exponent"], lines))
+    if any(LAUNCH_BOUND in part for part in parts):
+        parts.append(
+            f"{LAUNCH_BOUND}: fewer than {FEWEST} sizes take {LEAST_MS} ms; below that launching "
+            "the work takes as long as doing it, and no exponent is fitted."
+        )
     if result.get("stopped"):
         limit = f"a call took longer than {conditions['seconds']:g} s"
         parts.append(f"Not measured, because {limit}: {'; '.join(result['stopped'])}.")

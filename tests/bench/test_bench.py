@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from llava import cli
-from llava.bench import run
+from llava.bench import command, run
 from llava.bench.arms import BenchArm, make_arms
+from llava.bench.beside import Beside
 from llava.bench.command import build_parser, main
 from llava.bench.measure import Bench
 from llava.bench.report import PUBLISHED, render
@@ -77,6 +78,41 @@ def test_tables_and_picture_are_made_from_the_file_alone(
         assert all(cell in others for cell in row) and row[1] not in own
 
 
+def test_options_and_what_was_not_read_are_in_the_name(bench_result: Any) -> None:
+    arm = bench_result["arms"][3]
+    arm |= {"arm": "zoo-exact:fusion=sum@64", "method": "zoo-exact:fusion=sum"}
+    bench_result["arms"][4]["label"] = "zoo-exact(relevance=none)"
+    text = render(bench_result)
+    assert "| zoo-exact:fusion=sum@64 " in text and "| zoo-exact(relevance=none)@576 " in text
+
+
+def test_what_is_not_scaled_says_so(bench_result: Any) -> None:
+    text = render(bench_result)
+    assert "as one call (1 layers)" in text and "peak MiB (1 layers)" in text
+    assert "mask, rotary angles" in text
+    bench_result["conditions"]["layers"] = bench_result["conditions"]["depth"]
+    assert "1 layers" not in render(bench_result)
+
+
+def test_rates_are_the_better_of_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([{"float32": 1e9, "memory": 3e9}, {"float32": 2e9, "memory": 1e9}])
+    monkeypatch.setattr(run, "measure_rates", lambda *_: next(rates))
+    arms = tuple(arm.to_dict() for arm in make_arms([], [64], {}))
+    facts: Any = {"command": "x", "commit": None, "versions": {}, "machine": {}}
+    plan = run.Plan("llava-tiny", None, "cpu", "float32", 1, 20, arms, (1,), (1,), 1)
+    result = run.run_bench(plan, facts, None, say=lambda line: None)
+    assert result["rates"] == {"float32": 2e9, "memory": 3e9}
+    assert "backwards" in result["conditions"]["order"]
+    assert "of no known commit" in render(result)
+
+
+def test_a_file_of_an_earlier_version_is_read(bench_result: Any, tmp_path: Path) -> None:
+    file = tmp_path / "older.json"
+    del bench_result["conditions"]["order"]
+    file.write_text(json.dumps(bench_result))
+    assert main(["--from", str(file)]) == 0
+
+
 def test_a_file_that_was_interrupted_says_so(bench_result: Any) -> None:
     assert "interrupted" not in render(bench_result)
     assert "interrupted" in render({**bench_result, "complete": False})
@@ -99,12 +135,12 @@ def test_every_repeat_runs_all_arms_one_after_another() -> None:
     sources: Any = {name: Recorded(name) for name in ("this", "other")}
     runs = [(n, s, arm, 1) for arm in range(2) for n, s in sources.items()]
     records: Any = [{"times": {}} for _ in runs]
-    for _ in range(2):
-        measure_once(runs, records, sources)
+    for backwards in (False, True):
+        measure_once(runs, records, sources, backwards)
     begin = [("this", "begin", None), ("other", "begin", None)]
     turn = [("this", 0, 1), ("other", 0, 1), ("this", 1, 1), ("other", 1, 1)]
-    assert calls == 2 * [*begin, *turn]
-    assert [r["times"]["prefill"] for r in records] == [[3, 9], [4, 10], [5, 11], [6, 12]]
+    assert calls == [*begin, *turn, *begin, *turn[::-1]]
+    assert [r["times"]["prefill"] for r in records] == [[3, 12], [4, 11], [5, 10], [6, 9]]
 
 
 def test_the_file_is_written_after_every_repeat(
@@ -117,7 +153,7 @@ def test_the_file_is_written_after_every_repeat(
             raise KeyboardInterrupt
         measured(*arguments)
 
-    monkeypatch.setattr(run, "measure_once", interrupted)
+    monkeypatch.setattr(run, "measure_once", interrupted)  # in the second repeat
     monkeypatch.setattr(run, "measure_rates", lambda *_: {"float32": 1e9, "memory": 1e9})
     words = ["--layers", "1", "--repeats", "3", "--answer", "1", "--pruner", "norm"]
     with pytest.raises(KeyboardInterrupt):
@@ -190,7 +226,11 @@ def test_another_checkout_runs_beside(tmp_path: Path) -> None:
     words = ["--layers", "1", "--repeats", "1", "--answer", "1", "--pruner", "norm"]
     words += ["--keep-tokens", "64", "--device", "cpu", "--output", str(file)]
     assert main([*words, "--compare-with", str(tmp_path / "older")]) == 0
-    arms = read_bench(file)["arms"]
+    result = read_bench(file)
+    arms = result["arms"]
+    assert result["compared_with"] == {"older": None}, "it is no checkout of git"
+    against = render(result).partition("Against older")[2].partition("*free*")[0]
+    assert "| free@64 " in against and "| norm@64 " in against and "none" not in against
     assert [(a["source"], a["arm"], a["label"]) for a in arms] == [
         ("this", "none", "none"),
         ("older", "none", "none"),
@@ -214,6 +254,8 @@ def test_arms_as_text() -> None:
     assert [BenchArm.from_dict(arm.to_dict()) for arm in arms] == arms
     with pytest.raises(PruningError, match="zoo"):
         make_arms(["zooo"], [64], {})
+    with pytest.raises(PruningError, match="budget"):
+        make_arms(["zoo@32"], [64], {})
 
 
 REFUSED = {
@@ -232,7 +274,20 @@ REFUSED = {
     "file": (["--from", "no-such-file.json"], "no-such-file.json"),
     "section without a file": (["--update", "README.md"], "--output or --from"),
     "scaling of a model": (["--scaling", "--config", "llava-tiny"], "leave out --config"),
+    "scaling with a setting": (["--scaling", "--compute", "bf16"], "leave out --compute"),
+    "scaling with batches": (["--scaling", "--batch", "1"], "leave out --batch"),
+    "scaling with repeats": (["--scaling", "--repeats", "10"], "leave out --repeats"),
+    "scaling of a method": (["--scaling", "--pruner", "zooo"], "zoo"),
+    "seconds without scaling": (["--seconds", "1"], "give --scaling"),
+    "a budget of a method": (["--pruner", "zoo@32"], "--keep-tokens"),
+    "a file and layers": (["--from", "x.json", "--layers", "2"], "leave out --layers"),
+    "a file and an output": (["--from", "x.json"], "leave out --output"),
+    "a part without a file": (["--part", "scaling"], "--part needs --from"),
+    "kind of picture": (["--plot", "x.pgn"], ".png"),
+    "no section": (["--update", "README.md"], "has no section"),
 }
+# Cases without the --output that all others have.
+ALONE = ("section without a file", "file", "a file and layers")
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -245,12 +300,61 @@ def test_what_cannot_be_used_is_one_line(
     words, said = REFUSED[case]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["bench", "--output", str(tmp_path / "x.json"), *words]
-                 if case != "section without a file" else ["bench", *words])  # fmt: skip
+        output = [] if case in ALONE else ["--output", str(tmp_path / "x.json")]
+        cli.main(["bench", *output, *words])
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("llava bench: error: ") and said in lines[-1]
     assert len(lines) == 1 or lines[0].startswith("warming up")
+
+
+def test_a_checkout_may_not_be_called_as_this_one(tmp_path: Path) -> None:
+    (tmp_path / "this" / "llava").mkdir(parents=True)
+    (tmp_path / "this" / "llava" / "__init__.py").touch()
+    with pytest.raises(UserInputError, match="rename"):
+        Beside(tmp_path / "this", {})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(command, "run_bench", fails)
+    with pytest.raises(SystemExit) as stop:
+        main(["--device", "cpu"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "fewer --layers" in said and "8bit" not in said
+    monkeypatch.setattr(command, "run_bench", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main(["--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda result: result.update(arms=[]), "before its first repeat"),
+        (lambda result: result.pop("rates"), "lacks rates"),
+        (lambda result: result["conditions"].pop("depth"), "conditions of .* lacks depth"),
+        (lambda result: result["arms"][2].pop("times"), r"arms\[2\] of .* lacks times"),
+    ],
+)
+def test_a_file_that_lacks_something_is_refused(
+    change: Any, said: str, bench_result: Any, tmp_path: Path
+) -> None:
+    change(bench_result)
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(bench_result))
+    with pytest.raises(UserInputError, match=said):
+        read_bench(file)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

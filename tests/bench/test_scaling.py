@@ -12,15 +12,21 @@ from llava.bench import scaling
 from llava.bench.command import main
 from llava.bench.scaling import exponents, render_scaling, run_scaling
 from llava.bench.schema import read_bench
+from llava.pruning import PruningError
 
 SIZES = {"tokens": (36, 72, 144), "keep": (4, 8, 16), "width": (32, 64, 128), "batch": (1, 2, 4)}
 SMALL = {"tokens": 64, "keep": 8, "width": 32, "batch": 1}
 FACTS: dict[str, Any] = {"command": "x", "commit": None, "versions": {}, "machine": {}}
 
 
-def run(output: Path | None = None, seconds: float = 0.001, **more: Any) -> Any:
+def run(
+    output: Path | None = None,
+    seconds: float = 0.001,
+    methods: tuple[str, ...] = ("divprune", "zoo-exact"),
+    **more: Any,
+) -> Any:
     return run_scaling(
-        ["divprune", "zoo-exact"],
+        methods,
         FACTS,
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -61,6 +67,21 @@ def test_file_tables_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     text = render_scaling(result)
     assert all(label in text for label in scaling.AXES.values())
+
+
+def test_options_after_a_colon_are_the_methods() -> None:
+    found = run(methods=("zoo:directions=2",))
+    assert {point["method"] for point in found["points"]} == {"zoo:directions=2"}
+    with pytest.raises(PruningError, match="budget"):
+        run(methods=("zoo@32",))
+
+
+def test_sizes_that_cost_nothing_have_no_exponent() -> None:
+    result = run()
+    for point in result["points"]:
+        point["times"] = [0.3]
+    text = render_scaling(result)
+    assert "| launch-bound |" in text.replace("  ", " ") and "fewer than 3 sizes" in text
 
 
 def test_an_axis_ends_where_a_call_takes_too_long() -> None:
