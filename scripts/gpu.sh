@@ -4,14 +4,22 @@
 #   bash scripts/gpu.sh [OUT]              at most six minutes
 #   DEVICE=cpu bash scripts/gpu.sh [OUT]   every line of it, small, without a GPU
 #
-# Runs the tests of kernels and of CUDA, times the pruning stage alone and LLaVA-1.5-7B and
+# Runs the tests of CUDA and of kernels, times the pruning stage alone and LLaVA-1.5-7B and
 # LLaVA-NeXT-7B stage by stage, and compares the answers of llava-tiny in bfloat16 with those of the
-# CPU. Writes OUT/gpu.json after every part (OUT is outputs/gpu by default) and ends with a table;
-# exit code 1 if a part failed. PYTHON chooses the interpreter, COMMIT names the source where there
-# is no git, MINUTES changes the limit. Needs this tree, torch, triton, transformers and pytest.
+# CPU. Writes OUT/gpu.json, the only file, after every part (OUT is outputs/gpu of this tree by
+# default) and ends with its tables, which `llava bench --from OUT/gpu.json` prints again; exit code
+# 1 if a part failed. PYTHON chooses the interpreter, COMMIT names the source where there is no git,
+# MINUTES changes the limit. Needs this tree, pytest, and what the package imports: torch,
+# transformers, safetensors, sentencepiece, filelock, numpy, pillow, tqdm; triton for kernels.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
+out=${1:-$root/outputs/gpu}
+case $out in
+/*) ;;
+*) out=$PWD/$out ;;
+esac
+cd "$root"
 
-export PYTHONPATH=$PWD HF_HUB_OFFLINE=1
-exec "${PYTHON:-python3}" -m llava.bench.gpu "${1:-outputs/gpu}" --device "${DEVICE:-cuda}" \
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
+exec "${PYTHON:-python3}" -m llava.bench.gpu "$out" --device "${DEVICE:-cuda}" \
     --minutes "${MINUTES:-6}" ${COMMIT:+--commit "$COMMIT"}

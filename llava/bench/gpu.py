@@ -1,39 +1,52 @@
 """Run everything that needs a GPU in one go: `bash scripts/gpu.sh`.
 
-Every part runs in a process of its own, so one that fails or hangs stops no other. OUT/gpu.json is
-written after every part. `--device cpu` runs every line small, as a check before a GPU is there.
+Every part runs in a process of its own and has a limit, so one that fails or hangs stops no other.
+OUT/gpu.json holds all that was found and is written after every part. `--device cpu` runs every
+line small, as a check before a GPU is there.
 """
 
-import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 
 from llava.bench.command import describe_run
-from llava.bench.report import render
+from llava.bench.gpu_report import STAGE, render_gpu
 from llava.bench.scaling import exponents
 from llava.bench.schema import read_bench
-from llava.bench.stage import stage_calls, time_call, time_graph
+from llava.bench.stage import CAPTURED, stage_calls, time_call, time_graph
 from llava.bench.summary import figures_of
 from llava.command_line import OneLineParser, device_name, one_line_errors
-from llava.markdown import table
 from llava.shipped import LLAVA_TINY
 from llava.storage import dump_json, read_json, read_jsonl, write_atomically
 from llava.utils import UserInputError
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("none", "divprune@64", "zoo-exact@64", "zoo@64")
-TAIL = 2000  # characters of a part's output that are kept
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+# Characters of a part's output that are kept, and of one that failed.
+TAIL, FAILED_TAIL = 2000, 30_000
+PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
+# Equal answers of an arm below which bfloat16 counts as broken, as in tests/gpu.
+LEAST_EQUAL = 0.8
+
+
+class Found(NamedTuple):
+    """What a part found, a line about it, and whether it is as it should be."""
+
+    result: Any
+    line: str
+    good: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,13 +56,15 @@ class Part:
     Attributes:
         name: in the file and the table.
         commands: arguments of the interpreter, run one after another.
-        read: returns what the part found, and a line about it, from its files and its output.
+        read: returns what the part found, from its files and its output.
+        limit: seconds after which it is stopped.
         missing: why it cannot run; None if it can.
     """
 
     name: str
     commands: tuple[tuple[str, ...], ...]
-    read: Callable[[str], tuple[Any, str]]
+    read: Callable[[str], Found]
+    limit: float
     missing: str | None = None
 
 
@@ -64,16 +79,21 @@ def parts(out: Path, small: bool, commit: str | None) -> Iterator[Part]:
     source = ("--commit", commit) if commit else ()
     device = "cpu" if small else "cuda"
     collect = ("--collect-only",) if small else ()
+    least = () if small else ("--at-least",)
+    tests = (*PYTEST, "--gpu", *collect, *_count(least, "gpu"), "tests/gpu")
+    yield Part("tests on CUDA", (tests,), _last_line, 90)
+    stage = ("-m", "llava.bench.gpu", "--stage", device, str(out / "stage.json"))
+    yield Part(STAGE, (stage,), lambda _: _read_stage(out / "stage.json"), 60)
+    yield _bench(out, "llava-1.5-7b", ("--batch", "1,8"), small, source)
+    # Compilation is tested with a triton of its own, without a GPU.
+    tests = (*PYTEST, "--triton", *collect, *_count(least, "kernels"), "tests/kernel_parity")
     yield Part(
         "kernels equal their references",
-        ((*PYTEST, "--triton", *collect, "tests/kernel_parity"),),
+        ((*tests, "--ignore", "tests/kernel_parity/test_compile.py"),),
         _last_line,
+        90,
         None if find_spec("triton") else "triton is not installed",
     )
-    yield Part("tests on CUDA", ((*PYTEST, "--gpu", *collect, "tests/gpu"),), _last_line)
-    stage = ("-m", "llava.bench.gpu", "--stage", device, str(out / "stage.json"))
-    yield Part("stage alone", (stage,), lambda _: _read_stage(out / "stage.json"))
-    yield _bench(out, "llava-1.5-7b", ("--batch", "1,8"), small, source)
     asked: tuple[str, ...] = ("--limit", "240", "--batch-size", "16")
     asked = ("--limit", "2") if small else asked
     runs = (("cpu", "float32"), (device, "bfloat16"))
@@ -84,12 +104,12 @@ def parts(out: Path, small: bool, commit: str | None) -> Iterator[Part]:
         ("-m", "llava.eval", "run", *asked, "--device", kind, "--dtype", dtype, "--output", str(to))
         for (kind, dtype), to in zip(runs, folders, strict=True)
     )
-    yield Part("llava-tiny in bfloat16", commands, lambda _: _read_answers(folders))
+    yield Part("llava-tiny in bfloat16", commands, lambda _: _read_answers(folders), 75)
     yield _bench(out, "llava-next-7b", (), small, source)
     file = out / "scaling.json"
     few = ("--pruner", "divprune", "--seconds", "0.001") if small else ("--seconds", "0.2")
     scaling = ("-m", "llava.bench", "--scaling", "--device", device, *few, *source)
-    yield Part("scaling", ((*scaling, "--output", str(file)),), lambda _: _read_scaling(file))
+    yield Part("scaling", ((*scaling, "--output", str(file)),), lambda _: _read_scaling(file), 60)
 
 
 def _bench(out: Path, config: str, more: Sequence[str], small: bool, source: Sequence[str]) -> Part:
@@ -98,15 +118,24 @@ def _bench(out: Path, config: str, more: Sequence[str], small: bool, source: Seq
     if small:
         sized = ("--config", LLAVA_TINY, "--layers", "1", "--repeats", "1", "--device", "cpu")
     command = ("-m", "llava.bench", *sized, *source, "--output", str(file))
-    return Part(f"bench {config}", (command,), lambda _: _read_bench(file))
+    return Part(f"bench {config}", (command,), lambda _: _read_bench(file), 110)
 
 
-def _last_line(output: str) -> tuple[Any, str]:
+def _count(flag: Sequence[str], group: str) -> tuple[str, ...]:
+    """Return a flag with the number of tests that a group has on a GPU, or nothing without one."""
+    if not flag:
+        return ()
+    lines = (ROOT / "tests" / "recorded_counts").read_text(encoding="utf-8").splitlines()
+    counts = dict(line.split() for line in lines)
+    return (*flag, counts[group])
+
+
+def _last_line(output: str) -> Found:
     lines = [line.strip("= ") for line in output.splitlines() if line.strip()]
-    return None, lines[-1] if lines else "no output"
+    return Found(None, lines[-1] if lines else "no output")
 
 
-def _read_stage(file: Path) -> tuple[Any, str]:
+def _read_stage(file: Path) -> Found:
     rows = read_json(file)["rows"]
     said = [
         f"{row['method']} {row['tokens']} -> {row['keep']}: {row['median_ms']} ms, "
@@ -114,13 +143,11 @@ def _read_stage(file: Path) -> tuple[Any, str]:
         for row in rows
         if row["method"] == "zoo-exact"
     ]
-    return rows, "; ".join(said)
+    return Found(rows, "; ".join(said))
 
 
-def _read_bench(file: Path) -> tuple[Any, str]:
+def _read_bench(file: Path) -> Found:
     result = read_bench(file)
-    if not result["arms"] or not result["arms"][0]["times"]:
-        return result, "stopped before the first repeat was done"
     answer = min(result["conditions"]["answers"])
     said = [
         f"{f.arm['arm']} {f.prefill_speed_up.median:.2f} x prefill, "
@@ -129,10 +156,10 @@ def _read_bench(file: Path) -> tuple[Any, str]:
         for f in figures_of(result)
         if f.arm["method"] == "zoo-exact" and f.arm["batch"] == 1 and f.of_free_prefill
     ]
-    return result, "; ".join(said)
+    return Found(result, "; ".join(said))
 
 
-def _read_answers(folders: Sequence[Path]) -> tuple[Any, str]:
+def _read_answers(folders: Sequence[Path]) -> Found:
     """Count the answers of the second run that are those of the first, by arm."""
     runs = []
     for folder in folders:
@@ -143,21 +170,23 @@ def _read_answers(folders: Sequence[Path]) -> tuple[Any, str]:
         for arm in ARMS
     }
     counts = {arm: {"equal": sum(own), "of": len(own)} for arm, own in equal.items()}
-    return counts, "; ".join(f"{arm} {c['equal']} of {c['of']} equal" for arm, c in counts.items())
+    line = "; ".join(f"{arm} {c['equal']} of {c['of']} equal" for arm, c in counts.items())
+    good = all(c["equal"] >= LEAST_EQUAL * c["of"] > 0 for c in counts.values())
+    return Found(counts, line if good else f"{line}: below {LEAST_EQUAL:.0%}", good)
 
 
-def _read_scaling(file: Path) -> tuple[Any, str]:
+def _read_scaling(file: Path) -> Found:
     result = read_bench(file)
     fitted = exponents(result["points"])
     said = [f"{method} over {axis} {value:.2f}" for (axis, method), value in fitted.items()]
-    return result, "exponents: " + "; ".join(said)
+    return Found(result, "exponents: " + ("; ".join(said) or "none, the stage is launch-bound"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts; 0 if all did their work, 1 if one failed, 2 for unusable input."""
     parser = OneLineParser(prog="llava.bench.gpu", description="Run everything that needs a GPU.")
     add = parser.add_argument
-    add("out", type=Path, help="folder for gpu.json and the files of the parts")
+    add("out", type=Path, help="folder for gpu.json, which holds all that the parts found")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: every line, small")
     add("--minutes", type=float, default=6.0, help="after which no part goes on; default 6")
     add("--commit", help="of this source, where git cannot tell")
@@ -184,9 +213,12 @@ def _time_stage(name: str, file: Path) -> int:
     rows = [{**named, **time_call(call, device, seconds)} for named, call in calls]
     write_atomically(file, dump_json({"rows": rows}))
     if device.type == "cuda":
-        for row, (_, call) in zip(rows, calls, strict=True):
-            row |= time_graph(call, device, seconds / 4)
-        write_atomically(file, dump_json({"rows": rows}))
+        turns = [(row, call) for row, (_, call) in zip(rows, calls, strict=True)]
+        for method in CAPTURED:
+            for row, call in turns:
+                if row["method"] == method:
+                    row |= time_graph(call, device, seconds / 4)
+                    write_atomically(file, dump_json({"rows": rows}))
     return 0
 
 
@@ -200,19 +232,19 @@ def run_parts(out: Path, small: bool, seconds: float, commit: str | None) -> int
         "small": small,
         "parts": [],
     }
-    out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + seconds
-    for part in parts(out, small, commit):
-        print(f"== {part.name}", flush=True)
-        result["parts"].append(run_part(part, end - time.monotonic()))
-        write_atomically(out / "gpu.json", dump_json(result))
-    print(_tables(result))
+    file, end = out.resolve() / "gpu.json", time.monotonic() + seconds
+    write_atomically(file, dump_json(result))
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for part in parts(Path(folder), small, commit):
+            print(f"== {part.name}", flush=True)
+            result["parts"].append(run_part(part, end - time.monotonic()))
+            write_atomically(file, dump_json(result))
+    print(render_gpu(result))  # type: ignore[arg-type]
     return int(any(part["status"] == "failed" for part in result["parts"]))
 
 
 def run_part(part: Part, seconds: float) -> dict[str, Any]:
-    """Run one part for at most `seconds`, and return what it found.
+    """Run one part for at most its limit and `seconds`, and return what it found.
 
     The status is `done`, `failed`, or `left out` with its reason as the line.
     """
@@ -220,62 +252,54 @@ def run_part(part: Part, seconds: float) -> dict[str, Any]:
     if part.missing or seconds <= 0:
         return {**record, "line": part.missing or "no time was left"}
     codes: list[int] = []
+    seconds = min(seconds, part.limit)
     start, output = time.monotonic(), ""
     for words in part.commands:
         code, said = _run(words, seconds - (time.monotonic() - start))
         codes.append(code)
         output += said
     record |= {
-        "status": "done" if not any(codes) else "failed",
         "seconds": round(time.monotonic() - start, 1),
         "commands": [shlex.join(words) for words in part.commands],
-        "output": output[-TAIL:],
     }
     try:
-        found, line = part.read(output)
+        found = part.read(output)
     except (UserInputError, KeyError) as error:  # it stopped before it wrote what is read
-        return {**record, "status": "failed", "line": f"no result: {error}"}
-    return {**record, "line": line, "result": found}
+        found = Found(None, f"no result: {error}", good=False)
+    good = found.good and not any(codes)
+    line = f"{found.line} (stopped after {seconds:.0f} s)" if 124 in codes else found.line
+    return {
+        **record,
+        "status": "done" if good else "failed",
+        "output": output[-(TAIL if good else FAILED_TAIL) :],
+        "line": line,
+        "result": found.result,
+    }
 
 
 def _run(words: Sequence[str], seconds: float) -> tuple[int, str]:
     """Run the interpreter; return its exit code, 124 if it took too long, and what it printed."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    try:
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=max(1.0, seconds),
-        )
-    except subprocess.TimeoutExpired as error:
-        text = (error.stdout or b"").decode(errors="replace")
-        return 124, f"{text}\nstopped: the time for this run was over\n"
-    text = done.stdout.decode(errors="replace")
-    print(text[-TAIL:], flush=True)
-    return done.returncode, text
-
-
-def _tables(result: dict[str, Any]) -> str:
-    """Return the tables at the end: of the stage and the benches, and of all parts."""
-    found = {part["name"]: part.get("result") for part in result["parts"]}
-    blocks = []
-    if found.get("stage alone"):
-        rows = found["stage alone"]
-        header = list(dict.fromkeys(key for row in rows for key in row))
-        lines = [[json.dumps(row.get(key)).strip('"') for key in header] for row in rows]
-        blocks.append(table(header, lines))
-    for name, value in found.items():
-        if name.startswith("bench ") and value and value["arms"] and value["arms"][0]["times"]:
-            blocks.append(render(value))
-    lines = [[p["name"], p["status"], f"{p['seconds']:g}", p["line"]] for p in result["parts"]]
-    card = result["machine"].get("gpu", "a CPU: nothing here is a measurement")
-    blocks.append(
-        f"On {card}:\n\n" + table(["part", "status", "seconds", "result"], lines, aligned=False)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that what it started can be ended with it
     )
-    return "\n\n".join(blocks)
+    try:
+        said, code = process.communicate(timeout=max(1.0, seconds))[0], process.returncode
+    except BaseException as error:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        said, code = process.communicate()[0] + b"\nstopped: its time was over\n", 124
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+    text = said.decode(errors="replace")
+    print(text[-TAIL:], flush=True)
+    return code, text
 
 
 if __name__ == "__main__":

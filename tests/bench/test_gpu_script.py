@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import torch
 
 from llava.bench import gpu
 from llava.bench.command import build_parser
-from llava.bench.gpu import Part, main, parts, run_parts
-from llava.bench.stage import IMAGES, METHODS, stage_calls, time_call
+from llava.bench.command import main as bench
+from llava.bench.gpu import Found, Part, main, parts, run_parts
+from llava.bench.report import render
+from llava.bench.stage import CAPTURED, IMAGES, METHODS, stage_calls, time_call
 from llava.eval.__main__ import build_parser as evaluation
 
+HANGS = "import time; time.sleep(60)"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,7 +38,9 @@ def test_every_command_is_understood(small: bool, tmp_path: Path) -> None:
         elif program == "llava.eval":
             evaluation().parse_args(["cpu" if word == "cuda" else word for word in words])
         elif program == "pytest":
-            assert (ROOT / words[-1]).is_dir()
+            folder = words[-3] if "--ignore" in words else words[-1]
+            assert (ROOT / folder).is_dir() and "-q" not in words, "-qq prints no count"
+            assert ("--at-least" in words) == (not small)
     assert programs == {"llava.bench", "llava.bench.gpu", "llava.eval", "pytest"}
 
 
@@ -58,34 +64,42 @@ def test_a_part_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def some(out: Path, small: bool, commit: str | None) -> Any:
-        def read(_: str) -> tuple[Any, str]:
-            return json.loads((out / "n").read_text()), "five"
+        def read(_: str) -> Found:
+            return Found(json.loads((out / "n").read_text()), "five")
 
-        def lost(_: str) -> tuple[Any, str]:
-            return gpu.read_json(out / "nothing"), ""
+        def lost(_: str) -> Found:
+            return Found(gpu.read_json(out / "nothing"), "")
 
-        written = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").exists() else {}
-        assert not written
-        yield Part("good", (write_and_fail(out / "n", 0),), read)
-        assert len(json.loads((out / "gpu.json").read_text())["parts"]) == 1, "written at once"
-        yield Part("bad", (write_and_fail(out / "n", 3),), read)
-        yield Part("empty", (("-c", "pass"),), lost)
-        yield Part("slow", (("-c", "import time; time.sleep(60)"),), read)
-        yield Part("absent", (), read, "not in this tree")
-        yield Part("late", (("-c", "pass"),), read)
+        assert json.loads(file.read_text())["parts"] == [], "nothing of an earlier run is left"
+        yield Part("good", (write_and_fail(out / "n", 0),), read, 60)
+        assert len(json.loads(file.read_text())["parts"]) == 1, "written at once"
+        yield Part("bad", (write_and_fail(out / "n", 3),), read, 60)
+        yield Part("wrong", (("-c", "print('x' * 40000)"),), lambda _: Found(7, "7", False), 60)
+        yield Part("empty", (("-c", "pass"),), lost, 60)
+        yield Part("hangs", (("-c", HANGS),), read, 1)
+        yield Part("slow", (("-c", HANGS),), read, 60)
+        yield Part("absent", (), read, 60, "not in this tree")
+        yield Part("late", (("-c", "pass"),), read, 60)
 
+    file = tmp_path / "out" / "gpu.json"
+    file.parent.mkdir()
+    file.write_text("of an earlier run")
     monkeypatch.setattr(gpu, "parts", some)
-    assert run_parts(tmp_path / "out", True, 2.0, "abc") == 1
-    result = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert run_parts(file.parent, True, 3.0, "abc") == 1
+    assert list(file.parent.iterdir()) == [file]
+    result = json.loads(file.read_text())
     assert result["commit"]["commit"] == "abc"
     found = {part["name"]: (part["status"], part["line"]) for part in result["parts"]}
     assert found["good"] == ("done", "five") and result["parts"][0]["result"] == 5
     assert found["bad"] == ("failed", "five")
     assert found["empty"][0] == "failed" and "cannot read" in found["empty"][1]
-    assert found["slow"][0] == "failed" and "time for this run" in result["parts"][3]["output"]
+    assert found["wrong"] == ("failed", "7") and result["parts"][2]["result"] == 7
+    assert len(result["parts"][2]["output"]) == 30_000
+    assert found["hangs"] == ("failed", "five (stopped after 1 s)")
+    assert found["slow"][0] == "failed" and "its time was over" in result["parts"][5]["output"]
     assert found["absent"] == ("left out", "not in this tree")
     assert found["late"] == ("left out", "no time was left")
-    table = capsys.readouterr().out.rpartition("On a CPU")[2]
+    table = capsys.readouterr().out.rpartition("On a CPU")[2] or "no table"
     assert all(f"| {name} | {status} |" in table for name, (status, _) in found.items())
 
 
@@ -99,9 +113,56 @@ def test_answers_are_compared_by_arm(tmp_path: Path) -> None:
             for n in range(2)
         ]
         (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    counts, line = gpu._read_answers(folders)
+    counts, line, good = gpu._read_answers(folders)
     assert counts["zoo@64"] == {"equal": 1, "of": 2} and counts["none"] == {"equal": 2, "of": 2}
-    assert "zoo@64 1 of 2 equal" in line
+    assert "zoo@64 1 of 2 equal" in line and "below 80%" in line and not good
+    assert gpu._read_answers([folders[0], folders[0]]).good
+
+
+def test_a_gpu_file_is_shown_as_a_whole_and_by_part(
+    tmp_path: Path, bench_result: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"method": "zoo-exact", "median_ms": 0.25}]
+    part = {"status": "done", "seconds": 1.5, "line": "fine"}
+    result = {
+        **{key: bench_result[key] for key in ("schema_version", "command", "commit", "versions")},
+        "kind": "gpu",
+        "machine": {"gpu": "Card 1"},
+        "small": False,
+        "parts": [
+            {"name": "tests on CUDA", **part, "result": None},
+            {"name": "stage alone", **part, "result": rows},
+            {"name": "bench llava-tiny", **part, "result": bench_result},
+        ],
+    }
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(result))
+    assert bench(["--from", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "0.25" in text and "On Card 1:" in text and render(bench_result) in text
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench-llava-tiny:begin -->\n<!-- bench-llava-tiny:end -->\n")
+    one = ["--from", str(file), "--part", "bench llava-tiny", "--plot", str(tmp_path / "p.png")]
+    assert bench([*one, "--update", str(page)]) == 0
+    assert capsys.readouterr().out == render(bench_result) + "\n"
+    assert render(bench_result) in page.read_text() and (tmp_path / "p.png").exists()
+    for words, said in (
+        (["--part", "stage alone"], "'bench llava-tiny'"),
+        (["--plot", str(tmp_path / "q.png")], "choose one with --part"),
+    ):
+        with pytest.raises(SystemExit):
+            bench(["--from", str(file), *words])
+        assert said in capsys.readouterr().err
+
+
+def test_a_part_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
+    """A pipe that a child of it keeps open would hold the run up for as long as the child lives."""
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HANGS!r}])"
+    part = Part("x", (("-c", child),), lambda _: Found(None, "read"), 1)
+    start = time.monotonic()
+    record = gpu.run_part(part, 60)
+    assert time.monotonic() - start < 20
+    assert (record["status"], record["line"]) == ("failed", "read (stopped after 1 s)")
 
 
 def test_the_stage_alone_has_a_row_for_every_method_and_budget() -> None:
@@ -116,7 +177,8 @@ def test_the_stage_alone_has_a_row_for_every_method_and_budget() -> None:
     assert {tuple(r[k] for k in key) for r in rows} == {
         tuple(r[k] for k in key) for r in tracked["rows"]
     }
-    assert all(row["waits"] is None for row in rows) or torch.cuda.is_available()
+    assert all(row["waits"] is None for row in rows)
+    assert set(CAPTURED) < set(METHODS) and "random" not in CAPTURED
 
 
 @pytest.mark.slow
@@ -126,5 +188,6 @@ def test_a_dry_run_of_every_line(tmp_path: Path) -> None:
     done = subprocess.run(["bash", *script], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     result = json.loads((tmp_path / "gpu.json").read_text())
-    assert {part["status"] for part in result["parts"][1:]} == {"done"}
+    assert {part["status"] for part in result["parts"]} - {"left out"} == {"done"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "gpu.json"]
     assert result["small"] and "nothing here is a measurement" in done.stdout
