@@ -275,6 +275,7 @@ def _show(args: argparse.Namespace, result: Any) -> None:
     for file in args.update:
         write_atomically(file, fill_sections(file, {_section(args): text}))
     if args.plot:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
         draw: Callable[[Any], Any] = draw_scaling if result["kind"] == "scaling" else draw_bench
         draw(result).savefig(args.plot)
 

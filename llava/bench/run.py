@@ -106,22 +106,14 @@ def run_bench(
     Raises:
         UserInputError: a model or setting that cannot be used, or a checkout that cannot.
     """
-    loading: dict[str, float] = {}
-    compared: dict[str, dict[str, Any] | None] = {}
     with ExitStack() as stack:
-        sources: dict[str, Source] = {}
-        if compare_with is not None:
-            start = time.perf_counter()
-            other = stack.enter_context(Beside(compare_with, asdict(plan)))
-            sources[other.name] = other
-            compared[other.name] = other.commit
-            loading[other.name] = time.perf_counter() - start
+        others, opened = _open_other(plan, compare_with, stack)
         start = time.perf_counter()
         subject = open_subject(plan)
-        loading[THIS] = time.perf_counter() - start
+        opened["loading_seconds"][THIS] = time.perf_counter() - start
         arms = [BenchArm.from_dict(arm) for arm in plan.arms]
         own = Bench(subject, arms, list(plan.batches))
-        sources = {THIS: own, **sources}
+        sources: dict[str, Source] = {THIS: own, **others}
         dtypes = {subject.model.dtype, torch.float32}
         result: BenchResult = {
             "schema_version": SCHEMA_VERSION,
@@ -129,8 +121,7 @@ def run_bench(
             **facts,  # type: ignore[typeddict-item]
             "conditions": _conditions(plan, subject),
             "rates": measure_rates(own.device, dtypes),
-            "loading_seconds": loading,
-            **({"compared_with": compared} if compared else {}),
+            **opened,
             "complete": False,
             "arms": [],
         }
@@ -155,6 +146,24 @@ def run_bench(
         result["complete"] = True
         save()
     return result
+
+
+def _open_other(
+    plan: Plan, root: Path | None, stack: ExitStack
+) -> tuple[dict[str, Source], dict[str, Any]]:
+    """Open another checkout, if there is one; return it by its name, and what the file says of it.
+
+    The time until it is ready includes that of its process and imports.
+    """
+    if root is None:
+        return {}, {"loading_seconds": {}}
+    start = time.perf_counter()
+    other = stack.enter_context(Beside(root, asdict(plan)))
+    ready = {other.name: time.perf_counter() - start}
+    return {other.name: other}, {
+        "loading_seconds": ready,
+        "compared_with": {other.name: other.commit},
+    }
 
 
 def measure_once(
