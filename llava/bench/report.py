@@ -40,7 +40,8 @@ def render(result: BenchResult) -> str:
     figures = figures_of(result)
     parts = [describe(result)]
     conditions = result["conditions"]
-    ran = "" if conditions["layers"] == conditions["depth"] else f" ({conditions['layers']} layers)"
+    layers, depth = conditions["layers"], conditions["depth"]
+    ran = "" if layers == depth else f" ({layers} of {depth} layers)"
     for batch in conditions["batches"]:
         own = [f for f in figures if f.arm["batch"] == batch]
         parts += [
@@ -126,9 +127,9 @@ def published() -> str:
 
 def _name(figures: Figures) -> str:
     arm = figures.arm
-    method = arm["method"].partition(":")[0]
-    # The label says what the method could not read, the arm its options.
-    name = arm["label"] + arm["arm"].removeprefix(method)
+    name = arm["arm"]
+    if arm["label"] != arm["method"]:  # it says what the method could not read, and no options
+        name = arm["label"] + name.removeprefix(arm["method"].partition(":")[0])
     return name if arm["source"] == THIS else f"{name} ({arm['source']})"
 
 

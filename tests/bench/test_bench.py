@@ -82,16 +82,19 @@ def test_options_and_what_was_not_read_are_in_the_name(bench_result: Any) -> Non
     arm = bench_result["arms"][3]
     arm |= {"arm": "zoo-exact:fusion=sum@64", "method": "zoo-exact:fusion=sum"}
     bench_result["arms"][4]["label"] = "zoo-exact(relevance=none)"
+    same = {"method": "norm:x=1", "label": "norm:x=1"}  # of an arm that keeps all tokens
+    bench_result["arms"][6] |= {"arm": "norm:x=1@576", **same}
     text = render(bench_result)
+    assert "| norm:x=1@576 " in text
     assert "| zoo-exact:fusion=sum@64 " in text and "| zoo-exact(relevance=none)@576 " in text
 
 
 def test_what_is_not_scaled_says_so(bench_result: Any) -> None:
     text = render(bench_result)
-    assert "as one call (1 layers)" in text and "peak MiB (1 layers)" in text
+    assert "as one call (1 of 4 layers)" in text and "peak MiB (1 of 4 layers)" in text
     assert "mask, rotary angles" in text
     bench_result["conditions"]["layers"] = bench_result["conditions"]["depth"]
-    assert "1 layers" not in render(bench_result)
+    assert "of 4 layers" not in render(bench_result)
 
 
 def test_rates_are_the_better_of_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +151,12 @@ def test_the_file_is_written_after_every_repeat(
 ) -> None:
     file, measured = tmp_path / "x.json", run.measure_once
 
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any, **more: Any) -> None:
         if len(json.loads(file.read_text())["arms"]) and arguments[1][0]["times"]:
             raise KeyboardInterrupt
-        measured(*arguments)
+        measured(*arguments, **more)
 
-    monkeypatch.setattr(run, "measure_once", interrupted)  # in the second repeat
+    monkeypatch.setattr(run, "measure_once", interrupted)
     monkeypatch.setattr(run, "measure_rates", lambda *_: {"float32": 1e9, "memory": 1e9})
     words = ["--layers", "1", "--repeats", "3", "--answer", "1", "--pruner", "norm"]
     with pytest.raises(KeyboardInterrupt):
@@ -284,7 +287,7 @@ REFUSED = {
     "a file and an output": (["--from", "x.json"], "leave out --output"),
     "a part without a file": (["--part", "scaling"], "--part needs --from"),
     "kind of picture": (["--plot", "x.pgn"], ".png"),
-    "no section": (["--update", "README.md"], "has no section"),
+    "no section": (["--update", str(ROOT / "README.md")], "has no section"),
 }
 # Cases without the --output that all others have.
 ALONE = ("section without a file", "file", "a file and layers")

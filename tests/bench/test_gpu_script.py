@@ -85,7 +85,7 @@ def test_a_part_that_fails_stops_no_other(
     file.parent.mkdir()
     file.write_text("of an earlier run")
     monkeypatch.setattr(gpu, "parts", some)
-    assert run_parts(file.parent, True, 3.0, "abc") == 1
+    assert run_parts(file.parent, True, 4.0, "abc") == 1
     assert list(file.parent.iterdir()) == [file]
     result = json.loads(file.read_text())
     assert result["commit"]["commit"] == "abc"
