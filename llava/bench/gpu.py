@@ -59,6 +59,7 @@ class Part:
         read: returns what the part found, from its files and its output.
         limit: seconds after which it is stopped.
         missing: why it cannot run; None if it can.
+        folder: where its commands run, so that files of results name no folder of this machine.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Part:
     read: Callable[[str], Found]
     limit: float
     missing: str | None = None
+    folder: Path = ROOT
 
 
 def parts(out: Path, small: bool, commit: str | None) -> Iterator[Part]:
@@ -80,8 +82,8 @@ def parts(out: Path, small: bool, commit: str | None) -> Iterator[Part]:
     device = "cpu" if small else "cuda"
     tests = (*PYTEST, "--gpu", *_count("gpu", small), "tests/gpu")
     yield Part("tests on CUDA", (tests,), _last_line, 90)
-    stage = ("-m", "llava.bench.gpu", "--stage", device, str(out / "stage.json"))
-    yield Part(STAGE, (stage,), lambda _: _read_stage(out / "stage.json"), 60)
+    stage = ("-m", "llava.bench.gpu", "--stage", device, "stage.json")
+    yield Part(STAGE, (stage,), lambda _: _read_stage(out / "stage.json"), 60, folder=out)
     yield _bench(out, "llava-1.5-7b", ("--batch", "1,8"), small, source)
     # Compilation is tested with a triton of its own, without a GPU.
     tests = (*PYTEST, "--triton", *_count("kernels", small), "tests/kernel_parity")
@@ -95,28 +97,29 @@ def parts(out: Path, small: bool, commit: str | None) -> Iterator[Part]:
     asked: tuple[str, ...] = ("--limit", "240", "--batch-size", "16")
     asked = ("--limit", "2") if small else asked
     runs = (("cpu", "float32"), (device, "bfloat16"))
-    folders = [out / f"tiny-{kind}-{dtype}" for kind, dtype in runs]
+    names = [f"tiny-{kind}-{dtype}" for kind, dtype in runs]
     asked = ("--model-path", LLAVA_TINY, "--task", LLAVA_TINY, *asked)
     asked += tuple(word for arm in ARMS for word in ("--arm", arm))
     commands = tuple(
-        ("-m", "llava.eval", "run", *asked, "--device", kind, "--dtype", dtype, "--output", str(to))
-        for (kind, dtype), to in zip(runs, folders, strict=True)
+        ("-m", "llava.eval", "run", *asked, "--device", kind, "--dtype", dtype, "--output", name)
+        for (kind, dtype), name in zip(runs, names, strict=True)
     )
-    yield Part("llava-tiny in bfloat16", commands, lambda _: _read_answers(folders), 75)
+    answers = [out / name for name in names]
+    yield Part("llava-tiny in bfloat16", commands, lambda _: _read_answers(answers), 75, folder=out)
     yield _bench(out, "llava-next-7b", (), small, source)
-    file = out / "scaling.json"
     few = ("--pruner", "divprune", "--seconds", "0.001") if small else ("--seconds", "0.2")
     scaling = ("-m", "llava.bench", "--scaling", "--device", device, *few, *source)
-    yield Part("scaling", ((*scaling, "--output", str(file)),), lambda _: _read_scaling(file), 60)
+    scaling += ("--output", "scaling.json")
+    yield Part("scaling", (scaling,), lambda _: _read_scaling(out / "scaling.json"), 60, folder=out)
 
 
 def _bench(out: Path, config: str, more: Sequence[str], small: bool, source: Sequence[str]) -> Part:
-    file = out / f"bench-{config}.json"
+    file = f"bench-{config}.json"
     sized = ("--config", config, "--repeats", "3", "--device", "cuda", *more)
     if small:
         sized = ("--config", LLAVA_TINY, "--layers", "1", "--repeats", "1", "--device", "cpu")
-    command = ("-m", "llava.bench", *sized, *source, "--output", str(file))
-    return Part(f"bench {config}", (command,), lambda _: _read_bench(file), 110)
+    command = ("-m", "llava.bench", *sized, *source, "--output", file)
+    return Part(f"bench {config}", (command,), lambda _: _read_bench(out / file), 110, folder=out)
 
 
 def _count(group: str, small: bool) -> tuple[str, ...]:
@@ -177,7 +180,9 @@ def _read_scaling(file: Path) -> Found:
     result = read_bench(file)
     fitted = exponents(result["points"])
     said = [f"{method} over {axis} {value:.2f}" for (axis, method), value in fitted.items()]
-    return Found(result, "exponents: " + ("; ".join(said) or "none, the stage is launch-bound"))
+    return Found(
+        result, "exponents: " + ("; ".join(said) or "none, too few sizes take long enough")
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -253,7 +258,7 @@ def run_part(part: Part, seconds: float) -> dict[str, Any]:
     seconds = min(seconds, part.limit)
     start, output = time.monotonic(), ""
     for words in part.commands:
-        code, said = _run(words, seconds - (time.monotonic() - start))
+        code, said = _run(words, part.folder, seconds - (time.monotonic() - start))
         codes.append(code)
         output += said
     record |= {
@@ -275,13 +280,13 @@ def run_part(part: Part, seconds: float) -> dict[str, Any]:
     }
 
 
-def _run(words: Sequence[str], seconds: float) -> tuple[int, str]:
-    """Run the interpreter; return its exit code, 124 if it took too long, and what it printed."""
+def _run(words: Sequence[str], folder: Path, seconds: float) -> tuple[int, str]:
+    """Run the interpreter in a folder; return its exit code (124: stopped) and what it printed."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         [sys.executable, *words],
-        cwd=ROOT,
+        cwd=folder,
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

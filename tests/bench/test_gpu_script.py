@@ -34,7 +34,7 @@ def test_every_command_is_understood(small: bool, tmp_path: Path) -> None:
         programs.add(program)
         if program == "llava.bench":
             args = build_parser().parse_args([*words, "--device", "cpu"])
-            assert args.output.parent == tmp_path and args.commit == "abc"
+            assert args.output.parent == Path() and args.commit == "abc"
         elif program == "llava.eval":
             evaluation().parse_args(["cpu" if word == "cuda" else word for word in words])
         elif program == "pytest":
@@ -85,7 +85,7 @@ def test_a_part_that_fails_stops_no_other(
     file.parent.mkdir()
     file.write_text("of an earlier run")
     monkeypatch.setattr(gpu, "parts", some)
-    assert run_parts(file.parent, True, 4.0, "abc") == 1
+    assert run_parts(file.parent, True, 3.0, "abc") == 1
     assert list(file.parent.iterdir()) == [file]
     result = json.loads(file.read_text())
     assert result["commit"]["commit"] == "abc"
