@@ -249,10 +249,11 @@ def _change(before: Figures, own: Figures) -> list[str]:
     cells = [_name(own)]
     there, here = _spent(before, "stage") or 0.0, _spent(own, "stage") or 0.0
     cells += [_digits(there), _digits(here), f"{there / here:.2f}" if here else NONE]
-    pairs = [
-        (before.prefill_speed_up, own.prefill_speed_up),
-        (before.of_free_prefill, own.of_free_prefill),
+    pairs: list[tuple[Spread | None, Spread | None]] = [
+        (before.prefill_speed_up, own.prefill_speed_up)
     ]
+    if not own.arm["free"]:
+        pairs.append((before.of_free_prefill, own.of_free_prefill))
     for first, second in pairs:
         if first is None or second is None:
             continue

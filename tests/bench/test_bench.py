@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from llava import cli
-from llava.bench import command, run
+from llava.bench import command, measure, run
 from llava.bench.arms import BenchArm, make_arms
 from llava.bench.beside import Beside
 from llava.bench.command import build_parser, main
@@ -19,6 +21,7 @@ from llava.bench.report import PUBLISHED, render
 from llava.bench.run import measure_once
 from llava.bench.schema import read_bench
 from llava.pruning import PruningError
+from llava.pruning.tokens import ImageTokens
 from llava.utils import UserInputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +183,57 @@ def test_the_free_arm_keeps_the_tokens_it_is_given() -> None:
         embeds.append(made)
     assert arms[1].free and arms[2].name == "grid@64"
     assert torch.equal(embeds[0], embeds[1]) and embeds[0].shape == (1, 84, 128)
+
+
+def small_bench(words: list[str], budgets: list[int]) -> Bench:
+    plan = run.Plan("llava-tiny", None, "cpu", "float32", 1, 20, (), (1,), (1,), 1)
+    return Bench(run.open_subject(plan), make_arms(words, budgets, {}), [1])
+
+
+def test_nothing_of_the_stage_is_alive_in_the_language_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would count as peak memory of the call."""
+    bench, made = small_bench(["norm"], [64]), []
+
+    class Watched(measure._Phases):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    forward, alive = bench._forward, []
+
+    def watching(embeds: Any) -> Any:
+        alive.append(made[-1]() is not None)
+        return forward(embeds)
+
+    monkeypatch.setattr(measure, "_Phases", Watched)
+    monkeypatch.setattr(bench, "_forward", watching)
+    bench._whole(bench.arms[2], bench.batches[1])
+    assert alive == [False]
+
+
+def test_what_encoding_left_to_check_is_part_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms share an encoding; its checks in a splice would be paid for by the first one alone."""
+    bench, settled = small_bench([], [64]), []
+    monkeypatch.setattr(ImageTokens, "settle", lambda self: settled.append(self))
+    for expected in (2, 3):  # encoding and splice, then splice alone
+        bench._prepare(bench.arms[0], bench.batches[1])
+        assert len(settled) == expected
+
+
+def test_the_free_arm_gathers_as_the_stage_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, calls = small_bench([], [64]), []
+    gather = measure.gather_slots
+
+    @wraps(gather)
+    def recorded(*arguments: Any, **more: Any) -> Any:
+        calls.append(more)
+        return gather(*arguments, **more)
+
+    monkeypatch.setattr(measure, "gather_slots", recorded)
+    bench._prepare(bench.arms[1], bench.batches[1])
+    assert calls == [{"padded": False}]
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
