@@ -152,5 +152,5 @@ def time_graph(call: Callable[[], Any], device: torch.device, seconds: float) ->
             call()
         times = repeat(graph.replay, device, seconds, least=5)
     except RuntimeError as error:  # the stage waits, or copies from the host
-        return {"graph_ms": None, "graph_error": str(error).splitlines()[0]}
+        return {"graph_ms": None, "graph_error": f"{error}".partition("\n")[0]}
     return {"graph_ms": round(statistics.median(times), 4)}

@@ -149,6 +149,7 @@ def test_every_repeat_runs_all_arms_one_after_another() -> None:
     assert [r["times"]["prefill"] for r in records] == [[3, 12], [4, 11], [5, 10], [6, 9]]
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_file_is_written_after_every_repeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +161,6 @@ def test_the_file_is_written_after_every_repeat(
         measured(*arguments, **more)
 
     monkeypatch.setattr(run, "measure_once", interrupted)
-    monkeypatch.setattr(run, "measure_rates", lambda *_: {"float32": 1e9, "memory": 1e9})
     words = ["--layers", "1", "--repeats", "3", "--answer", "1", "--pruner", "norm"]
     with pytest.raises(KeyboardInterrupt):
         main([*words, "--keep-tokens", "64", "--device", "cpu", "--output", str(file)])
@@ -236,6 +236,13 @@ def test_the_free_arm_gathers_as_the_stage_does(monkeypatch: pytest.MonkeyPatch)
     assert calls == [{"padded": False}]
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates that are not measured, which takes seconds."""
+    monkeypatch.setattr(run, "measure_rates", lambda *_: {"float32": 1e9, "memory": 1e9})
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     words = ["--model-path", "llava-tiny", "--pruner", "cdpruner", "--keep-tokens", "64"]
@@ -269,6 +276,7 @@ def test_five_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [arm["tokens"] for arm in found] == [2880, 160, 160]
 
 
+@pytest.mark.usefixtures("quick")
 def test_another_checkout_runs_beside(tmp_path: Path) -> None:
     """A copy of this tree with another `norm`: the same model, other tokens are kept."""
     import shutil
