@@ -238,10 +238,11 @@ def check_projected(
     """
     if projected.is_meta:
         return
+    largest, dtype = largest_of_last(projected.detach()), projected.dtype
     refuse_if(
-        projected.device,
-        lambda: ~largest_of_last(projected.detach()).isfinite(),
-        lambda: _not_finite(model, tiles, projected.dtype, image_index),
+        largest.device,
+        lambda: ~largest.isfinite(),
+        lambda: _not_finite(model, tiles, dtype, image_index),
     )
 
 

@@ -30,6 +30,7 @@ def refuse_non_finite(visual: VisualTokens) -> None:
         of_tokens = name != "cls_feature"
         valid = visual.valid if of_tokens else None
         # One number a token, the largest of its own, says as much: NaN and inf come through.
+        values = values.detach()
         largest = values.abs() if values.dim() == 1 + of_tokens else largest_of_last(values)
         bad = partial(_not_finite, largest, valid)
         refuse_if(largest.device, bad, partial(_explain, name, bad))

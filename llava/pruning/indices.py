@@ -25,14 +25,14 @@ def true_places(mask: Tensor, count: int) -> Tensor:
     return torch.nonzero_static(mask.flatten(), size=count)[:, 0]
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return LongTensor [n] of `values`, not to be changed, copied to a device only once.
+    """Return LongTensor [n] of `values`, not to be changed.
 
-    A copy from ordinary memory would make the host wait if it had to be finished.
+    It is copied to a device once, which the host waits for, so that any stream may read it.
     """
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+        return torch.tensor(values, dtype=torch.long).to(device)
 
 
 def raster_order(indices: Tensor, padded: bool = True) -> Tensor:

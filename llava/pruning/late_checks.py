@@ -27,13 +27,12 @@ class LateChecks(list[Check]):
     """Checks that were not made yet."""
 
     def settle(self) -> None:
-        """Make the checks: the host waits once for all of them. Later calls find none left.
+        """Make the checks, all at once, for which the host waits; drop them if none found anything.
 
         Raises:
-            UserInputError: of the first check that found something.
+            UserInputError: of the first check that found something, also when called again.
         """
         checks = [*self]
-        self.clear()
         if not checks:
             return
         flags = [check.bad().any() for check in checks]
@@ -43,6 +42,7 @@ class LateChecks(list[Check]):
         for check, bad in zip(checks, found, strict=True):
             if bad:
                 raise check.explain()
+        self.clear()
 
 
 _collected: ContextVar[LateChecks | None] = ContextVar("late checks", default=None)

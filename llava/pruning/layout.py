@@ -139,7 +139,7 @@ def _sequence(
     if device.type != "cpu":
         own = _sequence(grid, crops, window, joined, newline, torch.device("cpu"))
         with torch.inference_mode(False):
-            return own.to(device, non_blocking=True)
+            return own.to(device)
     with torch.inference_mode(False):
         patches = grid[0] * grid[1]
         base = torch.arange(patches)
@@ -171,4 +171,4 @@ def _places(
         places = torch.zeros(grid[0] * grid[1] * (1 + crops[0] * crops[1]), dtype=torch.long)
         at = (sequence != NEWLINE).nonzero()[:, 0]
         places[sequence[at]] = at
-        return places.to(device, non_blocking=True)
+        return places.to(device)

@@ -153,9 +153,9 @@ class PruningMethod:
         picks = self.select(self.rows(tokens, scores, torch.tensor(counts, dtype=torch.long)))
         padded = picks.indices.shape[1] != min(counts, default=0)
         indices = raster_order(picks.indices, padded)
+        total = tokens.projected.shape[1]
 
         def explain() -> PruningError:
-            total = tokens.projected.shape[1]
             return PruningError(
                 f"method {self.name!r} broke its contract: it must return {counts} distinct valid "
                 f"token indices below {total} for its {len(counts)} rows"
@@ -163,15 +163,18 @@ class PruningMethod:
 
         if indices.shape != (len(counts), max(counts, default=0)):
             raise explain()
-        refuse_if(indices.device, partial(_breaks, indices, tuple(counts), tokens), explain)
+        broken = partial(_breaks, indices, tuple(counts), total, tokens.valid)
+        refuse_if(indices.device, broken, explain)
+        if indices.device.type != "cpu":  # not refused yet, and no gather may leave its tensor
+            indices = indices.clamp(-1 if padded else 0, total - 1)
         return Picks(indices, picks.margins)
 
 
-def _breaks(indices: Tensor, counts: tuple[int, ...], tokens: VisualTokens) -> Tensor:
+def _breaks(indices: Tensor, counts: tuple[int, ...], total: int, valid: Tensor | None) -> Tensor:
     """Return which rows of sorted indices [R, K] are not `counts` distinct, valid tokens: [R]."""
-    real, valid = indices >= 0, tokens.valid
+    real = indices >= 0
     wrong = real.sum(dim=1) != constant(counts, indices.device)
-    wrong |= (indices >= tokens.projected.shape[1]).any(dim=1)
+    wrong |= (indices >= total).any(dim=1)
     wrong |= ((indices[:, 1:] == indices[:, :-1]) & real[:, 1:]).any(dim=1)
     if valid is not None:
         inside = indices.clamp(min=0, max=valid.shape[1] - 1)

@@ -212,8 +212,9 @@ def importance_of(config: PruningConfig, visual: VisualTokens) -> Tensor:
         PruningError: the method does not score tokens.
     """
     visual.settle()
-    with torch.no_grad():
+    with torch.no_grad(), collecting() as checks:
         importance = config.pruner.score(replace(visual, compute=config.compute))
+    checks.settle()
     if importance is None:
         raise PruningError(f"method {config.method!r} does not score tokens")
     return importance

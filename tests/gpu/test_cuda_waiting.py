@@ -72,6 +72,9 @@ def test_a_graph_records_the_stage(name: str) -> None:
             recorded = prune_visual_tokens(visual, config)
         visual.features.copy_(other.features)
         visual.projected.copy_(other.projected)
+        for key, extra in visual.extras.items():
+            for mine, theirs in zip(extra, other.extras[key], strict=True):
+                mine.copy_(theirs)
         graph.replay()
         want = prune_visual_tokens(other, config)
     torch.cuda.synchronize()

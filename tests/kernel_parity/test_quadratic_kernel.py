@@ -150,7 +150,7 @@ def test_no_rows() -> None:
 
 
 def test_the_kernel_scores_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 products `sensitivity` comes as near to float64 with kernels as without."""
+    """In bfloat16 products `sensitivity` comes about as near to float64 with kernels as without."""
     from llava.pruning.importance import sensitivity as module
 
     generator = torch.Generator().manual_seed(3)
@@ -174,8 +174,9 @@ def test_the_kernel_scores_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert not torch.equal(got, want)  # they are two ways
     errors = [((scores - exact).abs() / exact).max() for scores in (got, want)]
-    # Triton's interpreter cuts bfloat16 off where a GPU rounds.
-    assert errors[0] <= (5e-3 if cases.DEVICE == "cpu" else 1.2 * errors[1])
+    # The kernel rounds both factors of a square, torch one. Triton's interpreter cuts bfloat16 off
+    # where a GPU rounds.
+    assert errors[0] <= (5e-3 if cases.DEVICE == "cpu" else 2.5 * errors[1])
     assert errors[1] < 1e-3
 
 

@@ -266,23 +266,20 @@ def test_nothing_waits_for_an_accelerator() -> None:
                 late.clear()
 
 
-def test_a_late_check_finds_the_write_and_forgets(monkeypatch) -> None:
+def test_a_late_check_finds_the_write_and_forgets() -> None:
     """As on an accelerator, with the weights on the CPU so that there is something to compare."""
     cache, calls, projector = WeightCache(), [], mlp()
-    monkeypatch.setattr(
-        "llava.pruning.importance.weight_cache._changed_here", lambda module, known: False
-    )
-
-    class Elsewhere(nn.Module):
-        def parameters(self, recurse: bool = True):
-            for parameter in projector.parameters():
-                away = _Away(parameter.detach())
-                yield away
 
     class _Away(torch.Tensor):
         @property
         def device(self):
             return torch.device("meta")
+
+    weights = [_Away(parameter.detach()) for parameter in projector.parameters()]
+
+    class Elsewhere(nn.Module):
+        def parameters(self, recurse: bool = True):
+            yield from weights
 
     away = Elsewhere()
     cache.get(away, "sum", lambda: calls.append(1))
@@ -336,3 +333,15 @@ def test_directions_are_copied_to_an_accelerator_once() -> None:
     first = module._bank_on(device, torch.float32, 3, 8, 5)
     assert module._bank_on(device, torch.float32, 3, 8, 5) is first
     assert first.device == device
+
+
+def test_another_weight_in_the_same_place_is_not_the_cached_one() -> None:
+    """Address and version of a new parameter may be those of one that is gone."""
+    cache, calls, projector = WeightCache(), [], mlp()
+    cache.get(projector, "sum", lambda: calls.append(1))
+    layer = projector[0]
+    same = nn.Parameter(layer.weight.data, requires_grad=False)
+    assert same.data_ptr() == layer.weight.data_ptr()
+    layer.weight = same
+    cache.get(projector, "sum", lambda: calls.append(1))
+    assert len(calls) == 2

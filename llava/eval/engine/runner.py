@@ -123,7 +123,7 @@ class Runner:
         """Return why `arm` cannot prune these images, or None if it can."""
         try:
             visual = self.encode(images, [arm])
-            self.prune_images(visual, arm, self._first_question(visual))
+            self.prune_images(visual, arm, self._first_question(visual)).settle()
         except UserInputError as error:
             return str(error)
         return None

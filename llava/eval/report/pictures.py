@@ -51,6 +51,7 @@ def draw_kept_tokens(runner: Runner, arms: Mapping[str, Arm], path: Path) -> boo
     for label, arm in arms.items():
         try:
             kept = runner.prune_images(visual, arm, [item.question])
+            kept.settle()
         except UserInputError:
             pictures[f"{label}: refuses"] = image
             continue

@@ -63,8 +63,8 @@ def sensitivity(
 
     Nudges, differences, derivatives and sums are float32 at least: in half precision most of the
     nudge is rounded away, and noise that grows with the token is added. Every [N, Dv] row of the
-    leading shape is scored by itself, so an image has the same scores bit for bit alone and in a
-    batch.
+    leading shape is scored by itself, so the same features and pre-activations have the same scores
+    bit for bit alone and in a batch.
 
     Returns:
         [..., N] in float32 (float64 if `features` are float64).

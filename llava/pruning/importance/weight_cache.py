@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from threading import Lock
 from typing import NamedTuple, TypeVar, cast
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ Value = TypeVar("Value")
 class _Entry(NamedTuple):
     """A cached value, and the weights that it was computed from: see `_state` and `_checksum`."""
 
+    weights: tuple[ref[nn.Parameter], ...]
     state: Hashable
     checksums: list[Tensor]
     value: object
@@ -43,11 +44,15 @@ class WeightCache:
         state = _state(weights)
         with self._lock:  # a WeakKeyDictionary is not made for several threads
             known = self._entries.setdefault(module, {}).get(key)
-        if known is not None and known.state == state and not _changed_here(weights, known):
+        if known is not None and _still_of(known, weights, state):
             _check_elsewhere(module, weights, known)
             return cast(Value, known.value)
         with outside_autocast(), torch.inference_mode(False), torch.no_grad():
-            entry = _Entry(state, [_checksum(weight.detach()) for weight in weights], compute())
+            checksums = [_checksum(weight.detach()) for weight in weights]
+            entry = _Entry(tuple(map(ref, weights)), state, checksums, compute())
+        for device in {weight.device for weight in weights}:
+            if device.type == "cuda":  # other threads may read it from other streams
+                torch.cuda.current_stream(device).synchronize()
         with self._lock:
             self._entries.setdefault(module, {})[key] = entry
         return cast(Value, entry.value)
@@ -93,11 +98,13 @@ def _checksum(weight: Tensor) -> Tensor:
     return words.view(kind).sum(dtype=torch.int64)
 
 
-def _changed_here(weights: list[nn.Parameter], known: _Entry) -> bool:
-    """Return whether the checksum of a parameter on the CPU differs from the cached one."""
-    return any(
-        parameter.device.type == "cpu" and not torch.equal(_checksum(parameter.detach()), before)
-        for parameter, before in zip(weights, known.checksums, strict=True)
+def _still_of(known: _Entry, weights: list[nn.Parameter], state: Hashable) -> bool:
+    """Return whether an entry is of these weights; of those on the CPU also by their checksums."""
+    if known.state != state:
+        return False
+    return all(
+        then() is now and (now.device.type != "cpu" or torch.equal(_checksum(now.detach()), before))
+        for then, now, before in zip(known.weights, weights, known.checksums, strict=True)
     )
 
 
@@ -109,6 +116,8 @@ def _check_elsewhere(module: nn.Module, weights: list[nn.Parameter], known: _Ent
             pairs.setdefault(parameter.device, []).append((parameter.detach(), before))
 
     def differ(of_device: list[tuple[Tensor, Tensor]]) -> Tensor:
+        if _state(weights) != known.state:  # changed in the open meanwhile: nothing can be told
+            return torch.zeros(1, dtype=torch.bool)
         now, then = zip(*((_checksum(weight), before) for weight, before in of_device), strict=True)
         return torch.stack(now) != torch.stack(then)
 

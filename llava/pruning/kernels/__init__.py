@@ -11,7 +11,9 @@ The torch code they stand for is their specification: the same picks, ties inclu
 import os
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
+from sysconfig import get_path
 
 import torch
 from torch import Tensor
@@ -41,10 +43,11 @@ def _has_triton() -> bool:
 
 @cache
 def _compiles_for(device: int) -> bool:
-    """Return whether triton can compile for a GPU here: it needs a C compiler for the launcher.
+    """Return whether triton can compile for a GPU: that takes a C compiler and Python's header.
 
     AMD's GPUs have no such version number; those before NVIDIA's Ampere (8.0) lack bf16.
     """
     compiler = os.environ.get("CC") or which("gcc") or which("clang")
     new_enough = torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(compiler and new_enough)
+    header = Path(get_path("include"), "Python.h").exists()
+    return bool(compiler and header and new_enough)

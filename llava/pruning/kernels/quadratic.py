@@ -178,7 +178,7 @@ def _triangle(
     tl.store(partial + block.to(tl.int64) * rows + row, sums, mask=has_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _join(partial, linear, constant, scores, rows, blocks, width, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows

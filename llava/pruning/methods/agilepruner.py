@@ -72,6 +72,7 @@ def effective_rank(x: Tensor, *, centre: bool) -> float:
         x = x - x.mean(dim=0)
     # Eigenvalues of the smaller Gram matrix: the squares of the singular values.
     gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
-    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    # On a GPU NaN is refused later, and the solver does not take it.
+    values = torch.linalg.eigvalsh(gram.nan_to_num()).clamp_min(0).sqrt()
     share = values / values.sum().clamp_min(1e-300)
     return float(torch.exp(torch.special.entr(share).sum()))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.finite import largest_of_last
 from llava.pruning.late_checks import refuse_if
 from llava.pruning.selection.max_min import first_argmax
 from llava.pruning.selection.rows import Picks
@@ -36,7 +37,8 @@ def cover(
     Raises:
         PruningError: a similarity is NaN or inf, or k is above n.
     """
-    refuse_if(similarity.device, lambda: ~similarity.isfinite(), _no_similarities)
+    largest = largest_of_last(similarity)
+    refuse_if(similarity.device, lambda: ~largest.isfinite(), _no_similarities)
     count = similarity.shape[1]
     if not 0 <= k <= count:
         raise PruningError(f"cannot pick {k} of {count} tokens")

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.errors import PruningError
+from llava.pruning.finite import largest_of_last
 from llava.pruning.importance.normalise import min_max
 from llava.pruning.indices import constant
 from llava.pruning.kernels import usable
@@ -157,7 +158,8 @@ def _pick_by_kernel(
     refuse_if(z.device, partial(_not_positive, scale, inside), _no_distances)
     distances = gram
     if first == "isolated":
-        distances = distances_of([*(gram + gram.mT).div_(2) * (scale[:, :, None] * scale[:, None])])
+        cosines = (gram + gram.mT).div_(2).mul_(scale[:, :, None] * scale[:, None])
+        distances = distances_of([*cosines])
     tokens = torch.arange(z.shape[1], device=z.device).expand(z.shape[:2])
     score = first_score(weights, tokens, inside, first, distances)
     wanted = constant(tuple(counts), z.device)
@@ -169,6 +171,8 @@ def _product(z: Tensor) -> Tensor:
 
     Of half-precision numbers every product fits float32, so tensor cores lose nothing.
     """
+    if z.data_ptr() % 16:  # a row of a batch, where one alone would lie on a boundary
+        z = z.clone()
     if z.is_cuda and z.element_size() == 2:
         return torch.mm(z, z.T, out_dtype=torch.float32)
     wide = z.float()
@@ -230,7 +234,7 @@ def cosine(z: Tensor) -> Tensor:
     smallest = max(1e-12, torch.finfo(z.dtype).tiny)  # 1e-12 is 0 in half precision
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     # The norm of finite half-precision tokens may be beyond their type.
-    seen = norm if z.element_size() > 2 else z
+    seen = norm if z.element_size() > 2 else largest_of_last(z)
     refuse_if(z.device, lambda: ~seen.isfinite(), _no_distances)
     unit = z / norm.clamp_min(smallest)
     gram = unit @ unit.T
