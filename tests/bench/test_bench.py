@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 from functools import wraps
 from pathlib import Path
@@ -371,6 +372,16 @@ def test_what_cannot_be_used_is_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("llava bench: error: ") and said in lines[-1]
     assert len(lines) == 1 or lines[0].startswith("warming up")
+
+
+def test_without_matplotlib_a_picture_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(command, "run_bench", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(SystemExit) as stop:
+        main(["--plot", "x.png"])
+    assert stop.value.code == 2 and "--plot needs matplotlib" in capsys.readouterr().err
 
 
 def test_a_checkout_may_not_be_called_as_this_one(tmp_path: Path) -> None:
