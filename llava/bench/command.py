@@ -20,6 +20,7 @@ from llava.bench.arms import make_arms
 from llava.bench.configs import NAMES, SHAPES, shape_of
 from llava.bench.gpu_report import find_part, render_gpu
 from llava.bench.plots import check_plot, draw_bench, draw_scaling
+from llava.bench.ratios import render_ratios
 from llava.bench.report import render
 from llava.bench.run import Plan, run_bench
 from llava.bench.scaling import DEFAULT, METHODS, render_scaling, run_scaling
@@ -272,6 +273,8 @@ def _show(args: argparse.Namespace, result: Any) -> None:
     print(text)
     if args.markdown:
         write_atomically(args.markdown, text + "\n")
+    if result["kind"] == "bench" and result["conditions"]["device"] == "cpu":
+        text = render_ratios(result)  # a CPU's times say little in a document
     for file in args.update:
         write_atomically(file, fill_sections(file, {_section(args): text}))
     if args.plot:

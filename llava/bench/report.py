@@ -57,8 +57,8 @@ def render(result: BenchResult) -> str:
     return "\n\n".join([*parts, LEGEND, "Published by others, on other machines:", published()])
 
 
-def describe(result: BenchResult) -> str:
-    """Return the conditions in words."""
+def describe(result: BenchResult, times: bool = True) -> str:
+    """Return the conditions in words; without `times` not how long loading took."""
     conditions, rates, machine = result["conditions"], result["rates"], result["machine"]
     place = machine.get("gpu") or f"{conditions['device']} ({machine.get('torch_threads')} threads)"
     versions = result["versions"]
@@ -73,9 +73,11 @@ def describe(result: BenchResult) -> str:
         f"{images}; {', '.join([*known, _commit(result['commit'])])}.",
         f"One product of {rows} x {inner} x {outer} on this machine, in the same run: {products}; "
         f"memory: {rates['memory'] / 1e9:.3g} GB/s.",
-        f"The model was ready after {result['loading_seconds'][THIS]:.3g} s, which is in no time "
-        f"below. Made by `{result['command']}`.",
+        f"Made by `{result['command']}`.",
     ]
+    if times:
+        seconds = result["loading_seconds"][THIS]
+        lines.append(f"The model was ready after {seconds:.3g} s, which is in no time below.")
     if conditions["layers"] != conditions["depth"]:
         lines.insert(
             1,
@@ -125,7 +127,8 @@ def published() -> str:
     return table(("method", "reported", "conditions", "source"), PUBLISHED, aligned=False)
 
 
-def _name(figures: Figures) -> str:
+def arm_name(figures: Figures) -> str:
+    """Return what tables call an arm."""
     arm = figures.arm
     name = arm["arm"]
     if arm["label"] != arm["method"]:  # it says what the method could not read, and no options
@@ -141,7 +144,7 @@ def _times(result: BenchResult, figures: Sequence[Figures]) -> str:
     header += [*(f"x total {n}" for n in answers), "of free", "allowed", "of free total"]
     lines = []
     for own in figures:
-        line = [_name(own), str(own.arm["tokens"])]
+        line = [arm_name(own), str(own.arm["tokens"])]
         line += [_ms(own.rows.get(step)) for step in steps]
         line += [_ms(own.totals[n]) for n in answers]
         line.append(f"{own.prefill_speed_up.median:.2f}")
@@ -150,12 +153,13 @@ def _times(result: BenchResult, figures: Sequence[Figures]) -> str:
             line += [NONE] * 4
         else:
             shares = own.of_free_prefill.median, own.allowed or 0.0, own.of_free[shortest].median
-            line += [*(f"{100 * share:.1f} %" for share in shares), _pays(own.pays_up_to)]
+            line += [*(f"{100 * share:.1f} %" for share in shares), pays(own.pays_up_to)]
         lines.append(line)
     return table([*header, "pays up to"], lines)
 
 
-def _pays(tokens: float | None) -> str:
+def pays(tokens: float | None) -> str:
+    """Return the cell of "pays up to"."""
     if tokens is None:
         return NONE
     return f"{tokens:.0f}" if tokens >= 1 else "never"
@@ -169,7 +173,7 @@ def _work(figures: Sequence[Figures], ran: str) -> str:
     header += ["KV cache MiB", f"peak MiB{ran}", "operators", "first call ms"]
     lines = []
     for own in figures:
-        line = [_name(own)]
+        line = [arm_name(own)]
         for part in parts:
             work, spent = own.arm["work"][part], _spent(own, part)
             share = f"{100 * own.bounds[part] / spent:.0f} %" if spent and work["bytes"] else NONE
@@ -202,7 +206,7 @@ def _percentiles(figures: Sequence[Figures], ran: str) -> str:
     steps = [step for step in ROWS if any(step in f.rows for f in figures)]
     lines = [
         [
-            _name(own),
+            arm_name(own),
             *(_range(own.rows.get(step)) for step in steps),
             *(_range(own.totals[n]) for n in answers),
             _range(spread(own.arm["times"]["end_to_end"])),
@@ -224,18 +228,21 @@ def _percentiles(figures: Sequence[Figures], ran: str) -> str:
     )
 
 
-def against(figures: Sequence[Figures]) -> list[str]:
-    """Return a heading and a table for each other checkout: what this tree changed in every arm."""
+def against(figures: Sequence[Figures], times: bool = True) -> list[str]:
+    """Return a heading and a table for each other checkout: what this tree changed in every arm.
+
+    Without `times` of stages only their ratio.
+    """
     parts = []
     for source in dict.fromkeys(f.arm["source"] for f in figures if f.arm["source"] != THIS):
         before = {f.arm["arm"]: f for f in figures if f.arm["source"] == source}
         lines = [
-            _change(before[own.arm["arm"]], own)
+            _change(before[own.arm["arm"]], own, times)
             for own in figures
             if own.arm["source"] == THIS and own.arm["method"] != UNPRUNED
         ]
-        header = ["arm"]
-        for name in ("stage ms", "x prefill", "of free"):
+        header = ["arm", *(("stage ms there", "stage ms here") if times else ()), "stage ratio"]
+        for name in ("x prefill", "of free"):
             header += [f"{name} there", f"{name} here", "ratio"]
         parts += [
             f"Against {source}: medians there and here; a ratio above 1: better here",
@@ -244,11 +251,12 @@ def against(figures: Sequence[Figures]) -> list[str]:
     return parts
 
 
-def _change(before: Figures, own: Figures) -> list[str]:
+def _change(before: Figures, own: Figures, times: bool) -> list[str]:
     """Return a line of `against`."""
-    cells = [_name(own)]
     there, here = _spent(before, "stage") or 0.0, _spent(own, "stage") or 0.0
-    cells += [_digits(there), _digits(here), f"{there / here:.2f}" if here else NONE]
+    cells = [arm_name(own), *((_digits(there), _digits(here)) if times else ())]
+    cells.append(f"{there / here:.2f}" if here else NONE)
+    whole = len(cells) + 6
     pairs: list[tuple[Spread | None, Spread | None]] = [
         (before.prefill_speed_up, own.prefill_speed_up)
     ]
@@ -259,7 +267,7 @@ def _change(before: Figures, own: Figures) -> list[str]:
             continue
         cells += [f"{first.median:.3f}", f"{second.median:.3f}"]
         cells.append(f"{second.median / first.median:.2f}")
-    return cells + [NONE] * (10 - len(cells))
+    return cells + [NONE] * (whole - len(cells))
 
 
 def _ms(value: Spread | None) -> str:

@@ -46,23 +46,25 @@ def cover(
     taken = torch.zeros(count, dtype=torch.bool, device=similarity.device)
     others = None if last is None else count - last.sum()
     picks: list[Tensor] = []
-    margins = []
+    history = similarity.new_empty(k, count)
     added = torch.empty_like(similarity)  # fresh memory of this size costs more than the sums
     for step in range(k):
         torch.sub(similarity, best, out=added)
         closed = taken if last is None or others is None else taken | (last & (others > step))
         gain = added.clamp_min_(0).sum(dim=0)
         own = (gain if score is None else score(gain)).masked_fill_(closed, -torch.inf)
+        history[step] = own
         pick = first_argmax(own[None])
-        taken = taken.scatter(0, pick, True)
-        passed_over = own.masked_fill(taken, -torch.inf).amax()
         picks.append(pick)
-        margins.append(own.gather(0, pick) - passed_over)
+        taken.scatter_(0, pick, True)
         column = similarity.gather(1, pick.expand(len(best), 1))  # quick in both memory layouts
-        best = torch.maximum(best, column)
+        torch.maximum(best, column, out=best)
     if not picks:
         return Picks(taken.new_empty(0, dtype=torch.long), similarity.new_empty(0))
-    return Picks(torch.cat(picks), torch.cat(margins))
+    steps = torch.stack(picks)
+    chosen = history.gather(1, steps)[:, 0]
+    passed_over = history.scatter_(1, steps, -torch.inf).amax(dim=1)
+    return Picks(steps[:, 0], chosen - passed_over)
 
 
 def _no_similarities() -> PruningError:
