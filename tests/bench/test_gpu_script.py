@@ -17,6 +17,7 @@ from llava.bench import gpu
 from llava.bench.command import build_parser
 from llava.bench.command import main as bench
 from llava.bench.gpu import Found, Part, main, parts, run_parts
+from llava.bench.ratios import render_ratios
 from llava.bench.report import render
 from llava.bench.stage import CAPTURED, IMAGES, METHODS, stage_calls, time_call
 from llava.eval.__main__ import build_parser as evaluation
@@ -145,7 +146,12 @@ def test_a_gpu_file_is_shown_as_a_whole_and_by_part(
     one = ["--from", str(file), "--part", "bench llava-tiny", "--plot", str(tmp_path / "p.png")]
     assert bench([*one, "--update", str(page)]) == 0
     assert capsys.readouterr().out == render(bench_result) + "\n"
-    assert render(bench_result) in page.read_text() and (tmp_path / "p.png").exists()
+    assert render_ratios(bench_result) in page.read_text() and (tmp_path / "p.png").exists()
+    bench_result["conditions"]["device"] = "cuda"
+    file.write_text(json.dumps(result))
+    assert bench([*one, "--update", str(page)]) == 0
+    assert render(bench_result) in page.read_text()
+    capsys.readouterr()
     for words, said in (
         (["--part", "stage alone"], "'bench llava-tiny'"),
         (["--plot", str(tmp_path / "q.png")], "choose one with --part"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llava.pruning import PruningConfig, PruningError, VisualTokens, prune, prune_visual_tokens
 from llava.pruning.active import Prunable
 from llava.pruning.allocation.budgets import share_out
+from llava.pruning.stage import importance_of
 from llava.pruning.tokens import PrunedTokens
 
 
@@ -179,3 +180,21 @@ def test_prune_refuses_what_it_cannot_set() -> None:
     with pytest.raises(PruningError, match="did you mean 'zoo'"), prune(model, "zo", keep_tokens=3):
         pass
     assert model.pruning is None
+
+
+def test_the_stage_tells_a_method_how_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PruningConfig("zoo-exact", keep_tokens=9, compute="bf16")
+    visual, seen = checks.make_visual(1), []
+    cls, score = type(config.pruner), type(config.pruner).score
+
+    def spy(self, tokens):
+        seen.append(tokens.compute)
+        return score(self, tokens)
+
+    monkeypatch.setattr(cls, "score", spy)
+    prune_visual_tokens(visual, config)
+    rounded = importance_of(config, visual)
+    exact = importance_of(PruningConfig("zoo-exact", keep_tokens=9), visual)
+    assert seen == ["bf16", "bf16", "auto"]
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=0)
