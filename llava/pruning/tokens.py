@@ -42,7 +42,7 @@ class TokenSequence(NamedTuple):
 
     Attributes:
         source: LongTensor [n]: tile * K + slot, counting the image's own tiles and their K slots in
-            `projected`; NEWLINE for a newline.
+            `projected`; NEWLINE for a newline. Not to be changed: calls share it.
         place: LongTensor [n], ascending: the position of each in the unpruned sequence; None for
             merged tokens, which have none.
         total: length of the unpruned sequence.
