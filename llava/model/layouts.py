@@ -107,7 +107,7 @@ class TileGeometry(NamedTuple):
             joined=self.merge != "flat",
             newline=self.merge == "spatial_unpad",
             base_box=base,
-            canvas_box=_canvas_box(size, canvas),
+            canvas_box=canvas_box(size, canvas),
         )
 
     def _base_box(self, size: Size | None) -> Box | None:
@@ -131,7 +131,7 @@ class TileGeometry(NamedTuple):
         return x, y, x + self.side * width / scaled[0], y + self.side * height / scaled[1]
 
 
-def _canvas_box(size: Size, canvas: Size) -> Box:
+def canvas_box(size: Size, canvas: Size) -> Box:
     """Return the canvas in pixels of the image that was fitted into its centre."""
     fitted = fit_size(size, canvas)
     sides = []
