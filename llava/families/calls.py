@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,11 @@ from transformers.generation import BaseStreamer
 
 from llava.families.continuation import ShortCall, continued, next_step, remember
 from llava.families.deep import DeepFeatures, hand_over, handing_over
-from llava.families.prompts import PER_TOKEN, Prompts, Short, shorten
+    images = family.find(model, inputs, host, host_mask)
+    if _keeps_all(config, images):
 from llava.model.call_context import asking
 from llava.pruning.active import record
+from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.stage import prune_visual_tokens
 
@@ -156,9 +158,15 @@ def shorten_call(
     if mask is not None and mask.ndim != 2:
         raise PruningError(f"attention_mask must be [B, L] to be pruned, got {[*mask.shape]}")
     host_mask = torch.ones_like(host, dtype=torch.bool) if mask is None else mask.cpu().bool()
+<<<<<<< HEAD
     images = family.find(model, inputs, host, host_mask)
     lengths = [len(image.columns) for image in images]
     if all(config.num_kept(n) >= n for n in lengths) and config.pruner.budgeted:
+=======
+    lengths = family.lengths(model, inputs, host)
+    images = find_images(host, host_mask, family.placeholders(model), lengths)
+    if _keeps_all(config, images):
+>>>>>>> suite
         return None
     needs = set(config.pruner.collects)
     encoded = family.encode(model, inputs, host, needs)
@@ -174,6 +182,16 @@ def shorten_call(
     )
     short = shorten(Prompts(host, host_mask, images, positions), kept, side)
     return _short_call(target, ids, call, short, positions, encoded, kept)
+
+
+def _keeps_all(config: PruningConfig, images: Sequence[ImageColumns]) -> bool:
+    """Return whether the budget of every prompt holds all tokens of its images."""
+    prompts: dict[int, list[int]] = {}
+    for image in images:
+        prompts.setdefault(image.row, []).append(len(image.columns))
+    return config.pruner.budgeted and all(
+        config.num_kept_of_prompt(lengths) == lengths for lengths in prompts.values()
+    )
 
 
 def _short_call(

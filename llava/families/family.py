@@ -157,9 +157,12 @@ class Family:
             visual: its encoded images.
             rows: the row of every image.
         """
-        places = [rows[:number].count(row) for number, row in enumerate(rows)]
-        extras = {**visual.extras, "image_position": places} if visual.extras else {}
-        return add_questions(self, model, replace(visual, extras=extras), rows)
+        if visual.extras:
+            places = [rows[:number].count(row) for number, row in enumerate(rows)]
+            visual = visual.with_extras({"image_position": places})
+        firsts = [number for number, row in enumerate(rows) if row not in rows[:number]]
+        shares = tuple(range(first, first + rows.count(rows[first])) for first in firsts)
+        return add_questions(self, model, replace(visual, shares=shares), rows)
 
     def text_tower(self, model: Any) -> Any:
         """Return the vision tower whose text tower came with it (CLIP), or None."""
