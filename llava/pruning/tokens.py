@@ -124,7 +124,7 @@ class ImageTokens:
         sequence = self.sequence(image)
         if coordinates.dim() != 2 or coordinates.shape[1] != sequence.total:
             raise PruningError(
-                f"image {image} has {sequence.total} tokens before pruning; coordinates must be "
+                f"the image has {sequence.total} tokens before pruning; coordinates must be "
                 f"[axes, {sequence.total}], got {[*coordinates.shape]}"
             )
         if sequence.place is not None:
