@@ -130,7 +130,9 @@ class ImageTokens:
         if sequence.place is not None:
             return coordinates[:, sequence.place.to(coordinates.device)]
         assert self.sources is not None  # what has no place was merged
-        return sequence.mean_coordinates(self.sources[self.tiles_of(image)], coordinates)
+        tiles = self.tiles_of(image)
+        own = self.sources[tiles[0] : tiles[-1] + 1]
+        return sequence.mean_coordinates(own, coordinates)
 
     def embeddings(self, image: int) -> Tensor:
         """Return what the language model reads of `image`, newlines included: [n, D]."""
