@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +57,7 @@ def add_questions(family: Family, model: Any, visual: Any, rows: Sequence[int]) 
         )
     asked = current_questions(max(rows) + 1, config.method)
     questions = [asked[row] for row in rows]
-    extras = dict(visual.extras)
+    extras: dict[str, Any] = {}
     if "clip_image" in needs:
         text = text_tower_of(tower)
         extras["clip_image"] = [text.embed_patches(tower, tile) for tile in visual.features]
@@ -70,7 +69,7 @@ def add_questions(family: Family, model: Any, visual: Any, rows: Sequence[int]) 
         rule = config.pruner.keyword_rule
         words = [keywords(question, rule) for question in questions]
         extras["question_embeddings"] = [_word_embeddings(family, model, text) for text in words]
-    return replace(visual, extras=extras)
+    return visual.with_extras(extras)
 
 
 def _word_embeddings(family: Family, model: Any, words: str) -> Tensor:

@@ -78,6 +78,7 @@ def prompt_length(
     visual = count_visual_tokens(model, images, image_sizes)
     config = model.pruning
     count = visual.num_images
+    visual = replace(visual, shares=(range(count),))
     totals = visual.lengths()
     budgets: list[int | None] = [None] * count if config is None else image_budgets(visual, config)
     limit = getattr(model.config, "tokenizer_model_max_length", None)

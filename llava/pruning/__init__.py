@@ -5,6 +5,7 @@ from llava.pruning.config import PruningConfig, parse_options
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.sensitivity import sensitivity
 from llava.pruning.importance.weight_cache import forget
+from llava.pruning.ragged import RaggedTokens
 from llava.pruning.registry import get_method, list_methods, register
 from llava.pruning.selection.max_min import max_min
 from llava.pruning.stage import importance_of, prune_visual_tokens, select
@@ -15,6 +16,7 @@ __all__ = [
     "PruningConfig",
     "PruningError",
     "PruningTrace",
+    "RaggedTokens",
     "VisualTokens",
     "attach",
     "detach",
