@@ -1,6 +1,6 @@
 """Visual token pruning: tensors and a projector in, indices out. Knows nothing of any model."""
 
-from llava.pruning.active import prune
+from llava.pruning.active import attach, detach, prune
 from llava.pruning.config import PruningConfig, parse_options
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.sensitivity import sensitivity
@@ -16,6 +16,8 @@ __all__ = [
     "PruningError",
     "PruningTrace",
     "VisualTokens",
+    "attach",
+    "detach",
     "forget",
     "get_method",
     "importance_of",

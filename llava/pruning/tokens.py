@@ -143,6 +143,10 @@ class ImageTokens:
         """
         raise NotImplementedError
 
+    def without_embeddings(self) -> ImageTokens:
+        """Return what is known of the tokens, without the tokens: vectors of width 0."""
+        raise NotImplementedError
+
     def embeddings(self, image: int) -> Tensor:
         """Return what the language model reads of `image`, newlines included: [n, D]."""
         tiles = self.tiles_of(image)
@@ -304,6 +308,19 @@ class VisualTokens(ImageTokens):
         }
         return _take_images(self, images, extras=extras, prompts=(), sizes=None)
 
+    def without_embeddings(self) -> VisualTokens:
+        nothing = self.projected.detach()[..., :0]
+        identity = nn.Identity()
+        return replace(
+            self,
+            features=nothing,
+            projected=nothing,
+            projector=identity,
+            extras={},
+            newline=None,
+            checks=LateChecks(),
+        )
+
     def extra(self, key: str) -> Any:
         """Return `extras[key]`.
 
@@ -353,6 +370,10 @@ class PrunedTokens(ImageTokens):
     def take_images(self, images: Sequence[int]) -> PrunedTokens:
         sequences = tuple(self.sequences[image] for image in images)
         return _take_images(self, images, sequences=sequences, trace=None)
+
+    def without_embeddings(self) -> PrunedTokens:
+        nothing = self.projected.detach()[..., :0]
+        return replace(self, projected=nothing, newline=None, checks=LateChecks())
 
 
 Tokens = TypeVar("Tokens", VisualTokens, PrunedTokens)
