@@ -90,9 +90,7 @@ class QwenFamily(Family):
         """Return the deep features of a call, see `Encoded`."""
         return ()
 
-    def positions(
-        self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
-    ) -> Tensor:
+    def positions(self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
         grids = inputs["image_grid_thw"]
         kinds = torch.isin(ids, torch.tensor(self.placeholders(model))).int()
         positions: Tensor = model.model.get_rope_index(
