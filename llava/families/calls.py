@@ -14,8 +14,7 @@ from transformers.generation import BaseStreamer
 
 from llava.families.continuation import ShortCall, continued, next_step, remember
 from llava.families.deep import DeepFeatures, hand_over, handing_over
-    images = family.find(model, inputs, host, host_mask)
-    if _keeps_all(config, images):
+from llava.families.prompts import PER_TOKEN, ImageColumns, Prompts, Short, shorten
 from llava.model.call_context import asking
 from llava.pruning.active import record
 from llava.pruning.config import PruningConfig
@@ -158,19 +157,16 @@ def shorten_call(
     if mask is not None and mask.ndim != 2:
         raise PruningError(f"attention_mask must be [B, L] to be pruned, got {[*mask.shape]}")
     host_mask = torch.ones_like(host, dtype=torch.bool) if mask is None else mask.cpu().bool()
-<<<<<<< HEAD
-    images = family.find(model, inputs, host, host_mask)
-    lengths = [len(image.columns) for image in images]
-    if all(config.num_kept(n) >= n for n in lengths) and config.pruner.budgeted:
-=======
-    lengths = family.lengths(model, inputs, host)
-    images = find_images(host, host_mask, family.placeholders(model), lengths)
-    if _keeps_all(config, images):
->>>>>>> suite
+    found = family.find(model, inputs, host, host_mask)
+    if _keeps_all(config, found):
         return None
-    needs = set(config.pruner.collects)
-    encoded = family.encode(model, inputs, host, needs)
-    visual = family.with_prompts(model, encoded.visual, [image.row for image in images])
+    visual = family.encode(model, inputs, host, set(config.pruner.collects)).visual
+    # Where pictures and videos mix, from the order of the arguments to that of the prompts.
+    order = sorted(range(len(found)), key=lambda number: found[number].first)
+    images = [found[number] for number in order]
+    if order != sorted(order):
+        visual = visual.take_images(order)
+    visual = family.with_prompts(model, visual, [image.row for image in images])
     kept = prune_visual_tokens(visual, config)
     record(target, kept)
     if kept is visual:
@@ -181,7 +177,7 @@ def shorten_call(
         family.positions(model, call, host, host_mask) if given is None else _as_axes(given.cpu())
     )
     short = shorten(Prompts(host, host_mask, images, positions), kept, side)
-    return _short_call(target, ids, call, short, positions, encoded, kept)
+    return _short_call(target, ids, call, short, positions, kept)
 
 
 def _keeps_all(config: PruningConfig, images: Sequence[ImageColumns]) -> bool:
@@ -200,7 +196,6 @@ def _short_call(
     call: Mapping[str, Any],
     short: Short,
     positions: Tensor,
-    encoded: Any,
     kept: Any,
 ) -> ShortCall:
     """Put the arguments of the model together."""
@@ -209,7 +204,7 @@ def _short_call(
     short_ids = short.take(ids, _padding_id(model))
     embeds = family.embed(model, short_ids)
     visual = short.visual.to(embeds.device)
-    images = [kept.embeddings(number) for number in short.order]
+    images = [kept.embeddings(number) for number in range(kept.num_images)]
     tokens = torch.cat([image.to(embeds.device, embeds.dtype) for image in images])
     arguments["inputs_embeds"] = embeds.masked_scatter(visual[..., None], tokens)
     mask = call.get("attention_mask")
@@ -220,10 +215,8 @@ def _short_call(
         if call.get(name) is not None:
             arguments[name] = short.take(call[name], padding)
     deep = None
-    if encoded.deep:
-        levels = [
-            level.to(embeds.device) for level in family.deep_features(encoded, kept, short.order)
-        ]
+    if getattr(kept, "deep", ()):
+        levels = [torch.cat([*level]).to(embeds.device) for level in kept.deep]
         deep = DeepFeatures(visual, levels)
     last = positions.amax(dim=(0, 2)) - short.positions.amax(dim=(0, 2))
     return ShortCall(arguments, short_ids, short, ids.shape[1], last, deep)
@@ -264,7 +257,8 @@ class _WholePrompt(BaseStreamer):
     """Gives a streamer the caller's own prompt instead of the pruned one."""
 
     def __init__(self, streamer: Any, ids: Tensor) -> None:
-        self._streamer, self._prompt = streamer, ids
+        self._streamer = streamer
+        self._prompt: Tensor | None = ids
 
     def put(self, value: Tensor) -> None:
         if self._prompt is not None:

@@ -17,7 +17,6 @@ from llava.families.prompts import ImageColumns, find_images, text_positions
 from llava.families.questions import add_questions
 from llava.pruning.errors import PruningError
 from llava.pruning.lookup import FAMILIES
-from llava.pruning.tokens import ImageTokens
 
 register = FAMILIES.register
 
@@ -34,12 +33,9 @@ class Encoded:
 
     Attributes:
         visual: the tokens on both sides of the projector.
-        deep: for models that add visual features to inner layers (DeepStack): per level the
-            features [n, D] of every image, in the order of the images.
     """
 
     visual: Any
-    deep: tuple[tuple[Tensor, ...], ...] = ()
 
 
 class Family:
@@ -213,20 +209,3 @@ class Family:
         table = model.get_input_embeddings()
         embedded: Tensor = table(ids)
         return embedded
-
-    def deep_features(
-        self, encoded: Encoded, kept: ImageTokens, order: Sequence[int]
-    ) -> list[Tensor]:
-        """Return what is left of the deep features: per level [n, D], images in this order."""
-        return [
-            torch.cat([_left_of(kept, number, level[number]) for number in order])
-            for level in encoded.deep
-        ]
-
-
-def _left_of(kept: ImageTokens, number: int, values: Tensor) -> Tensor:
-    """Return the entries of values [n, D] for the tokens left of an image."""
-    place = kept.sequence(number).place
-    if place is None:
-        return kept.mean_of(number, values)
-    return values[place.to(values.device)]
