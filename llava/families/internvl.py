@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.families.family import Encoded, Family, register
+from llava.families.prompts import find_runs
 from llava.families.towers import EncoderReadings, digests, pool_readings
 from llava.model.multimodal_encoder.readings import CLASS_FEATURE
 from llava.pruning.errors import PruningError
@@ -42,7 +43,8 @@ class InternVL(Family):
             PruningError: the placeholders are not those of the tiles.
         """
         each, total = len(_groups(model)), len(inputs["pixel_values"])
-        runs = [run for row in ids for run in _runs(row == model.config.image_token_id)]
+        marks = ids == model.config.image_token_id
+        runs = [length for row in marks for _, length in find_runs(row)]
         if sum(runs) != each * total or any(run % each for run in runs):
             raise PruningError(
                 f"the prompts have {sum(runs)} image placeholders in {len(runs)} runs for {total} "
@@ -118,10 +120,3 @@ def _groups(model: Any) -> Tensor:
     numbers = torch.arange((height // edge) ** 2).view(1, height // edge, height // edge, 1)
     shuffled: Tensor = model.model.pixel_shuffle(numbers, scale_factor=config.downsample_ratio)
     return shuffled.flatten(0, 2)
-
-
-def _runs(marks: Tensor) -> list[int]:
-    """Return the lengths of the runs of True in BoolTensor [L]."""
-    edges = torch.nn.functional.pad(marks.int(), (1, 1)).diff()
-    starts, ends = ((edges == step).nonzero().flatten() for step in (1, -1))
-    return (ends - starts).tolist()
