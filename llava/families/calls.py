@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,7 +169,7 @@ def shorten_call(
         visual = visual.take_images(order)
     visual = family.with_prompts(model, visual, [image.row for image in images])
     kept = prune_visual_tokens(visual, config)
-    record(target, kept)
+    record(target, kept, partial(family.located, model))
     if kept is visual:
         return None
     kept.settle()

@@ -16,6 +16,7 @@ from llava.families.capture import Capture, capturing
 from llava.families.prompts import ImageColumns, find_images, text_positions
 from llava.families.questions import add_questions
 from llava.pruning.errors import PruningError
+from llava.pruning.layout import ImageLayout
 from llava.pruning.lookup import FAMILIES
 
 register = FAMILIES.register
@@ -144,6 +145,13 @@ class Family:
             return positions[0]
         # The first row is the one that masks are made by.
         return torch.cat([text_positions(mask), positions])
+
+    def located(self, model: Any, layout: ImageLayout, size: tuple[int, int]) -> ImageLayout:
+        """Return the layout of a picture of (width, height) pixels, with what its tiles show of it.
+
+        By default the one tile of an image shows all of it.
+        """
+        return replace(layout, base_box=(0.0, 0.0, float(size[0]), float(size[1])))
 
     def with_prompts(self, model: Any, visual: Any, rows: Sequence[int]) -> Any:
         """Add what prompts say of their images: their places and, if it is read, the question.
