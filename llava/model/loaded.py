@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from llava.families.lengths import (
 from llava.mm_utils import get_model_name_from_path, process_images, tokenize_pieces
 from llava.model.builder import load_pretrained_model
 from llava.model.call_context import asking, padding_side
-from llava.model.checkpoint import checkpoint_here, local_checkpoint
+from llava.model.checkpoint import checkpoint_here, local_checkpoint, read_config
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.model.prompt_inputs import add_prompts, needed_of_question
 from llava.model.prompting import prompt_pieces, render
@@ -39,6 +40,8 @@ from llava.pruning.flags import pruning_from
 from llava.pruning.tokens import ImageTokens, VisualTokens
 from llava.utils import UserInputError
 
+# LLaVA's evaluation scripts ask the checkpoints of its demo with a template of their own.
+_EVALUATION_TEMPLATES = {"llava_v1": "vicuna_v1"}
 _PIXELS = "pixels"  # in `Picture.inputs`
 
 
@@ -271,6 +274,18 @@ class ModelSpec:
         find = local_checkpoint if download else checkpoint_here
         base = None if self.base is None else str(find(self.base) or self.base)
         return replace(self, path=str(find(self.path) or self.path), base=base)
+
+    @property
+    def own_template(self) -> str:
+        """The conversation template that the checkpoint was trained with."""
+        config = read_config(Path(self.path)) if Path(self.path).is_dir() else None
+        return conv_mode_for(get_model_name_from_path(self.path), config)
+
+    @property
+    def evaluation_template(self) -> str:
+        """The template that benchmarks ask with: the flags', else that of LLaVA's scripts."""
+        own = self.own_template
+        return self.conv_mode or _EVALUATION_TEMPLATES.get(own, own)
 
     @property
     def loading(self) -> dict[str, Any]:
