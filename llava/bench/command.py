@@ -34,8 +34,8 @@ from llava.storage import write_atomically
 from llava.utils import UserInputError
 
 PRUNERS = ("zoo-exact", "divprune", "zoo")
-# Not offered: where kept tokens stand changes no time.
-_WITHOUT = ("positions",)
+# Not offered: where kept tokens stand changes no time, and every prompt has one image.
+_WITHOUT = ("positions", "scope")
 # Flags without a meaning for --scaling, and those of it alone.
 _OF_A_RUN = (
     "model_path",

@@ -69,7 +69,9 @@ def measure_prompt(
     Raises:
         PruningError: a budget that the method cannot meet.
     """
-    count, totals = visual.num_images, visual.lengths()
+    count = visual.num_images
+    visual = replace(visual, shares=(range(count),))
+    totals = visual.lengths()
     budgets: list[int | None] = [None] * count if config is None else image_budgets(visual, config)
     if limit is not None:
         prompt = Prompt(tuple(range(count)), text, limit)

@@ -16,7 +16,7 @@ from llava.model.config_values import TOKENS, known_tokens
 from llava.model.hugging_face import native_form
 from llava.model.splice import share_images, unpadded
 from llava.model.types import GenerativeModel, Images, VisualModel
-from llava.pruning.active import prune
+from llava.pruning.active import holding
 from llava.utils import UserInputError
 from llava.value_rules import (
     FLAG,
@@ -297,7 +297,7 @@ def generate_rows(
     count = 0 if images is None else len(images)
     sizes = None if images is None else check_sizes(image_sizes, count)
     new = []
-    with prune(model, model.pruning):  # one setting for all rows
+    with holding(model):  # one setting for all rows
         for number, share in enumerate(share_images(rows, count)):
             own = slice(share.start, share.stop)
             output = model.generate(

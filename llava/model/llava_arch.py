@@ -23,7 +23,7 @@ from llava.model.prompt_inputs import add_prompts, add_questions
 from llava.model.splice import cut_rows, pad_rows, splice_prompts, unpadded
 from llava.model.types import Images
 from llava.model.vision_inputs import encode, for_projector, tower_of
-from llava.pruning.active import Prunable, prune
+from llava.pruning.active import Prunable, holding, record
 from llava.pruning.config import PruningConfig
 from llava.pruning.stage import prune_visual_tokens
 from llava.pruning.tokens import ImageTokens, VisualTokens
@@ -214,8 +214,9 @@ class LlavaMetaForCausalLM(Prunable):
 
     def prune_visual_tokens(self, visual: VisualTokens) -> ImageTokens:
         """Keep the tokens that the active settings keep; without settings nothing changes."""
-        config = self.pruning
-        return visual if config is None else prune_visual_tokens(visual, config)
+        pruned = prune_visual_tokens(visual, self.pruning)
+        record(self, pruned)
+        return pruned
 
     def splice_visual_tokens(
         self,
@@ -304,7 +305,7 @@ class LlavaMetaForCausalLM(Prunable):
             return step(*arguments) if runner is None else runner(name, step, *arguments)
 
         # One setting for all steps, also if another thread changes the model's default meanwhile.
-        with prune(self, self.pruning):
+        with holding(self):
             visual = run("encode", self.encode_visual_tokens, images, image_sizes)
             visual = add_prompts(self, visual, unpadded(input_ids, attention_mask))
             visual = run("prune", self.prune_visual_tokens, visual)

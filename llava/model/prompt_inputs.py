@@ -74,10 +74,10 @@ def add_prompts(
         for row, share, text in zip(rows, shares, texts, strict=True)
         if limit is not None and text < len(row)
     ]
-    extras = dict(visual.extras)
-    if extras:
-        extras["image_position"] = [place for share in shares for place in range(len(share))]
-    visual = replace(visual, prompts=tuple(prompts), extras=extras)
+    if visual.extras:
+        places = [place for share in shares for place in range(len(share))]
+        visual = visual.with_extras({"image_position": places})
+    visual = replace(visual, prompts=tuple(prompts), shares=tuple(shares))
     config = model.pruning
     if config is None or not needed_of_question(config, tower_of(model)):
         return visual

@@ -3,21 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
+
+from PIL import Image
 
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
+from llava.pruning.lookup import family_of, known_classes, unwrapped
+from llava.pruning.tokens import ImageTokens
+from llava.pruning.trace import PruningTrace
+from llava.pruning.visualize import overlay_tokens
 
-# Model and setting of the `with prune(...)` blocks around the caller, outermost first.
-_blocks: ContextVar[tuple[tuple[Prunable, PruningConfig | None], ...]] = ContextVar(
+
+@dataclass
+class PruningRun:
+    """What a `with prune(...) as run` block does.
+
+    Attributes:
+        config: the setting of the block; None where it switches pruning off.
+        tokens: of the last call that pruned images: what was left of each, without embeddings.
+    """
+
+    config: PruningConfig | None
+    tokens: ImageTokens | None = None
+
+    @property
+    def trace(self) -> PruningTrace | None:
+        """What the stage did in the last call that pruned; None before, and if nothing was cut."""
+        return None if self.tokens is None else self.tokens.trace
+
+    def overlay(self, image: Image.Image, index: int = 0, *, dim: float = 0.25) -> Image.Image:
+        """Dim everything of a picture that the tokens kept of it in the last call do not show.
+
+        Args:
+            image: the picture at its original size.
+            index: which image of the call it was.
+            dim: brightness of what was dropped, 0 is black.
+
+        Returns:
+            An RGB image of the same size.
+
+        Raises:
+            PruningError: no call has seen an image yet, or the tokens show no part of it, see
+                `llava.pruning.visualize.kept_pixels`.
+        """
+        if self.tokens is None:
+            raise PruningError(
+                "nothing was pruned inside this block yet; call model.generate or model(...) with "
+                "an image first"
+            )
+        return overlay_tokens(image, self.tokens, index, dim=dim)
+
+
+# Model and run of the `with prune(...)` blocks around the caller, outermost first.
+_blocks: ContextVar[tuple[tuple[Prunable, PruningRun], ...]] = ContextVar(
     "pruning_blocks", default=()
 )
 
 
 class Prunable:
-    """A model that `prune` works on.
+    """A model that `prune` works on, or what stands for one.
 
     Attributes:
         default_pruning: the setting of callers outside any block. Subclasses decide where to store
@@ -34,20 +82,82 @@ class Prunable:
     @property
     def pruning(self) -> PruningConfig | None:
         """The setting that applies to the caller; assigning changes the default of all callers."""
-        for model, config in reversed(_blocks.get()):
-            if model is self:
-                return config
-        return self.default_pruning
+        run = current_run(self)
+        return self.default_pruning if run is None else run.config
 
     @pruning.setter
     def pruning(self, value: PruningConfig | None) -> None:
         self.default_pruning = value
 
+    @property
+    def saved_pruning(self) -> PruningConfig | None:
+        """The setting that the model was saved with."""
+        return self.default_pruning
+
+    def installed(self) -> AbstractContextManager[None]:
+        """Make calls of the model prune inside, where they do not by themselves."""
+        return nullcontext()
+
+    def stay_installed(self, on: bool) -> None:
+        """Make calls of the model prune from now on, or no longer, as `installed` does inside."""
+
+
+def current_run(target: Prunable) -> PruningRun | None:
+    """Return the run of the innermost block around the caller; None outside any."""
+    for model, run in reversed(_blocks.get()):
+        if model is target:
+            return run
+    return None
+
+
+def record(target: Prunable, tokens: ImageTokens) -> None:
+    """Tell the run of the innermost block what a call left of its images."""
+    run = current_run(target)
+    if run is not None:
+        run.tokens = tokens.without_embeddings()
+
+
+def find_prunable(model: Any) -> Prunable:
+    """Return what prunes a model.
+
+    Raises:
+        PruningError: nothing does.
+    """
+    own = getattr(model, "prunable", None)
+    if isinstance(own, Prunable):
+        return own
+    model = unwrapped(model)
+    family = family_of(model)
+    if family is None:
+        raise PruningError(
+            f"{type(model).__name__} is not a model that can be pruned; use a model of "
+            "llava.model.builder.load_pretrained_model, or one of transformers' classes "
+            f"{', '.join(known_classes())} (others through an entry point `llava.families`)"
+        )
+    target: Prunable = family.attachment(model)
+    return target
+
+
+def read_setting(
+    config: PruningConfig | Mapping[str, Any] | str | None, settings: Mapping[str, Any]
+) -> PruningConfig | None:
+    """Read a setting as `prune` and `attach` take it.
+
+    Raises:
+        PruningError: the settings are wrong.
+    """
+    if isinstance(config, str):
+        return PruningConfig.of(config, **settings)
+    if settings:
+        words = ", ".join(sorted(settings))
+        raise PruningError(f"{words}: settings go with a method name, prune(model, 'zoo', ...)")
+    return PruningConfig.read(config)
+
 
 @contextmanager
 def prune(
     model: Any, config: PruningConfig | Mapping[str, Any] | str | None = None, **settings: Any
-) -> Iterator[PruningConfig | None]:
+) -> Iterator[PruningRun]:
     """Prune inside the block: `with prune(model, "zoo", keep_tokens=64): model.generate(...)`.
 
     The setting is the caller's own: other threads and tasks that use the model do not see it, and
@@ -57,30 +167,71 @@ def prune(
     block leaves the block on for its caller until it continues.
 
     Args:
-        model: the model, a `Prunable`.
+        model: one of this package's models, or one of transformers' classes that
+            `llava.families` knows, see docs/families.md; also inside PEFT or a compiled module.
         config: a PruningConfig, its dict form, or a method name with budget and options in
             `settings`.
+
+    Yields:
+        The run: its `config`, and after a call its `trace` and `overlay(image)`.
 
     Raises:
         PruningError: the model cannot be pruned, or the settings are wrong.
     """
-    target = getattr(model, "prunable", None)
-    if not isinstance(target, Prunable):
-        raise PruningError(
-            f"{type(model).__name__} has no `pruning` attribute; load the model with "
-            "llava.model.builder.load_pretrained_model"
-        )
-    if isinstance(config, str):
-        config = PruningConfig.of(config, **settings)
-    elif settings:
-        words = ", ".join(sorted(settings))
-        raise PruningError(f"{words}: settings go with a method name, prune(model, 'zoo', ...)")
-    else:
-        config = PruningConfig.read(config)
-    own = (target, config)
+    target = find_prunable(model)
+    run = PruningRun(read_setting(config, settings))
+    with target.installed(), _entered(target, run):
+        yield run
+
+
+@contextmanager
+def holding(target: Any) -> Iterator[None]:
+    """Hold the setting that counts for the caller, though others change the model's default."""
+    run = current_run(target)
+    with _entered(target, PruningRun(target.default_pruning) if run is None else run):
+        yield
+
+
+@contextmanager
+def _entered(target: Prunable, run: PruningRun) -> Iterator[None]:
+    own = (target, run)
     _blocks.set((*_blocks.get(), own))
     try:
-        yield config
+        yield
     finally:
         # Generators may end in another order than they began, or in another thread.
         _blocks.set(tuple(block for block in _blocks.get() if block is not own))
+
+
+def attach(
+    model: Any, config: PruningConfig | Mapping[str, Any] | str | None = None, **settings: Any
+) -> None:
+    """Let a model prune every call from now on, and say so in its config, which is saved with it.
+
+    Args:
+        model, config, settings: as in `prune`. Without a config the one that the model's own config
+            was saved with.
+
+    Raises:
+        PruningError: the model cannot be pruned, the settings are wrong, or none were saved.
+    """
+    target = find_prunable(model)
+    setting = read_setting(config, settings) or target.saved_pruning
+    if setting is None:
+        raise PruningError(
+            "this model was saved without a pruning setting; give one, such as "
+            "attach(model, 'zoo', keep_tokens=64)"
+        )
+    target.default_pruning = setting
+    target.stay_installed(True)
+
+
+def detach(model: Any) -> None:
+    """Undo `attach`: the model prunes inside `prune` blocks alone, its config is as before.
+
+    Raises:
+        PruningError: the model cannot be pruned at all.
+    """
+    target = find_prunable(model)
+    target.default_pruning = None
+    target.stay_installed(False)

@@ -6,13 +6,14 @@ import json
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llava.pruning.errors import PruningError
 from llava.pruning.method import PruningMethod
 from llava.pruning.precision import COMPUTE
+from llava.pruning.proportions import share_in_proportion
 from llava.pruning.registry import get_method, make_method
 from llava.registry import unknown
 
@@ -34,8 +35,13 @@ CHOICES = {
         "newline tokens of LLaVA-1.6: leave out, keep with their rows, or choose like patches",
     ),
     "positions": Choice(("compact", "original"), "number kept tokens 0, 1, ..., or as unpruned"),
+    "scope": Choice(
+        ("image", "prompt"), "the budget is of every image, or of all images of a prompt together"
+    ),
     "compute": Choice(COMPUTE, "precision of the largest products behind scores"),
 }
+# Those that mean the same for tokens that are merged.
+_OF_MERGING = ("compute", "scope")
 # Words of other tools. The first two say what is removed, we say what is kept.
 ALIASES = ("pruning_ratio", "reduction_ratio", "visual_token_num")
 
@@ -58,6 +64,8 @@ class PruningConfig:
             and for methods that do not score tokens).
         positions: "compact" numbers the kept sequence 0, 1, ...; "original" leaves every token at
             its position in the unpruned sequence.
+        scope: what the budget is of. "image": every image. "prompt": all images of one prompt
+            together, in proportion to their tokens and at least 1 each.
         compute: precision of the largest products behind scores; "auto" goes by the model's type
             and by what the device multiplies fast, see `llava.pruning.precision`.
 
@@ -75,6 +83,7 @@ class PruningConfig:
     allocation: str = "per_tile"
     newline: str = "drop"
     positions: str = "compact"
+    scope: str = "image"
     compute: str = "auto"
     pruner: PruningMethod = field(init=False, repr=False, compare=False)
 
@@ -98,7 +107,7 @@ class PruningConfig:
             value = getattr(self, name)
             if value not in values:
                 raise PruningError(unknown(name, value, values))
-            if self.pruner.merges and name != "compute" and value != values[0]:
+            if self.pruner.merges and name not in _OF_MERGING and value != values[0]:
                 raise PruningError(
                     f"{self.method!r} makes new tokens, so {name} can only be {values[0]!r}; for "
                     f"{value!r} use a method that selects"
@@ -127,16 +136,49 @@ class PruningConfig:
             n: tokens of the unpruned image.
             patches: how many of them are patches, the others being newlines; all by default.
         """
-        if self.keep_tokens is not None:
-            budget = self.keep_tokens
-        elif self.keep_ratio is not None:
-            budget = max(1, round(self.keep_ratio * n))
-        else:
-            budget = n
-        kept = self.pruner.num_kept(n, budget)
+        kept = self.pruner.num_kept(n, self._budget(n))
         if patches is None or kept >= n or self.newline != "drop":
             return kept
         return min(kept, patches)
+
+    def num_kept_of_prompt(
+        self, lengths: Sequence[int], patches: Sequence[int] | None = None
+    ) -> list[int]:
+        """Count the tokens that every image of one prompt keeps, as `num_kept` does of an image.
+
+        Args:
+            lengths: tokens of every unpruned image.
+            patches: how many of each are patches; all by default.
+
+        Raises:
+            PruningError: fewer tokens than images are to be shared (`scope="prompt"`).
+        """
+        patches = lengths if patches is None else patches
+        if self.scope == "image" or not self.pruner.budgeted:
+            return [self.num_kept(n, own) for n, own in zip(lengths, patches, strict=True)]
+        every, images = sum(lengths), [i for i, n in enumerate(lengths) if n > 0]
+        total = self._budget(every)
+        if total >= every:
+            return [*lengths]
+        if self.keep_ratio is not None:
+            total = max(total, len(images))
+        if total < len(images):
+            raise PruningError(
+                f"keep_tokens={total} is too small for the {len(images)} images of a prompt, which "
+                f"share it with scope='prompt'; keep at least {len(images)}, one for each"
+            )
+        most = patches if self.newline == "drop" else lengths
+        shares = share_in_proportion(total, [lengths[i] for i in images], [most[i] for i in images])
+        kept = [0] * len(lengths)
+        for image, share in zip(images, shares, strict=True):
+            kept[image] = self.pruner.num_kept(lengths[image], share)
+        return kept
+
+    def _budget(self, n: int) -> int:
+        """Return the budget of `n` tokens, which may be more than they are."""
+        if self.keep_tokens is not None:
+            return self.keep_tokens
+        return n if self.keep_ratio is None else max(1, round(self.keep_ratio * n))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, such that `from_dict(config.to_dict()) == config`."""

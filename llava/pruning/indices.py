@@ -1,9 +1,12 @@
 """Indices of tokens as tensors, made without reading values where counts are known."""
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def tile_starts(tiles: int, count: int, device: torch.device) -> Tensor:
@@ -62,3 +65,22 @@ def gather_slots(tokens: Tensor, kept: Tensor, padded: bool = True) -> Tensor:
     )
     gathered = tokens.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, kept.shape)
     return gathered.masked_fill((kept < 0)[..., None], 0) if padded else gathered
+
+
+def stack_rows(tensors: Sequence[Tensor], rows: Sequence[tuple[int, int]], fill: float) -> Tensor:
+    """Return rows of several tensors, padded with `fill` to a common shape: [len(rows), ...].
+
+    Args:
+        tensors: [R_i, ...], all with as many dimensions.
+        rows: (tensor, row) of each.
+        fill: what padding holds.
+    """
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        free = [most - size for most, size in zip(shape, tensor.shape[1:], strict=True)]
+        ends = [end for room in reversed(free) for end in (0, room)]
+        padded.append(pad(tensor, ends, value=fill))
+    starts = [0, *accumulate(len(tensor) for tensor in tensors)]
+    at = constant(tuple(starts[tensor] + row for tensor, row in rows), tensors[0].device)
+    return torch.cat(padded).index_select(0, at)

@@ -13,6 +13,7 @@ from llava.pruning.allocation.budgets import fit_prompts, tile_counts
 from llava.pruning.allocation.strategy import (
     MethodRun,
     Selection,
+    Strategy,
     filled_slots,
     places_of,
     renumbered,
@@ -23,13 +24,17 @@ from llava.pruning.errors import PruningError
 from llava.pruning.indices import constant, gather_slots
 from llava.pruning.late_checks import LateChecks, collecting
 from llava.pruning.precision import outside_autocast
+from llava.pruning.ragged import RaggedTokens
 from llava.pruning.selection.rows import Merged
-from llava.pruning.tokens import ImageTokens, PrunedTokens, TokenSequence, VisualTokens
+from llava.pruning.sequences import TokenSequence
+from llava.pruning.tokens import ImageTokens, PrunedTokens, VisualTokens
 from llava.utils import describe_value
 
 
 @outside_autocast()
-def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> ImageTokens:
+def prune_visual_tokens(
+    visual: VisualTokens | RaggedTokens, config: PruningConfig | None
+) -> ImageTokens:
     """Reduce every image of `visual` to `config.num_kept(its tokens)`.
 
     Scores and selection run without gradients and outside autocast; kept tokens keep their
@@ -40,8 +45,11 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> I
     Where a prompt leaves less room than that (`visual.prompts`), its images keep what there is, and
     one warning says how many.
 
+    Images of different grids (`RaggedTokens`) are pruned group by group, each as it would be alone;
+    their budgets are counted over all groups at once.
+
     Returns:
-        PrunedTokens, or `visual` itself.
+        PrunedTokens, or RaggedTokens of them; or `visual` itself.
 
     Raises:
         PruningError: NaN or inf tokens, or a budget that the method cannot meet.
@@ -52,11 +60,35 @@ def prune_visual_tokens(visual: VisualTokens, config: PruningConfig | None) -> I
     if all(budget is None for budget in asked):
         return visual
     strategy = choose_strategy(visual, config)
+    with fit_prompts(visual, asked) as budgets:
+        if isinstance(visual, RaggedTokens):
+            return _prune_groups(visual, config, strategy, budgets)
+        return _prune(visual, config, strategy, budgets)
+
+
+def _prune(
+    visual: VisualTokens, config: PruningConfig, strategy: Strategy, budgets: list[int | None]
+) -> PrunedTokens:
+    """Reduce every image to its budget; None keeps all of it."""
     visual = replace(visual, compute=config.compute)
-    with collecting() as checks, fit_prompts(visual, asked) as budgets:
+    with collecting() as checks:
         run = MethodRun(visual, config, budgets)
         pruned = _merge(run) if config.pruner.merges else _gather(run, strategy(run, budgets))
     pruned.checks = LateChecks([*visual.checks, *checks])
+    return pruned
+
+
+def _prune_groups(
+    visual: RaggedTokens, config: PruningConfig, strategy: Strategy, budgets: list[int | None]
+) -> RaggedTokens:
+    """Reduce every image of every group to its budget; None keeps all of it."""
+    groups = tuple(
+        _prune(group, config, strategy, [budgets[image] for image in visual.images_of(number)])
+        for number, group in enumerate(visual.encoded)
+    )
+    pruned = RaggedTokens(groups, visual.places)
+    pruned.deep = pruned.deep_left(visual.deep)
+    pruned.trace = pruned.join_traces()
     return pruned
 
 
@@ -117,16 +149,16 @@ def _merged_sequence(
     own = slice(tiles[0], tiles[-1] + 1)
     source = filled_slots(tuple(counts[own]), width, visual.projected.device)
     total = visual.lengths()[image]
+    place_of = places_of(visual, image, own)
     if places is None:
-        return TokenSequence(source, None, total)
+        return TokenSequence(source, None, total, place_of)
     place, tile = places[own].flatten()[source], source // width
     patch = tile * visual.projected.shape[1] + place.clamp(min=0)
-    place_of = places_of(visual, image, own)
     rank = patch if place_of is None else place_of[patch]
     key = torch.where(place >= 0, rank, total * -place)
     # The base view stays as it is, before everything else; the sort is stable.
     order = key.masked_fill(tile == 0, -1).argsort(stable=True)
-    return TokenSequence(source[order], None, total)
+    return TokenSequence(source[order], None, total, place_of)
 
 
 def select(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from llava.pruning.errors import PruningError
 from llava.pruning.indices import constant, true_places
 from llava.pruning.late_checks import LateChecks
 from llava.pruning.layout import NEWLINE, Box, ImageLayout
+from llava.pruning.sequences import Prompt, TokenSequence
 from llava.pruning.trace import PruningTrace
 
 # Keys of `extras` that the vision tower is read for.
@@ -35,48 +36,6 @@ TILE_EXTRAS = ("image_digest", "clip_image", "projector_hidden", *ENCODER_EXTRAS
 
 # Fields of VisualTokens and PrunedTokens that are tensors with one row per tile.
 _TILE_FIELDS = ("features", "projected", "image_index", "valid", "blank", "kept", "sources")
-
-
-class TokenSequence(NamedTuple):
-    """The tokens of one image in the order in which the language model reads them.
-
-    Attributes:
-        source: LongTensor [n]: tile * K + slot, counting the image's own tiles and their K slots in
-            `projected`; NEWLINE for a newline. Not to be changed: calls share it.
-        place: LongTensor [n], ascending: the position of each in the unpruned sequence; None for
-            merged tokens, which have none.
-        total: length of the unpruned sequence.
-    """
-
-    source: Tensor
-    place: Tensor | None
-    total: int
-
-    def keep(self, place: Tensor, slots: Tensor, width: int) -> TokenSequence:
-        """Return what is left of an unpruned sequence.
-
-        Args:
-            place: LongTensor [n], ascending, which tokens are kept.
-            slots: LongTensor [tiles, N], the new slot of every patch that is kept.
-            width: the new number of slots of a tile.
-        """
-        source = self.source[place]
-        patch = source.clamp(min=0)
-        moved = patch // slots.shape[1] * width + slots.flatten()[patch]
-        return TokenSequence(moved.masked_fill(source == NEWLINE, NEWLINE), place, self.total)
-
-
-class Prompt(NamedTuple):
-    """The images of one prompt, its tokens of text, and how long it may be with all of them."""
-
-    images: tuple[int, ...]
-    text: int
-    limit: int
-
-    @property
-    def room(self) -> int:
-        """Visual tokens that fit next to the text; at least one for each image."""
-        return max(self.limit - self.text, len(self.images))
 
 
 class ImageTokens:
@@ -142,6 +101,42 @@ class ImageTokens:
         They come without prompts and without a trace, which describe the whole batch.
         """
         raise NotImplementedError
+
+    def without_embeddings(self) -> ImageTokens:
+        """Return what is known of the tokens, without the tokens: vectors of width 0."""
+        raise NotImplementedError
+
+    def lengths(self) -> list[int]:
+        """Count the tokens that the language model reads of every image if nothing is pruned."""
+        return [self.sequence(image).total for image in range(self.num_images)]
+
+    def mean_place(self, image: int, coordinates: Tensor) -> Tensor:
+        """Return the coordinates of every token left of `image`, in reading order.
+
+        Args:
+            image: its number.
+            coordinates: LongTensor [A, n] on A axes (time, row, column) of all n tokens of the
+                unpruned image.
+
+        Returns:
+            LongTensor [A, kept]: the token's own; of a merged token the mean of all that it was
+            made of, rounded half up, see `TokenSequence.mean_coordinates`.
+
+        Raises:
+            PruningError: the unpruned image has another number of tokens.
+        """
+        sequence = self.sequence(image)
+        if coordinates.dim() != 2 or coordinates.shape[1] != sequence.total:
+            raise PruningError(
+                f"the image has {sequence.total} tokens before pruning; coordinates must be "
+                f"[axes, {sequence.total}], got {[*coordinates.shape]}"
+            )
+        if sequence.place is not None:
+            return coordinates[:, sequence.place.to(coordinates.device)]
+        assert self.sources is not None  # what has no place was merged
+        tiles = self.tiles_of(image)
+        own = self.sources[tiles[0] : tiles[-1] + 1]
+        return sequence.mean_coordinates(own, coordinates)
 
     def embeddings(self, image: int) -> Tensor:
         """Return what the language model reads of `image`, newlines included: [n, D]."""
@@ -210,6 +205,8 @@ class VisualTokens(ImageTokens):
         tile_protocol: `mm_next_protocol`, how budgets of several tiles are counted: see
             `llava.pruning.allocation.tile_protocols`.
         prompts: prompts of limited length: pruned images of one share its room.
+        shares: the images of every prompt, for budgets of whole prompts (`scope="prompt"`); empty
+            where every image stands in a prompt of its own.
         blank: BoolTensor [T, N]: patches of the padding that makes LLaVA-1.5's square, with nothing
             of the image in them. They are valid, the model reads them; a method may leave them
             out. None where the size of an image is unknown.
@@ -233,6 +230,7 @@ class VisualTokens(ImageTokens):
     sizes: tuple[int, ...] | None = None
     checks: LateChecks = field(default_factory=LateChecks)
     compute: str = "auto"
+    shares: tuple[range, ...] = ()
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]
@@ -268,7 +266,6 @@ class VisualTokens(ImageTokens):
         return torch.ones(shape, dtype=torch.bool, device=device)
 
     def lengths(self) -> list[int]:
-        """Count the tokens that the language model reads of every image if nothing is pruned."""
         if self.layouts is not None:
             return [len(layout.sequence) for layout in self.layouts]
         sizes = self.tile_sizes()
@@ -294,7 +291,9 @@ class VisualTokens(ImageTokens):
         }
         every = self.tile_sizes()
         sizes = tuple(every[tile] for tile in tiles)
-        return _take_tiles(self, tiles, extras=extras, layouts=None, prompts=(), sizes=sizes)
+        return _take_tiles(
+            self, tiles, extras=extras, layouts=None, prompts=(), shares=(), sizes=sizes
+        )
 
     def take_images(self, images: Sequence[int]) -> VisualTokens:
         tiles = [tile for image in images for tile in self.tiles_of(image)]
@@ -302,7 +301,24 @@ class VisualTokens(ImageTokens):
             key: [value[entry] for entry in (tiles if key in TILE_EXTRAS else images)]
             for key, value in self.extras.items()
         }
-        return _take_images(self, images, extras=extras, prompts=(), sizes=None)
+        return _take_images(self, images, extras=extras, prompts=(), shares=(), sizes=None)
+
+    def with_extras(self, extras: Mapping[str, Sequence[Any]]) -> VisualTokens:
+        """Return the same tokens with more `extras`, one entry for each image or tile."""
+        return replace(self, extras=self.extras | dict(extras))
+
+    def without_embeddings(self) -> VisualTokens:
+        nothing = self.projected.detach()[..., :0]
+        identity = nn.Identity()
+        return replace(
+            self,
+            features=nothing,
+            projected=nothing,
+            projector=identity,
+            extras={},
+            newline=None,
+            checks=LateChecks(),
+        )
 
     def extra(self, key: str) -> Any:
         """Return `extras[key]`.
@@ -353,6 +369,10 @@ class PrunedTokens(ImageTokens):
     def take_images(self, images: Sequence[int]) -> PrunedTokens:
         sequences = tuple(self.sequences[image] for image in images)
         return _take_images(self, images, sequences=sequences, trace=None)
+
+    def without_embeddings(self) -> PrunedTokens:
+        nothing = self.projected.detach()[..., :0]
+        return replace(self, projected=nothing, newline=None, checks=LateChecks())
 
 
 Tokens = TypeVar("Tokens", VisualTokens, PrunedTokens)

@@ -1,10 +1,15 @@
 """Record of what one run of the pruning stage did, for logs, results and pictures."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from llava.pruning.indices import stack_rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,34 @@ class PruningTrace:
     tokens_after: list[int]
     score_seconds: float
     select_seconds: float
+
+    @classmethod
+    def join(
+        cls,
+        traces: Sequence[PruningTrace],
+        images: Sequence[tuple[int, int]],
+        tiles: Sequence[tuple[int, int]],
+    ) -> PruningTrace:
+        """Put the traces of several calls together, seconds added up.
+
+        Args:
+            traces: of one method, all with indices or all of merged tokens, and all with margins
+                of tiles or all of images.
+            images: (trace, image) of every image in the order wanted.
+            tiles: the same of every tile.
+        """
+        kept = [trace.kept for trace in traces if trace.kept is not None]
+        margins = [trace.margins for trace in traces]
+        by_tile = sum(map(len, margins)) == len(tiles)
+        return cls(
+            method=", ".join(dict.fromkeys(trace.method for trace in traces)),
+            kept=stack_rows(kept, tiles, -1) if kept else None,
+            margins=stack_rows(margins, tiles if by_tile else images, torch.inf),
+            tokens_before=[traces[trace].tokens_before[image] for trace, image in images],
+            tokens_after=[traces[trace].tokens_after[image] for trace, image in images],
+            score_seconds=sum(trace.score_seconds for trace in traces),
+            select_seconds=sum(trace.select_seconds for trace in traces),
+        )
 
     @property
     def first_margin(self) -> Tensor:

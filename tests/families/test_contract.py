@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict] = {
     "zoo": {"config": "zoo", "keep_tokens": 20},
     "ratio": {"config": "norm", "keep_ratio": 0.1},
     "original": {"config": "divprune", "keep_tokens": 20, "positions": "original"},
+    "shared": {"config": "zoo", "keep_ratio": 0.05, "scope": "prompt"},
     "merging": {"config": "prumerge", "keep_tokens": 20},
     "question": {"config": "mmtok", "keep_tokens": 20},
 }

@@ -63,7 +63,7 @@ def test_deeper_and_unusual_projectors_use_forward_mode() -> None:
 
 
 def test_wide_unknown_projector_is_estimated_on_the_bank(monkeypatch) -> None:
-    monkeypatch.setattr(module, "BASIS_WIDTH", 4)
+    monkeypatch.setattr("llava.pruning.importance.black_box.BASIS_WIDTH", 4)
     deep = mlp(nn.Linear(8, 20), nn.GELU(), nn.Linear(20, 16), nn.GELU(), nn.Linear(16, 12))
     x = tokens(15, 8)
     got = sensitivity(deep, x, estimator="exact", directions=4000)

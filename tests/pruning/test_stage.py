@@ -159,12 +159,12 @@ class Model(Prunable):
 def test_prune_restores_the_previous_setting() -> None:
     model = Model()
     model.pruning = before = PruningConfig("grid", keep_tokens=4)
-    with prune(model, "zoo", keep_tokens=64, seed=3) as config:
-        assert model.pruning is config
-        assert config == PruningConfig("zoo", keep_tokens=64, options={"seed": 3})
+    with prune(model, "zoo", keep_tokens=64, seed=3) as run:
+        assert model.pruning is run.config
+        assert run.config == PruningConfig("zoo", keep_tokens=64, options={"seed": 3})
         with prune(model):
             assert model.pruning is None
-        assert model.pruning is config
+        assert model.pruning is run.config
     assert model.pruning is before
     with pytest.raises(KeyError), prune(model, PruningConfig("norm", keep_ratio=0.5)):
         raise KeyError
@@ -172,7 +172,10 @@ def test_prune_restores_the_previous_setting() -> None:
 
 
 def test_prune_refuses_what_it_cannot_set() -> None:
-    with pytest.raises(PruningError, match="no `pruning` attribute"), prune(object(), "none"):
+    with (
+        pytest.raises(PruningError, match="object is not a model that can be pruned"),
+        prune(object(), "none"),
+    ):
         pass
     with pytest.raises(PruningError, match="keep_tokens: settings go with a method name"):
         prune(Model(), keep_tokens=3).__enter__()

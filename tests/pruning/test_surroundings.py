@@ -201,21 +201,21 @@ def in_thread(function: Callable[[], object]) -> object:
 def test_a_block_is_seen_by_its_caller_alone() -> None:
     model = Model()
     model.pruning = default = PruningConfig("grid", keep_tokens=4)
-    with prune(model, "zoo", keep_tokens=64) as own:
-        assert model.pruning is own
+    with prune(model, "zoo", keep_tokens=64) as run:
+        assert model.pruning is run.config
         assert in_thread(lambda: model.pruning) is default
         # As with torch.no_grad, a thread takes it along where it is given the caller's context.
         context = contextvars.copy_context()
-        assert in_thread(lambda: context.run(lambda: model.pruning)) is own
+        assert in_thread(lambda: context.run(lambda: model.pruning)) is run.config
     assert model.pruning is default
 
 
 def test_blocks_of_two_models_and_the_default() -> None:
     one, other = Model(), Model()
     with prune(one, "zoo", keep_tokens=64) as first, prune(other, "norm", keep_tokens=3) as second:
-        assert (one.pruning, other.pruning) == (first, second)
+        assert (one.pruning, other.pruning) == (first.config, second.config)
         one.pruning = PruningConfig("grid", keep_tokens=9)  # the default, not the block's setting
-        assert one.pruning is first
+        assert one.pruning is first.config
         assert in_thread(lambda: one.pruning) == PruningConfig("grid", keep_tokens=9)
     assert one.pruning == PruningConfig("grid", keep_tokens=9)
     assert other.pruning is None
@@ -253,8 +253,8 @@ def test_a_generator_may_go_on_in_other_threads() -> None:
 
 def test_settings_as_users_write_them() -> None:
     model = Model()
-    with prune(model, {"method": "zoo", "keep_tokens": 8}) as own:
-        assert own == model.pruning == PruningConfig("zoo", keep_tokens=8)
+    with prune(model, {"method": "zoo", "keep_tokens": 8}) as run:
+        assert run.config == model.pruning == PruningConfig("zoo", keep_tokens=8)
     for wrong in (5, PruningConfig, ["zoo"]):
         with pytest.raises(PruningError, match="must be a PruningConfig, its dict form"):
             prune(model, wrong).__enter__()
@@ -271,8 +271,8 @@ def test_a_wrapper_that_passes_attributes_on_prunes_its_model() -> None:
             return getattr(self.inner, name)
 
     model = Model()
-    with prune(Wrapper(model), "zoo", keep_tokens=64) as own:
-        assert model.pruning is own
+    with prune(Wrapper(model), "zoo", keep_tokens=64) as run:
+        assert model.pruning is run.config
 
 
 # --- llava.utils.once -----------------------------------------------------------------------------

@@ -14,25 +14,38 @@ from llava.pruning.allocation.tile_protocols import (
     select_as_zoo_release,
 )
 from llava.pruning.config import PruningConfig
+from llava.pruning.errors import PruningError
+from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import VisualTokens
 
 
-def image_budgets(visual: VisualTokens, config: PruningConfig) -> list[int | None]:
-    """Count the tokens that every image should keep; None for an image that stays as it is."""
-    sizes = visual.tile_sizes()
+def image_budgets(visual: VisualTokens | RaggedTokens, config: PruningConfig) -> list[int | None]:
+    """Count the tokens that every image should keep; None for an image that stays as it is.
+
+    Raises:
+        PruningError: a budget that cannot be counted so.
+    """
+    sizes, lengths = visual.tile_sizes(), visual.lengths()
     rule = BUDGET_RULES.get(visual.tile_protocol) if config.pruner.budgeted else None
-    budgets: list[int | None] = []
-    for image, total in enumerate(visual.lengths()):
-        counted = None if rule is None else rule(visual, config, image)
-        if counted is None:
-            patches = sum(sizes[tile] for tile in visual.tiles_of(image))
-            counted = config.num_kept(total, patches), 0
-        kept, extra = counted
-        budgets.append(None if kept >= total else kept + extra)
+    if rule is not None and config.scope != "image":
+        raise PruningError(
+            f"mm_next_protocol {visual.tile_protocol!r} counts the tokens of every image, so scope "
+            "can only be 'image'"
+        )
+    patches = [sum(sizes[t] for t in visual.tiles_of(image)) for image in range(len(lengths))]
+    budgets: list[int | None] = [None] * len(lengths)
+    for share in visual.shares or [[image] for image in range(len(lengths))]:
+        own = [lengths[image] for image in share], [patches[image] for image in share]
+        for image, kept in zip(share, config.num_kept_of_prompt(*own), strict=True):
+            counted = None
+            if rule is not None and isinstance(visual, VisualTokens):
+                counted = rule(visual, config, image)
+            kept, extra = counted or (kept, 0)
+            budgets[image] = None if kept >= lengths[image] else kept + extra
     return budgets
 
 
-def choose_strategy(visual: VisualTokens, config: PruningConfig) -> Strategy:
+def choose_strategy(visual: VisualTokens | RaggedTokens, config: PruningConfig) -> Strategy:
     """Choose how the budgets of a batch are spent.
 
     Raises:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llava.pruning.errors import PruningError
+from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import VisualTokens
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ def share_out(budget: int, capacity: list[int]) -> list[int]:
 
 
 @contextmanager
-def fit_prompts(visual: VisualTokens, budgets: list[int | None]) -> Iterator[list[int | None]]:
+def fit_prompts(
+    visual: VisualTokens | RaggedTokens, budgets: list[int | None]
+) -> Iterator[list[int | None]]:
     """Give the budgets that fit the prompts' length limits; warn where they are lower than asked.
 
     Raises:
@@ -67,7 +70,7 @@ def fit_prompts(visual: VisualTokens, budgets: list[int | None]) -> Iterator[lis
 
 
 def lower_budgets(
-    visual: VisualTokens, budgets: list[int | None]
+    visual: VisualTokens | RaggedTokens, budgets: list[int | None]
 ) -> tuple[list[int | None], str | None]:
     """Lower budgets so that every prompt fits its length limit, and no text is cut.
 

@@ -42,9 +42,10 @@ class Selection(NamedTuple):
     def places(self) -> list[Tensor]:
         """Return which tokens of each unpruned sequence are kept: BoolTensor [n] per image."""
         masks = []
-        for _, place, total in self.sequences:
+        for sequence in self.sequences:
+            place = sequence.place
             assert place is not None  # what selects keeps places
-            mask = torch.zeros(total, dtype=torch.bool, device=place.device)
+            mask = torch.zeros(sequence.total, dtype=torch.bool, device=place.device)
             masks.append(mask.index_fill(0, place, True))
         return masks
 
@@ -275,6 +276,9 @@ def select_in_images(run: MethodRun, budgets: list[int | None]) -> Selection:
     How many a tile keeps depends on the tokens, so the host waits for that.
     """
     counts = {image: count for image, count in enumerate(budgets) if count is not None}
+    if not counts:
+        every = [torch.ones_like(s.source, dtype=torch.bool) for s in run.sequences]
+        return run.keep_places(every, no_choice(len(budgets), 1, every[0].device))
     candidates = {image: _candidates(run, image) for image in counts}
     rows, scores = _image_rows(run, candidates)
     picks = run.select(rows, scores, list(counts.values()))
@@ -342,6 +346,7 @@ def _image_rows(
         extras=extras,
         layouts=None,
         prompts=(),
+        shares=(),
         sizes=tuple(map(len, projected)),
     )
     return rows, None if scores is None else stack(scores)

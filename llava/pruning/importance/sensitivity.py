@@ -2,9 +2,10 @@
 
 ZOO-Prune, arXiv 2509.24837, eq. 2-4: S(i) = 1/m sum_j ||M(x_i + h u_j) - M(x_i - h u_j)||_2 / 2h.
 
-"exact" has a closed form for linear and Linear-activation-Linear projectors. Others are
-differentiated in forward mode (by central differences where a layer does not support it), along all
-Dv axes if Dv <= 256, beyond that along the directions, an unbiased estimate of the square.
+"exact" has a closed form for linear and Linear-activation-Linear projectors, with or without a norm
+of the patches that are joined before them. Others are differentiated in forward mode (by central
+differences where a layer does not support it), along all Dv axes if Dv <= 256, beyond that along
+the directions, an unbiased estimate of the square.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning.errors import PruningError
+from llava.pruning.importance import normed
 from llava.pruning.importance import two_layer as closed_forms
-from llava.pruning.importance.projectors import TwoLayer, evaluating, linear_matrix, two_layer
+from llava.pruning.importance.black_box import as_released, black_box, forward_mode
+from llava.pruning.importance.derivatives import elementwise
+from llava.pruning.importance.projectors import (
+    NormedMerger,
+    TwoLayer,
+    linear_matrix,
+    normed_merger,
+    two_layer,
+    weights_of,
+)
 from llava.pruning.kernels import usable
 from llava.pruning.precision import COMPUTE, outside_autocast, product_precision
 from llava.registry import unknown
@@ -24,8 +35,6 @@ ESTIMATORS = ("zeroth_order", "exact")
 PRECISIONS = ("float32", "model")
 # What the intermediates of a score may take.
 CHUNK_BYTES = 64 * 2**20
-# Up to this input width an unknown projector is differentiated along every axis.
-BASIS_WIDTH = 256
 
 Function = Callable[[Tensor], Tensor]
 
@@ -56,10 +65,11 @@ def sensitivity(
         seed: of the drawn directions.
         precision: "float32", or "model": all of it in the features' own type and as many passes
             through the projector as ZOO-Prune's released code makes; the result is of that type.
-        compute: precision of the largest products on Linear-activation-Linear projectors, see
+        compute: precision of the largest products on projectors with a closed form, see
             `product_precision`.
-        hidden: their pre-activations W1 x + b1, [..., N, H], where these are known; tensors
-            [N, H] in a list for features [T, N, Dv]. None: computed here, where they are used.
+        hidden: of Linear-activation-Linear projectors the pre-activations W1 x + b1, [..., N, H],
+            where these are known; tensors [N, H] in a list for features [T, N, Dv]. None: computed
+            here, where they are used.
 
     Nudges, differences, derivatives and sums are float32 at least: in half precision most of the
     nudge is rounded away, and noise that grows with the token is added. Every [N, Dv] row of the
@@ -83,7 +93,7 @@ def sensitivity(
         tiles = [*features.detach().reshape(-1, *features.shape[-2:])]
         parts = two_layer(projector)
         if precision == "model":
-            score = _as_released(projector, bank, step, dtype)
+            score = as_released(projector, bank, step, dtype, CHUNK_BYTES)
         elif parts is not None:
             _check_width(parts.first.in_features, bank)
             if hidden is not None:
@@ -99,7 +109,12 @@ def sensitivity(
             else:
                 score = _after_first_layer(score, parts)
         else:
-            score = _scorer(projector, estimator, bank, step, dtype)
+            merger = normed_merger(projector)
+            if merger is None:
+                score = _scorer(projector, estimator, bank, step, dtype)
+            else:
+                _check_merger(merger, bank, hidden)
+                score = _normed_form(projector, merger, estimator, bank, step, products)
         # copy: a fresh, aligned block of memory whatever the batch around the row looks like.
         whole = torch.contiguous_format
         rows = [score(tile.to(dtype, copy=True, memory_format=whole)) for tile in tiles]
@@ -201,10 +216,11 @@ def _closed_form(
     products: str,
 ) -> Function:
     """Return how pre-activations [N, H] of a Linear-activation-Linear projector are scored."""
+    owner = weights_of(projector)
     if estimator == "exact":
-        return lambda hidden: closed_forms.exact(projector, parts, hidden, products)
+        return lambda hidden: closed_forms.exact(owner, parts, hidden, products)
     return lambda hidden: closed_forms.zeroth_order(
-        projector, parts, hidden, bank, step, products, CHUNK_BYTES
+        owner, parts, hidden, bank, step, products, CHUNK_BYTES
     )
 
 
@@ -212,7 +228,8 @@ def _kernel_for(act: nn.Module) -> str | None:
     """Return what kernels call the derivative of an activation; None if they have none."""
     from llava.pruning.kernels.quadratic import derivative_kind
 
-    return derivative_kind(act)
+    known = elementwise(act)
+    return None if known is None else derivative_kind(known)
 
 
 def _scores_by_kernels(
@@ -226,11 +243,39 @@ def _scores_by_kernels(
     if hidden is None:
         hidden = [closed_forms.pre_activations(parts, tile) for tile in tiles]
     rows = hidden[0] if len(hidden) == 1 else torch.cat([*hidden])
-    return closed_forms.exact_by_kernels(projector, parts, rows, kind)
+    return closed_forms.exact_by_kernels(weights_of(projector), parts, rows, kind)
 
 
 def _after_first_layer(score: Function, parts: TwoLayer) -> Function:
     return lambda x: score(closed_forms.pre_activations(parts, x))
+
+
+# --- norm, join, Linear-activation-Linear ---------------------------------------------------------
+
+
+def _check_merger(merger: NormedMerger, bank: Tensor, hidden: object) -> None:
+    _check_width(merger.mlp.first.in_features, bank)
+    if hidden is not None:
+        raise PruningError(
+            "hidden is taken for Linear-activation-Linear projectors only, this one has a norm "
+            "before them: leave it out"
+        )
+
+
+def _normed_form(
+    projector: nn.Module,
+    merger: NormedMerger,
+    estimator: str,
+    bank: Tensor,
+    step: float,
+    products: str,
+) -> Function:
+    """Return how tokens [N, G * C] of a normed merger are scored."""
+    owner = weights_of(projector)
+    layers = normed.in_type(merger, bank.dtype)
+    if estimator == "exact":
+        return lambda x: normed.exact(owner, layers, x, products, CHUNK_BYTES)
+    return lambda x: normed.zeroth_order(owner, layers, x, bank, step, products, CHUNK_BYTES)
 
 
 # --- any other projector --------------------------------------------------------------------------
@@ -248,99 +293,5 @@ def _scorer(
         constant = norms.mean() if estimator == "zeroth_order" else root
         return lambda x: constant.expand(x.shape[0])
     if estimator == "zeroth_order":
-        return _black_box(projector, bank, step, dtype)
-    return _forward_mode(projector, bank, step, dtype)
-
-
-def _black_box(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
-    """Score by eq. 4 as written, for any projector: two passes per token and direction."""
-    function = _as_function(projector, dtype)
-
-    def score(x: Tensor) -> Tensor:
-        return _norms(_difference(function, step), x, bank, _widest(projector, x)).mean(dim=1)
-
-    return score
-
-
-def _as_released(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
-    """Score by eq. 4 in `dtype`, rounded wherever ZOO-Prune's released code rounds."""
-    function = _as_function(projector, dtype)
-    bank = bank / (bank.norm(dim=1, keepdim=True) + 1e-12)
-
-    def move(at: Tensor, direction: Tensor) -> Tensor:
-        nudge = step * direction
-        return function(at + nudge) - function(at - nudge)
-
-    def score(x: Tensor) -> Tensor:
-        return (_norms(move, x, bank, _widest(projector, x)) / (2 * step)).mean(dim=1)
-
-    return score
-
-
-def _forward_mode(projector: nn.Module, bank: Tensor, step: float, dtype: torch.dtype) -> Function:
-    """Score by ||J||_F / sqrt(Dv) of any projector from directional derivatives J u."""
-    function = _as_function(projector, dtype)
-    width = bank.shape[1]
-    if width <= BASIS_WIDTH:
-        bank, dimensions = torch.eye(width, dtype=dtype, device=bank.device), width
-    else:
-        dimensions = bank.shape[0]  # E ||J u||^2 = ||J||_F^2 / Dv for unit u
-
-    def derivative(at: Tensor, direction: Tensor) -> Tensor:
-        return torch.func.jvp(function, (at,), (direction.expand_as(at).clone(),))[1]
-
-    def score(x: Tensor) -> Tensor:
-        widest = _widest(projector, x)
-        try:
-            norms = _norms(derivative, x, bank, widest)
-        except (NotImplementedError, RuntimeError) as error:
-            if "forward" not in str(error) and "jvp" not in str(error):
-                raise
-            norms = _norms(_difference(function, step), x, bank, widest)
-        return norms.square().sum(dim=1).div(dimensions).sqrt()
-
-    return score
-
-
-# --- shared ---------------------------------------------------------------------------------------
-
-
-def _norms(move: Callable[[Tensor, Tensor], Tensor], x: Tensor, bank: Tensor, wide: int) -> Tensor:
-    """Return ||move(x_i, u_j)||, [N, m], in chunks whose intermediates stay below CHUNK_BYTES.
-
-    move maps points [r, E] and directions [r, E] to vectors [r, D]; it needs up to four
-    intermediates of `wide` numbers a row at a time.
-    """
-    rows = CHUNK_BYTES // (4 * wide * x.element_size())
-    norms = x.new_empty(x.shape[0], len(bank))
-    for tokens, lanes in closed_forms.blocks(x.shape[0], len(bank), rows):
-        at, direction = torch.broadcast_tensors(x[tokens, None], bank[None, lanes])
-        moved = move(at.flatten(0, 1), direction.flatten(0, 1))
-        norms[tokens, lanes] = moved.norm(dim=1).view(at.shape[:2])
-    return norms
-
-
-def _difference(function: Function, step: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the central difference (M(x + h u) - M(x - h u)) / 2h as a function of x and u."""
-
-    def move(at: Tensor, direction: Tensor) -> Tensor:
-        nudge = step * direction
-        return (function(at + nudge) - function(at - nudge)) / (2 * step)
-
-    return move
-
-
-def _as_function(projector: nn.Module, dtype: torch.dtype) -> Function:
-    """Return the projector outside training as a function in `dtype`; the module is unchanged."""
-    projector = evaluating(projector)
-    state = {
-        name: value.detach().to(dtype) if value.is_floating_point() else value.detach()
-        for name, value in [*projector.named_parameters(), *projector.named_buffers()]
-    }
-    return lambda x: torch.func.functional_call(projector, state, (x,))
-
-
-def _widest(projector: nn.Module, x: Tensor) -> int:
-    """Count the numbers in the widest intermediate of one token."""
-    sides = [side for p in projector.parameters() for side in p.shape]
-    return max([x.shape[-1], *sides])
+        return black_box(projector, bank, step, dtype, CHUNK_BYTES)
+    return forward_mode(projector, bank, step, dtype, CHUNK_BYTES)

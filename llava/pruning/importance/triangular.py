@@ -4,7 +4,7 @@ A block of rows of U [r, H] is zero left of the diagonal, so it is multiplied wi
 there on only. With blocks of b rows a square matrix takes (1 + b / H) / 2 of a full product.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,21 +32,26 @@ def factor_type(precision: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if precision == "float32" else torch.bfloat16
 
 
-def quadratic_form(g: Tensor, folded: Tensor, precision: str = "float32") -> Tensor:
+def quadratic_form(
+    g: Tensor, folded: Tensor | Sequence[Tensor], precision: str = "float32"
+) -> Tensor:
     """Return g_i^T Q g_i of every row.
 
     Args:
         g: [N, H], float32 or float64.
-        folded: U [H, H], see `fold`, in the type that `factor_type` names.
+        folded: U [H, H], see `fold`, or blocks of its rows, see `folded_rows`, in the type that
+            `factor_type` names.
         precision: see `product_precision`.
 
     Returns:
         [N] in the type of `g`.
     """
-    # On an accelerator one large product is faster than its blocks.
-    block = BLOCK if g.device.type == "cpu" else len(folded)
+    rows: Iterable[Tensor] = folded
+    if isinstance(folded, Tensor):
+        # On an accelerator one large product is faster than its blocks.
+        rows = _rows(folded, BLOCK if g.device.type == "cpu" else len(folded))
     total = g.new_zeros(len(g))
-    for start, product in _products(split_parts(g, precision), folded, block):
+    for start, product in _products(split_parts(g, precision), rows):
         left = g[:, start : start + product.shape[1]]
         total += (product * left).sum(dim=1, dtype=g.dtype)
     return total
@@ -65,7 +70,7 @@ def squared_norms(
     """
     block = BLOCK if factor.device.type == "cpu" else ACCELERATOR_BLOCK
     total = torch.zeros(len(parts[0]), dtype=dtype, device=factor.device)
-    for start, product in _products(parts, factor, block):
+    for start, product in _products(parts, _rows(factor, block)):
         if added is not None:
             rows = product.view(-1, len(added), product.shape[1])
             product = (rows + added[:, start : start + product.shape[1]]).flatten(0, 1)
@@ -73,13 +78,18 @@ def squared_norms(
     return total
 
 
-def _products(
-    parts: tuple[Tensor, ...], factor: Tensor, block: int
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (start, x @ U[start : start + block].T [n, block]) of the sum x of `parts`."""
+def _rows(factor: Tensor, block: int) -> Iterator[Tensor]:
+    """Yield blocks of rows of an upper triangular matrix, each from its diagonal on."""
     for start in range(0, len(factor), block):
-        rows = factor[start : start + block, start:].T
-        yield start, sum_of([multiply(part[:, start:], rows) for part in parts])
+        yield factor[start : start + block, start:]
+
+
+def _products(parts: tuple[Tensor, ...], rows: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield (start, x @ U[start : start + b].T [n, b]) of the sum x of `parts`, block by block."""
+    start = 0
+    for block in rows:
+        yield start, sum_of([multiply(part[:, start:], block.T) for part in parts])
+        start += len(block)
 
 
 def sum_of(products: list[Tensor]) -> Tensor:
@@ -118,6 +128,29 @@ def fold(weight1: Tensor, weight2: Tensor) -> Tensor:
         rows.diagonal().mul_(0.5)
         folded[block, start:] = rows
     return folded
+
+
+def folded_rows(weights1: Sequence[Tensor], weight2: Tensor, block: int) -> Iterator[list[Tensor]]:
+    """Yield `fold` of every W1 with one W2, in blocks of rows from their diagonals on.
+
+    Args:
+        weights1: G tensors W1 [H, Dv].
+        weight2: W2 [D, H] in their type.
+        block: b, rows of a block.
+
+    Yields:
+        For every block the rows [b, H - start] of the G matrices. Together they have little more
+        than half of the numbers of G matrices [H, H], and W2^T W2 is made once for all of them.
+    """
+    for start in range(0, weight2.shape[1], block):
+        inner = weight2[:, start : start + block].T @ weight2[:, start:]
+        made = []
+        for weight1 in weights1:
+            rows = weight1[start : start + block] @ weight1[start:].T
+            rows = rows.mul_(inner).triu_().mul_(2)
+            rows.diagonal().mul_(0.5)
+            made.append(rows)
+        yield made
 
 
 def triangular_factor(weight: Tensor) -> Tensor:

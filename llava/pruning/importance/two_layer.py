@@ -130,7 +130,7 @@ def zeroth_order(
         chunk_bytes: the most that intermediates may take.
     """
     dtype, count = hidden.dtype, len(bank)
-    factor, narrow = _triangular_factors(projector, parts, dtype, precision)
+    factor, narrow = triangular_factors(projector, parts.second.weight, dtype, precision)
     nudges = step * (bank @ parts.first.weight.to(dtype).T)  # [m, H]
     centres = added = None
     if precision != "float32":
@@ -149,13 +149,11 @@ def zeroth_order(
     return squares.sqrt_().mean(dim=1).div_(2 * step)
 
 
-def _triangular_factors(
-    projector: nn.Module, parts: TwoLayer, dtype: torch.dtype, precision: str
+def triangular_factors(
+    projector: nn.Module, weight: Tensor, dtype: torch.dtype, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Return R of W2 = QR in `dtype`, and in the type of the product's operands."""
-    factor = _factors.get(
-        projector, dtype, lambda: triangular_factor(parts.second.weight.to(dtype))
-    )
+    """Return R of a projector's W2 = QR in `dtype`, and in the type of the product's operands."""
+    factor = _factors.get(projector, dtype, lambda: triangular_factor(weight.to(dtype)))
     narrow = factor_type(precision, dtype)
     if narrow == dtype:
         return factor, factor

@@ -1,0 +1,72 @@
+"""What the vision side of a model computes during one call, read by hooks.
+
+The hooks stand on the model as long as something prunes it (`attachment`); they look only at a
+context variable, so calls of other threads and tasks pass them untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from llava.pruning.importance.structure import reads_only
+
+# Reads block `index` of a tower before it runs, from its arguments.
+ReadBlock = Callable[[int, nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
+
+
+@dataclass
+class Capture:
+    """What a call of the vision side leaves behind.
+
+    Attributes:
+        read_block: what is done before every block of the tower.
+        projections: input and output of the projector, of every time it ran.
+    """
+
+    read_block: ReadBlock | None = None
+    projections: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+_capture: ContextVar[Capture | None] = ContextVar("capture", default=None)
+
+
+@contextmanager
+def capturing(capture: Capture) -> Iterator[None]:
+    """Let the hooks of `hook_vision` write into `capture` inside."""
+    token = _capture.set(capture)
+    try:
+        yield
+    finally:
+        _capture.reset(token)
+
+
+def hook_vision(projector: nn.Module, blocks: Any) -> list[Any]:
+    """Put the hooks on a projector and on the blocks of a tower; return their handles."""
+
+    @reads_only
+    def after_projector(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        capture = _capture.get()
+        if capture is not None:
+            capture.projections.append((args[0], output))
+
+    handles = [projector.register_forward_hook(after_projector)]
+    for index, block in enumerate(blocks):
+        hook = _before_block(index)
+        handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+    return handles
+
+
+def _before_block(index: int) -> Callable[..., None]:
+    # Without kwargs where another thread removes the hook at this moment: nothing is captured then.
+    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        capture = _capture.get()
+        if capture is not None and capture.read_block is not None and kwargs is not None:
+            capture.read_block(index, block, args, kwargs)
+
+    return hook

@@ -1,0 +1,211 @@
+"""What is the same in all families, and what a file of a family says of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from llava.families.attachment import Attachment
+from llava.families.capture import Capture, capturing
+from llava.families.prompts import ImageColumns, find_images, text_positions
+from llava.families.questions import add_questions
+from llava.pruning.errors import PruningError
+from llava.pruning.lookup import FAMILIES
+
+register = FAMILIES.register
+
+# Arguments that show a model something moving.
+_VIDEO = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+
+_attachments: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+_lock = Lock()
+
+
+@dataclass
+class Encoded:
+    """The images of a call as a model's vision side made them.
+
+    Attributes:
+        visual: the tokens on both sides of the projector.
+    """
+
+    visual: Any
+
+
+class Family:
+    """Models of a few classes that differ in sizes alone. Objects have no state.
+
+    A file of a family defines `encode` or what it calls, and `lengths`; everything else has a
+    default for models made of `get_image_features`, a projector and a language model that reads
+    positions 0, 1, 2, ...
+
+    Attributes:
+        name: what it is registered as.
+        classes: names of the transformers classes.
+        pixels: arguments of `forward` that bring images; they go once the images are embedded.
+        shown: those of them that hold pictures, without which a call has none.
+    """
+
+    name: ClassVar[str] = ""
+    classes: ClassVar[tuple[str, ...]] = ()
+    pixels: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    shown: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    @classmethod
+    def attachment(cls, model: Any) -> Attachment:
+        """Return what stands between callers and `model`, the same at every call."""
+        with _lock:
+            known = _attachments.get(model)
+            if known is None:
+                known = _attachments[model] = Attachment(model, cls())
+            return known
+
+    # --- where things are ---
+
+    def projector(self, model: Any) -> nn.Module:
+        """Return the module that maps features to what the language model reads."""
+        raise NotImplementedError
+
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
+        """Return the blocks of the vision tower."""
+        raise NotImplementedError
+
+    def language_model(self, model: Any) -> nn.Module:
+        """Return the language model without its output layer."""
+        module: nn.Module = model.model.language_model
+        return module
+
+    def placeholders(self, model: Any) -> list[int]:
+        """Return the ids of the tokens that stand for an image in a prompt."""
+        return [model.config.image_token_id]
+
+    # --- what it computes ---
+
+    def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
+        """Count the tokens of every image of a call without computing any.
+
+        Args:
+            model: of this family.
+            inputs: the arguments named in `pixels`.
+            ids: LongTensor [B, L] of the prompts, on the CPU.
+        """
+        raise NotImplementedError
+
+    def find(
+        self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
+    ) -> list[ImageColumns]:
+        """Find the columns of every image of a call.
+
+        Args:
+            model, inputs, ids: as in `lengths`.
+            mask: BoolTensor [B, L] on the CPU, False for padding.
+
+        Raises:
+            PruningError: placeholders and images do not match.
+        """
+        return find_images(ids, mask, self.placeholders(model), self.lengths(model, inputs, ids))
+
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
+    ) -> Encoded:
+        """Run the vision side of a model over the images of a call.
+
+        Args:
+            model, inputs, ids: as in `lengths`.
+            needs: names of what the pruning method reads beyond tokens, see
+                `VisualTokens.extras`.
+
+        Raises:
+            PruningError: the model has no such thing.
+        """
+        raise NotImplementedError
+
+    def positions(self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the positions of the unpruned prompts: LongTensor [A, B, L] on the CPU.
+
+        A is 1, or 3 for M-RoPE's times, rows and columns. Padding may have any.
+
+        Args:
+            model: of this family.
+            inputs: all arguments of the call.
+            ids, mask: [B, L] of the prompts on the CPU.
+        """
+        return text_positions(mask)
+
+    def position_ids(self, positions: Tensor, mask: Tensor) -> Tensor:
+        """Return positions [A, B, L] of pruned prompts as the model takes them."""
+        if positions.shape[0] == 1:
+            return positions[0]
+        # The first row is the one that masks are made by.
+        return torch.cat([text_positions(mask), positions])
+
+    def with_prompts(self, model: Any, visual: Any, rows: Sequence[int]) -> Any:
+        """Add what prompts say of their images: their places and, if it is read, the question.
+
+        Args:
+            model: of this family.
+            visual: its encoded images.
+            rows: the row of every image.
+        """
+        if visual.extras:
+            places = [rows[:number].count(row) for number, row in enumerate(rows)]
+            visual = visual.with_extras({"image_position": places})
+        firsts = [number for number, row in enumerate(rows) if row not in rows[:number]]
+        shares = tuple(range(first, first + rows.count(rows[first])) for first in firsts)
+        return add_questions(self, model, replace(visual, shares=shares), rows)
+
+    def text_tower(self, model: Any) -> Any:
+        """Return the vision tower whose text tower came with it (CLIP), or None."""
+        return None
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse arguments whose images cannot be pruned.
+
+        Raises:
+            PruningError: names them.
+        """
+        moving = [
+            name for name in _VIDEO if inputs.get(name) is not None and name not in self.pixels
+        ]
+        if moving:
+            raise PruningError(
+                f"videos of {self.name} models cannot be pruned ({', '.join(moving)}); switch "
+                "pruning off for this call: with prune(model): ..."
+            )
+
+    # --- shared steps ---
+
+    def run_vision(
+        self, model: Any, inputs: Mapping[str, Any], capture: Capture | None = None
+    ) -> tuple[Any, Tensor, Tensor]:
+        """Run `get_image_features` with those of `inputs` that are named in `pixels`.
+
+        Returns:
+            What it returned, and input and output of the projector.
+
+        Raises:
+            PruningError: the projector did not run exactly once.
+        """
+        capture = Capture() if capture is None else capture
+        given = {name: inputs[name] for name in self.pixels if inputs.get(name) is not None}
+        with capturing(capture):
+            output = model.model.get_image_features(**given, return_dict=True)
+        if len(capture.projections) != 1:
+            raise PruningError(
+                f"the projector of {type(model).__name__} ran {len(capture.projections)} times for "
+                "one call of get_image_features; only the class's own can be pruned"
+            )
+        ((features, projected),) = capture.projections
+        return output, features.to(projected.device), projected
+
+    def embed(self, model: Any, ids: Tensor) -> Tensor:
+        """Return the language model's embeddings [B, L, D] of ids."""
+        table = model.get_input_embeddings()
+        embedded: Tensor = table(ids)
+        return embedded

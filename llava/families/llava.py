@@ -1,0 +1,151 @@
+"""LLaVA-1.5 and 1.6 as transformers has them: a CLIP or SigLIP tower, a two-layer projector."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    unpad_image,
+)
+
+from llava.families.family import Encoded, Family, register
+from llava.families.towers import EncoderReadings, digests
+from llava.model.layouts import padding_mask
+from llava.pruning.errors import PruningError
+from llava.pruning.layout import ImageLayout
+from llava.pruning.tokens import VisualTokens
+
+# Vision tower -> whether a class token comes before its patches.
+_TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
+
+
+class TiledFamily(Family):
+    """Images that a square tower sees in one tile or several, all of the same number of patches."""
+
+    def projector(self, model: Any) -> nn.Module:
+        module: nn.Module = model.model.multi_modal_projector
+        return module
+
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
+        layers: Sequence[nn.Module] = model.model.vision_tower.encoder.layers
+        return layers
+
+    def layouts(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
+        """Return how the tiles of every image of a call follow each other."""
+        raise NotImplementedError
+
+    def tiles(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+        """Return the pixels [T, 3, H, W] of all tiles."""
+        return pixels
+
+    def newline(self, model: Any) -> Tensor | None:
+        """Return the embedding [D] that ends rows of patches, where there is one."""
+        return None
+
+    def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
+        return [len(layout.sequence) for layout in self.layouts(model, inputs)]
+
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
+    ) -> Encoded:
+        layouts = self.layouts(model, inputs)
+        readings = _readings(model, needs)
+        _, features, projected = self.run_vision(model, inputs, readings.capture())
+        counts = torch.tensor([layout.tiles for layout in layouts])
+        valid = padding_mask(layouts)
+        tiles = self.tiles(inputs["pixel_values"], layouts)
+        return Encoded(
+            VisualTokens(
+                features=features,
+                projected=projected,
+                projector=self.projector(model),
+                image_index=torch.arange(len(layouts)).repeat_interleave(counts),
+                grid=layouts[0].grid,
+                valid=None if valid is None else valid.to(projected.device),
+                extras={**readings.extras(len(projected)), **digests(tiles, needs)},
+                class_token=_has_class_token(model),
+                layouts=layouts,
+                newline=self.newline(model),
+            )
+        )
+
+    def tile_grid(self, model: Any) -> tuple[int, int]:
+        """Return (rows, columns) of the tokens of a tile; one row where they form no square."""
+        vision, strategy = model.config.vision_config, model.config.vision_feature_select_strategy
+        side = vision.image_size // vision.patch_size
+        extra = int(_has_class_token(model)) - int(strategy == "default")
+        return (side, side) if extra == 0 else (1, side * side + extra)
+
+
+@register
+class Llava(TiledFamily):
+    """`llava-hf/llava-1.5-*` and models like it: one tile an image."""
+
+    name: ClassVar[str] = "llava"
+    classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
+    pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+
+    def layouts(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
+        layout = ImageLayout(self.tile_grid(model))
+        return (layout,) * len(inputs["pixel_values"])
+
+
+@register
+class LlavaNext(TiledFamily):
+    """`llava-hf/llava-v1.6-*`: base view, then crops, whose rows end in a newline."""
+
+    name: ClassVar[str] = "llava_next"
+    classes: ClassVar[tuple[str, ...]] = ("LlavaNextForConditionalGeneration",)
+    pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+
+    def layouts(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
+        sizes = inputs["image_sizes"]
+        if sizes is None:
+            raise PruningError("LLaVA-1.6 needs image_sizes beside pixel_values, see its processor")
+        return tuple(self._layout(model, tuple(size)) for size in torch.as_tensor(sizes).tolist())
+
+    def _layout(self, model: Any, size: tuple[int, int]) -> ImageLayout:
+        """Return the layout of an image of (height, width) pixels."""
+        config, grid = model.config, self.tile_grid(model)
+        side = config.vision_config.image_size
+        crops = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
+        canvas = torch.arange(crops[0] * grid[0] * crops[1] * grid[1])
+        canvas = canvas.view(1, crops[0] * grid[0], crops[1] * grid[1])
+        # The model's own rule says which patches are padding.
+        left = unpad_image(canvas, size)[0]
+        top, start = divmod(int(left[0, 0]), canvas.shape[2])
+        return ImageLayout(grid, crops=crops, window=(top, start, *left.shape), newline=True)
+
+    def tiles(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+        if pixels.ndim == 4:
+            return pixels
+        return torch.cat([own[: layout.tiles] for own, layout in zip(pixels, layouts, strict=True)])
+
+    def newline(self, model: Any) -> Tensor | None:
+        newline: Tensor = model.model.image_newline
+        return newline
+
+
+def _has_class_token(model: Any) -> bool:
+    kind = model.config.vision_config.model_type
+    if kind not in _TOWERS:
+        raise PruningError(
+            f"the vision tower of this {type(model).__name__} is of type {kind!r}; models with "
+            f"{' or '.join(_TOWERS)} can be pruned"
+        )
+    return _TOWERS[kind]
+
+
+def _readings(model: Any, needs: Collection[str]) -> EncoderReadings:
+    config, layers = model.config, model.model.vision_tower.encoder.layers
+    layer, first = config.vision_feature_layer, int(_has_class_token(model))
+    if first and config.vision_feature_select_strategy != "default":
+        needs = ()  # methods weigh patches; the class token as a token has no reading
+    if not isinstance(layer, int):
+        return EncoderReadings(layers, len(layers), first, ())
+    used = layer if layer >= 0 else len(layers) + 1 + layer
+    return EncoderReadings(layers, used, first, needs)

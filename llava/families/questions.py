@@ -1,0 +1,84 @@
+"""What methods read of the question that a prompt asks about its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llava.constants import SHORT_ANSWER
+from llava.model.multimodal_encoder.clip_text import has_text_tower, text_tower_of
+from llava.model.prompt_inputs import (
+    QUESTION_EXTRAS,
+    current_questions,
+    keywords,
+    without_answer_format,
+)
+from llava.pruning.errors import PruningError
+from llava.pruning.precision import outside_autocast
+
+if TYPE_CHECKING:
+    from llava.families.family import Family
+
+
+@outside_autocast()
+@torch.no_grad()
+def add_questions(family: Family, model: Any, visual: Any, rows: Sequence[int]) -> Any:
+    """Add what the active setting reads of the questions.
+
+    Args:
+        family: of the model.
+        model: its setting counts.
+        visual: encoded images.
+        rows: the row of every image.
+
+    Raises:
+        UserInputError: questions that are missing, or a model that lacks the text tower or the
+            tokenizer.
+    """
+    config = family.attachment(model).pruning
+    if config is None:
+        return visual
+    needs, wants = (
+        set(names) & set(QUESTION_EXTRAS) for names in (config.pruner.needs, config.pruner.wants)
+    )
+    tower = family.text_tower(model)
+    if wants and tower is not None and has_text_tower(tower):
+        needs |= wants
+    if not needs:
+        return visual
+    if tower is None and needs & {"clip_image", "clip_text"}:
+        raise PruningError(
+            f"method {config.method!r} compares images with CLIP's text tower, which "
+            f"{type(model).__name__} does not come with; use a setting that reads no question, "
+            "such as cdpruner with relevance=none"
+        )
+    asked = current_questions(max(rows) + 1, config.method)
+    questions = [asked[row] for row in rows]
+    extras: dict[str, Any] = {}
+    if "clip_image" in needs:
+        text = text_tower_of(tower)
+        extras["clip_image"] = [text.embed_patches(tower, tile) for tile in visual.features]
+    if "clip_text" in needs:
+        text = text_tower_of(tower)
+        words = [without_answer_format(question, (SHORT_ANSWER,)) for question in questions]
+        extras["clip_text"] = [text.encode(question) for question in words]
+    if "question_embeddings" in needs:
+        rule = config.pruner.keyword_rule
+        words = [keywords(question, rule) for question in questions]
+        extras["question_embeddings"] = [_word_embeddings(family, model, text) for text in words]
+    return visual.with_extras(extras)
+
+
+def _word_embeddings(family: Family, model: Any, words: str) -> Tensor:
+    """Return the language model's embeddings [m, D] of the m tokens of a text."""
+    tokenizer = getattr(model, "text_tokenizer", None)
+    if tokenizer is None:
+        raise PruningError(
+            "the active pruning method reads the question's words and the model knows no "
+            "tokenizer; set model.text_tokenizer = processor.tokenizer"
+        )
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+    return family.embed(model, torch.tensor([ids], dtype=torch.long, device=model.device))[0]

@@ -1,0 +1,56 @@
+"""What methods read inside vision towers that are made like CLIP's and SigLIP's encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.families.capture import Capture
+from llava.model.multimodal_encoder.readings import CLASS_FEATURE, TowerReader
+from llava.model.vision_inputs import tile_digest
+from llava.pruning.tokens import ENCODER_EXTRAS
+
+
+class EncoderReadings:
+    """Reads the blocks of one call of a tower with `layer_norm1` and `self_attn` in its blocks.
+
+    Args:
+        layers: the blocks.
+        used: how many of them make the features.
+        first: where patches begin: 1 behind a class token, else 0.
+        needs: names of `VisualTokens.extras`; those that are not the tower's are left out.
+    """
+
+    def __init__(self, layers: Any, used: int, first: int, needs: Collection[str]) -> None:
+        names = [name for name in ENCODER_EXTRAS if name in needs]
+        # Without a class token methods are told by VisualTokens.class_token.
+        self.reader = TowerReader(n for n in names if first or n != CLASS_FEATURE)
+        self._layers, self._used, self._first = layers, used, first
+
+    def capture(self) -> Capture:
+        """Return the capture to run the tower under."""
+        return Capture(self._read if self.reader.found else None)
+
+    @torch.no_grad()
+    def _read(
+        self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if index <= self._used:
+            self.reader.read_block(index, self._used, self._layers, hidden, self._first)
+        if index == self._used:
+            self.reader.read_output(hidden)
+
+    def extras(self, tiles: int) -> dict[str, list[Tensor]]:
+        """Return what was read, one tensor a tile for each name; see `TowerReader.extras`."""
+        return self.reader.extras(tiles)
+
+
+def digests(tiles: Tensor, needs: Collection[str]) -> dict[str, Any]:
+    """Return the extra `image_digest` of tiles [T, ...] where it is needed."""
+    if "image_digest" not in needs:
+        return {}
+    return {"image_digest": [tile_digest(tile) for tile in tiles]}
