@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -33,6 +34,7 @@ from llava.pruning import PruningError, select, sensitivity
 from llava.pruning.importance import normed
 from llava.pruning.importance import sensitivity as module
 from llava.pruning.importance.derivatives import derivative, elementwise
+from llava.pruning.importance.offloaded import at_hand
 from llava.pruning.importance.projectors import (
     JoinedMerger,
     linear_matrix,
@@ -40,6 +42,7 @@ from llava.pruning.importance.projectors import (
     normed_merger,
     two_layer,
     untrained,
+    weights_of,
 )
 from llava.pruning.importance.structure import Answers, reads_only
 from llava.pruning.late_checks import collecting
@@ -518,6 +521,38 @@ def test_a_hook_that_only_reads_is_looked_through(monkeypatch) -> None:
     assert not calls
     projector(x)
     assert calls == [1]
+
+
+# --- offloaded weights ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("name", ["qwen3-vl", "llava"])
+def test_offloaded_weights_score_the_same(name, where, tmp_path) -> None:
+    projector = (PLAIN | {key: build for key, (build, _) in NORMED.items()})[name]().float()
+    x = tokens(projector, dtype=torch.float32)
+    want = {kind: sensitivity(projector, x, estimator=kind) for kind in ESTIMATORS}
+    cut = sensitivity(low_rank(projector, 3), x)
+    if where == "disk":
+        disk_offload(projector, str(tmp_path), execution_device=torch.device("cpu"))
+    else:
+        cpu_offload(projector, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in projector.parameters())
+    before = [dict(vars(layer)) for layer in projector.modules()]
+    for kind in ESTIMATORS:
+        assert torch.equal(sensitivity(projector, x, estimator=kind), want[kind])
+    loaded = at_hand(projector, x.device)
+    assert torch.equal(sensitivity(low_rank(loaded, 3), x), cut)
+    assert weights_of(at_hand(projector, x.device)) is weights_of(loaded)  # loaded once
+    assert [dict(vars(layer)) for layer in projector.modules()] == before
+    assert all(weight.is_meta for weight in projector.parameters())
+
+
+def test_weights_without_data_are_refused() -> None:
+    projector = PLAIN["llava"]()
+    x = tokens(projector)
+    with pytest.raises(PruningError, match="projector's weight has no data to score with"):
+        sensitivity(projector.to("meta"), x)
 
 
 # --- what methods ask for -------------------------------------------------------------------------
