@@ -42,7 +42,7 @@ def convert(source: str | Path, output: str | Path, to: str | None = None) -> Pa
     if to == has:
         raise UserInputError(f"{str(source)!r} is in {FORMS[has]} already; use it as it is")
     name = get_model_name_from_path(source)
-    form = ToNative(found) if has == "hf" else ToHuggingFace(found, name)
+    form = ToNative(found, name) if has == "hf" else ToHuggingFace(found, name)
     shards = plan_shards(form.weights())
     with new_folder(target, _plan(shards)) as folder:
         write_shards(folder, shards)

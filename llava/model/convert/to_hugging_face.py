@@ -81,7 +81,7 @@ class ToHuggingFace:
         drop_call_settings(folder)
 
     def _chat_template(self) -> str:
-        """Write the chat template, which is made with the tokenizer as transformers will load it."""
+        """Write the chat template, by the tokenizer as transformers will load it."""
         with TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
             stock = AutoTokenizer.from_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from llava.conversation import conv_mode_for
 from llava.model.checkpoint import native_name
 from llava.model.convert.source import VOCABULARY_TABLES, Source
 from llava.model.convert.tokens import copy_without_image_token
@@ -9,6 +10,10 @@ from llava.model.convert.weights import Weight
 from llava.model.generation import read_generation_config
 from llava.model.hugging_face import OWN_VOCABULARY
 from llava.value_rules import unfit, whole
+
+# Hugging Face's names of models may lack what LLaVA chooses a template by ("v1", "mistral").
+_NAMELESS = conv_mode_for("")
+_TEMPLATES = {"llava_llama": "llava_v1", "llava_mistral": "mistral_instruct"}
 
 
 class ToNative:
@@ -18,13 +23,19 @@ class ToNative:
 
     Args:
         source: in Hugging Face's form.
+        name: of the model, which chooses its conversation template where the config does not; a
+            name that says nothing stands for that of LLaVA-1.5, or of Mistral.
 
     Raises:
         UserInputError: `mm_vocab_size` is not a number of tokens of this model.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, name: str) -> None:
         self.source, self.config = source, source.config
+        mode, own = conv_mode_for(name, source.config), getattr(source.config, "mm_conv_mode", None)
+        if own is None and mode == _NAMELESS:
+            mode = _TEMPLATES[source.config.model_type]
+        self.config.mm_conv_mode = mode
         self.own = _own_vocabulary(source)
         if self.own is not None:
             self.config.vocab_size = self.own
