@@ -407,10 +407,44 @@ def test_another_source_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(_tensors(folder)) == len(_tensors(TINY))
 
 
-def _edit(**changes: object) -> Callable[[Path], None]:
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("mode", ["vicuna_v1", "llava_llama_2", "mpt"])
+def test_prompts_of_several_turns_and_images(legacy: bool, mode: str, tmp_path: Path) -> None:
+    """Tokenizers of Llama come in two kinds, which differ in what follows a special token."""
+    source = tmp_path / "source"
+    shutil.copytree(TINY, source)
+    _edit(mm_conv_mode=mode)(source)
+    _edit("tokenizer_config.json", legacy=legacy)(source)
+    folder = convert(source, tmp_path / "hf")
+    gap = {False: "<image> ", True: "<image>"}[legacy]
+    assert json.dumps(gap) + " +" in (folder / "chat_template.jinja").read_text()
+    chat = conv_templates[mode].copy()
+    said = ["<image>\n<image>\nWhich is red?", "The 2nd one.", "And blue?"]
+    for index, text in enumerate([*said, None]):
+        chat.append_message(chat.roles[index % 2], text)
+    text = {"type": "text", "text": "Which is red?"}
+    first = [{"type": "image", "image": picture} for picture in PICTURES[:2]] + [text]
+    messages = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": [{"type": "text", "text": said[1]}]},
+        {"role": "user", "content": [{"type": "text", "text": said[2]}]},
+    ]
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = inputs["input_ids"][0].tolist()
+    mark, patches = processor.image_token_id, 576
+    wanted = []
+    for token in tokenizer_image_token(chat.get_prompt(), load_tokenizer(source)):
+        wanted += [mark] * patches if token == IMAGE_TOKEN_INDEX else [token]
+    assert ids == wanted and len(inputs["pixel_values"]) == 2
+
+
+def _edit(file: str = "config.json", **changes: object) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps(config))
+        settings = json.loads((folder / file).read_text()) | changes
+        (folder / file).write_text(json.dumps(settings))
 
     return edit
 
