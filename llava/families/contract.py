@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
+from llava.families.deep import DeepFeatures
 from llava.families.dialogue import Dialogue
 from llava.families.lengths import Limit, PromptLength
 from llava.pruning.config import PruningConfig
@@ -42,11 +43,13 @@ class ModelInputs:
         embeds: [B, L, D], padded on the left.
         mask: [B, L], 0 at padding.
         positions: int64 [B, L], or [A, B, L] for A axes; None leaves them to the model.
+        deep: visual features for inner layers, where the model has such.
     """
 
     embeds: Tensor
     mask: Tensor
     positions: Tensor | None = None
+    deep: DeepFeatures | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -58,7 +61,8 @@ class ModelInputs:
         start = int((self.mask[number] == 0).sum())
         rows = slice(number, number + 1)
         positions = None if self.positions is None else self.positions[..., rows, start:]
-        return ModelInputs(self.embeds[rows, start:], self.mask[rows, start:], positions)
+        deep = None if self.deep is None else self.deep.row(number, start)
+        return ModelInputs(self.embeds[rows, start:], self.mask[rows, start:], positions, deep)
 
 
 class VisionLanguageModel(Protocol):

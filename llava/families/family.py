@@ -19,6 +19,7 @@ from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
 from llava.pruning.lookup import FAMILIES
 from llava.pruning.ragged import RaggedTokens
+from llava.pruning.tokens import VisualTokens
 
 register = FAMILIES.register
 

@@ -181,9 +181,11 @@ class FamilyModel:
         return measure_prompt(visual, text, self.pruning)
 
     def splice(self, visual: Any, rows: Sequence[Tensor]) -> ModelInputs:
-        lengths = [] if visual is None else [
-            visual.sequence(image).total for image in range(visual.num_images)
-        ]
+        lengths = (
+            []
+            if visual is None
+            else [visual.sequence(image).total for image in range(visual.num_images)]
+        )
         if visual is not None:
             visual.settle()
         shares = share_images([row.cpu() for row in rows], len(lengths))
@@ -298,6 +300,6 @@ class FamilyModel:
 def _text(text: str, mark: str) -> dict[str, str]:
     if mark in text:
         raise UserInputError(
-            f"the text holds {mark!r}, which stands for images in this model's prompts; leave it out"
+            f"the text holds {mark!r}, which stands for images in prompts of this model; leave it out"
         )
     return {"type": "text", "text": text}
