@@ -300,6 +300,6 @@ class FamilyModel:
 def _text(text: str, mark: str) -> dict[str, str]:
     if mark in text:
         raise UserInputError(
-            f"the text holds {mark!r}, which stands for images in prompts of this model; leave it out"
+            f"the text holds {mark!r}, which stands for images in this model's prompts; remove it"
         )
     return {"type": "text", "text": text}
