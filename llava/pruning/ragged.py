@@ -12,7 +12,7 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.indices import stack_rows
 from llava.pruning.late_checks import LateChecks
-from llava.pruning.layout import Box
+from llava.pruning.layout import Box, ImageLayout
 from llava.pruning.sequences import Prompt, TokenSequence
 from llava.pruning.tokens import TILE_EXTRAS, ImageTokens, VisualTokens
 from llava.pruning.trace import PruningTrace
@@ -156,9 +156,13 @@ class RaggedTokens(ImageTokens):
         group, own = self._find(image)
         return group.embeddings(own)
 
-    def boxes(self, image: int) -> list[Box | None]:
+    def layout_of(self, image: int) -> ImageLayout | None:
         group, own = self._find(image)
-        return group.boxes(own)
+        return group.layout_of(own)
+
+    def boxes(self, image: int, layout: ImageLayout | None = None) -> list[Box | None]:
+        group, own = self._find(image)
+        return group.boxes(own, layout)
 
     def settle(self) -> None:
         self.checks.settle()

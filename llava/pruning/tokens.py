@@ -148,11 +148,19 @@ class ImageTokens:
         line = self.newline.to(tokens.device, tokens.dtype)
         return torch.where((source == NEWLINE)[:, None], line, tokens[source.clamp(min=0)])
 
-    def boxes(self, image: int) -> list[Box | None]:
+    def layout_of(self, image: int) -> ImageLayout | None:
+        """Return the layout of `image`; None where layouts are not known."""
+        return None if self.layouts is None else self.layouts[image]
+
+    def boxes(self, image: int, layout: ImageLayout | None = None) -> list[Box | None]:
         """Return the part of the image that every token left of `image` shows.
 
         (left, top, right, bottom) in pixels of the original image; None for newlines. Patches at
         the edge of a padded image reach beyond it.
+
+        Args:
+            image: its number.
+            layout: takes the place of the image's own, which may not know the image's size.
 
         Raises:
             PruningError: the encoder was not told the image's size, or tokens were merged.
@@ -160,7 +168,7 @@ class ImageTokens:
         place = self.sequence(image).place
         if place is None:
             raise PruningError("merged tokens show no single part of the image")
-        layout = None if self.layouts is None else self.layouts[image]
+        layout = self.layout_of(image) if layout is None else layout
         if layout is None or layout.base_box is None:
             raise PruningError("the size of the image is unknown; pass image_sizes to the encoder")
         return [layout.box(index) for index in layout.sequence[place.cpu()].tolist()]
