@@ -56,6 +56,14 @@ class InternVL(Family):
         each = len(_groups(model))
         return [tiles * each for tiles in self.tiles(model, inputs, ids)]
 
+    def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
+        return len(_groups(model)) * len(inputs["pixel_values"])
+
+    def image_ids(self, model: Any, tokenizer: Any, length: int) -> tuple[list[int], list[int]]:
+        ids, inside = super().image_ids(model, tokenizer, length)
+        start, end = tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+        return [start, *ids, end], [place + 1 for place in inside]
+
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
     ) -> Encoded:

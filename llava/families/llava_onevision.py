@@ -70,6 +70,10 @@ class LlavaOnevision(LlavaNext):
     def layouts(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
         return tuple(canvas.read for canvas in self.canvases(model, inputs))
 
+    def located(self, model: Any, layout: ImageLayout, size: tuple[int, int]) -> ImageLayout:
+        """Return the layout as it is: it knows the size of its image already."""
+        return layout
+
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
     ) -> Encoded:
