@@ -199,14 +199,6 @@ class Family:
     def deep_features(self, encoded: Encoded, kept: ImageTokens) -> list[Tensor]:
         """Return what is left of the deep features: per level [n, D], images one after another."""
         return [
-            torch.cat([_left_of(kept, number, image) for number, image in enumerate(level)])
+            torch.cat([kept.mean_of(number, image) for number, image in enumerate(level)])
             for level in encoded.deep
         ]
-
-
-def _left_of(kept: ImageTokens, number: int, values: Tensor) -> Tensor:
-    """Return the entries of values [n, D] for the tokens left of an image."""
-    place = kept.sequence(number).place
-    if place is None:
-        return kept.mean_of(number, values)
-    return values[place.to(values.device)]

@@ -142,7 +142,7 @@ def shorten(prompts: Prompts, kept: ImageTokens, side: str) -> Short:
             keep[columns] = False
             keep[own] = visual[own] = True
             if axes > 1:
-                positions[:, own] = _places(kept, number, positions[:, columns])
+                positions[:, own] = kept.mean_place(number, positions[:, columns])
                 if not kept.original_positions:
                     _close_gaps(positions, columns, own)
         left = keep.nonzero().flatten()
@@ -165,18 +165,10 @@ def shorten(prompts: Prompts, kept: ImageTokens, side: str) -> Short:
 
 def _left_columns(kept: ImageTokens, number: int, columns: Tensor) -> Tensor:
     """Return the columns of the tokens left of an image; merged ones take its first."""
-    _, place, _ = kept.sequence(number)
-    if place is None:
-        return columns[: len(kept.sequence(number).source)]
-    return columns[place.cpu()]
-
-
-def _places(kept: ImageTokens, number: int, positions: Tensor) -> Tensor:
-    """Return the positions [A, k] of the tokens left of an image that had positions [A, n]."""
-    _, place, _ = kept.sequence(number)
-    if place is None:
-        return kept.mean_place(number, positions)
-    return positions[:, place.cpu()]
+    sequence = kept.sequence(number)
+    if sequence.place is None:
+        return columns[: len(sequence.source)]
+    return columns[sequence.place.cpu()]
 
 
 def _close_gaps(positions: Tensor, columns: Tensor, own: Tensor) -> None:

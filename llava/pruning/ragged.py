@@ -149,6 +149,10 @@ class RaggedTokens(ImageTokens):
         group, own = self._find(image)
         return group.mean_place(own, coordinates)
 
+    def mean_of(self, image: int, values: Tensor) -> Tensor:
+        group, own = self._find(image)
+        return group.mean_of(own, values)
+
     def embeddings(self, image: int) -> Tensor:
         group, own = self._find(image)
         return group.embeddings(own)

@@ -136,6 +136,17 @@ class ImageTokens:
         assert self.sources is not None  # what has no place was merged
         return sequence.mean_coordinates(self.sources[self.tiles_of(image)], coordinates)
 
+    def mean_of(self, image: int, values: Tensor) -> Tensor:
+        """Return of values [n, D], one for each token of the unpruned `image`, those left: [k, D].
+
+        Of a merged token the mean of all that it was made of, see `TokenSequence.mean_values`.
+        """
+        sequence = self.sequence(image)
+        if sequence.place is not None:
+            return values[sequence.place.to(values.device)]
+        assert self.sources is not None  # what has no place was merged
+        return sequence.mean_values(self.sources[self.tiles_of(image)], values)
+
     def embeddings(self, image: int) -> Tensor:
         """Return what the language model reads of `image`, newlines included: [n, D]."""
         tiles = self.tiles_of(image)
