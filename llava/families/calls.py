@@ -14,14 +14,8 @@ from transformers.generation import BaseStreamer
 
 from llava.families.continuation import ShortCall, continued, next_step, remember
 from llava.families.deep import DeepFeatures, hand_over, handing_over
-from llava.families.prompts import (
-    PER_TOKEN,
-    ImageColumns,
-    Prompts,
-    Short,
-    find_images,
-    shorten,
-)
+    images = family.find(model, inputs, host, host_mask)
+    if _keeps_all(config, images):
 from llava.model.call_context import asking
 from llava.pruning.active import record
 from llava.pruning.config import PruningConfig
@@ -146,7 +140,7 @@ def shorten_call(
     """
     family, model, config = target.family, target.model, target.pruning
     family.check(call)
-    if config is None or all(call.get(name) is None for name in family.pixels[:1]):
+    if config is None or all(call.get(name) is None for name in family.shown):
         if call.get("mm_encoder_outputs"):
             raise PruningError(
                 "mm_encoder_outputs were computed without the pruning stage; give pixel_values, or "
@@ -164,9 +158,15 @@ def shorten_call(
     if mask is not None and mask.ndim != 2:
         raise PruningError(f"attention_mask must be [B, L] to be pruned, got {[*mask.shape]}")
     host_mask = torch.ones_like(host, dtype=torch.bool) if mask is None else mask.cpu().bool()
+<<<<<<< HEAD
+    images = family.find(model, inputs, host, host_mask)
+    lengths = [len(image.columns) for image in images]
+    if all(config.num_kept(n) >= n for n in lengths) and config.pruner.budgeted:
+=======
     lengths = family.lengths(model, inputs, host)
     images = find_images(host, host_mask, family.placeholders(model), lengths)
     if _keeps_all(config, images):
+>>>>>>> suite
         return None
     needs = set(config.pruner.collects)
     encoded = family.encode(model, inputs, host, needs)
@@ -209,7 +209,7 @@ def _short_call(
     short_ids = short.take(ids, _padding_id(model))
     embeds = family.embed(model, short_ids)
     visual = short.visual.to(embeds.device)
-    images = [kept.embeddings(number) for number in range(kept.num_images)]
+    images = [kept.embeddings(number) for number in short.order]
     tokens = torch.cat([image.to(embeds.device, embeds.dtype) for image in images])
     arguments["inputs_embeds"] = embeds.masked_scatter(visual[..., None], tokens)
     mask = call.get("attention_mask")
@@ -221,7 +221,9 @@ def _short_call(
             arguments[name] = short.take(call[name], padding)
     deep = None
     if encoded.deep:
-        levels = [level.to(embeds.device) for level in family.deep_features(encoded, kept)]
+        levels = [
+            level.to(embeds.device) for level in family.deep_features(encoded, kept, short.order)
+        ]
         deep = DeepFeatures(visual, levels)
     last = positions.amax(dim=(0, 2)) - short.positions.amax(dim=(0, 2))
     return ShortCall(arguments, short_ids, short, ids.shape[1], last, deep)

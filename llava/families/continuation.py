@@ -85,6 +85,7 @@ def continued(family: Family, ids: Tensor | None, call: Mapping[str, Any]) -> Sh
         torch.cat([known.short.columns, columns], dim=1),
         torch.cat([known.short.positions, _after(known, 0, more)], dim=2),
         pad(known.short.visual, (0, more)),
+        known.short.order,
     )
     dropped = (*family.pixels, *PER_TOKEN)
     arguments = {name: value for name, value in call.items() if name not in dropped}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llava.families.attachment import Attachment
 from llava.families.capture import Capture, capturing
-from llava.families.prompts import text_positions
+from llava.families.prompts import ImageColumns, find_images, text_positions
 from llava.families.questions import add_questions
 from llava.pruning.errors import PruningError
 from llava.pruning.lookup import FAMILIES
@@ -53,11 +53,13 @@ class Family:
         name: what it is registered as.
         classes: names of the transformers classes.
         pixels: arguments of `forward` that bring images; they go once the images are embedded.
+        shown: those of them that hold pictures, without which a call has none.
     """
 
     name: ClassVar[str] = ""
     classes: ClassVar[tuple[str, ...]] = ()
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    shown: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     @classmethod
     def attachment(cls, model: Any) -> Attachment:
@@ -98,6 +100,20 @@ class Family:
             ids: LongTensor [B, L] of the prompts, on the CPU.
         """
         raise NotImplementedError
+
+    def find(
+        self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
+    ) -> list[ImageColumns]:
+        """Find the columns of every image of a call.
+
+        Args:
+            model, inputs, ids: as in `lengths`.
+            mask: BoolTensor [B, L] on the CPU, False for padding.
+
+        Raises:
+            PruningError: placeholders and images do not match.
+        """
+        return find_images(ids, mask, self.placeholders(model), self.lengths(model, inputs, ids))
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
@@ -158,7 +174,9 @@ class Family:
         Raises:
             PruningError: names them.
         """
-        moving = [name for name in _VIDEO if inputs.get(name) is not None]
+        moving = [
+            name for name in _VIDEO if inputs.get(name) is not None and name not in self.pixels
+        ]
         if moving:
             raise PruningError(
                 f"videos of {self.name} models cannot be pruned ({', '.join(moving)}); switch "
@@ -170,7 +188,7 @@ class Family:
     def run_vision(
         self, model: Any, inputs: Mapping[str, Any], capture: Capture | None = None
     ) -> tuple[Any, Tensor, Tensor]:
-        """Run `get_image_features`.
+        """Run `get_image_features` with those of `inputs` that are named in `pixels`.
 
         Returns:
             What it returned, and input and output of the projector.
@@ -196,9 +214,11 @@ class Family:
         embedded: Tensor = table(ids)
         return embedded
 
-    def deep_features(self, encoded: Encoded, kept: ImageTokens) -> list[Tensor]:
-        """Return what is left of the deep features: per level [n, D], images one after another."""
+    def deep_features(
+        self, encoded: Encoded, kept: ImageTokens, order: Sequence[int]
+    ) -> list[Tensor]:
+        """Return what is left of the deep features: per level [n, D], images in this order."""
         return [
-            torch.cat([kept.mean_of(number, image) for number, image in enumerate(level)])
+            torch.cat([kept.mean_of(number, level[number]) for number in order])
             for level in encoded.deep
         ]

@@ -20,10 +20,22 @@ PER_TOKEN = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
 class ImageColumns(NamedTuple):
-    """Where the tokens of one image stand: their row, and their columns [n] in ascending order."""
+    """Where the tokens of one image, or one frame of a video, stand.
+
+    Attributes:
+        row: of the batch.
+        columns: LongTensor [n], ascending.
+        video: number of the video whose frames share their rows and columns of positions.
+    """
 
     row: int
     columns: Tensor
+    video: int | None = None
+
+    @property
+    def first(self) -> tuple[int, int]:
+        """Row and column of its first token."""
+        return self.row, int(self.columns[0])
 
 
 @dataclass
@@ -46,6 +58,14 @@ class Prompts:
         """Return the numbers of the images of a row."""
         return [number for number, image in enumerate(self.images) if image.row == row]
 
+    def blocks(self, row: int) -> list[Tensor]:
+        """Return the columns of every image and every whole video of a row, in their order."""
+        blocks: dict[Any, list[Tensor]] = {}
+        for number in self.images_of(row):
+            _, columns, video = self.images[number]
+            blocks.setdefault(("image", number) if video is None else video, []).append(columns)
+        return sorted((torch.cat(block) for block in blocks.values()), key=lambda own: int(own[0]))
+
 
 @dataclass
 class Short:
@@ -54,13 +74,14 @@ class Short:
     Attributes:
         columns: LongTensor [B, L'] of the unpruned prompt, -1 for padding.
         positions: LongTensor [A, B, L'], 0 for padding.
-        visual: BoolTensor [B, L'], True for the tokens of images, which come in the order of the
-            images.
+        visual: BoolTensor [B, L'], True for the tokens of images.
+        order: numbers of the images in the order in which their tokens come, row by row.
     """
 
     columns: Tensor
     positions: Tensor
     visual: Tensor
+    order: list[int]
 
     @property
     def mask(self) -> Tensor:
@@ -122,8 +143,9 @@ def shorten(prompts: Prompts, kept: ImageTokens, side: str) -> Short:
     """Leave out of every prompt the tokens that its images lost.
 
     With compact positions the gaps are closed. On one axis what is left is numbered 0, 1, 2, ...;
-    on M-RoPE's axes each image has the extent of the rows, columns and times at which a token is
-    left, and what follows moves up, as in the prompt of a smaller image.
+    on M-RoPE's axes each image or video has the extent of the rows and columns in which a token is
+    left, and what follows moves up, as in the prompt of a smaller image. Times stay: they may
+    count seconds.
 
     Args:
         prompts: the unpruned prompts.
@@ -143,8 +165,9 @@ def shorten(prompts: Prompts, kept: ImageTokens, side: str) -> Short:
             keep[own] = visual[own] = True
             if axes > 1:
                 positions[:, own] = kept.mean_place(number, positions[:, columns])
-                if not kept.original_positions:
-                    _close_gaps(positions, columns, own)
+        if axes > 1 and not kept.original_positions:
+            for columns in prompts.blocks(row):
+                _close_gaps(positions, columns, columns[visual[columns]])
         left = keep.nonzero().flatten()
         if axes == 1 and not kept.original_positions:
             positions[:, left] = positions[0, left[0]] + torch.arange(len(left))
@@ -154,6 +177,7 @@ def shorten(prompts: Prompts, kept: ImageTokens, side: str) -> Short:
         torch.full((len(rows), width), -1),
         torch.zeros(axes, len(rows), width, dtype=torch.long),
         torch.zeros(len(rows), width, dtype=torch.bool),
+        sorted(range(len(prompts.images)), key=lambda number: prompts.images[number].first),
     )
     for row, (columns, positions, visual) in enumerate(rows):
         at = slice(width - len(columns), width) if side == "left" else slice(0, len(columns))
@@ -182,7 +206,7 @@ def _close_gaps(positions: Tensor, columns: Tensor, own: Tensor) -> None:
     after = int(columns[-1]) + 1
     start = int(positions[:, columns].min())
     extent = 0
-    for axis in positions:
+    for axis in positions[1:]:
         # The rank of each among the places that are still taken.
         _, rank = axis[own].unique(return_inverse=True)
         axis[own] = start + rank

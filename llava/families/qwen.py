@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from itertools import zip_longest
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from llava.families.family import Encoded, Family, register
 from llava.families.packed import PackedReadings
+from llava.families.prompts import ImageColumns, find_images
 from llava.families.towers import digests
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.projectors import JoinedMerger
@@ -19,10 +21,67 @@ from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import VisualTokens
 
 
-class QwenFamily(Family):
-    """What all of them have in common; a class says how its tower orders tokens."""
+class _Source(NamedTuple):
+    """Arguments that bring images or videos."""
 
-    pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    pixels: str
+    grids: str
+    moving: bool
+
+
+_SOURCES = (
+    _Source("pixel_values", "image_grid_thw", False),
+    _Source("pixel_values_videos", "video_grid_thw", True),
+)
+
+
+class _View(NamedTuple):
+    """An image, or a frame of the video of a number: (rows, columns) of its tokens."""
+
+    number: int
+    grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return self.grid[0] * self.grid[1]
+
+
+def _views(model: Any, inputs: Mapping[str, Any], source: _Source) -> list[_View]:
+    """Return the images of a call, or all frames of its videos.
+
+    Raises:
+        PruningError: their grids are missing.
+    """
+    if inputs.get(source.pixels) is None:
+        return []
+    if inputs.get(source.grids) is None:
+        raise PruningError(f"{type(model).__name__} needs {source.grids} beside {source.pixels}")
+    side = model.model.visual.spatial_merge_size
+    return [
+        _View(number, (rows // side, columns // side))
+        for number, (frames, rows, columns) in enumerate(inputs[source.grids].tolist())
+        for _ in range(frames)
+    ]
+
+
+class QwenFamily(Family):
+    """What all of them have in common; a class says how its tower orders tokens.
+
+    A frame of a video (two pictures, which the tower takes together) is an image of its own, with
+    its own budget; `scope="prompt"` makes the budget that of the whole prompt.
+    """
+
+    pixels: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "image_grid_thw",
+        "pixel_values_videos",
+        "video_grid_thw",
+        "second_per_grid_ts",
+    )
+    shown: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    # Whether the frames of a video share their rows and columns of positions.
+    joint_videos: ClassVar[bool] = True
 
     def projector(self, model: Any) -> nn.Module:
         merger: nn.Module = model.model.visual.merger
@@ -32,40 +91,54 @@ class QwenFamily(Family):
         blocks: Sequence[nn.Module] = model.model.visual.blocks
         return blocks
 
-    def grids(self, model: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-        """Return (rows, columns) of the tokens of every image.
+    def placeholders(self, model: Any) -> list[int]:
+        return [model.config.image_token_id, model.config.video_token_id]
 
-        Raises:
-            PruningError: the grids are missing.
-        """
-        grids = inputs["image_grid_thw"]
-        if grids is None:
-            raise PruningError("Qwen-VL models need image_grid_thw beside pixel_values")
-        side = model.model.visual.spatial_merge_size
-        return [(rows // side, columns // side) for _, rows, columns in grids.tolist()]
+    def find(
+        self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
+    ) -> list[ImageColumns]:
+        found: list[ImageColumns] = []
+        for source, mark in zip(_SOURCES, self.placeholders(model), strict=True):
+            views = _views(model, inputs, source)
+            images = find_images(ids, mask, [mark], [view.tokens for view in views])
+            for image, view in zip(images, views, strict=True):
+                joint = source.moving and self.joint_videos
+                found.append(image._replace(video=view.number if joint else None))
+        return found
 
-    def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
-        return [rows * columns for rows, columns in self.grids(model, inputs)]
-
-    def order(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    def order(self, model: Any, grids: Tensor) -> Tensor | None:
         """Return where the tower has each token, LongTensor [n]; None for raster order."""
         return None
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
     ) -> Encoded:
+        images: list[VisualTokens] = []
+        deep: list[list[Tensor]] = []
+        for source in _SOURCES:
+            if inputs.get(source.pixels) is not None:
+                found, levels = self._encode(model, inputs, source, needs)
+                images += found
+                deep = [[*a, *b] for a, b in zip_longest(deep, levels, fillvalue=[])]
+        return Encoded(RaggedTokens.of(images), tuple(map(tuple, deep)))
+
+    def _encode(
+        self, model: Any, inputs: Mapping[str, Any], source: _Source, needs: Collection[str]
+    ) -> tuple[list[VisualTokens], list[list[Tensor]]]:
+        """Encode all images, or all frames of videos: their tokens, and per level deep features."""
         joined = model.model.visual.spatial_merge_size**2
-        grids = self.grids(model, inputs)
-        sizes = [rows * columns for rows, columns in grids]
-        order = self.order(model, inputs)
+        views, grids = _views(model, inputs, source), inputs[source.grids]
+        sizes = [view.tokens for view in views]
         readings = PackedReadings(self.blocks(model), [n * joined for n in sizes], needs)
-        output, patches, projected = self.run_vision(model, inputs, readings.capture())
+        given = {"pixel_values": inputs[source.pixels], "image_grid_thw": grids}
+        output, patches, projected = self.run_vision(model, given, readings.capture())
         features = patches.reshape(len(projected), -1)
+        order = self.order(model, grids.cpu())
         if order is not None:
             at = order.to(features.device)
             features, projected = features[at], projected[at]
         found = readings.extras(joined, order)
-        pixels = inputs["pixel_values"].split([n * joined for n in sizes])
+        pixels = inputs[source.pixels].split([n * joined for n in sizes])
         projector = JoinedMerger(self.projector(model), joined)
         parts = zip(features.split(sizes), projected.split(sizes), strict=True)
         images = [
@@ -74,29 +147,31 @@ class QwenFamily(Family):
                 projected=tokens[None],
                 projector=projector,
                 image_index=torch.zeros(1, dtype=torch.long),
-                grid=grid,
+                grid=view.grid,
                 extras={
                     **{name: [values[number]] for name, values in found.items()},
                     **digests(pixels[number][None], needs),
                 },
                 class_token=False,
-                layouts=(ImageLayout(grid),),
+                layouts=(ImageLayout(view.grid),),
             )
-            for number, ((own, tokens), grid) in enumerate(zip(parts, grids, strict=True))
+            for number, ((own, tokens), view) in enumerate(zip(parts, views, strict=True))
         ]
-        return Encoded(RaggedTokens.of(images), self.deep(output, sizes))
+        return images, [list(torch.cat([*level]).split(sizes)) for level in self.deep(output)]
 
-    def deep(self, output: Any, sizes: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
-        """Return the deep features of a call, see `Encoded`."""
-        return ()
+    def deep(self, output: Any) -> list[Sequence[Tensor]]:
+        """Return the deep features of a call: per level tensors [n, D], one after the other."""
+        return []
 
-    def positions(
-        self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
-    ) -> Tensor:
-        grids = inputs["image_grid_thw"]
-        kinds = torch.isin(ids, torch.tensor(self.placeholders(model))).int()
+    def positions(self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
+        kinds = torch.zeros_like(ids)
+        for kind, mark in enumerate(self.placeholders(model), start=1):
+            kinds[ids == mark] = kind
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        given = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in given.items()}
         positions: Tensor = model.model.get_rope_index(
-            ids, mm_token_type_ids=kinds, image_grid_thw=grids.cpu(), attention_mask=mask.long()
+            ids, mm_token_type_ids=kinds.int(), attention_mask=mask.long(), **given
         )[0]
         return positions
 
@@ -116,10 +191,10 @@ class Qwen25VL(QwenFamily):
     name: ClassVar[str] = "qwen2_5_vl"
     classes: ClassVar[tuple[str, ...]] = ("Qwen2_5_VLForConditionalGeneration",)
 
-    def order(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    def order(self, model: Any, grids: Tensor) -> Tensor | None:
         tower = model.model.visual
         windows, _ = get_vision_window_index(
-            inputs["image_grid_thw"].cpu(),
+            grids,
             spatial_merge_size=tower.spatial_merge_size,
             window_size=tower.window_size,
             patch_size=tower.patch_size,
@@ -134,10 +209,11 @@ class Qwen3VL(QwenFamily):
     name: ClassVar[str] = "qwen3_vl"
     classes: ClassVar[tuple[str, ...]] = ("Qwen3VLForConditionalGeneration",)
 
-    def deep(self, output: Any, sizes: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+    # The prompt gives the time of every frame in words, and frames stand apart.
+    joint_videos: ClassVar[bool] = False
+
+    def deep(self, output: Any) -> list[Sequence[Tensor]]:
         # One tensor a level in older releases, one for each image of a level in newer ones.
-        levels = output.deepstack_features
-        return tuple(
-            tuple(level.split(list(sizes)) if isinstance(level, Tensor) else level)
-            for level in levels
-        )
+        return [
+            [level] if isinstance(level, Tensor) else level for level in output.deepstack_features
+        ]

@@ -128,13 +128,15 @@ class ImageTokens:
         sequence = self.sequence(image)
         if coordinates.dim() != 2 or coordinates.shape[1] != sequence.total:
             raise PruningError(
-                f"image {image} has {sequence.total} tokens before pruning; coordinates must be "
+                f"the image has {sequence.total} tokens before pruning; coordinates must be "
                 f"[axes, {sequence.total}], got {[*coordinates.shape]}"
             )
         if sequence.place is not None:
             return coordinates[:, sequence.place.to(coordinates.device)]
         assert self.sources is not None  # what has no place was merged
-        return sequence.mean_coordinates(self.sources[self.tiles_of(image)], coordinates)
+        tiles = self.tiles_of(image)
+        own = self.sources[tiles[0] : tiles[-1] + 1]
+        return sequence.mean_coordinates(own, coordinates)
 
     def mean_of(self, image: int, values: Tensor) -> Tensor:
         """Return of values [n, D], one for each token of the unpruned `image`, those left: [k, D].

@@ -29,7 +29,8 @@ from llava.utils import UserInputError
 
 GREEDY = Sampling(temperature=0, max_new_tokens=5)
 SHAPES = (("a",), (), ("b", "a"), ("b",), ("c", "a", "b"), ("a",))
-ARMS = tuple(map(parse_arm, ("none", "random@48", "zoo-exact@48", "mmtok@48", "grid@0.1")))
+SETTINGS = ("none", "random@48", "zoo-exact@48", "mmtok@48", "grid@0.1", "norm:scope=prompt@48")
+ARMS = tuple(map(parse_arm, SETTINGS))
 
 
 class Pictures(Benchmark):
@@ -143,6 +144,7 @@ def test_any_number_of_images(subject: LoadedModel, batch_size: int) -> None:
     assert [tokens["none", count] for count in range(4)] == [0, 576, 1152, 1728]
     assert [tokens["random@48", count] for count in range(4)] == [0, 48, 96, 144]
     assert tokens["grid@0.1", 1] == 58
+    assert [tokens["norm:scope=prompt@48", count] for count in range(4)] == [0, 48, 48, 48]
 
 
 def test_tiles(tiles: LoadedModel) -> None:

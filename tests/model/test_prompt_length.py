@@ -30,6 +30,8 @@ SETTINGS = [
     {"method": "divprune", "keep_ratio": 0.4, "allocation": "global", "newline": "select"},
     {"method": "zoo", "keep_tokens": 9, "positions": "original"},
     {"method": "random", "keep_tokens": 500},
+    {"method": "zoo", "keep_tokens": 33, "scope": "prompt"},
+    {"method": "zoo", "keep_ratio": 0.3, "scope": "prompt", "positions": "original"},
 ]
 Make = Callable[..., object]
 
@@ -45,12 +47,14 @@ def read_by(model, ids: torch.Tensor, **images) -> tuple[int, int]:
     return count, count if positions is None else int(positions.max()) + 1
 
 
-# The released code selects in every tile and knows no other way.
+# The released code selects in every tile and knows no other way; what counts every image has no
+# budget of a prompt.
 CASES = [
     (pruning, protocol)
     for pruning in SETTINGS
     for protocol in ("native", "fixed2880", "zoo-release", "spatial")
-    if protocol != "zoo-release" or "newline" not in (pruning or {})
+    if (protocol != "zoo-release" or "newline" not in (pruning or {}))
+    and (protocol in ("native", "fixed2880") or "scope" not in (pruning or {}))
 ]
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava.model.layouts import padding_mask
 from llava.pruning import (
     PruningConfig,
+    RaggedTokens,
     VisualTokens,
     get_method,
     list_methods,
@@ -160,6 +161,32 @@ def test_the_whole_stage(name: str, tiled: bool) -> None:
     assert len(pruned.checks) > 0
     for image in range(visual.num_images):
         assert pruned.embeddings(image).shape == (12, visual.projected.shape[-1])
+
+
+@pytest.mark.parametrize("name", ["zoo-exact", "visionzip"])
+def test_images_of_different_grids(name: str) -> None:
+    """Nor does it wait to put groups together, or for the coordinates of what is left."""
+    images = []
+    for grid in (GRID, (4, 6), GRID):
+        visual = visual_for(name, 1, grid=grid)
+        tensors = {field: on_meta(getattr(visual, field)) for field in ("features", "projected")}
+        extras = {key: on_meta(extra) for key, extra in visual.extras.items()}
+        projector = visual.projector.to("meta")
+        images.append(replace(visual, projector=projector, extras=extras, **tensors))
+    ragged, config = RaggedTokens.of(images), PruningConfig(name, keep_tokens=12)
+
+    def use() -> RaggedTokens:
+        pruned = prune_visual_tokens(ragged, config)
+        for image, grid in enumerate((GRID, (4, 6), GRID)):
+            coordinates = torch.empty(3, grid[0] * grid[1], dtype=torch.long, device="meta")
+            assert pruned.mean_place(image, coordinates).shape == (3, 12)
+            assert pruned.embeddings(image).shape == (12, visual.projected.shape[-1])
+        return pruned
+
+    use()
+    with NoCopies():
+        pruned = use()
+    assert len(pruned.checks) == sum(len(group.checks) for group in pruned.groups) > 0
 
 
 @pytest.mark.parametrize("name", WAITING)

@@ -167,6 +167,7 @@ def test_set_alone_says_what_there_is(session: Session) -> None:
         "allocation=per_tile",
         "newline=keep",
         "positions=compact",
+        "scope=image",
         "compute=auto",
     ]
     assert "drop | keep | select: " in lines[1]
