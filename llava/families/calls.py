@@ -14,8 +14,7 @@ from transformers.generation import BaseStreamer
 
 from llava.families.continuation import ShortCall, continued, next_step, remember
 from llava.families.deep import DeepFeatures, hand_over, handing_over
-    images = family.find(model, inputs, host, host_mask)
-    if _keeps_all(config, images):
+from llava.families.prompts import PER_TOKEN, ImageColumns, Prompts, Short, shorten
 from llava.model.call_context import asking
 from llava.pruning.active import record
 from llava.pruning.config import PruningConfig
@@ -158,15 +157,8 @@ def shorten_call(
     if mask is not None and mask.ndim != 2:
         raise PruningError(f"attention_mask must be [B, L] to be pruned, got {[*mask.shape]}")
     host_mask = torch.ones_like(host, dtype=torch.bool) if mask is None else mask.cpu().bool()
-<<<<<<< HEAD
     images = family.find(model, inputs, host, host_mask)
-    lengths = [len(image.columns) for image in images]
-    if all(config.num_kept(n) >= n for n in lengths) and config.pruner.budgeted:
-=======
-    lengths = family.lengths(model, inputs, host)
-    images = find_images(host, host_mask, family.placeholders(model), lengths)
     if _keeps_all(config, images):
->>>>>>> suite
         return None
     needs = set(config.pruner.collects)
     encoded = family.encode(model, inputs, host, needs)

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llava.pruning.importance.structure import reads_only
+
 # Reads block `index` of a tower before it runs, from its arguments.
 ReadBlock = Callable[[int, nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
 
@@ -47,6 +49,7 @@ def capturing(capture: Capture) -> Iterator[None]:
 def hook_vision(projector: nn.Module, blocks: Any) -> list[Any]:
     """Put the hooks on a projector and on the blocks of a tower; return their handles."""
 
+    @reads_only
     def after_projector(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         capture = _capture.get()
         if capture is not None:

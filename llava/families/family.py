@@ -160,8 +160,10 @@ class Family:
         if visual.extras:
             places = [rows[:number].count(row) for number, row in enumerate(rows)]
             visual = visual.with_extras({"image_position": places})
-        firsts = [number for number, row in enumerate(rows) if row not in rows[:number]]
-        shares = tuple(range(first, first + rows.count(rows[first])) for first in firsts)
+        shares = tuple(
+            tuple(number for number, own in enumerate(rows) if own == row)
+            for row in dict.fromkeys(rows)
+        )
         return add_questions(self, model, replace(visual, shares=shares), rows)
 
     def text_tower(self, model: Any) -> Any:

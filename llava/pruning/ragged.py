@@ -50,7 +50,7 @@ class RaggedTokens(ImageTokens):
     groups: tuple[ImageTokens, ...]
     places: tuple[Place, ...]
     prompts: tuple[Prompt, ...] = ()
-    shares: tuple[range, ...] = ()
+    shares: tuple[Sequence[int], ...] = ()
     trace: PruningTrace | None = None
     image_index: Tensor = field(init=False)
     checks: LateChecks = field(init=False)

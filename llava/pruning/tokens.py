@@ -241,7 +241,7 @@ class VisualTokens(ImageTokens):
     sizes: tuple[int, ...] | None = None
     checks: LateChecks = field(default_factory=LateChecks)
     compute: str = "auto"
-    shares: tuple[range, ...] = ()
+    shares: tuple[Sequence[int], ...] = ()
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]

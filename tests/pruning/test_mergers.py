@@ -41,6 +41,7 @@ from llava.pruning.importance.projectors import (
     two_layer,
     untrained,
 )
+from llava.pruning.importance.structure import Answers, reads_only
 from llava.pruning.late_checks import collecting
 
 FP64, BF16 = torch.float64, torch.bfloat16
@@ -501,6 +502,24 @@ def test_looking_leaves_the_module_as_it_was() -> None:
         assert torch.equal(value, before[name])
 
 
+def test_a_hook_that_only_reads_is_looked_through(monkeypatch) -> None:
+    """As families put one on a projector: neither recognising nor scoring calls it."""
+    projector, calls = JoinedMerger(qwen3(), 4), []
+    x = tokens(projector)
+    want = sensitivity(projector, x, estimator="exact")
+
+    @reads_only
+    def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        calls.append(1)
+
+    projector.merger.register_forward_hook(hook)
+    monkeypatch.setattr("llava.pruning.importance.projectors._forms", Answers())
+    assert torch.equal(sensitivity(projector, x, estimator="exact"), want)
+    assert not calls
+    projector(x)
+    assert calls == [1]
+
+
 # --- what methods ask for -------------------------------------------------------------------------
 
 
@@ -523,6 +542,7 @@ def test_low_rank_of_a_merger(estimator) -> None:
     x = tokens(projector)
     want = sensitivity(projector, x, estimator=estimator)
     cut = low_rank(projector, 3)
+    assert low_rank(JoinedMerger(projector.merger, 4), 3).merger is cut.merger  # made once
     assert normed_merger(cut) is not None
     if estimator == "exact":
         got = sensitivity(cut, x, estimator="exact")

@@ -172,7 +172,10 @@ def test_prune_restores_the_previous_setting() -> None:
 
 
 def test_prune_refuses_what_it_cannot_set() -> None:
-    with pytest.raises(PruningError, match="object is not a model that can be pruned"), prune(object(), "none"):
+    with (
+        pytest.raises(PruningError, match="object is not a model that can be pruned"),
+        prune(object(), "none"),
+    ):
         pass
     with pytest.raises(PruningError, match="keep_tokens: settings go with a method name"):
         prune(Model(), keep_tokens=3).__enter__()

@@ -264,7 +264,9 @@ def low_rank(projector: nn.Module, rank: int) -> nn.Module:
     columns, so every ||J u|| stays what it is while the output shrinks from D to `rank`.
     The copy serves sensitivities only; its outputs are not embeddings.
     """
-    return _low_rank_copies.get(projector, rank, lambda: _truncated(projector, rank))
+    if type(projector) is JoinedMerger and two_layer(projector) is None:
+        return JoinedMerger(low_rank(projector.merger, rank), projector.groups)
+    return _low_rank_copies.get(weights_of(projector), rank, lambda: _truncated(projector, rank))
 
 
 def untrained(projector: nn.Module, rank: int, seed: int) -> nn.Module:

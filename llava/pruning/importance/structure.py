@@ -22,6 +22,15 @@ _OWN = frozenset(vars(nn.Module()))
 _MOST_ANSWERS = 256
 
 
+Hook = TypeVar("Hook", bound=Callable[..., object])
+
+
+def reads_only(hook: Hook) -> Hook:
+    """Mark a hook that changes neither inputs nor outputs: forms are recognised in spite of it."""
+    hook.reads_only = True  # type: ignore[attr-defined]
+    return hook
+
+
 class Answers(Generic[Value]):
     """Remembers what was found out about modules, by how they are built and not by their weights.
 
@@ -36,8 +45,9 @@ class Answers(Generic[Value]):
     def get(self, module: nn.Module, find: Callable[[], Value | None]) -> Value | None:
         """Return `find()`, or what it found for a module built alike; None if it has hooks.
 
-        A module with hooks or a `forward` of its own may compute anything, and calling them could
-        have effects. `find` runs outside autocast and without gradients.
+        A module with hooks (other than `reads_only`) or a `forward` of its own may compute
+        anything, and calling them could have effects. `find` runs outside autocast and without
+        gradients.
         """
         key = _build_of(module)
         if key is None:
@@ -59,7 +69,7 @@ def _build_of(module: nn.Module) -> Hashable | None:
     parts: list[Hashable] = []
     for name, child in module.named_modules(remove_duplicate=False):
         own = vars(child)
-        if "forward" in own or any(own.get(hooks) for hooks in _HOOKS):
+        if "forward" in own or any(_changing(own.get(hooks)) for hooks in _HOOKS):
             return None
         settings = tuple((key, _plain(value)) for key, value in own.items() if key not in _OWN)
         tensors = tuple(
@@ -69,6 +79,11 @@ def _build_of(module: nn.Module) -> Hashable | None:
         )
         parts.append((name, type(child), type(child).forward, settings, tensors))
     return tuple(parts)
+
+
+def _changing(hooks: Mapping[int, object] | None) -> bool:
+    # Other threads may add and remove some meanwhile.
+    return any(not hasattr(hook, "reads_only") for hook in [*(hooks or {}).values()])
 
 
 def _plain(value: object) -> Hashable:
@@ -92,7 +107,7 @@ def leaves(module: nn.Module) -> list[nn.Module]:
 
 
 def small_copy(module: nn.Module, shapes: Mapping[int, tuple[int, ...]]) -> nn.Module:
-    """Return a copy outside training with random float64 weights on the CPU.
+    """Return a copy outside training with random float64 weights on the CPU, without hooks.
 
     Args:
         module: any module; nothing of it is changed or shared.
@@ -111,4 +126,8 @@ def small_copy(module: nn.Module, shapes: Mapping[int, tuple[int, ...]]) -> nn.M
     for buffer in module.buffers():
         if buffer.is_floating_point():
             memo[id(buffer)] = draw(buffer)
-    return copy.deepcopy(module, memo).eval()
+    small = copy.deepcopy(module, memo).eval()
+    for child in small.modules():
+        for hooks in _HOOKS:
+            getattr(child, hooks).clear()
+    return small
