@@ -62,6 +62,7 @@ def generate(
     arguments = dict(short.arguments)
     removed = short.length - short.short.columns.shape[1]
     _count_lengths(target.model, arguments, removed)
+    _refuse_chunks(arguments)
     if arguments.get("streamer") is not None:
         arguments["streamer"] = _WholePrompt(arguments["streamer"], ids)
     with _inside_generate(short.deep):
@@ -250,6 +251,17 @@ def _count_lengths(model: Any, arguments: dict[str, Any], removed: int) -> None:
         value = next((value for value in values if value is not None), None)
         if value:
             arguments[name] = max(value - removed, 0)
+
+
+def _refuse_chunks(arguments: Mapping[str, Any]) -> None:
+    """Refuse a prompt read in parts: `generate` splits its ids, not its embeddings."""
+    own = arguments.get("generation_config")
+    size = arguments.get("prefill_chunk_size") or getattr(own, "prefill_chunk_size", None)
+    if size:
+        raise PruningError(
+            f"prefill_chunk_size={size} cannot split a pruned prompt; leave it out, the prompt is "
+            "shorter than the unpruned one"
+        )
 
 
 class _WholePrompt(BaseStreamer):
