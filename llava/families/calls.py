@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.generation import BaseStreamer
 from llava.families.continuation import ShortCall, continued, next_step, remember
 from llava.families.deep import DeepFeatures, hand_over, handing_over
 from llava.families.prompts import PER_TOKEN, ImageColumns, Prompts, Short, shorten
+from llava.families.splicing import splice
 from llava.model.call_context import asking
 from llava.pruning.active import record
 from llava.pruning.config import PruningConfig
@@ -57,7 +59,7 @@ def generate(
         short = continued(target.family, ids, call) or shorten_call(target, ids, call, side="left")
     if short is None:
         given = {} if ids is None else {"inputs": ids}
-        with _inside_generate(None):
+        with inside_generate(None):
             return original(**given, **call)
     arguments = dict(short.arguments)
     removed = short.length - short.short.columns.shape[1]
@@ -65,7 +67,7 @@ def generate(
     _refuse_chunks(arguments)
     if arguments.get("streamer") is not None:
         arguments["streamer"] = _WholePrompt(arguments["streamer"], ids)
-    with _inside_generate(short.deep):
+    with inside_generate(short.deep):
         output = original(inputs=short.ids, **arguments)
     sequences = output if isinstance(output, Tensor) else output.sequences
     whole = _with_prompts(sequences, ids, short.ids.shape[1])
@@ -78,7 +80,7 @@ def generate(
 
 
 @contextmanager
-def _inside_generate(deep: DeepFeatures | None) -> Iterator[None]:
+def inside_generate(deep: DeepFeatures | None) -> Iterator[None]:
     """Leave calls of `forward` as `generate` makes them, but for these features."""
     token = _generating.set(True)
     try:
@@ -158,14 +160,18 @@ def shorten_call(
     if mask is not None and mask.ndim != 2:
         raise PruningError(f"attention_mask must be [B, L] to be pruned, got {[*mask.shape]}")
     host_mask = torch.ones_like(host, dtype=torch.bool) if mask is None else mask.cpu().bool()
-    images = family.find(model, inputs, host, host_mask)
-    if _keeps_all(config, images):
+    found = family.find(model, inputs, host, host_mask)
+    if _keeps_all(config, found):
         return None
-    needs = set(config.pruner.collects)
-    encoded = family.encode(model, inputs, host, needs)
-    visual = family.with_prompts(model, encoded.visual, [image.row for image in images])
+    visual = family.encode(model, inputs, host, set(config.pruner.collects)).visual
+    # Where pictures and videos mix, from the order of the arguments to that of the prompts.
+    order = sorted(range(len(found)), key=lambda number: found[number].first)
+    images = [found[number] for number in order]
+    if order != sorted(order):
+        visual = visual.take_images(order)
+    visual = family.with_prompts(model, visual, [image.row for image in images])
     kept = prune_visual_tokens(visual, config)
-    record(target, kept)
+    record(target, kept, partial(family.located, model))
     if kept is visual:
         return None
     kept.settle()
@@ -174,7 +180,7 @@ def shorten_call(
         family.positions(model, call, host, host_mask) if given is None else _as_axes(given.cpu())
     )
     short = shorten(Prompts(host, host_mask, images, positions), kept, side)
-    return _short_call(target, ids, call, short, positions, encoded, kept)
+    return _short_call(target, ids, call, short, positions, kept)
 
 
 def _keeps_all(config: PruningConfig, images: Sequence[ImageColumns]) -> bool:
@@ -193,38 +199,21 @@ def _short_call(
     call: Mapping[str, Any],
     short: Short,
     positions: Tensor,
-    encoded: Any,
     kept: Any,
 ) -> ShortCall:
     """Put the arguments of the model together."""
-    family, model = target.family, target.model
+    family = target.family
+    spliced = splice(family, target.model, ids, short, kept)
     arguments = {name: value for name, value in call.items() if name not in family.pixels}
-    short_ids = short.take(ids, _padding_id(model))
-    embeds = family.embed(model, short_ids)
-    visual = short.visual.to(embeds.device)
-    images = [kept.embeddings(number) for number in short.order]
-    tokens = torch.cat([image.to(embeds.device, embeds.dtype) for image in images])
-    arguments["inputs_embeds"] = embeds.masked_scatter(visual[..., None], tokens)
     mask = call.get("attention_mask")
-    dtype = torch.long if mask is None else mask.dtype
-    arguments["attention_mask"] = short.mask.to(ids.device, dtype)
-    arguments["position_ids"] = family.position_ids(short.positions, short.mask).to(ids.device)
+    arguments["inputs_embeds"] = spliced.embeds
+    arguments["attention_mask"] = spliced.mask.to(torch.long if mask is None else mask.dtype)
+    arguments["position_ids"] = spliced.position_ids
     for name, padding in PER_TOKEN.items():
         if call.get(name) is not None:
             arguments[name] = short.take(call[name], padding)
-    deep = None
-    if encoded.deep:
-        levels = [
-            level.to(embeds.device) for level in family.deep_features(encoded, kept, short.order)
-        ]
-        deep = DeepFeatures(visual, levels)
     last = positions.amax(dim=(0, 2)) - short.positions.amax(dim=(0, 2))
-    return ShortCall(arguments, short_ids, short, ids.shape[1], last, deep)
-
-
-def _padding_id(model: Any) -> int:
-    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    return padding if isinstance(padding, int) and padding >= 0 else 0
+    return ShortCall(arguments, spliced.ids, short, ids.shape[1], last, spliced.deep)
 
 
 def _as_axes(position_ids: Tensor) -> Tensor:
@@ -268,7 +257,8 @@ class _WholePrompt(BaseStreamer):
     """Gives a streamer the caller's own prompt instead of the pruned one."""
 
     def __init__(self, streamer: Any, ids: Tensor) -> None:
-        self._streamer, self._prompt = streamer, ids
+        self._streamer = streamer
+        self._prompt: Tensor | None = ids
 
     def put(self, value: Tensor) -> None:
         if self._prompt is not None:

@@ -53,7 +53,7 @@ def remember(cache: Any, call: ShortCall) -> None:
 
 def _known(call: Mapping[str, Any]) -> tuple[ShortCall | None, int]:
     """Return the pruned prompt that the cache of a call begins with, and the cache's columns."""
-    cache = call.get("past_key_values")
+    cache: Any = call.get("past_key_values")
     length = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
     return (_caches.get(cache) if length else None), length
 
@@ -85,7 +85,6 @@ def continued(family: Family, ids: Tensor | None, call: Mapping[str, Any]) -> Sh
         torch.cat([known.short.columns, columns], dim=1),
         torch.cat([known.short.positions, _after(known, 0, more)], dim=2),
         pad(known.short.visual, (0, more)),
-        known.short.order,
     )
     dropped = (*family.pixels, *PER_TOKEN)
     arguments = {name: value for name, value in call.items() if name not in dropped}

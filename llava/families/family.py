@@ -16,8 +16,8 @@ from llava.families.capture import Capture, capturing
 from llava.families.prompts import ImageColumns, find_images, text_positions
 from llava.families.questions import add_questions
 from llava.pruning.errors import PruningError
+from llava.pruning.layout import ImageLayout
 from llava.pruning.lookup import FAMILIES
-from llava.pruning.tokens import ImageTokens
 
 register = FAMILIES.register
 
@@ -34,12 +34,9 @@ class Encoded:
 
     Attributes:
         visual: the tokens on both sides of the projector.
-        deep: for models that add visual features to inner layers (DeepStack): per level the
-            features [n, D] of every image, in the order of the images.
     """
 
     visual: Any
-    deep: tuple[tuple[Tensor, ...], ...] = ()
 
 
 class Family:
@@ -149,6 +146,13 @@ class Family:
         # The first row is the one that masks are made by.
         return torch.cat([text_positions(mask), positions])
 
+    def located(self, model: Any, layout: ImageLayout, size: tuple[int, int]) -> ImageLayout:
+        """Return the layout of a picture of (width, height) pixels, with what its tiles show of it.
+
+        By default the one tile of an image shows all of it.
+        """
+        return replace(layout, base_box=(0.0, 0.0, float(size[0]), float(size[1])))
+
     def with_prompts(self, model: Any, visual: Any, rows: Sequence[int]) -> Any:
         """Add what prompts say of their images: their places and, if it is read, the question.
 
@@ -160,10 +164,8 @@ class Family:
         if visual.extras:
             places = [rows[:number].count(row) for number, row in enumerate(rows)]
             visual = visual.with_extras({"image_position": places})
-        shares = tuple(
-            tuple(number for number, own in enumerate(rows) if own == row)
-            for row in dict.fromkeys(rows)
-        )
+        firsts = [number for number, row in enumerate(rows) if row not in rows[:number]]
+        shares = tuple(range(first, first + rows.count(rows[first])) for first in firsts)
         return add_questions(self, model, replace(visual, shares=shares), rows)
 
     def text_tower(self, model: Any) -> Any:
@@ -215,12 +217,3 @@ class Family:
         table = model.get_input_embeddings()
         embedded: Tensor = table(ids)
         return embedded
-
-    def deep_features(
-        self, encoded: Encoded, kept: ImageTokens, order: Sequence[int]
-    ) -> list[Tensor]:
-        """Return what is left of the deep features: per level [n, D], images in this order."""
-        return [
-            torch.cat([kept.mean_of(number, level[number]) for number in order])
-            for level in encoded.deep
-        ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +13,10 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
+from llava.anyres import Size
 from llava.families.family import Encoded, Family, register
 from llava.families.towers import EncoderReadings, digests
-from llava.model.layouts import padding_mask
+from llava.model.layouts import TileGeometry, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import VisualTokens
@@ -93,6 +95,18 @@ class Llava(TiledFamily):
         layout = ImageLayout(self.tile_grid(model))
         return (layout,) * len(inputs["pixel_values"])
 
+    def located(self, model: Any, layout: ImageLayout, size: Size) -> ImageLayout:
+        """Return the layout of a picture of (width, height) pixels.
+
+        How the picture became a square is the processor's business: as its config says
+        (`image_aspect_ratio`, which LLaVA's own checkpoints have), else as CLIP's or SigLIP's
+        processor does by itself.
+        """
+        side = model.config.vision_config.image_size
+        aspect = getattr(model.config, "image_aspect_ratio", None)
+        geometry = TileGeometry(layout.grid, side, aspect, "flat", (), _has_class_token(model))
+        return replace(layout, base_box=geometry.base_box(size))
+
 
 @register
 class LlavaNext(TiledFamily):
@@ -119,6 +133,12 @@ class LlavaNext(TiledFamily):
         left = unpad_image(canvas, size)[0]
         top, start = divmod(int(left[0, 0]), canvas.shape[2])
         return ImageLayout(grid, crops=crops, window=(top, start, *left.shape), newline=True)
+
+    def located(self, model: Any, layout: ImageLayout, size: Size) -> ImageLayout:
+        whole = super().located(model, layout, size)
+        side = model.config.vision_config.image_size
+        canvas = layout.crops[1] * side, layout.crops[0] * side
+        return replace(whole, canvas_box=canvas_box(size, canvas))
 
     def tiles(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
         if pixels.ndim == 4:

@@ -112,4 +112,4 @@ def _received(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     Mean over all queries; one head at a time, because attention is n x n numbers.
     """
     heads = zip(query.unbind(1), keys.unbind(1), strict=True)
-    return sum((q @ k.T * scale).softmax(dim=-1).mean(dim=0) for q, k in heads)
+    return torch.stack([(q @ k.T * scale).softmax(dim=-1).mean(dim=0) for q, k in heads]).sum(0)

@@ -45,7 +45,7 @@ class Prompts:
     Attributes:
         ids: LongTensor [B, L] with one placeholder for every token of an image.
         mask: BoolTensor [B, L], False for padding.
-        images: where every image of the batch stands.
+        images: where every image of the batch stands, row by row from left to right.
         positions: LongTensor [A, B, L] of the unpruned prompts: one axis, or M-RoPE's three.
     """
 
@@ -74,14 +74,12 @@ class Short:
     Attributes:
         columns: LongTensor [B, L'] of the unpruned prompt, -1 for padding.
         positions: LongTensor [A, B, L'], 0 for padding.
-        visual: BoolTensor [B, L'], True for the tokens of images.
-        order: numbers of the images in the order in which their tokens come, row by row.
+        visual: BoolTensor [B, L'], True for the tokens of images, which come in their order.
     """
 
     columns: Tensor
     positions: Tensor
     visual: Tensor
-    order: list[int]
 
     @property
     def mask(self) -> Tensor:
@@ -177,7 +175,6 @@ def shorten(prompts: Prompts, kept: ImageTokens, side: str) -> Short:
         torch.full((len(rows), width), -1),
         torch.zeros(axes, len(rows), width, dtype=torch.long),
         torch.zeros(len(rows), width, dtype=torch.bool),
-        sorted(range(len(prompts.images)), key=lambda number: prompts.images[number].first),
     )
     for row, (columns, positions, visual) in enumerate(rows):
         at = slice(width - len(columns), width) if side == "left" else slice(0, len(columns))
@@ -189,10 +186,8 @@ def shorten(prompts: Prompts, kept: ImageTokens, side: str) -> Short:
 
 def _left_columns(kept: ImageTokens, number: int, columns: Tensor) -> Tensor:
     """Return the columns of the tokens left of an image; merged ones take its first."""
-    sequence = kept.sequence(number)
-    if sequence.place is None:
-        return columns[: len(sequence.source)]
-    return columns[sequence.place.cpu()]
+    left = kept.sequence(number)
+    return columns[: len(left.source)] if left.place is None else columns[left.place.cpu()]
 
 
 def _close_gaps(positions: Tensor, columns: Tensor, own: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import zip_longest
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -119,8 +119,8 @@ class QwenFamily(Family):
             if inputs.get(source.pixels) is not None:
                 found, levels = self._encode(model, inputs, source, needs)
                 images += found
-                deep = [[*a, *b] for a, b in zip_longest(deep, levels, fillvalue=[])]
-        return Encoded(RaggedTokens.of(images), tuple(map(tuple, deep)))
+                deep = [[*a, *b] for a, b in zip(deep, levels, strict=True)] if deep else levels
+        return Encoded(replace(RaggedTokens.of(images), deep=tuple(map(tuple, deep))))
 
     def _encode(
         self, model: Any, inputs: Mapping[str, Any], source: _Source, needs: Collection[str]

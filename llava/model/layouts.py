@@ -77,7 +77,7 @@ class TileGeometry(NamedTuple):
             UserInputError: crops that have to be arranged without the size of the image, or
                 another number of them than the image's canvas has.
         """
-        base = self._base_box(size)
+        base = self.base_box(size)
         if tiles == 1:
             newline = stacked and self.merge == "spatial_unpad"
             return ImageLayout(self.grid, newline=newline, base_box=base)
@@ -107,10 +107,10 @@ class TileGeometry(NamedTuple):
             joined=self.merge != "flat",
             newline=self.merge == "spatial_unpad",
             base_box=base,
-            canvas_box=_canvas_box(size, canvas),
+            canvas_box=canvas_box(size, canvas),
         )
 
-    def _base_box(self, size: Size | None) -> Box | None:
+    def base_box(self, size: Size | None) -> Box | None:
         """Return the part of the image that its base view, or its only tile, shows."""
         # Tokens that form no square (the class token is among them) have no place in the image.
         if size is None or self.grid[0] != self.grid[1]:
@@ -131,7 +131,7 @@ class TileGeometry(NamedTuple):
         return x, y, x + self.side * width / scaled[0], y + self.side * height / scaled[1]
 
 
-def _canvas_box(size: Size, canvas: Size) -> Box:
+def canvas_box(size: Size, canvas: Size) -> Box:
     """Return the canvas in pixels of the image that was fitted into its centre."""
     fitted = fit_size(size, canvas)
     sides = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,10 +12,13 @@ from PIL import Image
 
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
+from llava.pruning.layout import ImageLayout
 from llava.pruning.lookup import family_of, known_classes, unwrapped
 from llava.pruning.tokens import ImageTokens
 from llava.pruning.trace import PruningTrace
 from llava.pruning.visualize import overlay_tokens
+
+Locate = Callable[[ImageLayout, tuple[int, int]], ImageLayout]
 
 
 @dataclass
@@ -25,10 +28,13 @@ class PruningRun:
     Attributes:
         config: the setting of the block; None where it switches pruning off.
         tokens: of the last call that pruned images: what was left of each, without embeddings.
+        locate: completes the layout of an image of (width, height) pixels, where the model does
+            not know the size of what it sees.
     """
 
     config: PruningConfig | None
     tokens: ImageTokens | None = None
+    locate: Locate | None = None
 
     @property
     def trace(self) -> PruningTrace | None:
@@ -55,7 +61,10 @@ class PruningRun:
                 "nothing was pruned inside this block yet; call model.generate or model(...) with "
                 "an image first"
             )
-        return overlay_tokens(image, self.tokens, index, dim=dim)
+        layout = self.tokens.layout_of(index)
+        if layout is not None and self.locate is not None:
+            layout = self.locate(layout, image.size)
+        return overlay_tokens(image, self.tokens, index, dim=dim, layout=layout)
 
 
 # Model and run of the `with prune(...)` blocks around the caller, outermost first.
@@ -110,11 +119,11 @@ def current_run(target: Prunable) -> PruningRun | None:
     return None
 
 
-def record(target: Prunable, tokens: ImageTokens) -> None:
+def record(target: Prunable, tokens: ImageTokens, locate: Locate | None = None) -> None:
     """Tell the run of the innermost block what a call left of its images."""
     run = current_run(target)
     if run is not None:
-        run.tokens = tokens.without_embeddings()
+        run.tokens, run.locate = tokens.without_embeddings(), locate
 
 
 def find_prunable(model: Any) -> Prunable:

@@ -12,7 +12,7 @@ from torch import Tensor
 from llava.pruning.errors import PruningError
 from llava.pruning.indices import stack_rows
 from llava.pruning.late_checks import LateChecks
-from llava.pruning.layout import Box
+from llava.pruning.layout import Box, ImageLayout
 from llava.pruning.sequences import Prompt, TokenSequence
 from llava.pruning.tokens import TILE_EXTRAS, ImageTokens, VisualTokens
 from llava.pruning.trace import PruningTrace
@@ -41,6 +41,8 @@ class RaggedTokens(ImageTokens):
         places: where every image of the batch is.
         prompts, shares: see `VisualTokens`, with numbers of this batch. Those of groups are not
             read.
+        deep: for models that add visual features to inner layers (DeepStack): per level the
+            features [n, D] of the tokens of every image.
         trace: see `PrunedTokens`.
         image_index, checks: see `ImageTokens`.
         kept, sources, original_positions: see `PrunedTokens`. Rows of all groups, padded to the
@@ -50,7 +52,8 @@ class RaggedTokens(ImageTokens):
     groups: tuple[ImageTokens, ...]
     places: tuple[Place, ...]
     prompts: tuple[Prompt, ...] = ()
-    shares: tuple[Sequence[int], ...] = ()
+    shares: tuple[range, ...] = ()
+    deep: tuple[tuple[Tensor, ...], ...] = ()
     trace: PruningTrace | None = None
     image_index: Tensor = field(init=False)
     checks: LateChecks = field(init=False)
@@ -149,17 +152,17 @@ class RaggedTokens(ImageTokens):
         group, own = self._find(image)
         return group.mean_place(own, coordinates)
 
-    def mean_of(self, image: int, values: Tensor) -> Tensor:
-        group, own = self._find(image)
-        return group.mean_of(own, values)
-
     def embeddings(self, image: int) -> Tensor:
         group, own = self._find(image)
         return group.embeddings(own)
 
-    def boxes(self, image: int) -> list[Box | None]:
+    def layout_of(self, image: int) -> ImageLayout | None:
         group, own = self._find(image)
-        return group.boxes(own)
+        return group.layout_of(own)
+
+    def boxes(self, image: int, layout: ImageLayout | None = None) -> list[Box | None]:
+        group, own = self._find(image)
+        return group.boxes(own, layout)
 
     def settle(self) -> None:
         self.checks.settle()
@@ -177,10 +180,34 @@ class RaggedTokens(ImageTokens):
             places.append(Place([*taken].index(group), len(members)))
             members.append(own)
         groups = tuple(self.groups[group].take_images(own) for group, own in taken.items())
-        return RaggedTokens(groups, tuple(places))
+        deep = tuple(tuple(level[image] for image in images) for level in self.deep)
+        return RaggedTokens(groups, tuple(places), deep=deep)
+
+    def deep_left(self, deep: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], ...]:
+        """Return what these tokens, after pruning, leave of deep features of the whole images.
+
+        A merged token gets the mean of the patches that it was made of.
+        """
+        return tuple(
+            tuple(self._left_of(image, values) for image, values in enumerate(level))
+            for level in deep
+        )
+
+    def _left_of(self, image: int, values: Tensor) -> Tensor:
+        """Return the entries of values [n, D] for the tokens left of an image."""
+        source, place, _, _ = self.sequence(image)
+        if place is not None:
+            return values[place.to(values.device)]
+        assert self.sources is not None  # what has no place was merged
+        (tile,) = self.tiles_of(image)
+        made_of = self.sources[tile][source, : len(values)].to(values)
+        lone = made_of.sum(dim=1, keepdim=True) == 0  # a class token: the mean of the whole image
+        made_of = made_of.masked_fill(lone, 1)
+        return made_of @ values / made_of.sum(dim=1, keepdim=True)
 
     def without_embeddings(self) -> RaggedTokens:
-        return replace(self, groups=tuple(group.without_embeddings() for group in self.groups))
+        groups = tuple(group.without_embeddings() for group in self.groups)
+        return replace(self, groups=groups, deep=())
 
     @property
     def class_token(self) -> bool:

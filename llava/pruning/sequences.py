@@ -71,35 +71,6 @@ class TokenSequence(NamedTuple):
         counts = counts.masked_fill(lone, self.total)
         return (2 * total + counts).div(2 * counts, rounding_mode="floor")
 
-    def mean_values(self, sources: Tensor, values: Tensor) -> Tensor:
-        """Average what the patches have that every merged token was made of.
-
-        Args:
-            sources: as in `mean_coordinates`.
-            values: floating point [total, D] of the unpruned sequence.
-
-        Returns:
-            [n, D] in the precision of `values`; of a token without a source the mean of the whole
-            image.
-        """
-        tiles, width, patches = sources.shape
-        source = self.source.to(values.device)
-        made_of = sources.to(values.device).flatten(0, 1)[source]
-        wide = values.to(torch.promote_types(values.dtype, torch.float32))
-        if self.patch_place is None:
-            of_patches = wide[: tiles * patches]
-        else:
-            of_patches = wide[self.patch_place.to(values.device)]
-        total = torch.stack(
-            [
-                (made_of & (source // width == tile)[:, None]).to(wide.dtype) @ own
-                for tile, own in enumerate(of_patches.split(patches))
-            ]
-        ).sum(dim=0)
-        counts = made_of.sum(dim=1, keepdim=True)
-        mean = torch.where(counts > 0, total / counts.clamp(min=1), wide.mean(dim=0))
-        return mean.to(values.dtype)
-
 
 class Prompt(NamedTuple):
     """The images of one prompt, its tokens of text, and how long it may be with all of them."""

@@ -87,6 +87,7 @@ def _prune_groups(
         for number, group in enumerate(visual.encoded)
     )
     pruned = RaggedTokens(groups, visual.places)
+    pruned.deep = pruned.deep_left(visual.deep)
     pruned.trace = pruned.join_traces()
     return pruned
 

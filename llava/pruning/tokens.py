@@ -138,17 +138,6 @@ class ImageTokens:
         own = self.sources[tiles[0] : tiles[-1] + 1]
         return sequence.mean_coordinates(own, coordinates)
 
-    def mean_of(self, image: int, values: Tensor) -> Tensor:
-        """Return of values [n, D], one for each token of the unpruned `image`, those left: [k, D].
-
-        Of a merged token the mean of all that it was made of, see `TokenSequence.mean_values`.
-        """
-        sequence = self.sequence(image)
-        if sequence.place is not None:
-            return values[sequence.place.to(values.device)]
-        assert self.sources is not None  # what has no place was merged
-        return sequence.mean_values(self.sources[self.tiles_of(image)], values)
-
     def embeddings(self, image: int) -> Tensor:
         """Return what the language model reads of `image`, newlines included: [n, D]."""
         tiles = self.tiles_of(image)
@@ -159,11 +148,19 @@ class ImageTokens:
         line = self.newline.to(tokens.device, tokens.dtype)
         return torch.where((source == NEWLINE)[:, None], line, tokens[source.clamp(min=0)])
 
-    def boxes(self, image: int) -> list[Box | None]:
+    def layout_of(self, image: int) -> ImageLayout | None:
+        """Return the layout of `image`; None where layouts are not known."""
+        return None if self.layouts is None else self.layouts[image]
+
+    def boxes(self, image: int, layout: ImageLayout | None = None) -> list[Box | None]:
         """Return the part of the image that every token left of `image` shows.
 
         (left, top, right, bottom) in pixels of the original image; None for newlines. Patches at
         the edge of a padded image reach beyond it.
+
+        Args:
+            image: its number.
+            layout: takes the place of the image's own, which may not know the image's size.
 
         Raises:
             PruningError: the encoder was not told the image's size, or tokens were merged.
@@ -171,7 +168,7 @@ class ImageTokens:
         place = self.sequence(image).place
         if place is None:
             raise PruningError("merged tokens show no single part of the image")
-        layout = None if self.layouts is None else self.layouts[image]
+        layout = self.layout_of(image) if layout is None else layout
         if layout is None or layout.base_box is None:
             raise PruningError("the size of the image is unknown; pass image_sizes to the encoder")
         return [layout.box(index) for index in layout.sequence[place.cpu()].tolist()]
@@ -241,7 +238,7 @@ class VisualTokens(ImageTokens):
     sizes: tuple[int, ...] | None = None
     checks: LateChecks = field(default_factory=LateChecks)
     compute: str = "auto"
-    shares: tuple[Sequence[int], ...] = ()
+    shares: tuple[range, ...] = ()
 
     def __post_init__(self) -> None:
         tiles, count = self.projected.shape[:2]

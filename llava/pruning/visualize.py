@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.pruning.layout import Box, box_of_cell
+from llava.pruning.layout import Box, ImageLayout, box_of_cell
 from llava.pruning.tokens import ImageTokens
 
 # (left, top, right, bottom) in whole pixels of the image, right and bottom excluded.
@@ -28,7 +28,9 @@ def covered_pixels(box: Box, size: tuple[int, int]) -> Pixels:
     return inside(left, width), inside(top, height), inside(right, width), inside(bottom, height)
 
 
-def kept_pixels(visual: ImageTokens, image: int, size: tuple[int, int]) -> list[Pixels | None]:
+def kept_pixels(
+    visual: ImageTokens, image: int, size: tuple[int, int], layout: ImageLayout | None = None
+) -> list[Pixels | None]:
     """Find, for every token that is left of `image`, the pixels of the original picture it shows.
 
     None for a newline. Tokens of padding and of the rim of a padded image may show none (an empty
@@ -37,18 +39,25 @@ def kept_pixels(visual: ImageTokens, image: int, size: tuple[int, int]) -> list[
     Raises:
         PruningError: the encoder was not told the image's size, or tokens were merged.
     """
-    boxes = visual.boxes(image)
+    boxes = visual.boxes(image, layout)
     return [None if box is None else covered_pixels(box, size) for box in boxes]
 
 
 def overlay_tokens(
-    image: Image.Image, visual: ImageTokens, index: int = 0, *, dim: float = 0.25
+    image: Image.Image,
+    visual: ImageTokens,
+    index: int = 0,
+    *,
+    dim: float = 0.25,
+    layout: ImageLayout | None = None,
 ) -> Image.Image:
     """Dim everything that the kept tokens of image `index` do not show.
 
     Args:
         image: the picture that was encoded, at its original size.
         visual: its tokens, pruned or not.
+        index: its number.
+        layout: see `ImageTokens.boxes`.
         dim: brightness of dropped pixels, 0 is black.
 
     Returns:
@@ -57,7 +66,7 @@ def overlay_tokens(
     Raises:
         PruningError: see `kept_pixels`.
     """
-    shown = kept_pixels(visual, index, image.size)
+    shown = kept_pixels(visual, index, image.size, layout)
     return _dim_others(image, (pixels for pixels in shown if pixels is not None), dim)
 
 
