@@ -157,8 +157,11 @@ def shorten_call(
     inputs = {name: call.get(name) for name in family.pixels}
     host = ids.cpu()
     mask = call.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
-        raise PruningError(f"attention_mask must be [B, L] to be pruned, got {[*mask.shape]}")
+    if mask is not None and mask.shape != host.shape:
+        raise PruningError(
+            f"attention_mask must be {[*host.shape]} like input_ids to be pruned, got "
+            f"{[*mask.shape]}; make both with one call of the model's processor"
+        )
     host_mask = torch.ones_like(host, dtype=torch.bool) if mask is None else mask.cpu().bool()
     found = family.find(model, inputs, host, host_mask)
     if _keeps_all(config, found):

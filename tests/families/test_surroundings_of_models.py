@@ -103,7 +103,7 @@ def test_wrong_calls_are_refused_in_one_line(name: str) -> None:
     assert "image placeholders but the 3 images" in refused(model, {**inputs, "input_ids": ids})
     assert "question" in refused(model, inputs, "mmtok")
     mask = inputs["attention_mask"][:, None, None].float()
-    assert "attention_mask must be [B, L]" in refused(model, {**inputs, "attention_mask": mask})
+    assert "like input_ids" in refused(model, {**inputs, "attention_mask": mask})
     pixels = {key: value for key, value in inputs.items() if "pixel" not in key}
     assert "mm_encoder_outputs" in refused(model, {**pixels, "mm_encoder_outputs": {"image": 1}})
 

@@ -25,14 +25,15 @@ def state_of(model: Any) -> dict[str, Any]:
         (name, key, [*value])
         for name, module in model.named_modules()
         for key, value in vars(module).items()
-        if "hooks" in key and value
+        if "hooks" in key and hasattr(value, "__len__") and len(value)
     ]
     return {
         "state": [*model.state_dict()],
         "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
         "generate": model.generate,
         "hooks": hooks,
-        "config": model.config.to_dict(),
+        # What saving sets on every model.
+        "config": {**model.config.to_dict(), "architectures": None, "dtype": None},
         "generation config": model.generation_config.to_dict(),
         "signatures": [inspect.signature(model.generate), inspect.signature(model.forward)],
     }
@@ -41,6 +42,7 @@ def state_of(model: Any) -> dict[str, Any]:
 @each_family
 def test_a_block_leaves_no_trace(name: str) -> None:
     model, inputs = shared_model(name), inputs_of(name)
+    model(**inputs)  # the first call of a tower leaves hooks of transformers on it
     before = state_of(model)
     with prune(model, "divprune", keep_ratio=0.4) as run:
         assert state_of(model)["signatures"] == before["signatures"]
@@ -61,7 +63,7 @@ def test_a_block_leaves_no_trace(name: str) -> None:
 @each_family
 def test_blocks_may_end_in_any_order(name: str) -> None:
     model, inputs = shared_model(name), inputs_of(name)
-    before, stock = state_of(model), model(**inputs).logits
+    stock, before = model(**inputs).logits, state_of(model)
     outer, inner = prune(model, "divprune", keep_ratio=0.5), prune(model, "grid", keep_ratio=0.2)
     first, second = outer.__enter__(), inner.__enter__()
     few = model(**inputs).logits
@@ -75,6 +77,7 @@ def test_blocks_may_end_in_any_order(name: str) -> None:
 @each_family
 def test_threads_and_tasks_have_settings_of_their_own(name: str) -> None:
     model, inputs = shared_model(name), inputs_of(name, ROWS[:1])
+    model(**inputs)
     before = state_of(model)
     settings: list[dict[str, Any]] = [{"keep_ratio": 0.3}, {"keep_ratio": 0.6}, {}]
 
@@ -131,6 +134,7 @@ def test_a_block_reaches_into_a_copied_context() -> None:
 @each_family
 def test_attached_settings_are_saved_and_undone(name: str, tmp_path: Path) -> None:
     model, inputs = tiny(name).build(), inputs_of(name)
+    model(**inputs)  # the first call of a tower leaves hooks of transformers on it
     before = state_of(model)
     with prune(model, "divprune", keep_ratio=0.4, positions="original"):
         wanted = model.generate(**inputs, **GREEDY)
@@ -190,7 +194,10 @@ def test_lora_by_peft() -> None:
     assert run.trace.tokens_after == [6, 6, 6]
 
 
-@each_family
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "llava" else pytest.mark.slow) for name in NAMES],
+)
 def test_a_compiled_language_model(name: str) -> None:
     model, inputs = tiny(name).build(), inputs_of(name)
     with prune(model, "divprune", keep_ratio=0.4):
