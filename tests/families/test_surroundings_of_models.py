@@ -39,6 +39,8 @@ def offloaded(how: str, model: Any, folder: Path) -> None:
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
 def test_offloaded_models_keep_the_same_tokens(name: str, how: str, tmp_path: Path) -> None:
     stock, model, inputs = shared_model(name), tiny(name).build(), inputs_of(name)
+    if how != "device_map" and [*model.model.parameters(recurse=False)]:
+        pytest.skip("accelerate cannot offload weights that transformers reads without a module")
     offloaded(how, model, tmp_path)
     assert next(FAMILIES.get(name)().projector(model).parameters()).device.type == "meta"
     for method in ("zoo-exact", "zoo"):
