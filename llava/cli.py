@@ -37,6 +37,11 @@ COMMANDS = {
         "llava.bench.command",
         within=False,
     ),
+    "convert": Command(
+        "turn a LLaVA checkpoint into Hugging Face's format, or back",
+        "llava.model.convert.command",
+        within=False,
+    ),
     "methods": Command("list the pruning methods", "llava.pruning.__main__"),
 }
 

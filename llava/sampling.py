@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.model.generation import unusable_settings
-from llava.model.types import VisualModel
 from llava.utils import UserInputError
 
 # Answers are greedy long before this; logits divided by much less become inf or NaN.
@@ -60,8 +59,12 @@ class Sampling:
             "use_cache": True,
         }
 
-    def arguments_for(self, model: VisualModel, tokenizer: Any) -> dict[str, Any]:
+    def arguments_for(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Return `arguments`, with what the generation_config of `model` needs to be carried out.
+
+        Args:
+            model: transformers' model.
+            tokenizer: its tokenizer.
 
         Raises:
             UserInputError: as `check_model`.
@@ -73,7 +76,7 @@ class Sampling:
             "tokenizer": tokenizer,  # for `stop_strings`
         }
 
-    def check_model(self, model: VisualModel) -> None:
+    def check_model(self, model: Any) -> None:
         """Refuse a generation_config of `model` that cannot be carried out with these settings.
 
         Such a one asks for several answers to a prompt, or for a way of decoding that does not

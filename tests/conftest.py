@@ -37,6 +37,14 @@ def goldens() -> Path:
     return Path(__file__).parent / "goldens"
 
 
+@pytest.fixture(scope="session")
+def hf_llava_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of llava-tiny in Hugging Face's form; it is shared, so no test may write to it."""
+    from llava.model.convert import convert  # here, because it needs torch
+
+    return convert("llava-tiny", tmp_path_factory.mktemp("converted") / "llava-tiny-hf")
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """`hub(folder, name)`: the folder's files in a cache of the hub, which is out of reach.

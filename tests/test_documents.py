@@ -15,6 +15,7 @@ from llava.cli import COMMANDS
 from llava.eval import __main__ as evaluation
 from llava.eval import run_llava
 from llava.eval.tasks.base import get_benchmark, list_benchmarks
+from llava.model.convert import command as conversion
 from llava.pruning import __main__ as pruning
 from llava.serve import cli as chat
 
@@ -79,8 +80,9 @@ def understand(words: list[str]) -> object:
     if name == "--help":
         return None
     assert name in COMMANDS
-    if name in ("chat", "bench"):
-        return {"chat": chat, "bench": bench}[name].build_parser().parse_args(rest)
+    alone = {"chat": chat, "bench": bench, "convert": conversion}
+    if name in alone:
+        return alone[name].build_parser().parse_args(rest)
     return (pruning if name == "methods" else evaluation).build_parser().parse_args([name, *rest])
 
 

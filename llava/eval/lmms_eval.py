@@ -20,7 +20,6 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from llava.conversation import conv_templates
 from llava.eval.engine.decode import end_tokens, until_end
 from llava.eval.lmms_inputs import (
     Prompt,
@@ -31,8 +30,6 @@ from llava.eval.lmms_inputs import (
     read_messages,
 )
 from llava.eval.presets import get_preset
-from llava.eval.prompts import pad_rows
-from llava.mm_utils import process_images
 from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig
 from llava.sampling import Sampling, rows_depend
@@ -110,11 +107,9 @@ class LlavaPruned(lmms):
         if self._world_size > 1:
             device = str(accelerator.device)
         spec = ModelSpec(pretrained, model_base, device, conv_template, dtype, mm_next_protocol)
-        loaded = spec.load(attn_implementation=attn_implementation)
-        self.tokenizer, self.model = loaded.tokenizer, loaded.model
-        self.processor = loaded.image_processor
-        self.model.pruning = loaded.own_pruning if pruning is None else pruning
-        self.conv_template = conv_template
+        self.loaded = spec.load(attn_implementation=attn_implementation)
+        self.tokenizer, self.model = self.loaded.tokenizer, self.loaded.model
+        self.loaded.pruning = self.loaded.own_pruning if pruning is None else pruning
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer `batch_size` requests at a time; return answers in the order of the requests."""
@@ -157,20 +152,12 @@ class LlavaPruned(lmms):
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
-        template = conv_templates[self.conv_template]
-        ids, mask = pad_rows([prompt.ids(template, self.tokenizer) for prompt in prompts])
-        shown: dict[str, Any] = {"images": None}
-        images = [image for prompt in prompts for image in prompt.images]
-        if images:
-            pixels = process_images(images, self.processor, self.model.config)
-            shown = {"images": pixels, "image_sizes": [image.size for image in images]}
         config = self.model.generation_config
-        output = self.model.generate(
-            inputs=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            questions=[prompt.words for prompt in prompts],
+        output = self.loaded.answer(
+            [self.loaded.row(prompt.dialogue) for prompt in prompts],
+            [self.loaded.prepare(image) for prompt in prompts for image in prompt.images],
+            [prompt.words for prompt in prompts],
             strict=rows_depend(config),
-            **shown,
             **prompts[0].sampling.arguments_for(self.model, self.tokenizer),
         )
         ends, special = end_tokens(config), self.tokenizer.all_special_ids

@@ -15,15 +15,11 @@ from PIL import Image
 
 from llava.command_line import DTYPES, device_name
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation
-from llava.mm_utils import tokenize_pieces
+from llava.families.dialogue import Dialogue, literal, split_at_marks, turn_of
 from llava.sampling import Sampling
 from llava.utils import UserInputError, describe_value
 
 NEW_TOKENS = 1024  # where a task sets no limit
-# How an `<image>` that is text and no mark is written until the prompt is split at its marks.
-_LITERAL = DEFAULT_IMAGE_TOKEN.replace("<", "<\0")
-_CHATML_SYSTEM = "<|im_start|>system\n"  # comes before the system text of such templates
 _ROLES = ("user", "assistant")
 _Part = tuple[str, Any]  # kind, and text or picture
 
@@ -58,8 +54,8 @@ class Prompt:
     @property
     def words(self) -> str:
         """Return the words alone, for methods that read the question."""
-        pieces = [piece.strip() for piece in self.text.split(DEFAULT_IMAGE_TOKEN)]
-        return " ".join(filter(None, pieces)).replace(_LITERAL, DEFAULT_IMAGE_TOKEN)
+        pieces = [piece.strip() for piece in split_at_marks(self.text)]
+        return " ".join(filter(None, pieces))
 
     @property
     def sampling(self) -> Sampling:
@@ -82,21 +78,12 @@ class Prompt:
             max_new_tokens=self._number("max_new_tokens", NEW_TOKENS),
         )
 
-    def ids(self, template: Conversation, tokenizer: Any) -> list[int]:
-        """Return token ids of the prompt under a template, open for the answer."""
-        pieces = self.render(template).split(DEFAULT_IMAGE_TOKEN)
-        pieces = [piece.replace(_LITERAL, DEFAULT_IMAGE_TOKEN) for piece in pieces]
-        return tokenize_pieces(pieces, tokenizer)
-
-    def render(self, template: Conversation) -> str:
-        """Return the prompt with its marks; an `<image>` that is text is as in `literal`."""
-        conversation = template.copy()
-        if self.system is not None:
-            start = _CHATML_SYSTEM if template.system.startswith(_CHATML_SYSTEM) else ""
-            conversation.system = start + self.system
-        for number, text in enumerate((*self.history, self.marked, None)):
-            conversation.append_message(conversation.roles[number % 2], text)
-        return conversation.get_prompt()
+    @property
+    def dialogue(self) -> Dialogue:
+        """Return what is said, open for the answer, with marks as lmms-eval's `llava` has them."""
+        turns = tuple(turn_of(text) for text in (*self.history, self.marked))
+        system = None if self.system is None else "".join(split_at_marks(self.system))
+        return Dialogue(turns, system, bare_marks=True)
 
     def _number(self, name: str, default: Any) -> Any:
         """Return a setting; None is the default, and a whole number may be written as 16.0."""
@@ -104,11 +91,6 @@ class Prompt:
         if name in ("num_beams", "max_new_tokens") and isinstance(value, float):
             value = int(value) if value.is_integer() else value
         return default if value is None else value
-
-
-def literal(text: str) -> str:
-    """Change every `<image>` in `text` so that it is not a mark; `Prompt.ids` changes it back."""
-    return text.replace(DEFAULT_IMAGE_TOKEN, _LITERAL)
 
 
 def pictures_of(visuals: Any, task: str) -> tuple[Image.Image, ...]:

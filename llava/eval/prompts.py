@@ -1,28 +1,11 @@
-"""Prompts of single questions, rendered with a model's own conversation template."""
+"""What a benchmark's items ask, as turns of a dialogue, and how prompts are counted."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-    IMAGE_TOKEN_INDEX,
-)
-from llava.conversation import conv_templates
-from llava.mm_utils import tokenize_pieces
-
-
-def image_mark(config: Any) -> str:
-    """Return the line that marks the image at the start of the first turn."""
-    mark = DEFAULT_IMAGE_TOKEN
-    if getattr(config, "mm_use_im_start_end", False):
-        mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
-    return mark + "\n"
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.families.dialogue import IMAGE, Dialogue, turn_of
 
 
 def bare_question(text: str) -> str:
@@ -40,36 +23,15 @@ def has_inner_marks(text: str, images: int) -> bool:
     return DEFAULT_IMAGE_TOKEN in rest and text.count(DEFAULT_IMAGE_TOKEN) == images
 
 
-def question_prompt(text: str, template: str, config: Any, images: int = 1) -> str:
-    """Render one user turn that asks `text` about `images` images, open for the answer.
+def question(text: str, images: int = 1) -> Dialogue:
+    """Ask `text` about `images` images.
 
     The marks of the images come first, each on a line; a mark that the text begins with is not
     doubled. Where the text marks all images and not only at its start, they stay where they are.
     """
-    mark = image_mark(config)
     if has_inner_marks(text, images):
-        return open_turn(text.replace(DEFAULT_IMAGE_TOKEN, mark.removesuffix("\n")), template)
-    return open_turn(mark * images + bare_question(text), template)
-
-
-def open_turn(text: str, template: str) -> str:
-    """Render one user turn that says `text`, open for the answer."""
-    conversation = conv_templates[template].copy()
-    conversation.append_message(conversation.roles[0], text)
-    conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
-
-
-def prompt_ids(prompts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Return token ids [B, L] and mask [B, L] of prompts, padded as in `pad_rows`."""
-    return pad_rows([tokenize_pieces(p.split(DEFAULT_IMAGE_TOKEN), tokenizer) for p in prompts])
-
-
-def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return token ids [B, L] and mask [B, L], padded on the right; the splice pads again."""
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    mask = [torch.ones_like(row) for row in ids]
-    return pad_sequence(ids, batch_first=True), pad_sequence(mask, batch_first=True)
+        return Dialogue((turn_of(text),))
+    return Dialogue(((IMAGE, "\n") * images + (bare_question(text),),))
 
 
 def image_ranges(counts: Sequence[int]) -> list[range]:

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.anyres import Size
 from llava.command_line import OneLineParser, add_model_flags, one_line_errors
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.eval.prompts import image_mark, open_turn
+from llava.families.contract import Picture, VisionLanguageModel
+from llava.families.dialogue import IMAGE, Dialogue, turn_of
+from llava.families.lengths import describe_overflow, exceeded_limits
 from llava.images import load_image
-from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.loaded import load_from_flags
-from llava.model.prompt_length import describe_overflow, exceeded_limits, prompt_length
-from llava.model.types import Images, VisualModel
 from llava.pixels import VIEWER
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -76,43 +74,34 @@ def eval_model(args: Any) -> str:
             f"the query {args.query!r} asks nothing; write the question, such as 'What is this?'"
         )
     loaded = load_from_flags(args, args.model_name)
-    tokenizer, model = loaded.tokenizer, loaded.model
-    prompt = build_prompt(args.query, len(images), loaded.template, image_mark(model.config))
-    ids = torch.tensor([tokenizer_image_token(prompt, tokenizer)], device=model.device)
-    pixels = process_images(images, loaded.image_processor, model.config)
-    sizes = [image.size for image in images]
-    check_length(model, ids[0], pixels, sizes)
+    row = loaded.row(ask(args.query, len(images)))
+    pictures = [loaded.prepare(image) for image in images]
+    check_length(loaded, row, pictures)
+    settings = sampling.arguments_for(loaded.model, loaded.tokenizer)
     with torch.inference_mode():
-        output = model.generate(
-            inputs=ids,
-            images=pixels,
-            image_sizes=sizes,
-            attention_mask=torch.ones_like(ids),
-            questions=[words],
-            **sampling.arguments_for(model, tokenizer),
-        )
-    answer = tokenizer.decode(output[0], skip_special_tokens=True).strip()
+        output = loaded.answer([row], pictures, [words], **settings)
+    answer = loaded.tokenizer.decode(output[0], skip_special_tokens=True).strip()
     print(answer)
     return answer
 
 
 def check_length(
-    model: VisualModel, ids: torch.Tensor, pixels: Images, sizes: Sequence[Size]
+    loaded: VisionLanguageModel, row: torch.Tensor, pictures: Sequence[Picture]
 ) -> None:
     """Refuse a prompt whose end, where the question stands, would be cut off.
 
     Pruned images may still give way to the text, as in `generate`.
 
     Args:
-        model: the model that is asked.
-        ids: int64 [L], the prompt.
-        pixels, sizes: its images, and their original (width, height).
+        loaded: the model that is asked.
+        row: int64 [L], the prompt.
+        pictures: its images.
 
     Raises:
         UserInputError: the prompt is longer than `tokenizer_model_max_length`.
     """
-    length = prompt_length(model, ids, pixels, sizes, give_way=True)
-    for limit in exceeded_limits(model.config, length):
+    length = loaded.measure(row, pictures, give_way=True)
+    for limit in exceeded_limits(loaded.limits, length):
         if not limit.answer:  # otherwise the model goes on beyond its positions, as LLaVA does
             raise UserInputError(
                 f"the query does not fit: {describe_overflow(length, limit)}; shorten it, show "
@@ -132,8 +121,8 @@ def load_images(image_files: Sequence[str], pixels: str = VIEWER) -> list[Image.
     return [load_image(file, pixels) for file in image_files]
 
 
-def build_prompt(query: str, images: int, template: str, mark: str) -> str:
-    """Render one user turn, open for the answer.
+def ask(query: str, images: int) -> Dialogue:
+    """Make one user turn of a query.
 
     Placeholders become image marks where they stand. A query without any gets one mark and a
     newline for each image in front.
@@ -141,16 +130,13 @@ def build_prompt(query: str, images: int, template: str, mark: str) -> str:
     Args:
         query: the question; `<image-placeholder>` or `<image>` marks an image in it.
         images: how many images are shown.
-        template: key of `conv_templates`.
-        mark: the text that marks an image at the start of a turn, with its newline.
 
     Raises:
         UserInputError: the query marks another number of images.
     """
     if count_marks(query, images):
-        question = query.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
-        return open_turn(question.replace(IMAGE_PLACEHOLDER, mark.rstrip("\n")), template)
-    return open_turn(mark * images + query, template)
+        return Dialogue((turn_of(query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)),))
+    return Dialogue(((IMAGE, "\n") * images + (query,),))
 
 
 def count_marks(query: str, images: int) -> int:

@@ -5,4 +5,7 @@
 
 `family.Family` is what a file of this package fills in, `attachment` puts it between a caller and a
 model.
+
+`contract.VisionLanguageModel` is what everything above knows of a model of any family, LLaVA's own
+classes included.
 """

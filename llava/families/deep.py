@@ -24,6 +24,13 @@ class DeepFeatures(NamedTuple):
     visual: Tensor
     levels: list[Tensor]
 
+    def row(self, number: int, start: int) -> DeepFeatures:
+        """Return those of one row, from column `start` on."""
+        counts = self.visual.sum(dim=1).tolist()
+        first = sum(counts[:number])
+        levels = [level[first : first + counts[number]] for level in self.levels]
+        return DeepFeatures(self.visual[number : number + 1, start:], levels)
+
     def part(self, start: int, length: int, rows: int) -> dict[str, Any]:
         """Return the language model's arguments for `length` columns from `start` on.
 

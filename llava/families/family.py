@@ -18,11 +18,15 @@ from llava.families.questions import add_questions
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
 from llava.pruning.lookup import FAMILIES
+from llava.pruning.ragged import RaggedTokens
+from llava.pruning.tokens import VisualTokens
 
 register = FAMILIES.register
 
 # Arguments that show a model something moving.
 _VIDEO = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+
+_NOTHING = nn.Identity()
 
 _attachments: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
 _lock = Lock()
@@ -153,6 +157,41 @@ class Family:
         """
         return replace(layout, base_box=(0.0, 0.0, float(size[0]), float(size[1])))
 
+    # --- how a checkpoint of the family is asked, see `loaded.FamilyModel` ---
+
+    def collate(self, pictures: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Put what the processor made of single images together, as it does for several.
+
+        Images of fewer tiles are padded with zeros to the most.
+        """
+        return {name: _stack([own[name] for own in pictures]) for name in pictures[0]}
+
+    def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
+        """Count the tokens of one image from what the processor made of it."""
+        given = {name: inputs.get(name) for name in self.pixels}
+        return sum(self.lengths(model, given, torch.zeros(1, 0, dtype=torch.long)))
+
+    def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> Any:
+        """Return the images of a call as `encode` would, with embeddings of width 0."""
+        given = {name: inputs.get(name) for name in self.pixels}
+        nothing = [torch.zeros(1, n, 0) for n in self.lengths(model, given, ids)]
+        first = torch.zeros(1, dtype=torch.long)
+        return RaggedTokens.of(
+            [VisualTokens(own, own, _NOTHING, first, (1, own.shape[1])) for own in nothing]
+        )
+
+    def image_ids(self, model: Any, tokenizer: Any, length: int) -> tuple[list[int], list[int]]:
+        """Return the ids that an image of `length` tokens has in a prompt.
+
+        Returns:
+            The ids, and which of them are its tokens.
+        """
+        return self.placeholders(model)[:1] * length, [*range(length)]
+
+    def geometry(self, model: Any, visual: Any) -> dict[str, Any]:
+        """Return the arguments that `positions` reads, of images that were encoded or pruned."""
+        return {}
+
     def with_prompts(self, model: Any, visual: Any, rows: Sequence[int]) -> Any:
         """Add what prompts say of their images: their places and, if it is read, the question.
 
@@ -217,3 +256,21 @@ class Family:
         table = model.get_input_embeddings()
         embedded: Tensor = table(ids)
         return embedded
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """Join tensors [1, ...] along their first axis; the second is padded where it differs."""
+    if any(part.ndim > 1 and part.shape[2:] != parts[0].shape[2:] for part in parts):
+        raise PruningError(
+            f"images of one batch come as {[[*part.shape] for part in parts]}, which do not fit "
+            "together; ask about them one by one"
+        )
+    if parts[0].ndim < 3 or len({part.shape[1] for part in parts}) == 1:
+        return torch.cat([*parts])
+    most = max(part.shape[1] for part in parts)
+    return torch.cat(
+        [
+            torch.cat([part, part.new_zeros(1, most - part.shape[1], *part.shape[2:])], dim=1)
+            for part in parts
+        ]
+    )

@@ -75,6 +75,16 @@ class TiledFamily(Family):
             )
         )
 
+    def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> VisualTokens:
+        layouts = self.layouts(model, {name: inputs.get(name) for name in self.pixels})
+        counts = torch.tensor([layout.tiles for layout in layouts])
+        nothing = torch.zeros(int(counts.sum()), layouts[0].patches, 0)
+        index = torch.arange(len(layouts)).repeat_interleave(counts)
+        grid, valid = layouts[0].grid, padding_mask(layouts)
+        return VisualTokens(
+            nothing, nothing, nn.Identity(), index, grid, valid=valid, layouts=layouts
+        )
+
     def tile_grid(self, model: Any) -> tuple[int, int]:
         """Return (rows, columns) of the tokens of a tile; one row where they form no square."""
         vision, strategy = model.config.vision_config, model.config.vision_feature_select_strategy

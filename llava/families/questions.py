@@ -16,11 +16,23 @@ from llava.model.prompt_inputs import (
     keywords,
     without_answer_format,
 )
+from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.precision import outside_autocast
 
 if TYPE_CHECKING:
     from llava.families.family import Family
+
+
+def needed_of_question(family: Family, model: Any, config: PruningConfig | None) -> set[str]:
+    """Return which of QUESTION_EXTRAS a setting reads and can have of this model."""
+    if config is None:
+        return set()
+    needs, wants = (
+        set(names) & set(QUESTION_EXTRAS) for names in (config.pruner.needs, config.pruner.wants)
+    )
+    tower = family.text_tower(model)
+    return needs | wants if wants and tower is not None and has_text_tower(tower) else needs
 
 
 @outside_autocast()
@@ -38,16 +50,9 @@ def add_questions(family: Family, model: Any, visual: Any, rows: Sequence[int]) 
         UserInputError: questions that are missing, or a model that lacks the text tower or the
             tokenizer.
     """
-    config = family.attachment(model).pruning
-    if config is None:
-        return visual
-    needs, wants = (
-        set(names) & set(QUESTION_EXTRAS) for names in (config.pruner.needs, config.pruner.wants)
-    )
-    tower = family.text_tower(model)
-    if wants and tower is not None and has_text_tower(tower):
-        needs |= wants
-    if not needs:
+    config, tower = family.attachment(model).pruning, family.text_tower(model)
+    needs = needed_of_question(family, model, config)
+    if config is None or not needs:
         return visual
     if tower is None and needs & {"clip_image", "clip_text"}:
         raise PruningError(

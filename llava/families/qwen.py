@@ -163,6 +163,13 @@ class QwenFamily(Family):
         """Return the deep features of a call: per level tensors [n, D], one after the other."""
         return []
 
+    def geometry(self, model: Any, visual: Any) -> dict[str, Any]:
+        side = model.model.visual.spatial_merge_size
+        grids = [visual.layout_of(image).grid for image in range(visual.num_images)]
+        return {
+            "image_grid_thw": torch.tensor([[1, rows * side, cols * side] for rows, cols in grids])
+        }
+
     def positions(self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
         kinds = torch.zeros_like(ids)
         for kind, mark in enumerate(self.placeholders(model), start=1):

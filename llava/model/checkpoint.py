@@ -2,13 +2,13 @@
 
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_utils import load_state_dict
@@ -36,6 +36,16 @@ KEY_MAPPING = {
     r"^(model\.)?multi_modal_projector\.linear_2\.": "model.mm_projector.2.",
     r"^image_newline": "model.image_newline",
 }
+# Names in memory -> names in files of Hugging Face's form, those that every transformers reads; the
+# first that fits counts.
+_HUB_NAMES = {
+    TOWER_PREFIX: "vision_tower." + TOWER_INNER,
+    "model.mm_projector.0.": "multi_modal_projector.linear_1.",
+    "model.mm_projector.2.": "multi_modal_projector.linear_2.",
+    "model.image_newline": "image_newline",
+    "lm_head.": "language_model.lm_head.",
+    "model.": "language_model.model.",
+}
 
 # Single-file and index names in the order transformers prefers them.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -51,6 +61,19 @@ def name_in_memory(key: str) -> str:
         if count:
             return renamed
     return key
+
+
+def native_name(name: str) -> str:
+    """Return what LLaVA's own files call the weight with this name in memory."""
+    if not name.startswith(TOWER_PREFIX):
+        return name
+    return TOWER_PREFIX + TOWER_INNER + name.removeprefix(TOWER_PREFIX).removeprefix(TOWER_INNER)
+
+
+def hub_name(name: str) -> str:
+    """Return what files in Hugging Face's form call the weight with this name in memory."""
+    ours, theirs = next(pair for pair in _HUB_NAMES.items() if name.startswith(pair[0]))
+    return theirs + name.removeprefix(ours)
 
 
 def weight_file(folder: Path) -> Path | None:
@@ -172,23 +195,35 @@ def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserInputError: no weights, a missing shard, or a file that is damaged.
     """
+    found: dict[str, torch.Tensor] = {}
+    for weights in weights_by_file(folder).values():
+        found |= weights
+    return found
+
+
+def weights_by_file(folder: Path) -> dict[Path, dict[str, torch.Tensor]]:
+    """Read the same file by file: of a model in one file, or of all its shards.
+
+    Raises:
+        UserInputError: as `checkpoint_weights`.
+    """
     file = weight_file(folder)
     if file is None:
         raise UserInputError(
             f"{str(folder)!r} has no weights (none of {', '.join(_WEIGHT_FILES)} nor their index "
             "files); give the folder of a complete checkpoint"
         )
-    return _indexed_weights(file) if file.name.endswith(_INDEX) else _file_weights(file)
+    return _indexed_weights(file) if file.name.endswith(_INDEX) else {file: _file_weights(file)}
 
 
-def _indexed_weights(index: Path) -> dict[str, torch.Tensor]:
+def _indexed_weights(index: Path) -> dict[Path, dict[str, torch.Tensor]]:
     weight_map = read_json_object(index).get("weight_map")
     if not (isinstance(weight_map, dict) and all(_is_plain(name) for name in weight_map.values())):
         raise UserInputError(
             f"{str(index)!r} is damaged (weight_map does not name files next to it); download or "
             "save the checkpoint again"
         )
-    present: dict[str, torch.Tensor] = {}
+    present: dict[Path, dict[str, torch.Tensor]] = {}
     for shard in sorted(set(weight_map.values())):
         file = index.parent / shard
         if not file.is_file():
@@ -196,14 +231,34 @@ def _indexed_weights(index: Path) -> dict[str, torch.Tensor]:
                 f"{index.name} names {shard!r}, which is missing in {str(index.parent)!r}; "
                 "download the checkpoint again"
             )
-        present |= _file_weights(file)
-    absent = sorted(set(weight_map) - set(present))
+        present[file] = _file_weights(file)
+    absent = sorted(set(weight_map).difference(*present.values()))
     if absent:
         raise UserInputError(
             f"{index.name} names {len(absent)} weights that are in no file, for example "
             f"{absent[0]!r}; download or save the checkpoint again"
         )
     return present
+
+
+@contextmanager
+def opened_weights(file: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+    """Give a function that reads one weight of a file by its name, to the CPU.
+
+    Nothing else of the file is in memory, save for `.bin` files of torch before 1.6.
+
+    Raises:
+        UserInputError: the file is damaged, also when a weight is read.
+    """
+    with _readable(file):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as weights:
+                yield weights.get_tensor
+        else:
+            mapped = zipfile.is_zipfile(file)
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            # A copy: weights of such a file may share their memory.
+            yield lambda name: loaded[name].clone(memory_format=torch.contiguous_format)
 
 
 def _is_plain(name: object) -> bool:

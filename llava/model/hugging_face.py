@@ -1,22 +1,27 @@
-"""Hugging Face's own LLaVA checkpoints (llava-hf): their config in LLaVA's words.
+"""Hugging Face's own LLaVA checkpoints (llava-hf): their config in LLaVA's words, and back.
 
 Weights need no translation beyond their names, see `checkpoint.KEY_MAPPING`. Only
 `config.json` is read here; the sizes it leaves out are transformers' defaults.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, SiglipVisionConfig
 from transformers import LlavaConfig as HuggingFaceLlavaConfig
 from transformers import LlavaNextConfig as HuggingFaceLlavaNextConfig
 
-from llava.anyres import parse_pinpoints
+from llava.anyres import canvas_choices, next_protocol, parse_pinpoints, tile_side
 from llava.model.config_values import build_config, clean_values
 from llava.utils import UserInputError
 from llava.value_rules import short_repr
 
 _READERS = {"llava": HuggingFaceLlavaConfig, "llava_next": HuggingFaceLlavaNextConfig}
+_MODELS = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+}
 # Part of the config -> model type -> class of its settings; the first one where no type is given.
 _PARTS = {
     "text_config": {"llama": LlamaConfig, "mistral": MistralConfig},
@@ -41,6 +46,21 @@ _SELECT_FEATURE = {
 _STOCK_TOWER = "openai/clip-vit-large-patch14-336"
 _STOCK_SIZES = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}
 _OWN_TOWER = "vision_tower"
+# Of LLaVA's settings, Hugging Face's form has its own words for these.
+_TRANSLATED = (
+    "mm_vision_tower",
+    "mm_hidden_size",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_projector_type",
+    "mm_patch_merge_type",
+    "mm_use_im_start_end",
+    "mm_use_im_patch_token",
+)
+# In Hugging Face's form, the size of the vocabulary before the mark of images was added to it.
+OWN_VOCABULARY = "mm_vocab_size"
+# It has none for the others, and keeps those under LLaVA's names that start with one of these.
+_KEPT = ("mm_", "tokenizer_", "image_aspect_ratio", "max_sequence_length", "use_mm_proj")
 # What config.json says about itself rather than about the language model.
 _NOT_OF_THE_MODEL = ("architectures", "model_type", "_name_or_path", "transformers_version")
 
@@ -55,7 +75,8 @@ def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
 
     The vision tower is part of these checkpoints, so `unfreeze_mm_vision_tower` is set: whoever
     reads a saved model must take the tower's weights from it. Images are padded to a square, as
-    LLaVA-1.5 was trained and evaluated; Hugging Face's processor crops them by default.
+    LLaVA-1.5 was trained and evaluated; Hugging Face's processor crops them by default. Settings
+    that only LLaVA has are read under LLaVA's names, as `hugging_face_form` writes them.
 
     Raises:
         UserInputError: settings that no LLaVA of this package has.
@@ -88,7 +109,69 @@ def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
         "mm_use_im_patch_token": False,
         "unfreeze_mm_vision_tower": True,
         **_aspect(config, parsed),
+        **{key: value for key, value in config.items() if key != OWN_VOCABULARY and _is_kept(key)},
     }
+
+
+def hugging_face_form(
+    config: Any, vision: Any, processor: Any, where: str, *, rows: int, image_token: int
+) -> Any:
+    """Make Hugging Face's config of a LLaVA of this package.
+
+    Args:
+        config: of the LLaVA; `name_or_path` and the like are left out.
+        vision: transformers' config of its vision tower.
+        processor: the tower's image processor.
+        where: what errors call the checkpoint.
+        rows: embeddings that the converted language model has.
+        image_token: id of the mark that stands for a token of an image.
+
+    Returns:
+        transformers' `LlavaConfig`, or `LlavaNextConfig` where images are cut into tiles.
+
+    Raises:
+        UserInputError: a model that transformers' classes would not run as this package does.
+    """
+    tiled = getattr(config, "image_aspect_ratio", None) == "anyres"
+    _check_for_hugging_face(config, processor, tiled, where)
+    kind = config.model_type.removeprefix("llava_")
+    cls, own = _PARTS["text_config"][kind], config.to_dict()
+    known = {field.name for field in fields(cls)} - {*_NOT_OF_THE_MODEL, "dtype"}
+    words = {ours: theirs for theirs, ours in _SELECT_FEATURE[vision.model_type].items()}
+    selected = getattr(config, "mm_vision_select_feature", "patch")
+    strategy = words.get(selected, "full")  # without a class token there is nothing to drop
+    patches = (vision.image_size // vision.patch_size) ** 2
+    settings: dict[str, Any] = {
+        "text_config": {
+            **{key: value for key, value in own.items() if key in known},
+            "model_type": kind,
+            "vocab_size": rows,
+        },
+        "vision_config": {k: v for k, v in vision.to_dict().items() if k != "dtype"},
+        "image_token_index": image_token,
+        "image_seq_length": patches + int(strategy == "full" and "default" in words.values()),
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": getattr(config, "mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": strategy,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "dtype": own.get("dtype"),
+        **{key: value for key, value in own.items() if _is_kept(key)},
+        "image_aspect_ratio": getattr(config, "image_aspect_ratio", None) or "square",
+    }
+    if tiled:
+        canvases = canvas_choices(config, tile_side(processor))
+        settings["image_grid_pinpoints"] = [[height, width] for width, height in canvases]
+    if rows > config.vocab_size:
+        settings[OWN_VOCABULARY] = config.vocab_size
+    model_type = "llava_next" if tiled else "llava"
+    theirs = _READERS[model_type](**settings)
+    theirs.architectures = [_MODELS[model_type]]
+    return theirs
+
+
+def _is_kept(key: str) -> bool:
+    return key.startswith(_KEPT) and key not in _TRANSLATED
 
 
 def _clean(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -150,4 +233,26 @@ def _check(config: Mapping[str, Any], parsed: Any, where: str) -> None:
             f"{where!r} is a checkpoint in Hugging Face's format that this package cannot hold: "
             f"{', '.join(found)}; use a LLaVA with a CLIP or SigLIP tower on Llama or Mistral, "
             "such as llava-hf/llava-1.5-7b-hf, or load this one with transformers"
+        )
+
+
+def _check_for_hugging_face(config: Any, processor: Any, tiled: bool, where: str) -> None:
+    """Refuse what transformers' classes would run differently than this package does."""
+    projector = getattr(config, "mm_projector_type", "linear")
+    merge = getattr(config, "mm_patch_merge_type", None) or "flat"
+    protocol = next_protocol(config)
+    faults = {
+        f"its projector is of type {projector!r}": projector != "mlp2x_gelu",
+        "its prompts put marks around images (mm_use_im_start_end)": bool(
+            getattr(config, "mm_use_im_start_end", False)
+        ),
+        f"mm_patch_merge_type is {merge!r}": ("unpad" in merge) != tiled,
+        f"mm_next_protocol is {protocol!r}": protocol != "native",
+        "its tiles are not scaled bicubically": tiled and int(processor.resample) != 3,
+    }
+    found = [fault for fault, present in faults.items() if present]
+    if found:
+        raise UserInputError(
+            f"{where!r} cannot be put into Hugging Face's format: {', '.join(found)}; its LLaVA "
+            "would answer differently, so use this checkpoint as it is"
         )

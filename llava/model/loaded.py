@@ -1,32 +1,80 @@
-"""A LLaVA ready to be asked: the model with what prompts and pictures need."""
+"""A LLaVA ready to be asked, as everything above knows it (`llava.families.contract`)."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationMixin
+
 from llava.command_line import check_chat_template, check_conv_mode
-from llava.conversation import conv_mode_for
-from llava.mm_utils import get_model_name_from_path
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import conv_mode_for, conv_templates
+from llava.families.contract import ModelInputs, Picture, VisionLanguageModel
+from llava.families.dialogue import Dialogue
+from llava.families.lengths import (
+    Limit,
+    PromptLength,
+    context_limits,
+    measure_prompt,
+    prompt_limit,
+)
+from llava.mm_utils import get_model_name_from_path, process_images, tokenize_pieces
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import checkpoint_here, local_checkpoint
+from llava.model.call_context import asking, padding_side
+from llava.model.checkpoint import checkpoint_here, local_checkpoint, read_config
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
+from llava.model.prompt_inputs import add_prompts, needed_of_question
+from llava.model.prompting import prompt_pieces, render
+from llava.model.types import Images
+from llava.model.vision_inputs import count_visual_tokens
 from llava.pruning.config import PruningConfig
 from llava.pruning.flags import pruning_from
+from llava.pruning.tokens import ImageTokens, VisualTokens
 from llava.utils import UserInputError
+
+# LLaVA's evaluation scripts ask the checkpoints of its demo with a template of their own.
+_EVALUATION_TEMPLATES = {"llava_v1": "vicuna_v1"}
+_PIXELS = "pixels"  # in `Picture.inputs`
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """Makes a `Picture` of an image as a model's config says.
+
+    Attributes:
+        processor: the tower's image processor.
+        config: the model's.
+    """
+
+    processor: Any
+    config: Any
+
+    def __call__(self, image: Image.Image) -> Picture:
+        """Return pixels [3, H, W], or [T, 3, H, W] where images are tiles."""
+        pixels = process_images([image], self.processor, self.config)[0]
+        return Picture({_PIXELS: pixels}, image.size)
+
+
+@dataclass
 class LoadedModel:
-    """A model and what it takes to ask it about pictures.
+    """A LLaVA and what it takes to ask it about pictures: a `VisionLanguageModel`.
 
     Attributes:
         model, tokenizer, image_processor: as from `load_pretrained_model`.
         template: key of `conv_templates`.
         own_pruning: the setting that the checkpoint was saved with.
         name: what the model is called.
+
+    Raises:
+        UserInputError: a template without turns.
     """
 
     model: LlavaCausalLM
@@ -35,6 +83,128 @@ class LoadedModel:
     template: str
     own_pruning: PruningConfig | None = None
     name: str = ""
+
+    def __post_init__(self) -> None:
+        check_chat_template(self.template)
+
+    @property
+    def pruning(self) -> PruningConfig | None:
+        return self.model.pruning
+
+    @pruning.setter
+    def pruning(self, value: PruningConfig | None) -> None:
+        self.model.pruning = value
+
+    @property
+    def roles(self) -> tuple[str, str]:
+        return conv_templates[self.template].roles
+
+    @property
+    def limits(self) -> list[Limit]:
+        return context_limits(self.model.config)
+
+    @property
+    def prepare(self) -> Preparation:
+        return Preparation(self.image_processor, self.model.config)
+
+    def encode(
+        self, pictures: Sequence[Picture], needs: Iterable[str] | None = None
+    ) -> VisualTokens:
+        return self.model.encode_visual_tokens(_batch(pictures), _sizes(pictures), needs)
+
+    def reads_question(self, config: PruningConfig | None) -> bool:
+        tower = self.model.get_vision_tower()
+        return tower is not None and bool(needed_of_question(config, tower))
+
+    def with_questions(self, visual: VisualTokens, questions: Sequence[str]) -> VisualTokens:
+        return self.model.with_questions(visual, questions)
+
+    def place(
+        self,
+        visual: VisualTokens,
+        rows: Sequence[torch.Tensor],
+        questions: Sequence[str] | None = None,
+    ) -> VisualTokens:
+        with asking(questions):
+            return add_prompts(self.model, visual, rows)
+
+    def prune(self, visual: VisualTokens) -> ImageTokens:
+        return self.model.prune_visual_tokens(visual)
+
+    def render(self, dialogue: Dialogue) -> str:
+        return render(dialogue, self.template, self.model.config)
+
+    def row(self, dialogue: Dialogue) -> torch.Tensor:
+        pieces = prompt_pieces(dialogue, self.template, self.model.config)
+        ids = tokenize_pieces(pieces, self.tokenizer)
+        return torch.tensor(ids, dtype=torch.long, device=self.model.device)
+
+    def measure(
+        self, row: torch.Tensor, pictures: Sequence[Picture], *, give_way: bool = False
+    ) -> PromptLength:
+        visual = count_visual_tokens(self.model, _batch(pictures), _sizes(pictures))
+        text = int((row != IMAGE_TOKEN_INDEX).sum())
+        limit = prompt_limit(self.limits) if give_way else None
+        return measure_prompt(visual, text, self.pruning, limit)
+
+    def splice(self, visual: ImageTokens | None, rows: Sequence[torch.Tensor]) -> ModelInputs:
+        ids, mask = _pad(rows)
+        with padding_side("left"):
+            positions, merged, embeds, _ = self.model.splice_visual_tokens(
+                visual, ids, torch.zeros_like(ids), mask
+            )
+        assert merged is not None  # because a mask went in
+        return ModelInputs(embeds, merged, positions)
+
+    def generate(self, inputs: ModelInputs, **settings: Any) -> torch.Tensor:
+        if inputs.positions is not None:
+            settings["position_ids"] = inputs.positions
+        output: Any = GenerationMixin.generate(
+            self.model,
+            inputs_embeds=inputs.embeds,
+            attention_mask=inputs.mask,
+            **settings,
+        )
+        return output
+
+    def answer(
+        self,
+        rows: Sequence[torch.Tensor],
+        pictures: Sequence[Picture],
+        questions: Sequence[str],
+        *,
+        strict: bool = False,
+        **settings: Any,
+    ) -> torch.Tensor:
+        ids, mask = _pad(rows)
+        shown: dict[str, Any] = {"images": None}
+        if pictures:
+            shown = {"images": _batch(pictures), "image_sizes": _sizes(pictures)}
+        return self.model.generate(
+            inputs=ids,
+            attention_mask=mask,
+            questions=questions,
+            strict=strict,
+            **shown,
+            **settings,
+        )
+
+
+def _batch(pictures: Sequence[Picture]) -> Images:
+    """Return the pixels of pictures in the form that `encode_visual_tokens` takes."""
+    pixels = [picture.inputs[_PIXELS] for picture in pictures]
+    same = all(one.shape == pixels[0].shape for one in pixels)
+    return torch.stack(pixels) if same else pixels
+
+
+def _sizes(pictures: Sequence[Picture]) -> list[tuple[int, int]]:
+    return [picture.size for picture in pictures]
+
+
+def _pad(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids [B, L] and mask [B, L] of rows, padded on the right; the splice pads again."""
+    mask = [torch.ones_like(row) for row in rows]
+    return pad_sequence([*rows], batch_first=True), pad_sequence(mask, batch_first=True)
 
 
 @dataclass(frozen=True)
@@ -106,6 +276,18 @@ class ModelSpec:
         return replace(self, path=str(find(self.path) or self.path), base=base)
 
     @property
+    def own_template(self) -> str:
+        """The conversation template that the checkpoint was trained with."""
+        config = read_config(Path(self.path)) if Path(self.path).is_dir() else None
+        return conv_mode_for(get_model_name_from_path(self.path), config)
+
+    @property
+    def evaluation_template(self) -> str:
+        """The template that benchmarks ask with: the flags', else that of LLaVA's scripts."""
+        own = self.own_template
+        return self.conv_mode or _EVALUATION_TEMPLATES.get(own, own)
+
+    @property
     def loading(self) -> dict[str, Any]:
         """More arguments of `load_pretrained_model`."""
         loading: dict[str, Any] = {"load_8bit": self.load_8bit, "load_4bit": self.load_4bit}
@@ -115,7 +297,7 @@ class ModelSpec:
             loading["mm_next_protocol"] = self.mm_next_protocol
         return loading
 
-    def load(self, **more: Any) -> LoadedModel:
+    def load(self, **more: Any) -> VisionLanguageModel:
         """Load it, with pruning switched off: whoever asks brings a setting.
 
         Args:
@@ -131,11 +313,10 @@ class ModelSpec:
         _check_complete(self.path, tokenizer, processor)
         own, model.pruning = model.pruning, None
         template = self.conv_mode or conv_mode_for(name, model.config)
-        check_chat_template(template)
         return LoadedModel(model.eval(), tokenizer, processor, template, own, name)
 
 
-def load_from_flags(args: argparse.Namespace, name: str | None = None) -> LoadedModel:
+def load_from_flags(args: argparse.Namespace, name: str | None = None) -> VisionLanguageModel:
     """Load the model of the flags, set to prune as they say, else as it was saved.
 
     Says on stderr where `--conv-mode` replaces the model's own template.
@@ -149,12 +330,13 @@ def load_from_flags(args: argparse.Namespace, name: str | None = None) -> Loaded
             loaded or asked.
     """
     pruning = pruning_from(args)
-    loaded = ModelSpec.from_flags(args, name=name).load()
-    loaded.model.pruning = loaded.own_pruning if pruning is None else pruning
+    spec = ModelSpec.from_flags(args, name=name)
+    loaded = spec.load()
+    loaded.pruning = loaded.own_pruning if pruning is None else pruning
     own = conv_mode_for(loaded.name, loaded.model.config)
-    if loaded.template != own:
+    if spec.conv_mode not in (None, own):
         print(
-            f"note: --conv-mode {loaded.template} replaces {own}, this model's own", file=sys.stderr
+            f"note: --conv-mode {spec.conv_mode} replaces {own}, this model's own", file=sys.stderr
         )
     return loaded
 

@@ -79,7 +79,7 @@ def chat(session: Session, overlay: Path | None = None) -> None:
             import readline  # noqa: F401
     while True:
         try:
-            line = read_line(session.chat.roles[0])
+            line = read_line(session.loaded.roles[0])
             if not line:
                 return
             respond(session, line, overlay)
@@ -98,7 +98,7 @@ def respond(session: Session, line: str, overlay: Path | None) -> None:
     if line.startswith("/"):
         print(run_command(session, line), flush=True)
         return
-    print(f"{plain_role(session.chat.roles[1])}: ", end="", flush=True)
+    print(f"{plain_role(session.loaded.roles[1])}: ", end="", flush=True)
     try:
         turn = session.ask(line)
     except UserInputError:

@@ -62,13 +62,13 @@ def set_method(session: Session, argument: str) -> str:
     if argument:
         name, *pairs = argument.split()
         note = session.use_method(name, parse_options(pairs))
-    setting = f"[{describe(session.model.pruning)}]"
+    setting = f"[{describe(session.loaded.pruning)}]"
     return setting if note is None else f"{setting}\n({note})"
 
 
 def set_budget(session: Session, argument: str) -> str:
     session.use_budget(parse_budget(argument))
-    config = session.model.pruning
+    config = session.loaded.pruning
     if config is None or not config.pruner.budgeted:
         names = ", ".join(name for name in list_methods() if get_method(name).budgeted)
         budget = describe_budget(session.budget)
@@ -79,8 +79,8 @@ def set_budget(session: Session, argument: str) -> str:
 def set_choices(session: Session, argument: str) -> str:
     if argument:
         session.use_choices(parse_options(argument.split()))
-        return f"[{describe(session.model.pruning)}]"
-    config = session.model.pruning or PruningConfig()
+        return f"[{describe(session.loaded.pruning)}]"
+    config = session.loaded.pruning or PruningConfig()
     return "\n".join(
         f"{name}={getattr(config, name)}  {' | '.join(values)}: {summary}"
         for name, (values, summary) in CHOICES.items()

@@ -9,23 +9,18 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.command_line import check_chat_template
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import conv_templates
-from llava.eval.prompts import image_mark
-from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.call_context import steps_run_by
-from llava.model.language_model.llava_causal_lm import LlavaCausalLM
-from llava.model.loaded import LoadedModel
-from llava.model.prompt_length import (
+from llava.families.contract import VisionLanguageModel
+from llava.families.dialogue import IMAGE, Dialogue
+from llava.families.lengths import (
     Limit,
     PromptLength,
     answer_room,
     describe_overflow,
     exceeded_limits,
-    prompt_length,
     visual_room,
 )
+from llava.model.call_context import steps_run_by
 from llava.pixels import VIEWER
 from llava.pruning import PruningConfig, PruningError, get_method, prune
 from llava.pruning.config import BUDGETS, CHOICES
@@ -40,50 +35,44 @@ class Session:
     """The state of a chat. Every method leaves it as it was if it raises.
 
     Args:
-        loaded: the model and what belongs to it; `loaded.model.pruning` is the active setting.
+        loaded: the model and what belongs to it; `loaded.pruning` is the active setting.
         image: what the chat is about.
         sampling: how answers are drawn.
         debug: print every prompt on stderr.
         reading: how `/image` reads pictures, see `llava.pixels`.
 
     Raises:
-        UserInputError: a template that cannot hold a chat, or a generation_config that cannot be
-            carried out.
+        UserInputError: the model's generation_config cannot be carried out.
     """
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        loaded: VisionLanguageModel,
         image: Image.Image,
         sampling: Sampling,
         debug: bool = False,
         reading: str = VIEWER,
     ) -> None:
-        check_chat_template(loaded.template)
         sampling.check_model(loaded.model)
         self.loaded = loaded
         self.sampling = sampling
         self.debug = debug
         self.reading = reading
-        self.budget = budget_of(self.model.pruning)
+        self.budget = budget_of(loaded.pruning)
         self._warm = False
         self.show(image)
 
-    @property
-    def model(self) -> LlavaCausalLM:
-        return self.loaded.model
-
     def show(self, image: Image.Image) -> None:
         """Change the image; the chat starts again, because the image is part of its first turn."""
-        self.pixels = process_images([image], self.loaded.image_processor, self.model.config)
+        self.picture = self.loaded.prepare(image)
         self.image = image
         self.reset()
 
     def reset(self) -> None:
         """Forget all turns; image and settings stay."""
-        self.chat = conv_templates[self.loaded.template].copy()
+        self.chat = Dialogue()
         self.last: Turn | None = None
-        self._last_prompt = self._last_question = ""
+        self._last_prompt, self._last_question = self.chat, ""
 
     def use_method(self, name: str, options: dict[str, Any]) -> str | None:
         """Prune with another method; budget and choices among `options` replace those in use.
@@ -101,14 +90,14 @@ class Session:
             budget = {}
         elif not budget:
             raise UserInputError(f"{name} needs a budget; set one first: /keep 64, or /keep 0.1")
-        before = self.model.pruning.choices if self.model.pruning is not None else {}
+        before = self.loaded.pruning.choices if self.loaded.pruning is not None else {}
         note = None
         try:
             config = PruningConfig(name, **budget, options=options, **(before | chosen))
         except PruningError as error:  # of what is in use, or of what was typed
             config = PruningConfig(name, **budget, options=options, **chosen)
             note = f"no longer {join_settings(before)}: {error}"
-        self.model.pruning = config
+        self.loaded.pruning = config
         self.budget = budget_of(config) or self.budget
         return note
 
@@ -121,15 +110,15 @@ class Session:
         for name in choices:
             if name not in CHOICES:
                 raise PruningError(unknown("setting", name, CHOICES))
-        self.model.pruning = replace(self.model.pruning or PruningConfig(), **choices)
+        self.loaded.pruning = replace(self.loaded.pruning or PruningConfig(), **choices)
 
     def use_budget(self, budget: dict[str, Any]) -> None:
         """Keep as many tokens from now on; without a method the budget waits for the next one."""
         budgets: dict[str, Any] = {name: budget.get(name) for name in BUDGETS}
         # Built also where nothing uses it yet: it checks numbers.
-        config = replace(self.model.pruning or PruningConfig(), **budgets)
+        config = replace(self.loaded.pruning or PruningConfig(), **budgets)
         if config.pruner.budgeted:
-            self.model.pruning = config
+            self.loaded.pruning = config
         self.budget = budget
 
     def ask(self, question: str) -> Turn:
@@ -146,24 +135,20 @@ class Session:
             raise UserInputError(
                 f"the image is shown by itself; leave {DEFAULT_IMAGE_TOKEN} out of the question"
             )
-        chat = self.chat.copy()
-        first = len(chat.messages) == chat.offset
-        mark = image_mark(self.model.config) if first else ""
-        chat.append_message(chat.roles[0], mark + question)
-        chat.append_message(chat.roles[1], None)
-        prompt = chat.get_prompt()
-        ids = self._ids(prompt)
-        length, exceeded = self._measure(ids)
+        first = not self.chat.turns
+        mark = (IMAGE, "\n") if first else ()
+        prompt = self.chat.say(*mark, question)
+        row = self._row(prompt)
+        length, exceeded = self._measure(row)
         if exceeded:
             why = describe_overflow(length, exceeded[0])
             raise UserInputError(
                 f"this question does not fit: {why}; the chat is as it was before. You can "
                 f"{self._ways_out(length, exceeded, first)}"
             )
-        turn = self._answer(ids, question, length)
+        turn = self._answer(row, question, length)
         if turn.answer or not turn.stopped:  # a turn stopped before its first word never was
-            chat.messages[-1][-1] = turn.answer
-            self.chat, self.last = chat, turn
+            self.chat, self.last = prompt.say(turn.answer), turn
             self._last_prompt, self._last_question = prompt, question
         return turn
 
@@ -173,15 +158,15 @@ class Session:
         Raises:
             UserInputError: they do not fit the model's context.
         """
-        with prune(self.model):
-            ids = self._ids(self._last_prompt)
-            length, exceeded = self._measure(ids)
+        with prune(self.loaded.model):
+            row = self._row(self._last_prompt)
+            length, exceeded = self._measure(row)
             if exceeded:
                 raise UserInputError(
                     "the last turn does not fit without pruning: "
                     f"{describe_overflow(length, exceeded[0])}; compare a shorter chat (/reset)"
                 )
-            return self._answer(ids, self._last_question, length, silent=True)
+            return self._answer(row, self._last_question, length, silent=True)
 
     def save_overlay(self, path: Path) -> None:
         """Save the image with the patches dimmed that the last turn removed.
@@ -205,22 +190,21 @@ class Session:
                 f"cannot save {path}: {error}; give another path, one that ends in .png"
             ) from error
 
-    def _ids(self, prompt: str) -> torch.Tensor:
-        """Tokenise the prompt: int64 [1, L]."""
+    def _row(self, prompt: Dialogue) -> torch.Tensor:
+        """Tokenise the prompt: int64 [L]."""
         if self.debug:
-            print(f"\n{prompt!r}", file=sys.stderr)
-        ids = tokenizer_image_token(prompt, self.loaded.tokenizer)
-        return torch.tensor([ids], device=self.model.device)
+            print(f"\n{self.loaded.render(prompt)!r}", file=sys.stderr)
+        return self.loaded.row(prompt)
 
-    def _measure(self, ids: torch.Tensor) -> tuple[PromptLength, list[Limit]]:
-        """Measure a prompt [1, L]: its length and the limits that it exceeds, the lowest first."""
-        length = prompt_length(self.model, ids[0], self.pixels, [self.image.size])
-        return length, exceeded_limits(self.model.config, length)
+    def _measure(self, row: torch.Tensor) -> tuple[PromptLength, list[Limit]]:
+        """Measure a prompt [L]: its length and the limits that it exceeds, the lowest first."""
+        length = self.loaded.measure(row, [self.picture])
+        return length, exceeded_limits(self.loaded.limits, length)
 
     def _ways_out(self, length: PromptLength, exceeded: list[Limit], first: bool) -> str:
         """Return what the user can do about a question that does not fit; each alone is enough."""
         ways = ["ask a shorter question"]
-        config, room = self.model.pruning, visual_room(self.model.config, length.text)
+        config, room = self.loaded.pruning, visual_room(self.loaded.limits, length.text)
         compact = length._replace(positions=length.total)
         if not any(limit.exceeded_by(compact) for limit in exceeded):
             ways.append("count positions without the removed tokens (/set positions=compact)")
@@ -235,27 +219,20 @@ class Session:
         return ", or ".join(ways)
 
     def _answer(
-        self, ids: torch.Tensor, question: str, length: PromptLength, silent: bool = False
+        self, row: torch.Tensor, question: str, length: PromptLength, silent: bool = False
     ) -> Turn:
-        tokenizer = self.loaded.tokenizer
-        sampling, room = self.sampling, answer_room(self.model.config, length)
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        sampling, room = self.sampling, answer_room(self.loaded.limits, length)
         if room is not None:
             sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
-        clock = PipelineClock(self.model.device)
-        streamer = ClockedStreamer(tokenizer, self.model.device, silent)
-        setting = describe(self.model.pruning)
+        clock = PipelineClock(model.device)
+        streamer = ClockedStreamer(tokenizer, model.device, silent)
+        setting = describe(self.loaded.pruning)
         stopped = False
         try:
             with steps_run_by(clock.run), torch.inference_mode():
-                self.model.generate(
-                    inputs=ids,
-                    images=self.pixels,
-                    image_sizes=[self.image.size],
-                    attention_mask=torch.ones_like(ids),
-                    questions=[question],
-                    streamer=streamer,
-                    **sampling.arguments_for(self.model, tokenizer),
-                )
+                settings = sampling.arguments_for(model, tokenizer)
+                self.loaded.answer([row], [self.picture], [question], streamer=streamer, **settings)
         except KeyboardInterrupt:
             stopped = True
             streamer.end()  # print what is held back, and the end of the line

@@ -16,10 +16,11 @@ import pytest
 from llava.eval.demo import write_playground
 from llava.eval.llava_scripts import convert, score
 from llava.eval.llava_scripts.vqa import JsonLines, MMBenchTable, ScienceQAFile
-from llava.eval.prompts import question_prompt
+from llava.eval.prompts import question
 from llava.eval.tasks.base import TaskError, get_benchmark
 from llava.eval.tasks.question_file import QuestionFile
 from llava.eval.tasks.tsv import read_table
+from llava.model.prompting import render
 from llava.utils import UserInputError
 
 GOOD = {"question_id": 1, "image": "a.png", "text": "What is this?"}
@@ -106,9 +107,9 @@ def test_a_list_of_pictures(tmp_path: Path, text: str, asked: str) -> None:
     row = GOOD | {"image": ["a.png", "b.png"], "text": text}
     (item,) = JsonLines(write(tmp_path / "q.jsonl", row), tmp_path).items()
     assert item.images == ("a.png", "b.png") and "<image>" not in item.question
-    prompt = question_prompt(item.text, "vicuna_v1", None, 2)
+    prompt = render(question(item.text, 2), "vicuna_v1")
     assert prompt.endswith(f"USER: {asked} ASSISTANT:")
-    assert "<image>" not in question_prompt(item.text, "vicuna_v1", None, 0)
+    assert "<image>" not in render(question(item.text, 0), "vicuna_v1")
 
 
 SCIENCE = {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "Which?"}]}

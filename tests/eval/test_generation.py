@@ -15,11 +15,11 @@ from llava.eval.engine.batches import Plan
 from llava.eval.engine.decode import Decoded, decode, end_tokens, row_seed, until_end
 from llava.eval.engine.request import Arm
 from llava.eval.engine.runner import Runner
-from llava.eval.prompts import question_prompt
+from llava.eval.prompts import question
 from llava.eval.tasks.base import Item
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.call_context import padding_side
 from llava.model.loaded import LoadedModel
+from llava.model.prompting import render
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
@@ -144,7 +144,7 @@ def generated(subject: LoadedModel, make_runner: Callable[..., Runner]) -> Answe
     def generate(sampling: Sampling) -> tuple[list[str], Rows]:
         rows, ends = [], end_tokens(model.generation_config)
         for item in questions(runner):
-            prompt = question_prompt(item.text, subject.template, model.config)
+            prompt = render(question(item.text), subject.template, model.config)
             image = runner.benchmark.load_image(item.images[0])
             torch.manual_seed(row_seed(0, item.index))
             output = model.generate(
@@ -248,16 +248,12 @@ def test_every_step_is_timed(
     """Together or row by row: prefill and a later step of the whole batch, where there is one."""
     configure({"eos_token_id": None, **settings})
     runner = make_runner()
-    ids, mask = runner.prompts(runner.plan.items[:2], [0, 0])
-    with padding_side("left"), torch.inference_mode():
-        _, merged, embeds, _ = subject.model.splice_visual_tokens(None, ids, None, mask)
+    with torch.inference_mode():
+        inputs = subject.splice(None, runner.prompts(runner.plan.items[:2], [0, 0]))
     for tokens in (1, 4):
         decoded = decode(
-            subject.model,
-            embeds,
-            merged,
-            None,
-            tokenizer=subject.tokenizer,
+            subject,
+            inputs,
             sampling=Sampling(temperature=0, max_new_tokens=tokens),
             seeds=[0, 0],
         )

@@ -19,10 +19,11 @@ from llava.eval.engine.batches import Plan
 from llava.eval.engine.decode import row_seed
 from llava.eval.engine.request import Arm, parse_arm
 from llava.eval.engine.runner import Runner
-from llava.eval.prompts import question_prompt
+from llava.eval.prompts import question
 from llava.eval.tasks.base import Benchmark, Item, TaskError
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.loaded import LoadedModel, ModelSpec
+from llava.model.prompting import render
 from llava.pruning import prune
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -108,7 +109,7 @@ def generated(subject: LoadedModel, item: Item, arm: Arm, sampling: Sampling = G
     """The answer of `model.generate` to one prompt."""
     model = subject.model
     images = [Pictures().load_image(name) for name in item.images]
-    prompt = question_prompt(item.text, subject.template, model.config, len(images))
+    prompt = render(question(item.text, len(images)), subject.template, model.config)
     ids = tokenizer_image_token(prompt, subject.tokenizer, return_tensors="pt")[None]
     with prune(model, arm.seeded(3)):
         output = model.generate(
@@ -163,8 +164,8 @@ def test_prompts_without_room_for_their_images(subject: LoadedModel) -> None:
         for item in (runner.plan.items[0], three):
             assert records[arm.name, item.index]["answer"] == generated(subject, item, arm)
         cut = answers_of(runner, ARMS[:1])["none", 4]["tokens_in"]
-        ids, _ = runner.prompts([three], [3])
-        assert cut == 260 - ids[0].tolist().index(IMAGE_TOKEN_INDEX), "the rest was cut off"
+        (ids,) = runner.prompts([three], [3])
+        assert cut == 260 - ids.tolist().index(IMAGE_TOKEN_INDEX), "the rest was cut off"
     finally:
         del subject.model.config.tokenizer_model_max_length
 

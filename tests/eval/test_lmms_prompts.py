@@ -21,6 +21,7 @@ from llava.eval.lmms_inputs import (
 )
 from llava.mm_utils import tokenizer_image_token
 from llava.model.loaded import LoadedModel
+from llava.model.prompting import render
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
@@ -70,7 +71,7 @@ def test_pictures_stand_where_the_message_shows_them(
     assert prompt.marked == join(parts) == text
     assert prompt.words == words
     assert len(prompt.images) == parts.count(None) == text.count("<image>")
-    assert prompt.render(conv_templates["vicuna_v1"]) == f"{SYSTEM} USER: {text} ASSISTANT:"
+    assert render(prompt.dialogue, "vicuna_v1") == f"{SYSTEM} USER: {text} ASSISTANT:"
 
 
 def test_a_content_may_be_one_text() -> None:
@@ -110,7 +111,7 @@ TALK = [
 def test_a_history_and_a_system_message(template: str, rendered: str) -> None:
     own = conv_templates[template].get_prompt()
     prompt = read_messages(TALK, {}, "demo")
-    assert prompt.render(conv_templates[template]) == rendered
+    assert render(prompt.dialogue, template) == rendered
     assert len(prompt.images) == 2
     assert prompt.words == "And this?"
     assert conv_templates[template].get_prompt() == own, "the template itself was changed"
@@ -125,21 +126,21 @@ def test_a_mark_that_somebody_wrote_is_text(subject: LoadedModel) -> None:
         message("A <image>.", role="assistant"),
         message("<image>"),
     ]
-    template, tokenizer = conv_templates["vicuna_v1"], subject.tokenizer
+    tokenizer = subject.tokenizer
     prompt = read_messages(talk, {}, "demo")
-    ids = prompt.ids(template, tokenizer)
+    ids = subject.row(prompt.dialogue).tolist()
     assert ids.count(IMAGE_TOKEN_INDEX) == len(prompt.images) == 1
     place = ids.index(IMAGE_TOKEN_INDEX)
     for part, copies in ((ids[:place], 2), (ids[place + 1 :], 3)):
         assert tokenizer.decode(part).count("<image>") == copies
     assert prompt.words == "<image>"
     alone = Prompt(written, (), {})
-    assert tokenizer.decode(alone.ids(template, tokenizer), skip_special_tokens=True).endswith(
+    assert tokenizer.decode(subject.row(alone.dialogue), skip_special_tokens=True).endswith(
         f"USER: {written} ASSISTANT:"
     )
     marked = Prompt("Is <image> red?", (PICTURE,), {})
     rendered = f"{SYSTEM} USER: Is <image> red? ASSISTANT:"
-    assert marked.ids(template, tokenizer) == tokenizer_image_token(rendered, tokenizer)
+    assert subject.row(marked.dialogue).tolist() == tokenizer_image_token(rendered, tokenizer)
     assert Prompt("Red?", (PICTURE, PICTURE), {}).marked == "<image> <image>\nRed?"
 
 

@@ -14,10 +14,11 @@ from tiny_llava import exit_code, write_lines
 
 from llava.eval.engine import run as execution
 from llava.eval.llava_scripts.vqa import MMBenchTable
-from llava.eval.prompts import question_prompt
+from llava.eval.prompts import question
 from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.loaded import LoadedModel, ModelSpec
+from llava.model.prompting import render
 from llava.pruning import prune
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -76,7 +77,7 @@ def generated_ids(
 ) -> list[int]:
     model = subject.model
     pictures = [load_image(image)] if image else []
-    prompt = question_prompt(text, "vicuna_v1", model.config, len(pictures))
+    prompt = render(question(text, len(pictures)), "vicuna_v1", model.config)
     ids = tokenizer_image_token(prompt, subject.tokenizer, return_tensors="pt")[None]
     with prune(model, setting.pop("method", None), **setting):
         output = model.generate(

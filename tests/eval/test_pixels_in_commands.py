@@ -24,7 +24,7 @@ from llava.eval.tasks.base import get_benchmark
 from llava.eval.tasks.question_file import QuestionFile
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_tokenizer
-from llava.model.loaded import LoadedModel
+from llava.model.loaded import LoadedModel, Preparation
 from llava.serve import cli
 from llava.train.arguments import DataArguments
 from llava.train.data import SupervisedDataset
@@ -316,9 +316,9 @@ def test_sizes_of_tiled_pictures_are_those_of_the_upright_one(
     config = SimpleNamespace(
         image_aspect_ratio="anyres", image_grid_pinpoints=[[336, 672], [672, 336]]
     )
-    source = ImageSource(benchmark, subject.image_processor, config)
-    turned, upright = source.load(["turned.png"]), source.load(["upright.png"])
-    assert turned.sizes == upright.sizes == [(200, 120)]
-    assert torch.equal(turned.pixels[0], upright.pixels[0])
+    source = ImageSource(benchmark, Preparation(subject.image_processor, config))
+    turned, upright = source.load(["turned.png", "upright.png"]).pictures
+    assert turned.size == upright.size == (200, 120)
+    assert torch.equal(turned.inputs["pixels"], upright.inputs["pixels"])
     benchmark.pixels = "original"
-    assert source.load(["turned.png"]).sizes == [(120, 200)]
+    assert source.load(["turned.png"]).pictures[0].size == (120, 200)

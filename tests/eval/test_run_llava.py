@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from transformers import GenerationConfig
 
 from llava.constants import IMAGE_PLACEHOLDER
 from llava.eval import run_llava
-from llava.eval.run_llava import build_parser, build_prompt, eval_model, image_parser, load_images
+from llava.eval.run_llava import ask, build_parser, eval_model, image_parser, load_images
+from llava.families.dialogue import Dialogue
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.model.loaded import LoadedModel
+from llava.model.prompting import render
 from llava.pruning import prune
 from llava.utils import UserInputError
 
@@ -157,7 +161,7 @@ def test_generation_config_decides_beside_the_flags(
         **{"return_dict_in_generate": True, "stop_strings": ["q"], "do_sample": True},
     )
     monkeypatch.setattr(model, "generation_config", config)
-    prompt = build_prompt("What colour is the circle?", 1, "vicuna_v1", "<image>\n")
+    prompt = render(ask("What colour is the circle?", 1), "vicuna_v1")
     settings = {"tokenizer": tokenizer, "return_dict_in_generate": False}
     said = eval_model(arguments(checkpoint, pictures[0]))
     assert said == by_hand(loaded, prompt, pictures[:1], **settings) != before
@@ -236,13 +240,13 @@ def test_the_name_chooses_the_template(
     mode: str,
 ) -> None:
     monkeypatch.setattr(loaded[1].config, "mm_conv_mode", None)
-    prompts = []
+    prompts, row = [], LoadedModel.row
 
-    def spy(query: str, images: int, template: str, mark: str) -> str:
-        prompts.append(template)
-        return build_prompt(query, images, template, mark)
+    def spy(self: LoadedModel, dialogue: Dialogue) -> torch.Tensor:
+        prompts.append(self.template)
+        return row(self, dialogue)
 
-    monkeypatch.setattr(run_llava, "build_prompt", spy)
+    monkeypatch.setattr(LoadedModel, "row", spy)
     eval_model(arguments(checkpoint, pictures[0], model_name=name, max_new_tokens=1))
     assert capsys.readouterr().err == ""
     settings = {"model_name": name, "max_new_tokens": 1, "conv_mode": "vicuna_v1"}
@@ -263,14 +267,15 @@ def test_the_name_chooses_the_template(
     ],
 )
 def test_where_images_stand_in_the_query(query: str, images: int, turn: str) -> None:
-    prompt = build_prompt(query, images, "vicuna_v1", "<image>\n")
+    prompt = render(ask(query, images), "vicuna_v1")
     assert prompt == f"{SYSTEM} USER: {turn} ASSISTANT:"
 
 
 def test_marks_of_models_with_start_and_end_tokens() -> None:
+    config = SimpleNamespace(mm_use_im_start_end=True)
     mark = "<im_start><image><im_end>\n"
-    assert f"USER: {mark}What? A" in build_prompt("What?", 1, "vicuna_v1", mark)
-    middle = build_prompt(f"Is {IMAGE_PLACEHOLDER} red?", 1, "vicuna_v1", mark)
+    assert f"USER: {mark}What? A" in render(ask("What?", 1), "vicuna_v1", config)
+    middle = render(ask(f"Is {IMAGE_PLACEHOLDER} red?", 1), "vicuna_v1", config)
     assert "Is <im_start><image><im_end> red?" in middle
 
 

@@ -66,11 +66,11 @@ def test_controls_show_what_they_say(make_runner: Callable[..., Runner]) -> None
 
 def test_no_image_removes_the_mark(make_runner: Callable[..., Runner]) -> None:
     runner = make_runner()
-    with_image, _ = runner.prompts(runner.plan.items[:1], [1])
-    without, _ = runner.prompts(runner.plan.items[:1], [0])
+    (with_image,) = runner.prompts(runner.plan.items[:1], [1])
+    (without,) = runner.prompts(runner.plan.items[:1], [0])
     assert (with_image == -200).sum() == 1
     assert (without == -200).sum() == 0
-    assert "<image>" not in runner.subject.tokenizer.decode(without[0])
+    assert "<image>" not in runner.subject.tokenizer.decode(without)
 
 
 def test_an_impossible_budget_names_its_reason(make_runner: Callable[..., Runner]) -> None:

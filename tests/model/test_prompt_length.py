@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model.call_context import asking
-from llava.model.prompt_length import (
+from llava.families.contract import Picture
+from llava.families.lengths import (
     PromptLength,
     answer_room,
+    context_limits,
     describe_overflow,
     exceeded_limits,
-    prompt_length,
     visual_room,
 )
+from llava.model.call_context import asking
+from llava.model.loaded import LoadedModel
 from llava.pruning import get_method, list_methods, prune
 
 IMG = IMAGE_TOKEN_INDEX
@@ -45,6 +47,13 @@ def read_by(model, ids: torch.Tensor, **images) -> tuple[int, int]:
     assert mask.all()
     count = embeds.shape[1]
     return count, count if positions is None else int(positions.max()) + 1
+
+
+def prompt_length(model, ids: torch.Tensor, images, image_sizes=None, **how) -> PromptLength:
+    """What the contract says of the same prompt."""
+    sizes = image_sizes or [(28, 28)] * len(images)
+    pictures = [Picture({"pixels": one}, size) for one, size in zip(images, sizes, strict=True)]
+    return LoadedModel(model, None, None, "vicuna_v1").measure(ids, pictures, **how)
 
 
 # The released code selects in every tile and knows no other way; what counts every image has no
@@ -107,10 +116,11 @@ def test_what_gives_way_is_what_generate_drops(
     length = prompt_length(model, IDS, images, give_way=True)
     read, _ = read_by(model, IDS, images=images)
     cut = "tokens are cut off" in caplog.text
-    assert bool(exceeded_limits(model.config, length)) == cut and min(length.total, limit) == read
+    limits = context_limits(model.config)
+    assert bool(exceeded_limits(limits, length)) == cut and min(length.total, limit) == read
     asked = prompt_length(model, IDS, images)
     lost = cut or "visual tokens are dropped" in caplog.text
-    assert bool(exceeded_limits(model.config, asked)) == lost
+    assert bool(exceeded_limits(limits, asked)) == lost
 
 
 def test_nothing_is_encoded(small_next: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,8 +152,8 @@ class Config:
 def test_the_lowest_limit_is_named(
     longest: int | None, positions: int | None, exceeded: str | None
 ) -> None:
-    config, length = Config(longest, positions), PromptLength(36, 64, 100)
-    limits = exceeded_limits(config, length)
+    known, length = context_limits(Config(longest, positions)), PromptLength(36, 64, 100)
+    limits = exceeded_limits(known, length)
     if exceeded is None:
         assert not limits
         return
@@ -153,10 +163,10 @@ def test_the_lowest_limit_is_named(
 
 def test_rooms() -> None:
     length = PromptLength(36, 64, 600)
-    assert answer_room(Config(50, 1000), length) == 400
-    assert answer_room(Config(50, None), length) is None
-    assert visual_room(Config(50, 1000), 36) == 14
-    assert visual_room(Config(100, 100), 36) == 63
-    assert visual_room(Config(None, None), 36) is None
-    (limit,) = exceeded_limits(Config(None, 600), length)
+    assert answer_room(context_limits(Config(50, 1000)), length) == 400
+    assert answer_room(context_limits(Config(50, None)), length) is None
+    assert visual_room(context_limits(Config(50, 1000)), 36) == 14
+    assert visual_room(context_limits(Config(100, 100)), 36) == 63
+    assert visual_room(context_limits(Config(None, None)), 36) is None
+    (limit,) = exceeded_limits(context_limits(Config(None, 600)), length)
     assert "+ 500 positions of removed tokens + at least 1" in describe_overflow(length, limit)

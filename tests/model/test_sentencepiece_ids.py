@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from llava.conversation import conv_templates
-from llava.eval.prompts import prompt_ids, question_prompt
-from llava.mm_utils import tokenizer_image_token
+from llava.eval.prompts import question
+from llava.mm_utils import tokenize_pieces, tokenizer_image_token
 from llava.model.builder import load_tokenizer
-from llava.train.conversations import render, tokenize
+from llava.model.prompting import prompt_pieces, render
+from llava.train.conversations import render as render_sample
+from llava.train.conversations import tokenize
 from llava.train.samples import Sample
 from llava.utils import UserInputError
 
@@ -276,15 +278,16 @@ def test_prompts_of_evaluation_and_training_are_sentencepieces(load, models) -> 
     full = spm.SentencePieceProcessor(model_file=str(models["scores"]))
     bare = _without_prefix(models["scores"])
     template = conv_templates["vicuna_v1"]
-    question, answer = "what   is\t\tthis?", "a    red  circle"
-    prompt = question_prompt(question, "vicuna_v1", None)
+    asked, answer = "what   is\t\tthis?", "a    red  circle"
+    dialogue = question(asked)
+    prompt = render(dialogue, "vicuna_v1")
     head, tail = prompt.split("<image>")
     wanted = [1, *full.encode(head), -200, *full.encode(tail)]
     assert tokenizer_image_token(prompt, tokenizer) == wanted
-    assert prompt_ids([prompt], tokenizer)[0][0].tolist() == wanted
+    assert tokenize_pieces(prompt_pieces(dialogue, "vicuna_v1", None), tokenizer) == wanted
     told = f"{prompt} {answer}</s>USER:  next ASSISTANT: red</s>"
-    turns = (f"<image>\n{question}", answer, " next", "red")
-    parts = render(Sample("sample 0", turns, ("red.png",)), template)
+    turns = (f"<image>\n{asked}", answer, " next", "red")
+    parts = render_sample(Sample("sample 0", turns, ("red.png",)), template)
     assert "".join(part.text for part in parts) == told
     ids, labels = tokenize(parts, tokenizer)
     assert ids.tolist() == tokenizer_image_token(told, tokenizer)
@@ -373,7 +376,7 @@ def test_llava15s_published_prompts() -> None:
         pytest.skip("set LLAVA_TOKENIZER_GOLDENS to a folder with LLaVA-1.5's tokenizer and ids")
     tokenizer = load_tokenizer(Path(place))
     for row in _rows(Path(place, "prompts.jsonl.gz")):
-        prompt = question_prompt(row["question"], "vicuna_v1", None)
+        prompt = render(question(row["question"]), "vicuna_v1")
         assert tokenizer_image_token(prompt, tokenizer) == row["ids"], prompt
     for row in _rows(Path(place, "two_turns.jsonl.gz")):
         template = conv_templates["vicuna_v1"].copy()
@@ -383,7 +386,7 @@ def test_llava15s_published_prompts() -> None:
         assert tokenizer_image_token(template.get_prompt(), tokenizer) == row["ids"], row
         sample = Sample("sample", tuple(words[:3]), ("image.png",))
         asked = conv_templates["vicuna_v1"]
-        ids, _ = tokenize(render(sample, asked), tokenizer)
+        ids, _ = tokenize(render_sample(sample, asked), tokenizer)
         assert ids.tolist()[:-1] == row["ids"][: len(ids) - 1]  # then the open turn begins
 
 

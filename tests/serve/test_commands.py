@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from llava.conversation import conv_templates
+from llava.families.dialogue import IMAGE
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.loaded import LoadedModel
@@ -64,17 +65,18 @@ def talk(
 
 
 def answer_by_hand(session: Session, prompt: str, **settings: Any) -> str:
-    pixels = process_images([session.image], session.loaded.image_processor, session.model.config)
+    model, processor = session.loaded.model, session.loaded.image_processor
+    pixels = process_images([session.image], processor, model.config)
     ids = tokenizer_image_token(prompt, session.loaded.tokenizer, return_tensors="pt")[None]
     settings = {"do_sample": False, "max_new_tokens": 6, **settings}
-    new = session.model.generate(inputs=ids, images=pixels, **settings)
+    new = model.generate(inputs=ids, images=pixels, **settings)
     return session.loaded.tokenizer.decode(new[0], skip_special_tokens=True).strip()
 
 
 def test_generation_config_decides_beside_the_flags(
     session: Session, talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = session.model, session.loaded.tokenizer
+    model, tokenizer = session.loaded.model, session.loaded.tokenizer
     chat = conv_templates["vicuna_v1"].copy()
     chat.append_message(chat.roles[0], "<image>\nWhat is it?")
     chat.append_message(chat.roles[1], None)
@@ -117,7 +119,7 @@ def test_method_and_budget_hold_from_the_next_turn(talk: Callable[..., str]) -> 
 
 
 def test_the_flags_of_the_start_are_a_budget_too(session: Session) -> None:
-    session.model.pruning = {"method": "zoo", "keep_tokens": 48}
+    session.loaded.model.pruning = {"method": "zoo", "keep_tokens": 48}
     again = Session(session.loaded, session.image, session.sampling)
     assert run_command(again, "/method norm") == "[norm, 48 tokens]"
 
@@ -144,24 +146,24 @@ def test_choices_hold_across_methods_and_budgets(talk: Callable[..., str]) -> No
 
 def test_a_saved_choice_keeps_nobody_from_a_method(session: Session) -> None:
     saved = {"method": "zoo", "keep_tokens": 64, "newline": "keep", "positions": "original"}
-    session.model.pruning = saved
+    session.loaded.model.pruning = saved
     session = Session(session.loaded, session.image, session.sampling)
     said = run_command(session, "/method pool")
     assert said == (
         "[pool, 64 tokens]\n(no longer newline=keep, positions=original: 'pool' makes new tokens, "
         "so newline can only be 'drop'; for 'keep' use a method that selects)"
     )
-    assert session.model.pruning.to_dict() == {"method": "pool", "keep_tokens": 64}
-    session.model.pruning = saved
+    assert session.loaded.model.pruning.to_dict() == {"method": "pool", "keep_tokens": 64}
+    session.loaded.model.pruning = saved
     with pytest.raises(UserInputError, match="so newline can only be 'drop'"):
         run_command(session, "/method pool newline=keep")
     with pytest.raises(UserInputError, match="unknown option of 'pool': 'size'"):
         run_command(session, "/method pool size=3")
-    assert session.model.pruning.to_dict() == saved
+    assert session.loaded.model.pruning.to_dict() == saved
 
 
 def test_set_alone_says_what_there_is(session: Session) -> None:
-    session.model.pruning = {"method": "zoo", "keep_tokens": 64, "newline": "keep"}
+    session.loaded.model.pruning = {"method": "zoo", "keep_tokens": 64, "newline": "keep"}
     lines = run_command(session, "/set").splitlines()
     assert [line.split()[0] for line in lines] == [
         "allocation=per_tile",
@@ -177,10 +179,10 @@ def test_compare(session: Session) -> None:
     run_command(session, "/method grid keep_tokens=64")
     session.ask("What colour is it?")
     session.ask("And the circle?")
-    before = session.chat.get_prompt()
+    before = session.loaded.render(session.chat)
     table = run_command(session, "/compare")
-    assert session.chat.get_prompt() == before, "the chat goes on with the pruned answer"
-    assert session.model.pruning.method == "grid"
+    assert session.loaded.render(session.chat) == before, "the chat goes on with the pruned answer"
+    assert session.loaded.model.pruning.method == "grid"
     rows = {line[:10].strip(): line[10:].split() for line in table.splitlines() if line[0:1] != " "}
     assert rows["tokens"] == ["64", "576"]
     assert all(float(number) > 0 for number in rows["encode ms"] + rows["prefill ms"])
@@ -188,10 +190,10 @@ def test_compare(session: Session) -> None:
 
     chat = conv_templates["vicuna_v1"].copy()
     chat.append_message(chat.roles[0], "<image>\nWhat colour is it?")
-    chat.append_message(chat.roles[1], session.chat.messages[1][1])
+    chat.append_message(chat.roles[1], session.chat.turns[1][0])
     chat.append_message(chat.roles[0], "And the circle?")
     chat.append_message(chat.roles[1], None)
-    session.model.pruning = None
+    session.loaded.model.pruning = None
     assert session.ask_unpruned().answer == answer_by_hand(session, chat.get_prompt())
 
 
@@ -234,11 +236,11 @@ def test_another_image_starts_again(session: Session, tmp_path: Path) -> None:
     Image.new("RGB", (50, 30), "teal").save(path)
     session.ask("What colour is it?")
     assert "50 x 30" in run_command(session, f"/image {path}")
-    assert len(session.chat.messages) == 0 and session.last is None
+    assert not session.chat.turns and session.last is None
     turn = session.ask("What colour is it?")
-    (_, question), _ = session.chat.messages
-    assert question == "<image>\nWhat colour is it?"
-    prompt = session.chat.get_prompt().removesuffix(f" {turn.answer}</s>")
+    question, _ = session.chat.turns
+    assert question == (IMAGE, "\n", "What colour is it?")
+    prompt = session.loaded.render(session.chat).removesuffix(f" {turn.answer}</s>")
     assert turn.answer == answer_by_hand(session, prompt)
 
 
@@ -301,7 +303,7 @@ def test_a_mistake_costs_one_line(
     (error,) = re.findall(r"(?m)^(?:USER: )?error: (.*)$", out)
     assert message in error
     assert "/compare " in out, "the chat goes on"
-    assert session.model.pruning is None and not session.chat.messages and not session.budget
+    assert session.loaded.model.pruning is None and not session.chat.turns and not session.budget
 
 
 def test_mistakes_after_a_turn(talk: Callable[..., str], tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ def test_ctrl_c_keeps_what_was_said(
         turn = session.ask("What colour is it?")
     assert turn.stopped and turn.cost.per_token is not None and "stopped" in turn.status()
     assert turn.answer and whole.answer.startswith(turn.answer) and turn.answer != whole.answer
-    assert session.chat.messages[-1][-1] == turn.answer, "the chat goes on from what was read"
+    assert session.chat.turns[-1] == (turn.answer,), "the chat goes on from what was read"
     assert "576 -> 576 tokens (100.0 %)" in talk("And the circle?")
 
 
@@ -366,12 +368,12 @@ def test_ctrl_c_before_the_first_word_forgets_the_turn(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(session.model), "encode_images", interrupted)
+        patch.setattr(type(session.loaded.model), "encode_images", interrupted)
         turn = session.ask("What colour is it?")
         cli.respond(session, "What colour is it?", overlay=tmp_path / "kept.png")
     assert turn.stopped and turn.cost is None and turn.status() == "stopped"
     assert not (tmp_path / "kept.png").exists()
-    assert not session.chat.messages and session.last is None
+    assert not session.chat.turns and session.last is None
     assert session.ask("What colour is it?").answer
 
 
@@ -381,7 +383,7 @@ def test_ctrl_c_stops_a_comparison(session: Session, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1)
         assert run_command(session, "/compare") == "[comparison stopped]"
-    assert session.model.pruning.method == "grid"
+    assert session.loaded.model.pruning.method == "grid"
 
 
 def test_ctrl_c_at_the_prompt_asks_again(

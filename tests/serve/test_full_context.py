@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from llava.conversation import conv_templates
+from llava.families import dialogue
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.loaded import LoadedModel
@@ -55,15 +57,16 @@ def session(
 
 
 def state(session: Session) -> Any:
-    return session.chat.get_prompt(), session.last, session.model.pruning, session.budget
+    return session.chat, session.last, session.loaded.pruning, session.budget
 
 
 def text_of(session: Session, question: str) -> int:
     """Tokens of text that the prompt of the next turn has."""
-    chat = session.chat.copy()
-    mark = "" if chat.messages else "<image>\n"
-    chat.append_message(chat.roles[0], mark + question)
-    chat.append_message(chat.roles[1], None)
+    chat = conv_templates["vicuna_v1"].copy()
+    mark = "" if session.chat.turns else "<image>\n"
+    said = [dialogue.text_of(turn) for turn in session.chat.turns]
+    for number, text in enumerate((*said, mark + question, None)):
+        chat.append_message(chat.roles[number % 2], text)
     ids = tokenizer_image_token(chat.get_prompt(), session.loaded.tokenizer)
     return sum(token >= 0 for token in ids)
 
@@ -82,8 +85,9 @@ def fill(session: Session) -> UserInputError:
 
 def watch(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on nothing may be computed."""
+    cls = type(session.loaded.model)
     for name in ("encode_images", "generate", "prune_visual_tokens"):
-        monkeypatch.setattr(type(session.model), name, lambda *_, **__: pytest.fail("computed"))
+        monkeypatch.setattr(cls, name, lambda *_, **__: pytest.fail("computed"))
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -92,7 +96,7 @@ def test_a_turn_that_does_not_fit_is_refused_in_numbers(
 ) -> None:
     chat = session(**{name: 800})
     error = str(fill(chat))
-    turns = len(chat.chat.messages) // 2
+    turns = len(chat.chat.turns) // 2
     assert turns >= 2
     text, answer = text_of(chat, QUESTION), int(name == LIMITS[1])
     said = f"{text} tokens of text + 576 visual tokens"
@@ -123,7 +127,7 @@ def test_the_lower_limit_decides(session: Callable[..., Session]) -> None:
 def test_a_smaller_budget_or_a_new_start_go_on(session: Callable[..., Session]) -> None:
     chat = session(tokenizer_model_max_length=800)
     error = str(fill(chat))
-    turns = list(chat.chat.messages)
+    turns = chat.chat.turns
     (room,) = map(int, re.findall(r"keep_tokens=(\d+)", error))
     run_command(chat, f"/method grid keep_tokens={room + 1}")
     with pytest.raises(UserInputError, match=rf"\(/keep {room}\)"):
@@ -131,7 +135,7 @@ def test_a_smaller_budget_or_a_new_start_go_on(session: Callable[..., Session]) 
     run_command(chat, f"/keep {room}")
     turn = chat.ask(QUESTION)
     assert turn.cost.after == room and turn.cost.before == 576
-    assert chat.chat.messages[:-2] == turns, "all turns are still there"
+    assert chat.chat.turns[:-2] == turns, "all turns are still there"
     fill(chat)
     run_command(chat, "/reset")
     assert chat.ask(QUESTION).answer
@@ -144,7 +148,7 @@ def test_more_tokens_in_mid_chat(
     run_command(chat, "/method grid keep_tokens=16")
     for _ in range(3):
         chat.ask(QUESTION)
-    before = chat.chat.get_prompt()
+    before = chat.chat
     with monkeypatch.context() as patch:
         watch(chat, patch)
         for command in ("/keep 1.0", "/keep 570", "/method none"):
@@ -156,7 +160,7 @@ def test_more_tokens_in_mid_chat(
         with pytest.raises(UserInputError, match="positions of removed tokens") as caught:
             chat.ask(QUESTION)
     assert "(/set positions=compact)" in str(caught.value)
-    assert chat.chat.get_prompt() == before
+    assert chat.chat == before
     run_command(chat, "/set positions=compact")
     assert chat.ask(QUESTION).cost.after == 16
 
@@ -213,7 +217,7 @@ def test_a_first_question_that_is_too_long(session: Callable[..., Session]) -> N
         chat.ask("What? " * 400)
     assert "/reset" not in str(caught.value), "there is nothing to forget"
     assert "keep at most" not in str(caught.value), "no budget would help"
-    assert not chat.chat.messages and chat.ask(QUESTION).answer
+    assert not chat.chat.turns and chat.ask(QUESTION).answer
 
 
 def test_another_image_starts_with_room(session: Callable[..., Session], picture: Path) -> None:
@@ -250,7 +254,7 @@ def test_a_terminal_loses_nothing(
     asked = len(re.findall(r"576 -> 576 tokens", out))
     refused = re.findall(r"(?m)^error: this question does not fit: .*\(/reset\)$", out)
     assert asked + len(refused) == 31 and asked >= 3 and refused
-    assert len(chat.chat.messages) == 2
+    assert len(chat.chat.turns) == 2
 
 
 def test_a_pipe_ends_with_its_reason(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llava.command_line import natural, positive
 from llava.eval.engine.metrics import result_rows
-from llava.eval.engine.request import UNPRUNED, Arm, RunRequest, own_template
+from llava.eval.engine.request import UNPRUNED, Arm, RunRequest
 from llava.eval.engine.run import Answered, mark_unavailable
 from llava.eval.engine.run import run as run_request
 from llava.eval.engine.runner import Runner
@@ -110,11 +110,11 @@ def request_from(args: argparse.Namespace) -> RunRequest:
     """
     arms = plan_arms(args.methods, args.budgets)
     folder = local_checkpoint(args.model_path)
-    path = str(folder)
+    model = ModelSpec(str(folder), device=args.device)
     benchmark = QuestionFile(args.benchmark or folder / "benchmark", image_folder=args.image_folder)
     return RunRequest(
         benchmark=benchmark,
-        model=ModelSpec(path, device=args.device, conv_mode=own_template(path)),
+        model=replace(model, conv_mode=model.own_template),
         arms=arms,
         sampling=Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS),
         output=args.output,

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 from transformers.generation import BaseStreamer
 
-from llava.model.language_model.llava_causal_lm import LlavaCausalLM
+from llava.families.contract import ModelInputs, VisionLanguageModel
 from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
 from llava.value_rules import one_line
@@ -75,16 +74,9 @@ class Decoded:
 
 @torch.inference_mode()
 def decode(
-    model: LlavaCausalLM,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor,
-    position_ids: Tensor | None,
-    *,
-    tokenizer: Any,
-    sampling: Sampling,
-    seeds: Sequence[int],
+    subject: VisionLanguageModel, inputs: ModelInputs, *, sampling: Sampling, seeds: Sequence[int]
 ) -> Decoded:
-    """Continue `inputs_embeds` [B, L, D], left-padded under `attention_mask` [B, L].
+    """Continue the prompts `inputs`.
 
     Where tokens are drawn, or a setting would let rows depend on each other, each row is continued
     alone, its draws seeded by its entry of `seeds` [B], so that they depend neither on the batch
@@ -93,42 +85,34 @@ def decode(
     Raises:
         UserInputError: the model's generation_config cannot be used, see `Sampling.arguments_for`.
     """
-    device = inputs_embeds.device
-    arguments = sampling.arguments_for(model, tokenizer)
-    ends = end_tokens(model.generation_config)
+    device, config = inputs.embeds.device, subject.model.generation_config
+    arguments = sampling.arguments_for(subject.model, subject.tokenizer)
+    ends, special = end_tokens(config), subject.tokenizer.all_special_ids
     arguments["pad_token_id"] = min(ends, default=0)
     clocks: list[StepClock] = []
 
-    def generate(rows: slice, start: int) -> list[list[int]]:
+    def generate(prompts: ModelInputs) -> list[list[int]]:
         own = dict(arguments)
-        if position_ids is not None:
-            own["position_ids"] = position_ids[rows, start:]
         if sampling.num_beams == 1:
             clocks.append(StepClock(device))
             own["streamer"] = clocks[-1]
         try:
-            output: Any = GenerationMixin.generate(
-                model,
-                inputs_embeds=inputs_embeds[rows, start:],
-                attention_mask=attention_mask[rows, start:],
-                **own,
-            )
+            output = subject.generate(prompts, **own)
         except UserInputError:
             raise
         except ValueError as error:  # as of a penalty below 0, set after the model was loaded
             raise UserInputError(
                 f"the model's generation_config cannot be used: {one_line(error)}"
             ) from error
-        return [until_end(row, ends, tokenizer.all_special_ids) for row in output.tolist()]
+        return [until_end(row, ends, special) for row in output.tolist()]
 
-    if sampling.temperature == 0 and not rows_depend(model.generation_config):
-        return Decoded(generate(slice(None), 0), *_times(clocks))
+    if sampling.temperature == 0 and not rows_depend(config):
+        return Decoded(generate(inputs), *_times(clocks))
     tokens: list[list[int]] = []
     for row, seed in enumerate(seeds):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            padding = int((attention_mask[row] == 0).sum())
-            tokens += generate(slice(row, row + 1), padding)
+            tokens += generate(inputs.row(row))
     return Decoded(tokens, *_times(clocks))
 
 

@@ -3,17 +3,17 @@
 An image that cannot be decoded fails alone; what asks about it is reported and the run goes on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from llava.eval.tasks.base import Benchmark, TaskError
+from llava.families.contract import Picture
 from llava.images import PictureError
-from llava.mm_utils import process_images
 from llava.utils import UserInputError
 
 
@@ -23,27 +23,25 @@ class LoadedImages:
 
     Attributes:
         names: those that could be read.
-        pixels: of each of `names`: [3, H, W], or [T, 3, H, W] where images are tiles.
-        sizes: (width, height) of each before preprocessing.
+        pictures: of each of `names`.
         failed: the others, with the reason.
     """
 
     names: list[str] = field(default_factory=list)
-    pixels: list[Tensor] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-
-    def batch(self) -> Tensor | list[Tensor]:
-        """Return the pixels in the form that `encode_visual_tokens` takes."""
-        same = all(pixels.shape == self.pixels[0].shape for pixels in self.pixels)
-        return torch.stack(self.pixels) if same else self.pixels
 
 
 class ImageSource:
-    """Reads images of a benchmark and preprocesses them for a model."""
+    """Reads images of a benchmark and prepares them for a model.
 
-    def __init__(self, benchmark: Benchmark, processor: Any, config: Any) -> None:
-        self.benchmark, self.processor, self.config = benchmark, processor, config
+    Args:
+        benchmark: the benchmark.
+        prepare: as in `VisionLanguageModel`.
+    """
+
+    def __init__(self, benchmark: Benchmark, prepare: Callable[[Image.Image], Picture]) -> None:
+        self.benchmark, self.prepare = benchmark, prepare
 
     def load(self, names: Sequence[str]) -> LoadedImages:
         """Load the named images.
@@ -62,13 +60,12 @@ class ImageSource:
                 loaded.failed[name] = str(error)
                 continue
             try:
-                pixels = process_images([image], self.processor, self.config)[0]
+                picture = self.prepare(image)
             except PictureError as error:
                 loaded.failed[name] = f"image {name}: {error}"
                 continue
             loaded.names.append(name)
-            loaded.pixels.append(pixels)
-            loaded.sizes.append(image.size)
+            loaded.pictures.append(picture)
         return loaded
 
     def stream(self, batches: Sequence[Sequence[str]], workers: int) -> Iterator[LoadedImages]:

@@ -21,6 +21,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Everything that can change an answer. Tables, plots and the command line cannot.
 ANSWER_SOURCES = (
     "*.py",
+    "families/**/*.py",
     "model/**/*.py",
     "pruning/**/*.py",
     "world/**/*.py",

@@ -11,11 +11,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llava.conversation import conv_mode_for
 from llava.eval.engine.batches import Plan, chunk_of
 from llava.eval.engine.schema import read_object
 from llava.eval.tasks.base import Benchmark, Item
-from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig, PruningError, parse_options
@@ -23,8 +21,6 @@ from llava.sampling import Sampling
 from llava.utils import UserInputError
 
 UNPRUNED = "none"
-# LLaVA's evaluation scripts ask the checkpoints of its demo with a template of their own.
-EVALUATION_TEMPLATES = {"llava_v1": "vicuna_v1"}
 
 
 @dataclass(frozen=True)
@@ -213,12 +209,6 @@ def _split(text: str, separator: str) -> list[str]:
     return text.split(separator) if quoted or depth else parts
 
 
-def own_template(path: str) -> str:
-    """Return the conversation template that a checkpoint was trained with."""
-    config = read_config(Path(path)) if Path(path).is_dir() else None
-    return conv_mode_for(get_model_name_from_path(path), config)
-
-
 @dataclass(frozen=True)
 class RunRequest:
     """One run: every arm answers the same items of a benchmark.
@@ -253,8 +243,7 @@ class RunRequest:
     @property
     def template(self) -> str:
         """The conversation template: that of the flags, else that of LLaVA's evaluation."""
-        own = own_template(self.model.path)
-        return self.model.conv_mode or EVALUATION_TEMPLATES.get(own, own)
+        return self.model.evaluation_template
 
     @property
     def prompted_model(self) -> ModelSpec:

@@ -19,7 +19,8 @@ from llava.eval.engine.request import Arm, RunRequest
 from llava.eval.engine.run_folder import RunFolder
 from llava.eval.engine.runner import Runner
 from llava.eval.engine.schema import SCHEMA_VERSION, Record
-from llava.model.loaded import LoadedModel, ModelSpec
+from llava.families.contract import VisionLanguageModel
+from llava.model.loaded import ModelSpec
 from llava.storage import exclusive
 from llava.utils import UserInputError
 
@@ -80,7 +81,7 @@ def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
 
 
 ChooseArms = Callable[[Runner, Sequence[Arm]], tuple[Arm, ...]]
-LoadModel = Callable[[ModelSpec], LoadedModel]
+LoadModel = Callable[[ModelSpec], VisionLanguageModel]
 Report = Callable[[Answered], None]
 
 

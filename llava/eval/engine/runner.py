@@ -20,12 +20,10 @@ from llava.eval.engine.images import ImageSource, LoadedImages
 from llava.eval.engine.provenance import hash_json
 from llava.eval.engine.request import Arm, RunRequest
 from llava.eval.engine.schema import Record
-from llava.eval.prompts import count_visual_tokens, image_ranges, prompt_ids, question_prompt
+from llava.eval.prompts import count_visual_tokens, image_ranges, question
 from llava.eval.tasks.base import Benchmark, Item
-from llava.model.call_context import asking, padding_side
-from llava.model.loaded import LoadedModel
-from llava.model.prompt_inputs import add_prompts, needed_of_question
-from llava.model.splice import unpadded
+from llava.families.contract import VisionLanguageModel
+from llava.families.lengths import prompt_limit
 from llava.pruning import VisualTokens, prune
 from llava.pruning.tokens import ImageTokens
 from llava.sampling import Sampling
@@ -46,7 +44,7 @@ class Runner:
         run_key: part of the ids of answers.
     """
 
-    subject: LoadedModel
+    subject: VisionLanguageModel
     benchmark: Benchmark
     plan: Plan
     sampling: Sampling
@@ -55,7 +53,9 @@ class Runner:
     workers: int = 0
 
     @classmethod
-    def of(cls, request: RunRequest, subject: LoadedModel, plan: Plan, run_key: str = "") -> Runner:
+    def of(
+        cls, request: RunRequest, subject: VisionLanguageModel, plan: Plan, run_key: str = ""
+    ) -> Runner:
         """Make the runner of a request."""
         asked, sampling = request.benchmark, request.sampling
         return cls(subject, asked, plan, sampling, request.seed, run_key, request.workers)
@@ -63,7 +63,7 @@ class Runner:
     @property
     def source(self) -> ImageSource:
         """Where images come from."""
-        return ImageSource(self.benchmark, self.subject.image_processor, self.subject.model.config)
+        return ImageSource(self.benchmark, self.subject.prepare)
 
     def run(
         self, arms: Sequence[Arm], numbers: Sequence[int] | None = None
@@ -89,7 +89,7 @@ class Runner:
         needs = {"image_digest"}.union(
             *(arm.pruning.pruner.collects for arm in arms if arm.pruning)
         )
-        return self.subject.model.encode_visual_tokens(images.batch(), images.sizes, needs)
+        return self.subject.encode(images.pictures, needs)
 
     @torch.inference_mode()
     def prune_images(
@@ -105,19 +105,18 @@ class Runner:
         Raises:
             PruningError: the method refuses these images or this budget.
         """
-        model = self.subject.model
-        with prune(model, arm.seeded(self.seed)):
+        subject = self.subject
+        with prune(subject.model, arm.seeded(self.seed)):
             if self.reads_question(arm):
-                visual = model.with_questions(visual, questions)
-            return model.prune_visual_tokens(visual)
+                visual = subject.with_questions(visual, questions)
+            return subject.prune(visual)
 
     def reads_question(self, arm: Arm) -> bool:
         """Return whether `arm` reads the question on this model, so that each one prunes again.
 
         CDPruner, for one, does so only where the vision tower has a text tower.
         """
-        tower = self.subject.model.get_vision_tower()
-        return tower is not None and bool(needed_of_question(arm.seeded(self.seed), tower))
+        return self.subject.reads_question(arm.seeded(self.seed))
 
     def refusal(self, images: LoadedImages, arm: Arm) -> str | None:
         """Return why `arm` cannot prune these images, or None if it can."""
@@ -131,25 +130,22 @@ class Runner:
     @torch.inference_mode()
     def label(self, visual: VisualTokens, arm: Arm) -> str:
         """Return the method's name, with what it cannot read of this model's images."""
-        model, setting = self.subject.model, arm.seeded(self.seed)
+        subject, setting = self.subject, arm.seeded(self.seed)
         if setting is None:
             return arm.method
         try:
-            with prune(model, setting):
-                visual = model.with_questions(visual, self._first_question(visual))
+            with prune(subject.model, setting):
+                visual = subject.with_questions(visual, self._first_question(visual))
                 return setting.pruner.label(visual)
         except UserInputError:  # the arm itself will say so
             return arm.method
 
-    def prompts(self, items: Sequence[Item], images: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return token ids [B, L] and mask [B, L] of items, asked with so many images each."""
-        subject = self.subject
-        texts = [
-            question_prompt(item.text, subject.template, subject.model.config, count)
+    def prompts(self, items: Sequence[Item], images: Sequence[int]) -> list[Tensor]:
+        """Return the ids [L] of items, asked with so many images each."""
+        return [
+            self.subject.row(question(item.text, count))
             for item, count in zip(items, images, strict=True)
         ]
-        ids, mask = prompt_ids(texts, subject.tokenizer)
-        return ids.to(subject.model.device), mask.to(subject.model.device)
 
     def _images_of(self, items: Sequence[Item], arms: Sequence[Arm]) -> list[str]:
         """Return the images that items need: their own, then those that some arm shows instead."""
@@ -195,12 +191,12 @@ class Runner:
         return next((reason for reason in reasons if reason is not None), None)
 
     def _prune_for_prompts(
-        self, arm: Arm, visual: VisualTokens, rows: list[Tensor], items: Sequence[Item]
+        self, arm: Arm, visual: VisualTokens, rows: Sequence[Tensor], items: Sequence[Item]
     ) -> ImageTokens:
         """Prune the images of every prompt (its ids in `rows`) as `generate` does."""
-        model = self.subject.model
-        with prune(model, arm.seeded(self.seed)), asking([item.question for item in items]):
-            return model.prune_visual_tokens(add_prompts(model, visual, rows))
+        subject = self.subject
+        with prune(subject.model, arm.seeded(self.seed)):
+            return subject.prune(subject.place(visual, rows, [item.question for item in items]))
 
     def _depends_on_prompt(
         self, visual: VisualTokens, rows: Sequence[Tensor], shares: Sequence[range]
@@ -211,7 +207,7 @@ class Runner:
         """
         if any(len(share) > 1 for share in shares):
             return True
-        limit = getattr(self.subject.model.config, "tokenizer_model_max_length", None)
+        limit = prompt_limit(self.subject.limits)
         if limit is None:
             return False
         sizes = [visual.sequence(image).total for image in range(visual.num_images)]
@@ -238,15 +234,14 @@ class Runner:
         """
         shown = [self.plan.shown(item, arm.image) for item in items]
         shares = image_ranges([len(own) for own in shown])
-        ids, mask = self.prompts(items, [len(share) for share in shares])
+        rows = self.prompts(items, [len(share) for share in shares])
         needed = [names.index(name) for own in shown for name in own]
         if encoded is None or not needed:
             pruning = dict.fromkeys(("prune_ms", "score_ms", "select_ms"))
-            replies, times = self._answer(items, ids, mask, None, shares)
+            replies, times = self._answer(items, rows, None, shares)
             return replies, pruning | times
         visual = encoded.take_images(needed)
-        rows = unpadded(ids, mask)
-        clock = Stopwatch(ids.device)
+        clock = Stopwatch(self.subject.model.device)
         kept: ImageTokens
         if self.reads_question(arm) or self._depends_on_prompt(visual, rows, shares):
             kept = pruned = self._prune_for_prompts(arm, visual, rows, items)
@@ -260,40 +255,27 @@ class Runner:
         if pruned.trace is not None:
             pruning["score_ms"] = 1000 * pruned.trace.score_seconds / prunings
             pruning["select_ms"] = 1000 * pruned.trace.select_seconds / prunings
-        replies, times = self._answer(items, ids, mask, kept, shares)
+        replies, times = self._answer(items, rows, kept, shares)
         return replies, pruning | times
 
     def _answer(
         self,
         items: Sequence[Item],
-        ids: Tensor,
-        mask: Tensor,
+        rows: Sequence[Tensor],
         visual: ImageTokens | None,
         shares: Sequence[range],
     ) -> tuple[list[Record], Record]:
         """Splice `visual` into the prompts, the images of each in its share, and decode."""
-        model, tokenizer = self.subject.model, self.subject.tokenizer
-        clock = Stopwatch(ids.device)
-        with padding_side("left"):
-            positions, merged_mask, embeds, _ = model.splice_visual_tokens(
-                visual, ids, torch.zeros_like(ids), mask
-            )
-        assert merged_mask is not None  # because a mask went in
+        subject = self.subject
+        clock = Stopwatch(subject.model.device)
+        inputs = subject.splice(visual, rows)
         splice_ms = clock.lap()
-        decoded = decode(
-            model,
-            embeds,
-            merged_mask,
-            positions,
-            tokenizer=tokenizer,
-            sampling=self.sampling,
-            seeds=[row_seed(self.seed, item.index) for item in items],
-        )
-        texts = tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True)
-        lengths = merged_mask.sum(-1).tolist()
+        seeds = [row_seed(self.seed, item.index) for item in items]
+        decoded = decode(subject, inputs, sampling=self.sampling, seeds=seeds)
+        texts = subject.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True)
         replies = []
         for item, text, row, share, length in zip(
-            items, texts, unpadded(ids, mask), shares, lengths, strict=True
+            items, texts, rows, shares, inputs.lengths, strict=True
         ):
             sizes = [] if visual is None else [len(visual.sequence(i).source) for i in share]
             answer = text.strip()

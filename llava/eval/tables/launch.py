@@ -12,7 +12,8 @@ from llava.eval.engine.request import RunRequest
 from llava.eval.engine.run import run
 from llava.eval.tables.plan import DEFAULT_PROTOCOL, Job
 from llava.eval.tasks.base import get_benchmark
-from llava.model.loaded import LoadedModel, ModelSpec
+from llava.families.contract import VisionLanguageModel
+from llava.model.loaded import ModelSpec
 from llava.pixels import ORIGINAL
 from llava.sampling import Sampling
 from llava.storage import dump_json, write_atomically
@@ -22,9 +23,9 @@ class SharedModel:
     """Loads models, and keeps the last one for what follows with the same."""
 
     def __init__(self) -> None:
-        self._loaded: dict[ModelSpec, LoadedModel] = {}
+        self._loaded: dict[ModelSpec, VisionLanguageModel] = {}
 
-    def load(self, spec: ModelSpec) -> LoadedModel:
+    def load(self, spec: ModelSpec) -> VisionLanguageModel:
         """Return the model of `spec`."""
         if spec not in self._loaded:
             self._loaded.clear()  # first, because two may not fit into memory

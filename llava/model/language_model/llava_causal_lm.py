@@ -11,13 +11,13 @@ from transformers import LogitsProcessorList, PretrainedConfig, PreTrainedModel
 from llava.model.call_context import asking, padding_side, tower_from_checkpoint
 from llava.model.checkpoint import (
     KEY_MAPPING,
-    TOWER_INNER,
     TOWER_PREFIX,
     check_loading,
     check_shapes,
     checkpoint_weights,
     local_checkpoint,
     name_in_memory,
+    native_name,
     read_config,
 )
 from llava.model.checks import check_images, check_prompt
@@ -154,12 +154,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
         state = self.state_dict() if state_dict is None else state_dict
         named = {}
         for key, value in state.items():
-            if key.startswith(TOWER_PREFIX):
-                if tower is None:
-                    continue
-                inner = key.removeprefix(TOWER_PREFIX).removeprefix(TOWER_INNER)
-                key = TOWER_PREFIX + TOWER_INNER + inner
-            named[key] = value
+            if tower is not None or not key.startswith(TOWER_PREFIX):
+                named[native_name(key)] = value
         # The names are final: transformers would translate them back to its own layout.
         super().save_pretrained(
             save_directory,

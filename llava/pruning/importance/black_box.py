@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from llava.pruning.importance.structure import without_readers
 from llava.pruning.importance.two_layer import blocks
 
 # Up to this input width an unknown projector is differentiated along every axis.
@@ -103,7 +104,7 @@ def _as_function(projector: nn.Module, dtype: torch.dtype) -> Function:
 
     The function is a copy with weights of its own type: another thread may be using the module.
     """
-    memo: dict[int, object] = {}
+    memo = without_readers(projector)
     for weight in projector.parameters():
         memo[id(weight)] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     for buffer in projector.buffers():

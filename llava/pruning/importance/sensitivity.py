@@ -19,6 +19,7 @@ from llava.pruning.importance import normed
 from llava.pruning.importance import two_layer as closed_forms
 from llava.pruning.importance.black_box import as_released, black_box, forward_mode
 from llava.pruning.importance.derivatives import elementwise
+from llava.pruning.importance.offloaded import at_hand
 from llava.pruning.importance.projectors import (
     NormedMerger,
     TwoLayer,
@@ -83,6 +84,7 @@ def sensitivity(
         PruningError: an argument is wrong.
     """
     _check_arguments(projector, features, estimator, step, precision, compute)
+    projector = at_hand(projector, features.device)
     dtype = features.dtype
     if precision == "float32":
         dtype = torch.promote_types(dtype, torch.float32)

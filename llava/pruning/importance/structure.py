@@ -5,6 +5,7 @@ random weights gives what the form says. Modules that are built alike are asked 
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from threading import Lock
 from typing import Generic, TypeVar, cast
@@ -86,6 +87,15 @@ def _changing(hooks: Mapping[int, object] | None) -> bool:
     return any(not hasattr(hook, "reads_only") for hook in [*(hooks or {}).values()])
 
 
+def without_readers(module: nn.Module) -> dict[int, object]:
+    """Return a memo for `copy.deepcopy` that leaves out hooks that only read.
+
+    Another thread may be adding or removing one, which must not disturb the copy.
+    """
+    held = [getattr(child, hooks) for child in module.modules() for hooks in _HOOKS]
+    return {id(hooks): OrderedDict() for hooks in held if not _changing(hooks)}
+
+
 def _plain(value: object) -> Hashable:
     try:
         hash(value)
@@ -107,7 +117,7 @@ def leaves(module: nn.Module) -> list[nn.Module]:
 
 
 def small_copy(module: nn.Module, shapes: Mapping[int, tuple[int, ...]]) -> nn.Module:
-    """Return a copy outside training with random float64 weights on the CPU, without hooks.
+    """Return a copy outside training with random float64 weights on the CPU.
 
     Args:
         module: any module; nothing of it is changed or shared.
@@ -120,14 +130,10 @@ def small_copy(module: nn.Module, shapes: Mapping[int, tuple[int, ...]]) -> nn.M
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         return drawn / max(1, shape[-1] if len(shape) > 1 else 1) ** 0.5
 
-    memo: dict[int, object] = {}
+    memo = without_readers(module)
     for weight in module.parameters():
         memo[id(weight)] = nn.Parameter(draw(weight), requires_grad=False)
     for buffer in module.buffers():
         if buffer.is_floating_point():
             memo[id(buffer)] = draw(buffer)
-    small = copy.deepcopy(module, memo).eval()
-    for child in small.modules():
-        for hooks in _HOOKS:
-            getattr(child, hooks).clear()
-    return small
+    return copy.deepcopy(module, memo).eval()

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from llava.pruning.errors import PruningError
+from llava.pruning.importance.offloaded import at_hand
 from llava.pruning.importance.projectors import low_rank, untrained
 from llava.pruning.importance.sensitivity import PRECISIONS, sensitivity
 from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
@@ -61,6 +62,7 @@ class Zoo(PruningMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         projector, hidden = tokens.projector, tokens.extras.get("projector_hidden")
         if self.projector_rank is not None:
+            projector = at_hand(projector, tokens.features.device)
             hidden = None  # another first layer
         if self.projector_rank is not None and self.projector_weights == "untrained":
             projector = untrained(projector, self.projector_rank, self.seed)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from llava.pruning.importance.offloaded import at_hand
 from llava.pruning.importance.projectors import low_rank
 from llava.pruning.importance.sensitivity import sensitivity
 from llava.pruning.method import Picks, PruningMethod, Rows, VisualTokens, option, register, varies
@@ -36,6 +37,7 @@ class ZooExact(PruningMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         projector, hidden = tokens.projector, tokens.extras.get("projector_hidden")
         if self.projector_rank is not None:
+            projector = at_hand(projector, tokens.features.device)
             projector, hidden = low_rank(projector, self.projector_rank), None
         return sensitivity(
             projector, tokens.features, estimator="exact", compute=tokens.compute, hidden=hidden

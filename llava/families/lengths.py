@@ -1,18 +1,15 @@
-"""How long a prompt with images becomes, from shapes alone: nothing is encoded."""
+"""How long a prompt with images is, and which limits of a model's context it exceeds."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-
-from llava.anyres import Size
-from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model.types import Images, VisualModel
-from llava.model.vision_inputs import count_visual_tokens
 from llava.pruning.allocation import image_budgets
 from llava.pruning.allocation.budgets import lower_budgets
-from llava.pruning.tokens import Prompt
+from llava.pruning.config import PruningConfig
+from llava.pruning.tokens import Prompt, VisualTokens
 
 
 class PromptLength(NamedTuple):
@@ -53,36 +50,30 @@ class Limit(NamedTuple):
         return used + self.answer > self.tokens
 
 
-def prompt_length(
-    model: VisualModel,
-    ids: torch.Tensor,
-    images: Images,
-    image_sizes: Sequence[Size] | None = None,
-    *,
-    give_way: bool = False,
+def measure_prompt(
+    visual: VisualTokens,
+    text: int,
+    config: PruningConfig | None,
+    limit: int | None = None,
 ) -> PromptLength:
-    """Count the tokens of one prompt under the model's active pruning settings.
+    """Count the tokens of one prompt.
 
     Args:
-        model: a `LlavaMetaForCausalLM` with a vision tower.
-        ids: int64 [L] with IMAGE_TOKEN_INDEX at every mark.
-        images, image_sizes: the images of this prompt, see `encode_visual_tokens`.
-        give_way: count as `generate` does, where pruned images keep fewer tokens in a prompt of
-            limited length (`llava.pruning.allocation.budgets`); by default as the settings say.
+        visual: its images, unpruned; only their geometry is read.
+        text: its tokens of text.
+        config: the setting that prunes.
+        limit: longest prompt of the model, to count as `generate` does, where pruned images keep
+            fewer tokens in a prompt of limited length (`llava.pruning.allocation.budgets`); None
+            counts as the setting says.
 
     Raises:
-        UserInputError: images that do not fit the model.
         PruningError: a budget that the method cannot meet.
     """
-    text = int((ids != IMAGE_TOKEN_INDEX).sum())
-    visual = count_visual_tokens(model, images, image_sizes)
-    config = model.pruning
     count = visual.num_images
     visual = replace(visual, shares=(range(count),))
     totals = visual.lengths()
     budgets: list[int | None] = [None] * count if config is None else image_budgets(visual, config)
-    limit = getattr(model.config, "tokenizer_model_max_length", None)
-    if give_way and limit is not None:
+    if limit is not None:
         prompt = Prompt(tuple(range(count)), text, limit)
         budgets, _ = lower_budgets(replace(visual, prompts=(prompt,)), budgets)
     kept = sum(
@@ -93,7 +84,7 @@ def prompt_length(
 
 
 def context_limits(config: Any) -> list[Limit]:
-    """Return the limits that a model's config names, the lowest first.
+    """Return the limits that a language model's config names, the lowest first.
 
     A prompt of more than `tokenizer_model_max_length` tokens is cut. Prompt and answer share
     `max_position_embeddings`: beyond them are positions that the model does not know.
@@ -104,21 +95,25 @@ def context_limits(config: Any) -> list[Limit]:
     return sorted(limits, key=lambda limit: limit.tokens)
 
 
-def exceeded_limits(config: Any, length: PromptLength) -> list[Limit]:
-    """Return the limits of the model that a prompt exceeds, the lowest first."""
-    return [limit for limit in context_limits(config) if limit.exceeded_by(length)]
+def prompt_limit(limits: Sequence[Limit]) -> int | None:
+    """Return to how many tokens a prompt is cut; None where it is not."""
+    return next((limit.tokens for limit in limits if not limit.answer), None)
 
 
-def visual_room(config: Any, text: int) -> int | None:
+def exceeded_limits(limits: Sequence[Limit], length: PromptLength) -> list[Limit]:
+    """Return the limits that a prompt exceeds, in their order."""
+    return [limit for limit in limits if limit.exceeded_by(length)]
+
+
+def visual_room(limits: Sequence[Limit], text: int) -> int | None:
     """Return how many visual tokens fit next to `text` tokens; None without a limit."""
-    rooms = [limit.tokens - limit.answer - text for limit in context_limits(config)]
-    return min(rooms, default=None)
+    return min((limit.tokens - limit.answer - text for limit in limits), default=None)
 
 
-def answer_room(config: Any, length: PromptLength) -> int | None:
+def answer_room(limits: Sequence[Limit], length: PromptLength) -> int | None:
     """Return how many tokens the answer may have; None without a limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None else positions - length.positions
+    positions = [limit.tokens for limit in limits if limit.answer]
+    return min(positions) - length.positions if positions else None
 
 
 def describe_overflow(length: PromptLength, limit: Limit) -> str:

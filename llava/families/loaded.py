@@ -1,0 +1,305 @@
+"""A checkpoint of one of the families, ready to be asked: `contract.VisionLanguageModel`.
+
+Template, tokenizer and image processor are the checkpoint's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.families.calls import inside_generate
+from llava.families.contract import ModelInputs, Picture
+from llava.families.dialogue import IMAGE, Dialogue
+from llava.families.family import Family
+from llava.families.lengths import Limit, PromptLength, context_limits, measure_prompt
+from llava.families.prompts import ImageColumns, Prompts, shorten
+from llava.families.questions import add_questions, needed_of_question
+from llava.families.splicing import splice
+from llava.images import PictureError
+from llava.model.call_context import asking, call_context
+from llava.model.splice import share_images
+from llava.pruning.active import attach, detach, holding, record
+from llava.pruning.config import PruningConfig
+from llava.pruning.stage import prune_visual_tokens
+from llava.pruning.tokens import ImageTokens
+from llava.utils import UserInputError
+from llava.value_rules import library_errors
+
+
+@dataclass(frozen=True)
+class FamilyPreparation:
+    """Makes a `Picture` of an image with a checkpoint's own processor."""
+
+    processor: Any
+
+    def __call__(self, image: Image.Image) -> Picture:
+        """Return what the processor makes of one image.
+
+        Raises:
+            PictureError: the processor does not take it, as where it is too narrow.
+        """
+        try:
+            made = self.processor(images=image.convert("RGB"), return_tensors="pt")
+        except ValueError as error:
+            raise PictureError(f"the model's image processor refuses it: {error}") from error
+        return Picture({k: v for k, v in made.items() if isinstance(v, Tensor)}, image.size)
+
+
+@dataclass
+class FamilyModel:
+    """A model of a family and what it takes to ask it about pictures.
+
+    Attributes:
+        family: of the model.
+        model: transformers' own.
+        tokenizer, image_processor: the checkpoint's.
+        chat_template: its template, where the tokenizer has none.
+        own_pruning: the setting that the checkpoint was saved with.
+        name: what the model is called.
+    """
+
+    family: Family
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str | None = None
+    own_pruning: PruningConfig | None = None
+    name: str = ""
+
+    @property
+    def _target(self) -> Any:
+        return self.family.attachment(self.model)
+
+    @property
+    def pruning(self) -> PruningConfig | None:
+        setting: PruningConfig | None = self._target.pruning
+        return setting
+
+    @pruning.setter
+    def pruning(self, value: PruningConfig | None) -> None:
+        if value is None:
+            detach(self.model)
+        else:
+            attach(self.model, value)
+
+    @property
+    def roles(self) -> tuple[str, str]:
+        return "user", "assistant"
+
+    @property
+    def limits(self) -> list[Limit]:
+        return context_limits(self.model.config.get_text_config())
+
+    @property
+    def prepare(self) -> Callable[[Image.Image], Picture]:
+        return FamilyPreparation(self.image_processor)
+
+    def encode(self, pictures: Sequence[Picture], needs: Iterable[str] | None = None) -> Any:
+        if needs is None:
+            needs = () if self.pruning is None else self.pruning.pruner.collects
+        inputs, ids = self._inputs(pictures)
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        return self.family.encode(self.model, inputs, ids, set(needs)).visual
+
+    def reads_question(self, config: PruningConfig | None) -> bool:
+        return bool(needed_of_question(self.family, self.model, config))
+
+    def with_questions(self, visual: Any, questions: Sequence[str]) -> Any:
+        with asking(questions):
+            return add_questions(self.family, self.model, visual, range(visual.num_images))
+
+    def place(
+        self, visual: Any, rows: Sequence[Tensor], questions: Sequence[str] | None = None
+    ) -> Any:
+        shares = share_images(rows, visual.num_images)
+        owners = [row for row, share in enumerate(shares) for _ in share]
+        with asking(questions):
+            return self.family.with_prompts(self.model, visual, owners)
+
+    def prune(self, visual: Any) -> ImageTokens:
+        pruned = prune_visual_tokens(visual, self.pruning)
+        record(self._target, pruned, partial(self.family.located, self.model))
+        return pruned
+
+    def render(self, dialogue: Dialogue) -> str:
+        """Write a dialogue in the checkpoint's template.
+
+        Raises:
+            UserInputError: it has none, or the text holds the token that stands for images.
+        """
+        mark = self._mark
+        messages: list[dict[str, Any]] = []
+        if dialogue.system is not None:
+            messages.append({"role": "system", "content": [_text(dialogue.system, mark)]})
+        for number, turn in enumerate(dialogue.turns):
+            content = [
+                {"type": "image"} if part is IMAGE else _text(str(part), mark) for part in turn
+            ]
+            messages.append({"role": self.roles[number % 2], "content": content})
+        with library_errors(
+            f"the chat template of {self.name!r} cannot be used",
+            "put the chat_template.jinja of the released checkpoint into its folder",
+        ):
+            rendered: str = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=dialogue.is_open,
+            )
+        return rendered
+
+    def row(self, dialogue: Dialogue) -> Tensor:
+        text = self.render(dialogue)
+        bos = self.tokenizer.bos_token
+        begins = bos is not None and text.startswith(bos)
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=not begins)["input_ids"])
+        marks = torch.isin(ids, torch.tensor(self.family.placeholders(self.model)))
+        wanted = sum(part is IMAGE for turn in dialogue.turns for part in turn)
+        if int(marks.sum()) != wanted:
+            raise UserInputError(
+                f"the chat template of {self.name!r} writes {int(marks.sum())} image tokens for "
+                f"{wanted} images; use the template of the released checkpoint"
+            )
+        return ids.masked_fill(marks, IMAGE_TOKEN_INDEX).to(self.model.device)
+
+    def measure(
+        self, row: Tensor, pictures: Sequence[Picture], *, give_way: bool = False
+    ) -> PromptLength:
+        # Nothing cuts prompts of these models, so nothing gives way.
+        inputs, ids = self._inputs(pictures)
+        visual = self.family.outline(self.model, inputs, ids)
+        text = len(self._whole_row(row.cpu(), visual.lengths())[0]) - sum(visual.lengths())
+        return measure_prompt(visual, text, self.pruning)
+
+    def splice(self, visual: Any, rows: Sequence[Tensor]) -> ModelInputs:
+        lengths = (
+            []
+            if visual is None
+            else [visual.sequence(image).total for image in range(visual.num_images)]
+        )
+        if visual is not None:
+            visual.settle()
+        shares = share_images([row.cpu() for row in rows], len(lengths))
+        parts = [
+            self._whole_row(row.cpu(), [lengths[image] for image in share])
+            for row, share in zip(rows, shares, strict=True)
+        ]
+        ids = pad_sequence([own for own, _ in parts], batch_first=True, padding_side="left")
+        mask = pad_sequence(
+            [torch.ones_like(own, dtype=torch.bool) for own, _ in parts],
+            batch_first=True,
+            padding_side="left",
+        )
+        images = [
+            ImageColumns(row, columns + ids.shape[1] - len(own))
+            for row, (own, found) in enumerate(parts)
+            for columns in found
+        ]
+        geometry = {} if visual is None else self.family.geometry(self.model, visual)
+        positions = self.family.positions(self.model, geometry, ids, mask)
+        short = shorten(Prompts(ids, mask, images, positions), visual, "left")
+        spliced = splice(self.family, self.model, ids.to(self.model.device), short, visual)
+        return ModelInputs(
+            spliced.embeds, spliced.mask.long(), spliced.position_ids, deep=spliced.deep
+        )
+
+    def generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
+        if inputs.positions is not None:
+            settings["position_ids"] = inputs.positions
+        with inside_generate(inputs.deep):
+            output: Any = type(self.model).generate(
+                self.model, inputs_embeds=inputs.embeds, attention_mask=inputs.mask, **settings
+            )
+        return output
+
+    def answer(
+        self,
+        rows: Sequence[Tensor],
+        pictures: Sequence[Picture],
+        questions: Sequence[str],
+        *,
+        strict: bool = False,
+        **settings: Any,
+    ) -> Tensor:
+        if strict and len(rows) > 1:
+            return self._answer_alone(rows, pictures, questions, **settings)
+        runner = call_context().run_step
+
+        def run(name: str, step: Callable[..., Any], *arguments: Any) -> Any:
+            return step(*arguments) if runner is None else runner(name, step, *arguments)
+
+        with torch.no_grad(), holding(self._target):
+            visual = None
+            if pictures:
+                visual = run("encode", self.encode, pictures)
+                visual = run("prune", self.prune, self.place(visual, rows, questions))
+            return self.generate(self.splice(visual, rows), **settings)
+
+    def _answer_alone(
+        self,
+        rows: Sequence[Tensor],
+        pictures: Sequence[Picture],
+        questions: Sequence[str],
+        **settings: Any,
+    ) -> Tensor:
+        """Answer the prompts one by one: [B, new], padded with the pad token."""
+        shares = share_images(rows, len(pictures))
+        answers = [
+            self.answer([row], [pictures[i] for i in share], [question], **settings)[0]
+            for row, share, question in zip(rows, shares, questions, strict=True)
+        ]
+        padding = settings.get("pad_token_id") or self.model.generation_config.pad_token_id or 0
+        return pad_sequence(answers, batch_first=True, padding_value=padding)
+
+    @property
+    def _mark(self) -> str:
+        token: str = self.tokenizer.convert_ids_to_tokens(self.family.placeholders(self.model)[0])
+        return token
+
+    def _inputs(self, pictures: Sequence[Picture]) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Return pictures as arguments of the model, and ids [1, L] that hold nothing but them."""
+        marks = self.family.placeholders(self.model)[:1]
+        row: list[int] = []
+        for picture in pictures:
+            row += marks * self.family.count(self.model, picture.inputs) + [marks[0] - 1]
+        inputs = self.family.collate([picture.inputs for picture in pictures])
+        return inputs, torch.tensor([row])
+
+    def _whole_row(self, row: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Write out the images of a prompt.
+
+        Args:
+            row: ids [L] with a mark for every image, on the CPU.
+            lengths: tokens of each.
+
+        Returns:
+            Ids [L'] with a placeholder for every token, and the columns of every image.
+        """
+        ids: list[int] = []
+        images = []
+        left = iter(lengths)
+        for token in row.tolist():
+            if token != IMAGE_TOKEN_INDEX:
+                ids.append(token)
+                continue
+            own, inside = self.family.image_ids(self.model, self.tokenizer, next(left))
+            images.append(torch.tensor(inside) + len(ids))
+            ids += own
+        return torch.tensor(ids), images
+
+
+def _text(text: str, mark: str) -> dict[str, str]:
+    if mark in text:
+        raise UserInputError(
+            f"the text holds {mark!r}, which stands for images in this model's prompts; remove it"
+        )
+    return {"type": "text", "text": text}
