@@ -67,7 +67,11 @@ def generate(
     _refuse_chunks(arguments)
     if arguments.get("streamer") is not None:
         arguments["streamer"] = _WholePrompt(arguments["streamer"], ids)
-    with inside_generate(short.deep):
+    deep = short.deep
+    if not takes_embeddings(target.model) and "inputs_embeds" in arguments:
+        visual, levels = short.short.visual, [] if deep is None else deep.levels
+        deep = DeepFeatures(visual, levels, arguments.pop("inputs_embeds"))
+    with inside_generate(deep):
         output = original(inputs=short.ids, **arguments)
     sequences = output if isinstance(output, Tensor) else output.sequences
     whole = _with_prompts(sequences, ids, short.ids.shape[1])
@@ -77,6 +81,11 @@ def generate(
         cache = getattr(output, "past_key_values", cache)
     remember(cache, short)
     return whole if isinstance(output, Tensor) else output
+
+
+def takes_embeddings(model: Any) -> bool:
+    """Return whether the model's `generate` takes `inputs_embeds`; it looks at the same names."""
+    return "inputs_embeds" in inspect.signature(model.prepare_inputs_for_generation).parameters
 
 
 @contextmanager

@@ -74,25 +74,36 @@ class TiledFamily(Family):
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
     ) -> Encoded:
-        layouts = self.layouts(model, inputs)
+        return Encoded(self.encode_tiles(model, inputs, self.layouts(model, inputs), needs)[1])
+
+    def encode_tiles(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        layouts: tuple[ImageLayout, ...],
+        needs: Collection[str],
+    ) -> tuple[Any, VisualTokens]:
+        """Run the vision side over images whose tiles lie as `layouts` say.
+
+        Returns:
+            What `get_image_features` returned, and the tokens of all tiles.
+        """
         readings = _readings(model, needs)
-        _, features, projected = self.run_vision(model, inputs, readings.capture())
+        output, features, projected = self.run_vision(model, inputs, readings.capture())
         counts = torch.tensor([layout.tiles for layout in layouts])
         valid = padding_mask(layouts)
         tiles = self.tiles(inputs["pixel_values"], layouts)
-        return Encoded(
-            VisualTokens(
-                features=features,
-                projected=projected,
-                projector=self.projector(model),
-                image_index=torch.arange(len(layouts)).repeat_interleave(counts),
-                grid=layouts[0].grid,
-                valid=None if valid is None else valid.to(projected.device),
-                extras={**readings.extras(len(projected)), **digests(tiles, needs)},
-                class_token=_has_class_token(model),
-                layouts=layouts,
-                newline=self.newline(model),
-            )
+        return output, VisualTokens(
+            features=features,
+            projected=projected,
+            projector=self.projector(model),
+            image_index=torch.arange(len(layouts)).repeat_interleave(counts),
+            grid=layouts[0].grid,
+            valid=None if valid is None else valid.to(projected.device),
+            extras={**readings.extras(len(projected)), **digests(tiles, needs)},
+            class_token=has_class_token(model),
+            layouts=layouts,
+            newline=self.newline(model),
         )
 
     def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> VisualTokens:
@@ -109,7 +120,7 @@ class TiledFamily(Family):
         """Return (rows, columns) of the tokens of a tile; one row where they form no square."""
         vision, strategy = model.config.vision_config, model.config.vision_feature_select_strategy
         side = vision.image_size // vision.patch_size
-        extra = int(_has_class_token(model)) - int(strategy == "default")
+        extra = int(has_class_token(model)) - int(strategy == "default")
         return (side, side) if extra == 0 else (1, side * side + extra)
 
 
@@ -134,7 +145,7 @@ class Llava(TiledFamily):
         """
         side = model.config.vision_config.image_size
         aspect = getattr(model.config, "image_aspect_ratio", None)
-        geometry = TileGeometry(layout.grid, side, aspect, "flat", (), _has_class_token(model))
+        geometry = TileGeometry(layout.grid, side, aspect, "flat", (), has_class_token(model))
         return replace(layout, base_box=geometry.base_box(size))
 
 
@@ -180,7 +191,12 @@ class LlavaNext(TiledFamily):
         return newline
 
 
-def _has_class_token(model: Any) -> bool:
+def has_class_token(model: Any) -> bool:
+    """Return whether the vision tower has a class token.
+
+    Raises:
+        PruningError: a tower of another kind.
+    """
     kind = model.config.vision_config.model_type
     if kind not in _TOWERS:
         raise PruningError(
@@ -192,7 +208,7 @@ def _has_class_token(model: Any) -> bool:
 
 def _readings(model: Any, needs: Collection[str]) -> EncoderReadings:
     config, layers = model.config, model.model.vision_tower.encoder.layers
-    layer, first = config.vision_feature_layer, int(_has_class_token(model))
+    layer, first = config.vision_feature_layer, int(has_class_token(model))
     if first and config.vision_feature_select_strategy != "default":
         needs = ()  # methods weigh patches; the class token as a token has no reading
     if not isinstance(layer, int):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llava.families.capture import Capture
+from llava.families.towers import refuse_next_block
 from llava.model.multimodal_encoder.readings import block_of
-from llava.pruning.errors import PruningError
 from llava.pruning.precision import outside_autocast
 from llava.pruning.tokens import CLASS_ATTENTION, ENCODER_EXTRAS
 
@@ -40,12 +40,7 @@ class PackedReadings:
         self, blocks: Sequence[nn.Module], sizes: Sequence[int], needs: Collection[str]
     ) -> None:
         names = [name for name in ENCODER_EXTRAS if name in needs and name != "cls_feature"]
-        missing = [name for name in names if name.startswith("next_")]
-        if missing:
-            raise PruningError(
-                f"the pruning method reads {missing[0]!r}, the block after the features, but the "
-                "features of this model come from the last block of its tower; use another method"
-            )
+        refuse_next_block(names)
         self._names, self._sizes = names, list(sizes)
         self._blocks = [block_of(name, len(blocks), len(blocks)) for name in names]
         self._found: dict[str, list[Tensor]] = {}

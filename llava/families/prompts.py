@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llava.pruning.errors import PruningError
 from llava.pruning.tokens import ImageTokens
@@ -123,6 +124,13 @@ def find_images(
     if number < len(lengths):
         raise _mismatch(int(marks.sum()), lengths)
     return images
+
+
+def find_runs(marks: Tensor) -> list[tuple[int, int]]:
+    """Return start and length of every run of True in BoolTensor [L]."""
+    edges = pad(marks.int(), (1, 1)).diff()
+    starts, ends = ((edges == step).nonzero().flatten().tolist() for step in (1, -1))
+    return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
 def _mismatch(marks: int, lengths: Sequence[int]) -> PruningError:

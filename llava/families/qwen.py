@@ -224,3 +224,14 @@ class Qwen3VL(QwenFamily):
         return [
             [level] if isinstance(level, Tensor) else level for level in output.deepstack_features
         ]
+
+
+@register
+class Qwen35(QwenFamily):
+    """`Qwen/Qwen3.5-*`: no DeepStack; most layers of the language model are linear attention."""
+
+    name: ClassVar[str] = "qwen3_5"
+    classes: ClassVar[tuple[str, ...]] = ("Qwen3_5ForConditionalGeneration",)
+
+    # As in Qwen3-VL.
+    joint_videos: ClassVar[bool] = False

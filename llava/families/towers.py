@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llava.families.capture import Capture
 from llava.model.multimodal_encoder.readings import CLASS_FEATURE, TowerReader
 from llava.model.vision_inputs import tile_digest
+from llava.pruning.errors import PruningError
 from llava.pruning.tokens import ENCODER_EXTRAS
 
 
@@ -54,10 +55,15 @@ class EncoderReadings:
         used: how many of them make the features.
         first: where patches begin: 1 behind a class token, else 0.
         needs: names of `VisualTokens.extras`; those that are not the tower's are left out.
+
+    Raises:
+        PruningError: what such a tower does not have.
     """
 
     def __init__(self, layers: Any, used: int, first: int, needs: Collection[str]) -> None:
         names = [name for name in ENCODER_EXTRAS if name in needs]
+        if used == len(layers):
+            refuse_next_block(names)
         # Without a class token methods are told by VisualTokens.class_token.
         self.reader = TowerReader(n for n in names if first or n != CLASS_FEATURE)
         self._layers, self._used, self._first = layers, used, first
@@ -79,6 +85,40 @@ class EncoderReadings:
     def extras(self, tiles: int) -> dict[str, list[Tensor]]:
         """Return what was read, one tensor a tile for each name; see `TowerReader.extras`."""
         return self.reader.extras(tiles)
+
+
+def refuse_next_block(names: Collection[str]) -> None:
+    """Refuse readings of the block after the features, where the tower ends with these.
+
+    Raises:
+        PruningError: names the first such reading.
+    """
+    missing = [name for name in names if name.startswith("next_")]
+    if missing:
+        raise PruningError(
+            f"the pruning method reads {missing[0]!r}, the block after the features, but the "
+            "features of this model come from the last block of its tower; use another method"
+        )
+
+
+def pool_readings(found: Mapping[str, Sequence[Tensor]], groups: Tensor) -> dict[str, list[Tensor]]:
+    """Bring readings of patches to the tokens that join them.
+
+    The attention of a token is the sum over its patches, its keys are their mean. The class token's
+    feature is repeated: it is what the class tokens of all patches of a token would be.
+
+    Args:
+        found: per name a tensor [P, ...] for every tile; of `cls_feature` [C].
+        groups: LongTensor [N, G], the patches of every token.
+    """
+    pooled = {}
+    for name, tiles in found.items():
+        if name == CLASS_FEATURE:
+            pooled[name] = [tile.repeat(groups.shape[1]) for tile in tiles]
+            continue
+        own = [tile[groups.to(tile.device)] for tile in tiles]
+        pooled[name] = [x.mean(dim=1) if name.endswith("keys") else x.sum(dim=1) for x in own]
+    return pooled
 
 
 def digests(tiles: Tensor, needs: Collection[str]) -> dict[str, Any]:
