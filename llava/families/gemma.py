@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llava.families.family import Encoded, Family, register
 from llava.families.towers import EncoderReadings, digests, pool_readings
+from llava.pruning.errors import PruningError
 from llava.pruning.importance.offloaded import at_hand
 from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import VisualTokens
@@ -46,6 +47,12 @@ class SiglipFamily(Family):
 
     def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         return [len(self.groups(model))] * len(inputs["pixel_values"])
+
+    def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
+        raise PruningError(
+            f"prompts of {self.name} models come with token_type_ids, which only their processor "
+            "makes; prune model.generate(**processor_output) instead: with prune(model, ...): ..."
+        )
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]

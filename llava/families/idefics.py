@@ -66,6 +66,12 @@ class Idefics3(Family):
         each = len(_groups(model))
         return [count * each for count in self.tiles(model, inputs, ids)]
 
+    def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
+        raise PruningError(
+            f"prompts of {self.name} models name every tile of an image, which only a processor "
+            "does; prune model.generate(**processor_output) instead: with prune(model, ...): ..."
+        )
+
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
     ) -> Encoded:

@@ -170,3 +170,9 @@ def test_idefics_refuses_readings_of_padded_images() -> None:
             model(**{**inputs, "pixel_attention_mask": mask})
     with prune(model, "divprune", keep_ratio=0.5):
         model(**{**inputs, "pixel_attention_mask": mask})
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm", *SIGLIP])
+def test_families_whose_prompts_only_processors_write_say_so(name: str) -> None:
+    with pytest.raises(PruningError, match="processor_output"):
+        FAMILIES.get(name)().count(shared_model(name), inputs_of(name, [[(30, 30)]]))
