@@ -33,6 +33,9 @@ _clip_towers: WeakKeyDictionary[nn.Module, ClipTower] = WeakKeyDictionary()
 class TiledFamily(Family):
     """Images that a square tower sees in one tile or several, all of the same number of patches."""
 
+    # Whether a processor may have padded an image to the square of a tile, nobody knows where.
+    squares: ClassVar[bool] = False
+
     def projector(self, model: Any) -> nn.Module:
         module: nn.Module = model.model.multi_modal_projector
         return module
@@ -104,6 +107,7 @@ class TiledFamily(Family):
             class_token=has_class_token(model),
             layouts=layouts,
             newline=self.newline(model),
+            blank=None if self.squares else projected.new_zeros(projected.shape[:2]).bool(),
         )
 
     def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> VisualTokens:
@@ -131,6 +135,7 @@ class Llava(TiledFamily):
     name: ClassVar[str] = "llava"
     classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+    squares: ClassVar[bool] = True
 
     def layouts(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
         layout = ImageLayout(self.tile_grid(model))

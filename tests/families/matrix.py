@@ -87,7 +87,7 @@ def features(model: Any, name: str) -> dict[str, str]:
     family, inputs = FAMILIES.get(name)(), inputs_of(name, [[(56, 40), (28, 28)]])
     ids = inputs["input_ids"]
     taken = {key: inputs.get(key) for key in family.pixels}
-    with torch.no_grad():
+    with torch.no_grad(), prune(model):
         visual = family.encode(model, taken, ids, {*CLASS_ATTENTION[:1]}).visual
         axes = len(stock_positions(model, inputs))
     groups = getattr(visual, "groups", (visual,))
