@@ -20,7 +20,7 @@ from family_checks import NAMES, inputs_of, stock_positions, tiny
 from llava.markdown import fill_sections, table
 from llava.model.call_context import asking
 from llava.pruning import get_method, list_methods, prune
-from llava.pruning.importance.projectors import normed_merger, two_layer
+from llava.pruning.importance.projectors import linear_matrix, normed_merger, two_layer
 from llava.pruning.lookup import FAMILIES
 from llava.pruning.tokens import CLASS_ATTENTION
 from llava.utils import UserInputError
@@ -84,16 +84,17 @@ def outcome(model: Any, name: str, method: str) -> str:
 
 def features(model: Any, name: str) -> dict[str, str]:
     """Return what a family has, found out on its tiny model."""
-    family, inputs = FAMILIES.get(name)(), inputs_of(name, [[(56, 40), (28, 28)]])
+    family, inputs = FAMILIES.get(name)(), inputs_of(name, [[(90, 60)], [(28, 28)]])
     ids = inputs["input_ids"]
     taken = {key: inputs.get(key) for key in family.pixels}
     with torch.no_grad(), prune(model):
         visual = family.encode(model, taken, ids, {*CLASS_ATTENTION[:1]}).visual
         axes = len(stock_positions(model, inputs))
     groups = getattr(visual, "groups", (visual,))
-    tiles = max(len(group.tiles_of(0)) for group in groups)
+    tiles = max(len(g.tiles_of(image)) for g in groups for image in range(g.num_images))
     projector = groups[0].projector
-    closed = two_layer(projector) is not None or normed_merger(projector) is not None
+    known = two_layer(projector) or normed_merger(projector)
+    closed = known is not None or linear_matrix(projector, torch.float64) is not None
     shape = "any shape" if len({*visual.lengths()}) > 1 and tiles == 1 else "one square"
     return {
         "class": ", ".join(family.classes),
