@@ -18,6 +18,8 @@ NAMES = sorted(FAMILIES.entries())
 # Two images and text between, text alone, one image: rows of different lengths.
 ROWS: list[list[tuple[int, int]]] = [[(56, 40), (28, 28)], [], [(24, 56)]]
 STEPS = 5
+# Of families with `token_type_ids`: the type of what is generated and said next; 0 for others.
+ANSWER_TYPE = {"paligemma": 1}
 GREEDY: dict[str, Any] = {
     **{"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None},
     **{"return_dict_in_generate": True, "output_logits": True},
@@ -122,6 +124,8 @@ class Shortened:
             [level[left[marks] & (where[:, 0] == row)] for level in levels]
             for row in range(len(ids))
         ]
+        types = inputs.get("token_type_ids")
+        self.types = None if types is None else [t[own] for t, own in zip(types, left, strict=True)]
         full = stock_positions(model, inputs)
         self.positions = [
             (full[:, row, own] if kept.original_positions else self.compact(full[:, row], row, own))
@@ -168,8 +172,13 @@ class Shortened:
         if self.deep[row] and len(self.deep[row][0]):
             visual = torch.cat([self.visual[row], torch.zeros(count, dtype=torch.bool)])
             extra = {"visual_pos_masks": visual[None], "deepstack_visual_embeds": self.deep[row]}
+        reader = self.family.language_model(model)
+        if self.types is not None:  # the model around it makes masks of them
+            said = torch.full((count,), ANSWER_TYPE.get(self.family.name, 0))
+            extra["token_type_ids"] = torch.cat([self.types[row], said])[None]
+            reader = model.model
         with torch.no_grad():
-            hidden = self.family.language_model(model)(
+            hidden = reader(
                 inputs_embeds=torch.cat(
                     [self.embeddings[row][None], model.get_input_embeddings()(ids)], dim=1
                 ),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from family_checks import (
+    ANSWER_TYPE,
     GREEDY,
     NAMES,
     ROWS,
@@ -180,7 +181,8 @@ def test_a_second_turn_goes_on_from_the_cache(name: str, positions: str) -> None
         if "token_type_ids" in inputs:
             kinds = inputs["token_type_ids"]
             added = whole.shape[1] - kinds.shape[1]
-            more["token_type_ids"] = torch.nn.functional.pad(kinds, (0, added))
+            said_type = ANSWER_TYPE.get(name, 0)
+            more["token_type_ids"] = torch.nn.functional.pad(kinds, (0, added), value=said_type)
         cached = model.generate(**more, past_key_values=first.past_key_values, **GREEDY)
         again = model.generate(**{**inputs, **more}, **GREEDY)
     assert torch.equal(cached.sequences, again.sequences)
