@@ -23,6 +23,9 @@ GREEDY: dict[str, Any] = {
     **{"return_dict_in_generate": True, "output_logits": True},
 }
 
+# Language models that read a prompt in both directions: tokens of an image, or all of it.
+BOTH_WAYS = {"gemma3": "image", "paligemma": "prompt"}
+
 
 @cache
 def tiny(name: str) -> ModuleType:
@@ -160,6 +163,9 @@ class Shortened:
         more = positions.max() + 1 + torch.arange(count).expand(len(positions), -1)
         positions = torch.cat([positions, more], dim=1)[:, None]
         length = positions.shape[-1]
+        mask: Any = torch.ones(1, length, dtype=torch.long)
+        if self.family.name in BOTH_WAYS:
+            mask = self.two_way_mask(row, length)
         if len(positions) == 1:
             positions = positions[0]
         else:
@@ -173,13 +179,37 @@ class Shortened:
                 inputs_embeds=torch.cat(
                     [self.embeddings[row][None], model.get_input_embeddings()(ids)], dim=1
                 ),
-                attention_mask=torch.ones(1, length, dtype=torch.long),
+                attention_mask=mask,
                 position_ids=positions,
                 use_cache=False,
                 **extra,
             ).last_hidden_state
             found: Tensor = model.get_output_embeddings()(hidden[:, -1])[0]
         return found
+
+    def two_way_mask(self, row: int, length: int) -> Any:
+        """Return which of `length` tokens see which, as the language model takes it."""
+        columns = self.columns[row]
+        seen = torch.ones(length, length).tril().bool()
+        if BOTH_WAYS[self.family.name] == "prompt":
+            seen[: len(columns), : len(columns)] = True
+        together = torch.zeros_like(seen)
+        for owner, own in self.images:
+            if owner == row:
+                inside = torch.isin(columns, own).nonzero()[:, 0]
+                together[inside[:, None], inside] = True
+        text = self.model.config.get_text_config()
+        near = seen & ~torch.ones_like(seen).tril(
+            -(getattr(text, "sliding_window", None) or length)
+        )
+        masks = {
+            kind: torch.zeros(1, 1, length, length).masked_fill(~own, torch.finfo().min)
+            for kind, own in {
+                "full_attention": seen | together,
+                "sliding_attention": near | together,
+            }.items()
+        }
+        return masks if getattr(text, "layer_types", None) else masks["full_attention"]
 
     def greedy(self, row: int, steps: int) -> tuple[list[int], Tensor]:
         """Return greedy tokens and their logits [steps, V]."""
