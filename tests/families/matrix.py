@@ -22,7 +22,6 @@ from llava.model.call_context import asking
 from llava.pruning import get_method, list_methods, prune
 from llava.pruning.importance.projectors import linear_matrix, normed_merger, two_layer
 from llava.pruning.lookup import FAMILIES
-from llava.pruning.tokens import CLASS_ATTENTION
 from llava.utils import UserInputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,18 +83,20 @@ def outcome(model: Any, name: str, method: str) -> str:
 
 def features(model: Any, name: str) -> dict[str, str]:
     """Return what a family has, found out on its tiny model."""
-    family, inputs = FAMILIES.get(name)(), inputs_of(name, [[(90, 60)], [(28, 28)]])
-    ids = inputs["input_ids"]
-    taken = {key: inputs.get(key) for key in family.pixels}
-    with torch.no_grad(), prune(model):
-        visual = family.encode(model, taken, ids, {*CLASS_ATTENTION[:1]}).visual
-        axes = len(stock_positions(model, inputs))
+    family, lengths, tiles = FAMILIES.get(name)(), set(), 0
+    for size in ((28, 28), (112, 60)):
+        inputs = inputs_of(name, [[size]])
+        taken = {key: inputs.get(key) for key in family.pixels}
+        with torch.no_grad(), prune(model):
+            visual = family.encode(model, taken, inputs["input_ids"], set()).visual
+        tiles = max(tiles, len(visual.image_index))
+        lengths.add(sum(visual.lengths()))
+    axes = len(stock_positions(model, inputs))
     groups = getattr(visual, "groups", (visual,))
-    tiles = max(len(g.tiles_of(image)) for g in groups for image in range(g.num_images))
     projector = groups[0].projector
     known = two_layer(projector) or normed_merger(projector)
     closed = known is not None or linear_matrix(projector, torch.float64) is not None
-    shape = "any shape" if len({*visual.lengths()}) > 1 and tiles == 1 else "one square"
+    shape = "any shape" if len(lengths) > 1 else "one square"
     return {
         "class": ", ".join(family.classes),
         "images": "tiles" if tiles > 1 else shape,

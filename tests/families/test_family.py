@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from family_checks import (
-    ANSWER_TYPE,
+    BOTH_WAYS,
     GREEDY,
     NAMES,
     ROWS,
@@ -111,10 +111,15 @@ def test_a_batch_equals_its_rows(name: str, kind: str) -> None:
 @each_family
 def test_images_of_a_prompt_share_a_budget(name: str) -> None:
     model, inputs = shared_model(name), inputs_of(name)
-    with prune(model, "divprune", keep_tokens=12, scope="prompt") as run:
+    with prune(model, "divprune", keep_ratio=0.5) as run:
+        model(**inputs)
+    before = run.trace.tokens_before
+    total = (before[0] + before[1]) // 2
+    with prune(model, "divprune", keep_tokens=total, scope="prompt") as run:
         model(**inputs)
     first, second, alone = run.trace.tokens_after
-    assert first + second == 12 and min(first, second) >= 1 and alone == 12
+    assert first + second == total and min(first, second) >= 1
+    assert alone == min(total, before[2])
 
 
 @each_family
@@ -166,6 +171,10 @@ def test_decoding_by_hand_with_a_cache(name: str, positions: str) -> None:
 @each_family
 @each_mode
 def test_a_second_turn_goes_on_from_the_cache(name: str, positions: str) -> None:
+    if BOTH_WAYS.get(name) == "prompt":
+        pytest.skip(
+            "read again, the first answer would be part of a prompt seen in both directions"
+        )
     model, inputs = shared_model(name), inputs_of(name)
     count = len(ROWS)
     said = torch.randint(3, 100, (count, 4), generator=torch.Generator().manual_seed(9))
@@ -181,8 +190,7 @@ def test_a_second_turn_goes_on_from_the_cache(name: str, positions: str) -> None
         if "token_type_ids" in inputs:
             kinds = inputs["token_type_ids"]
             added = whole.shape[1] - kinds.shape[1]
-            said_type = ANSWER_TYPE.get(name, 0)
-            more["token_type_ids"] = torch.nn.functional.pad(kinds, (0, added), value=said_type)
+            more["token_type_ids"] = torch.nn.functional.pad(kinds, (0, added))
         cached = model.generate(**more, past_key_values=first.past_key_values, **GREEDY)
         again = model.generate(**{**inputs, **more}, **GREEDY)
     assert torch.equal(cached.sequences, again.sequences)
