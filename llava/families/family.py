@@ -167,7 +167,11 @@ class Family:
         return {name: _stack([own[name] for own in pictures]) for name in pictures[0]}
 
     def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
-        """Count the tokens of one image from what the processor made of it."""
+        """Count the tokens of one image from what the processor made of it.
+
+        Raises:
+            PruningError: prompts of the family cannot be written here.
+        """
         given = {name: inputs.get(name) for name in self.pixels}
         return sum(self.lengths(model, given, torch.zeros(1, 0, dtype=torch.long)))
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from llava.families.family import Encoded, Family, register
 from llava.families.towers import EncoderReadings, digests, pool_readings
+from llava.pruning.errors import PruningError
+from llava.pruning.importance.offloaded import at_hand
 from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import VisualTokens
 
@@ -45,6 +47,12 @@ class SiglipFamily(Family):
 
     def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         return [len(self.groups(model))] * len(inputs["pixel_values"])
+
+    def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
+        raise PruningError(
+            f"prompts of {self.name} models come with token_type_ids, which only their processor "
+            "makes; prune model.generate(**processor_output) instead: with prune(model, ...): ..."
+        )
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
@@ -106,7 +114,7 @@ class Gemma3(SiglipFamily):
 
 
 class NormedMatrix(nn.Module):
-    """What Gemma 3's projector does with the mean of patches; shares its weights.
+    """What Gemma 3's projector does with means of patches.
 
     Args:
         projector: a `Gemma3MultiModalProjector`.
@@ -114,10 +122,11 @@ class NormedMatrix(nn.Module):
 
     def __init__(self, projector: Any) -> None:
         super().__init__()
-        self.norm = projector.mm_soft_emb_norm
-        self.weight = projector.mm_input_projection_weight
+        self.projector = projector
 
     def forward(self, means: Tensor) -> Tensor:
         """Map means of patches [..., C] to tokens [..., D]."""
-        tokens: Tensor = self.norm(means) @ self.weight
+        # Its weights are read here and not by its own `forward`, which would load them.
+        own: Any = at_hand(self.projector, means.device)
+        tokens: Tensor = own.mm_soft_emb_norm(means) @ own.mm_input_projection_weight
         return tokens.type_as(means)

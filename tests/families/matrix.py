@@ -20,7 +20,7 @@ from family_checks import NAMES, inputs_of, stock_positions, tiny
 from llava.markdown import fill_sections, table
 from llava.model.call_context import asking
 from llava.pruning import get_method, list_methods, prune
-from llava.pruning.importance.projectors import normed_merger, two_layer
+from llava.pruning.importance.projectors import linear_matrix, normed_merger, two_layer
 from llava.pruning.lookup import FAMILIES
 from llava.utils import UserInputError
 
@@ -94,7 +94,8 @@ def features(model: Any, name: str) -> dict[str, str]:
     axes = len(stock_positions(model, inputs))
     groups = getattr(visual, "groups", (visual,))
     projector = groups[0].projector
-    closed = two_layer(projector) is not None or normed_merger(projector) is not None
+    forms = two_layer(projector), normed_merger(projector), linear_matrix(projector, torch.float32)
+    closed = any(form is not None for form in forms)
     shape = "any shape" if len(lengths) > 1 else "one square"
     return {
         "class": ", ".join(family.classes),
@@ -104,7 +105,7 @@ def features(model: Any, name: str) -> dict[str, str]:
         "deep features": "yes" if getattr(visual, "deep", ()) else "no",
         "class token": "yes" if groups[0].class_token else "no",
         "text tower": "yes" if family.text_tower(model) is not None else "no",
-        "sensitivity": "closed form" if closed else "by directions",
+        "sensitivity": "closed form" if closed else "calls of the projector",
     }
 
 

@@ -17,6 +17,7 @@ SIDE = 56
 VISION = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "image_size": SIDE, "patch_size": 7},
+    "vision_use_head": False,
 }
 
 

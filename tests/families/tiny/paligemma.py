@@ -16,6 +16,7 @@ from transformers import (
 VISION = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "image_size": 28, "patch_size": 7, "projection_dim": 64},
+    "vision_use_head": False,
 }
 
 
