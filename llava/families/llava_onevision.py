@@ -58,6 +58,7 @@ class Canvas(NamedTuple):
 class LlavaOnevision(LlavaNext):
     """`llava-hf/llava-onevision-*`; images of prompts with several are one tile each."""
 
+    squares: ClassVar[bool] = True
     name: ClassVar[str] = "llava_onevision"
     classes: ClassVar[tuple[str, ...]] = ("LlavaOnevisionForConditionalGeneration",)
     pixels: ClassVar[tuple[str, ...]] = (

@@ -9,22 +9,27 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from llava.pruning.lookup import FAMILIES
 
 TINY = Path(__file__).parent / "tiny"
-NAMES = sorted(FAMILIES.entries())
+# Families whose classes the installed transformers has.
+NAMES = sorted(
+    name
+    for name, family in FAMILIES.entries().items()
+    if any(hasattr(transformers, cls) for cls in family.classes)
+)
 # Two images and text between, text alone, one image: rows of different lengths.
 ROWS: list[list[tuple[int, int]]] = [[(56, 40), (28, 28)], [], [(24, 56)]]
 STEPS = 5
+# Of families with `token_type_ids`: the type of what is generated and said next; 0 for others.
+ANSWER_TYPE = {"paligemma": 1}
 GREEDY: dict[str, Any] = {
     **{"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None},
     **{"return_dict_in_generate": True, "output_logits": True},
 }
-
-# Language models that read a prompt in both directions: tokens of an image, or all of it.
-BOTH_WAYS = {"gemma3": "image", "paligemma": "prompt"}
 
 
 @cache
@@ -125,6 +130,8 @@ class Shortened:
             [level[left[marks] & (where[:, 0] == row)] for level in levels]
             for row in range(len(ids))
         ]
+        types = inputs.get("token_type_ids")
+        self.types = None if types is None else [t[own] for t, own in zip(types, left, strict=True)]
         full = stock_positions(model, inputs)
         self.positions = [
             (full[:, row, own] if kept.original_positions else self.compact(full[:, row], row, own))
@@ -163,9 +170,6 @@ class Shortened:
         more = positions.max() + 1 + torch.arange(count).expand(len(positions), -1)
         positions = torch.cat([positions, more], dim=1)[:, None]
         length = positions.shape[-1]
-        mask: Any = torch.ones(1, length, dtype=torch.long)
-        if self.family.name in BOTH_WAYS:
-            mask = self.two_way_mask(row, length)
         if len(positions) == 1:
             positions = positions[0]
         else:
@@ -174,42 +178,23 @@ class Shortened:
         if self.deep[row] and len(self.deep[row][0]):
             visual = torch.cat([self.visual[row], torch.zeros(count, dtype=torch.bool)])
             extra = {"visual_pos_masks": visual[None], "deepstack_visual_embeds": self.deep[row]}
+        reader = self.family.language_model(model)
+        if self.types is not None:  # the model around it makes masks of them
+            said = torch.full((count,), ANSWER_TYPE.get(self.family.name, 0))
+            extra["token_type_ids"] = torch.cat([self.types[row], said])[None]
+            reader = model.model
         with torch.no_grad():
-            hidden = self.family.language_model(model)(
+            hidden = reader(
                 inputs_embeds=torch.cat(
                     [self.embeddings[row][None], model.get_input_embeddings()(ids)], dim=1
                 ),
-                attention_mask=mask,
+                attention_mask=torch.ones(1, length, dtype=torch.long),
                 position_ids=positions,
                 use_cache=False,
                 **extra,
             ).last_hidden_state
             found: Tensor = model.get_output_embeddings()(hidden[:, -1])[0]
         return found
-
-    def two_way_mask(self, row: int, length: int) -> Any:
-        """Return which of `length` tokens see which, as the language model takes it."""
-        columns = self.columns[row]
-        seen = torch.ones(length, length).tril().bool()
-        if BOTH_WAYS[self.family.name] == "prompt":
-            seen[: len(columns), : len(columns)] = True
-        together = torch.zeros_like(seen)
-        for owner, own in self.images:
-            if owner == row:
-                inside = torch.isin(columns, own).nonzero()[:, 0]
-                together[inside[:, None], inside] = True
-        text = self.model.config.get_text_config()
-        near = seen & ~torch.ones_like(seen).tril(
-            -(getattr(text, "sliding_window", None) or length)
-        )
-        masks = {
-            kind: torch.zeros(1, 1, length, length).masked_fill(~own, torch.finfo().min)
-            for kind, own in {
-                "full_attention": seen | together,
-                "sliding_attention": near | together,
-            }.items()
-        }
-        return masks if getattr(text, "layer_types", None) else masks["full_attention"]
 
     def greedy(self, row: int, steps: int) -> tuple[list[int], Tensor]:
         """Return greedy tokens and their logits [steps, V]."""

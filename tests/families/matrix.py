@@ -94,8 +94,8 @@ def features(model: Any, name: str) -> dict[str, str]:
     axes = len(stock_positions(model, inputs))
     groups = getattr(visual, "groups", (visual,))
     projector = groups[0].projector
-    known = two_layer(projector) or normed_merger(projector)
-    closed = known is not None or linear_matrix(projector, torch.float64) is not None
+    forms = two_layer(projector), normed_merger(projector), linear_matrix(projector, torch.float32)
+    closed = any(form is not None for form in forms)
     shape = "any shape" if len(lengths) > 1 else "one square"
     return {
         "class": ", ".join(family.classes),
@@ -105,7 +105,7 @@ def features(model: Any, name: str) -> dict[str, str]:
         "deep features": "yes" if getattr(visual, "deep", ()) else "no",
         "class token": "yes" if groups[0].class_token else "no",
         "text tower": "yes" if family.text_tower(model) is not None else "no",
-        "sensitivity": "closed form" if closed else "by directions",
+        "sensitivity": "closed form" if closed else "calls of the projector",
     }
 
 
