@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from llava.families.family import register
+from llava.families.family import Family, register
 from llava.families.llava import LlavaNext, has_class_token, tower_readings
 from llava.families.prompts import ImageColumns, find_images
 from llava.families.towers import digests
@@ -84,6 +84,13 @@ class LlavaOnevision(LlavaNext):
             frames = [len(layout.sequence) for layout in self.frames(model, inputs)]
             found += find_images(ids, mask, [video], frames)
         return found
+
+    def outline(
+        self, model: Any, inputs: Mapping[str, Any], ids: Tensor
+    ) -> VisualTokens | RaggedTokens:
+        moving = inputs.get("pixel_values_videos") is not None
+        rule = Family.outline if moving else TiledFamily.outline
+        return rule(self, model, inputs, ids)
 
     def canvases(self, model: Any, inputs: Mapping[str, Any]) -> list[Canvas]:
         """Return how the tiles of every image of a call lie.

@@ -88,7 +88,7 @@ def features(model: Any, name: str) -> dict[str, str]:
         inputs = inputs_of(name, [[size]])
         taken = {key: inputs.get(key) for key in family.pixels}
         with torch.no_grad(), prune(model):
-            visual = family.encode(model, taken, inputs["input_ids"], set()).visual
+            visual = family.encode(model, taken, inputs["input_ids"], set())
         tiles = max(tiles, len(visual.image_index))
         lengths.add(sum(visual.lengths()))
     axes = len(stock_positions(model, inputs))

@@ -28,7 +28,7 @@ def encoded(name: str, model: Any, rows: Any = LARGE, needs: Any = ()) -> Visual
     family, inputs = FAMILIES.get(name)(), inputs_of(name, rows)
     given = {key: inputs.get(key) for key in family.pixels}
     with torch.no_grad(), prune(model):  # the hooks are there, nothing is pruned
-        visual: VisualTokens = family.encode(model, given, inputs["input_ids"], set(needs)).visual
+        visual: VisualTokens = family.encode(model, given, inputs["input_ids"], set(needs))
     return visual
 
 
@@ -240,6 +240,6 @@ def test_interpolated_frames_and_their_features_belong_together() -> None:
     family, inputs = FAMILIES.get("llava_onevision")(), video_prompt([1])
     given = {key: inputs.get(key) for key in family.pixels}
     with torch.no_grad(), prune(model):
-        visual = family.encode(model, given, inputs["input_ids"], {"encoder_keys"}).visual
+        visual = family.encode(model, given, inputs["input_ids"], {"encoder_keys"})
         assert torch.allclose(visual.projector(visual.features), visual.projected, atol=1e-5)
     assert [tile.shape[0] for tile in visual.extras["encoder_keys"]] == [4, 4, 4]
