@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, ClassVar
@@ -233,9 +233,18 @@ class Family:
     # --- shared steps ---
 
     def run_vision(
-        self, model: Any, inputs: Mapping[str, Any], capture: Capture | None = None
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        capture: Capture | None = None,
+        function: Callable[..., Any] | None = None,
     ) -> tuple[Any, Tensor, Tensor]:
         """Run `get_image_features` with those of `inputs` that are named in `pixels`.
+
+        Args:
+            model, inputs: as in `encode`.
+            capture: what is read on the way.
+            function: what runs instead, without arguments.
 
         Returns:
             What it returned, and input and output of the projector.
@@ -246,7 +255,11 @@ class Family:
         capture = Capture() if capture is None else capture
         given = {name: inputs[name] for name in self.pixels if inputs.get(name) is not None}
         with capturing(capture):
-            output = model.model.get_image_features(**given, return_dict=True)
+            output = (
+                model.model.get_image_features(**given, return_dict=True)
+                if function is None
+                else function()
+            )
         if len(capture.projections) != 1:
             raise PruningError(
                 f"the projector of {type(model).__name__} ran {len(capture.projections)} times for "

@@ -96,7 +96,7 @@ class TiledFamily(Family):
         Returns:
             What `get_image_features` returned, and the tokens of all tiles.
         """
-        readings = _readings(model, needs)
+        readings = tower_readings(model, needs)
         output, features, projected = self.run_vision(model, inputs, readings.capture())
         counts = torch.tensor([layout.tiles for layout in layouts])
         valid = padding_mask(layouts)
@@ -222,7 +222,8 @@ def has_class_token(model: Any) -> bool:
     return _TOWERS[kind]
 
 
-def _readings(model: Any, needs: Collection[str]) -> EncoderReadings:
+def tower_readings(model: Any, needs: Collection[str]) -> EncoderReadings:
+    """Return what reads the tower of a model for `needs`, names of `VisualTokens.extras`."""
     config, layers = model.config, readable(encoder_blocks(model.model.vision_tower))
     layer, first = config.vision_feature_layer, int(has_class_token(model))
     if first and config.vision_feature_select_strategy != "default":

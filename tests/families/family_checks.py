@@ -9,12 +9,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from llava.pruning.lookup import FAMILIES
 
 TINY = Path(__file__).parent / "tiny"
-NAMES = sorted(FAMILIES.entries())
+# Families whose classes the installed transformers has.
+NAMES = sorted(
+    name
+    for name, family in FAMILIES.entries().items()
+    if any(hasattr(transformers, cls) for cls in family.classes)
+)
 # Two images and text between, text alone, one image: rows of different lengths.
 ROWS: list[list[tuple[int, int]]] = [[(56, 40), (28, 28)], [], [(24, 56)]]
 STEPS = 5

@@ -20,9 +20,8 @@ from family_checks import NAMES, inputs_of, stock_positions, tiny
 from llava.markdown import fill_sections, table
 from llava.model.call_context import asking
 from llava.pruning import get_method, list_methods, prune
-from llava.pruning.importance.projectors import normed_merger, two_layer
+from llava.pruning.importance.projectors import linear_matrix, normed_merger, two_layer
 from llava.pruning.lookup import FAMILIES
-from llava.pruning.tokens import CLASS_ATTENTION
 from llava.utils import UserInputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,17 +83,20 @@ def outcome(model: Any, name: str, method: str) -> str:
 
 def features(model: Any, name: str) -> dict[str, str]:
     """Return what a family has, found out on its tiny model."""
-    family, inputs = FAMILIES.get(name)(), inputs_of(name, [[(56, 40), (28, 28)]])
-    ids = inputs["input_ids"]
-    taken = {key: inputs.get(key) for key in family.pixels}
-    with torch.no_grad(), prune(model):
-        visual = family.encode(model, taken, ids, {*CLASS_ATTENTION[:1]}).visual
-        axes = len(stock_positions(model, inputs))
+    family, lengths, tiles = FAMILIES.get(name)(), set(), 0
+    for size in ((28, 28), (112, 60)):
+        inputs = inputs_of(name, [[size]])
+        taken = {key: inputs.get(key) for key in family.pixels}
+        with torch.no_grad(), prune(model):
+            visual = family.encode(model, taken, inputs["input_ids"], set()).visual
+        tiles = max(tiles, len(visual.image_index))
+        lengths.add(sum(visual.lengths()))
+    axes = len(stock_positions(model, inputs))
     groups = getattr(visual, "groups", (visual,))
-    tiles = max(len(group.tiles_of(0)) for group in groups)
     projector = groups[0].projector
-    closed = two_layer(projector) is not None or normed_merger(projector) is not None
-    shape = "any shape" if len({*visual.lengths()}) > 1 and tiles == 1 else "one square"
+    forms = two_layer(projector), normed_merger(projector), linear_matrix(projector, torch.float32)
+    closed = any(form is not None for form in forms)
+    shape = "any shape" if len(lengths) > 1 else "one square"
     return {
         "class": ", ".join(family.classes),
         "images": "tiles" if tiles > 1 else shape,
@@ -103,7 +105,7 @@ def features(model: Any, name: str) -> dict[str, str]:
         "deep features": "yes" if getattr(visual, "deep", ()) else "no",
         "class token": "yes" if groups[0].class_token else "no",
         "text tower": "yes" if family.text_tower(model) is not None else "no",
-        "sensitivity": "closed form" if closed else "by directions",
+        "sensitivity": "closed form" if closed else "calls of the projector",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -93,8 +94,10 @@ def test_lengths_count_the_callers_prompt(name: str) -> None:
 
 @each_family
 def test_caches_of_every_kind_give_the_same(name: str) -> None:
-    wanted = pruned(name)
-    for options in ({"cache_implementation": "static"}, {"use_cache": False}):
+    wanted, every = pruned(name), [{"cache_implementation": "static"}, {"use_cache": False}]
+    if name == "paligemma" and version("transformers") < "5.18":
+        every.pop()  # without a cache, that release lets answers and prompt see each other
+    for options in every:
         found = pruned(name, **options)
         assert torch.equal(found.sequences, wanted.sequences)
         assert error(found.logits, wanted.logits) <= 1e-5

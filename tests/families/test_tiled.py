@@ -75,8 +75,16 @@ def test_interpolated_features_and_tokens_belong_together() -> None:
         projected = visual.projector(visual.features)
     assert torch.allclose(projected[valid], visual.projected[valid], atol=1e-5)
     assert not visual.projected[~valid].any()
+    assert visual.blank is not None and not visual.blank.any()
     tiles = len(visual.projected)
     assert len(visual.extras["encoder_keys"]) == len(set(visual.extras["image_digest"])) == tiles
+
+
+def test_padding_of_single_tiles_is_known() -> None:
+    visual = encoded("llava_onevision", shared_model("llava_onevision"), [[(28, 14), (28, 28)]])
+    assert visual.blank is not None
+    blank = visual.blank.view(2, 4, 4)
+    assert blank[0].all(dim=0).tolist() == [True, False, False, True] and not blank[1].any()
 
 
 def test_boxes_of_interpolated_tokens_cover_the_image() -> None:
@@ -176,3 +184,62 @@ def test_idefics_refuses_readings_of_padded_images() -> None:
 def test_families_whose_prompts_only_processors_write_say_so(name: str) -> None:
     with pytest.raises(PruningError, match="processor_output"):
         FAMILIES.get(name)().count(shared_model(name), inputs_of(name, [[(30, 30)]]))
+
+
+def video_prompt(rows: list[int]) -> dict[str, Any]:
+    """Return inputs of OneVision: rows with videos of three frames (1) or one image (0) each."""
+    numbers = torch.Generator().manual_seed(3)
+    videos, size = sum(rows), (30, 30)
+    image = inputs_of("llava_onevision", [[size]])
+    count = int((image["input_ids"] == 150).sum())
+    ids = [[5, 6, *([151] * 13 if video else [150] * count), 7, 8, 9] for video in rows]
+    width = max(map(len, ids))
+    padded = torch.tensor([[0] * (width - len(row)) + row for row in ids])
+    made = {"input_ids": padded, "attention_mask": (padded != 0).long()}
+    if videos:
+        made["pixel_values_videos"] = torch.randn(videos, 3, 3, 28, 28, generator=numbers)
+    if videos < len(rows):
+        made |= {key: image[key] for key in ("pixel_values", "image_sizes")}
+        made["batch_num_images"] = torch.tensor([1 - video for video in rows])
+    return made
+
+
+def test_frames_of_onevision_are_pruned_one_by_one() -> None:
+    model, inputs = shared_model("llava_onevision"), video_prompt([1])
+    stock = model(**inputs).logits
+    with prune(model, "divprune", keep_ratio=1.0):
+        assert torch.equal(model(**inputs).logits, stock)
+    with prune(model, "divprune", keep_ratio=0.5) as run, torch.no_grad():
+        found = model(**inputs).logits[0, -1]
+    assert run.trace.tokens_before == [4, 4, 5] and run.trace.tokens_after == [2, 2, 2]
+    places = [run.tokens.sequence(frame).place + 4 * frame for frame in range(3)]
+    ids = inputs["input_ids"][0]
+    columns = torch.cat(
+        [torch.arange(2), torch.cat(places) + 2, torch.arange(len(ids) - 3, len(ids))]
+    )
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        frames = model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True)
+        embeds[2:14] = frames.pooler_output[0, :12]
+        short = embeds[columns][None]
+        hidden = model.model.language_model(inputs_embeds=short, use_cache=False).last_hidden_state
+        assert error([found], [model.lm_head(hidden[0, -1])]) <= 1e-5
+
+
+def test_videos_and_images_of_onevision_share_a_batch() -> None:
+    model = shared_model("llava_onevision")
+    with prune(model, "fopru", keep_ratio=0.5):
+        both = model(**video_prompt([1, 0])).logits[:, -1]
+        for row, kind in enumerate([1, 0]):
+            assert error([both[row]], [model(**video_prompt([kind])).logits[0, -1]]) <= 1e-5
+
+
+def test_interpolated_frames_and_their_features_belong_together() -> None:
+    model = copy.deepcopy(shared_model("llava_onevision"))
+    model.model.multi_modal_projector.act = nn.Identity()
+    family, inputs = FAMILIES.get("llava_onevision")(), video_prompt([1])
+    given = {key: inputs.get(key) for key in family.pixels}
+    with torch.no_grad(), prune(model):
+        visual = family.encode(model, given, inputs["input_ids"], {"encoder_keys"}).visual
+        assert torch.allclose(visual.projector(visual.features), visual.projected, atol=1e-5)
+    assert [tile.shape[0] for tile in visual.extras["encoder_keys"]] == [4, 4, 4]
