@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     for item in items:
         for group, reason in reasons.items():
-            if group in item.keywords and not config.getoption(f"--{group}"):
+            # A marker, not a keyword: keywords hold the names of folders too.
+            if item.get_closest_marker(group) and not config.getoption(f"--{group}"):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
