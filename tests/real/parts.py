@@ -196,6 +196,7 @@ def build_llava(folder: Path, seed: int = 0) -> RealLlava:
     own_template = tokenizer.chat_template
     tokenizer.chat_template = image_template(own_template)
     tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.eos_token
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken(IMAGE_TOKEN, special=True)]}
     )
