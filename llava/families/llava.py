@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
@@ -15,7 +16,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from llava.anyres import Size
-from llava.families.family import Encoded, Family, register
+from llava.families.family import Family, register
 from llava.families.towers import (
     ClipTower,
     EncoderReadings,
@@ -27,6 +28,7 @@ from llava.model.hugging_face import tower_name
 from llava.model.layouts import TileGeometry, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
+from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import VisualTokens
 
 # Vision tower -> whether a class token comes before its patches.
@@ -81,8 +83,8 @@ class TiledFamily(Family):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
-    ) -> Encoded:
-        return Encoded(self.encode_tiles(model, inputs, self.layouts(model, inputs), needs)[1])
+    ) -> VisualTokens | RaggedTokens:
+        return self.encode_tiles(model, inputs, self.layouts(model, inputs), needs)[1]
 
     def encode_tiles(
         self,
@@ -203,7 +205,8 @@ class LlavaNext(TiledFamily):
         return torch.cat([own[: layout.tiles] for own, layout in zip(pixels, layouts, strict=True)])
 
     def newline(self, model: Any) -> Tensor | None:
-        newline: Tensor = model.model.image_newline
+        with align_module_device(model.model):  # it may be offloaded
+            newline: Tensor = model.model.image_newline
         return newline
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.families.calls import inside_generate
+from llava.families.call_state import inside_generate
 from llava.families.contract import ModelInputs, Picture
 from llava.families.dialogue import IMAGE, Dialogue
 from llava.families.family import Family
 from llava.families.lengths import Limit, PromptLength, context_limits, measure_prompt
-from llava.families.prompts import ImageColumns, Prompts, shorten
+from llava.families.prompts import ImageColumns, Prompts, prune_prompts
 from llava.families.questions import add_questions, needed_of_question
 from llava.families.splicing import splice
 from llava.images import PictureError
@@ -108,7 +108,7 @@ class FamilyModel:
             needs = () if self.pruning is None else self.pruning.pruner.collects
         inputs, ids = self._inputs(pictures)
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        return self.family.encode(self.model, inputs, ids, set(needs)).visual
+        return self.family.encode(self.model, inputs, ids, set(needs))
 
     def reads_question(self, config: PruningConfig | None) -> bool:
         return bool(needed_of_question(self.family, self.model, config))
@@ -206,8 +206,8 @@ class FamilyModel:
         ]
         geometry = {} if visual is None else self.family.geometry(self.model, visual)
         positions = self.family.positions(self.model, geometry, ids, mask)
-        short = shorten(Prompts(ids, mask, images, positions), visual, "left")
-        spliced = splice(self.family, self.model, ids.to(self.model.device), short, visual)
+        pruned = prune_prompts(Prompts(ids, mask, images, positions), visual, "left")
+        spliced = splice(self.family, self.model, ids.to(self.model.device), pruned, visual)
         return ModelInputs(
             spliced.embeds, spliced.mask.long(), spliced.position_ids, deep=spliced.deep
         )
@@ -215,7 +215,8 @@ class FamilyModel:
     def generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
         if inputs.positions is not None:
             settings["position_ids"] = inputs.positions
-        with inside_generate(inputs.deep):
+        module = self.family.language_model(self.model)
+        with self._target.installed(), inside_generate(self._target, module, inputs.deep):
             output: Any = type(self.model).generate(
                 self.model, inputs_embeds=inputs.embeds, attention_mask=inputs.mask, **settings
             )

@@ -63,7 +63,7 @@ def test_readings_are_what_the_tower_computes(model: Any) -> None:
     inputs = inputs_of("llava")
     pixels = inputs["pixel_values"]
     with torch.no_grad(), prune(model):  # the hooks are there, nothing is pruned
-        visual = FAMILY.encode(model, {"pixel_values": pixels}, inputs["input_ids"], READ).visual
+        visual = FAMILY.encode(model, {"pixel_values": pixels}, inputs["input_ids"], READ)
     found = {name: torch.stack(own) for name, own in visual.extras.items()}
     maps = [own.sum(dim=1) for own in attention_of(model, pixels)]
     near = {"atol": 1e-5, "rtol": 1e-4}
