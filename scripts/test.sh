@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Set up .venv and run every check: lint, types, tests.
 #
-#   bash scripts/test.sh [--slow] [--min-deps | --lmms-eval | --triton] [-- pytest arguments]
+#   bash scripts/test.sh [--slow] [--min-deps | --lmms-eval | --triton | --real] [-- pytest arguments]
 #
 #   --slow      also the checks that take minutes
 #   --min-deps  the tests of what stands on transformers, with the oldest one that is supported
 #   --lmms-eval the tests of the plug-in, with lmms-eval
 #   --triton    the tests of the kernels, in Triton's interpreter where there is no GPU
+#   --real      the tests on a trained tower and a trained language model, which are downloaded
 #
-# The last three use an environment of their own over .venv and run only what its packages can change.
+# The last four use an environment of their own over .venv and run only what its packages can change.
 # Safe to run twice. Any failing check fails the run; so does a run that lost tests, and a default
 # run that takes longer than 15 minutes after installation.
 set -euo pipefail
@@ -20,9 +21,12 @@ group=default overlay= pytest_args=() selection=()
 while [ $# -gt 0 ]; do
     case $1 in
     --slow) group=slow && pytest_args+=(--slow) ;;
-    --min-deps | --lmms-eval | --triton) overlay=${1#--} ;;
+    --min-deps | --lmms-eval | --triton | --real) overlay=${1#--} ;;
     --) shift && selection=("$@") && break ;;
-    *) echo "error: unknown option $1 (known: --slow --min-deps --lmms-eval --triton -- ...)" >&2 && exit 2 ;;
+    *)
+        echo "error: unknown option $1" \
+            "(known: --slow --min-deps --lmms-eval --triton --real -- ...)" >&2 && exit 2
+        ;;
     esac
     shift
 done
@@ -37,8 +41,10 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
         [min-deps]="transformers==5.17.0"
         [lmms-eval]="lmms-eval==0.7.3 loguru pytz" # of its many requirements, what the tests import
         [triton]="triton==3.9.0"
+        [real]="gguf==0.19.0 onnx==1.23.2" # the extra `parts`
     )
-    declare -A place=([min-deps]=.venv-min [lmms-eval]=.venv-lmms [triton]=.venv-triton)
+    declare -A place=([min-deps]=.venv-min [lmms-eval]=.venv-lmms [triton]=.venv-triton
+        [real]=.venv-real)
     declare -A tests=(
         [min-deps]="tests/families tests/model tests/train tests/serve tests/eval/test_generation.py
             tests/eval/test_model_vqa.py tests/eval/test_run_llava.py tests/eval/test_runner.py
@@ -46,6 +52,7 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
             tests/pruning/test_visionzip.py"
         [lmms-eval]="tests/eval/test_lmms_eval_plugin.py"
         [triton]="tests/kernel_parity"
+        [real]="tests/real"
     )
     group=$overlay second=${place[$overlay]}
     read -r -d '' -a affected <<<"${tests[$overlay]}" || true
@@ -54,10 +61,17 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
     echo "$PWD/.venv/lib/$(ls .venv/lib | head -n 1)/site-packages" \
         >"$second/lib/$(ls "$second/lib" | head -n 1)/site-packages/base.pth"
     read -r -a packages <<<"${added[$overlay]}"
-    quiet=(--quiet --disable-pip-version-check --ignore-installed)
+    quiet=(--quiet --disable-pip-version-check)
+    [ "$overlay" = real ] || quiet+=(--ignore-installed)
     [ "$overlay" = lmms-eval ] && quiet+=(--no-deps)
     [ "$overlay" = triton ] && pytest_args+=(--triton)
     "$second/bin/python" -m pip install "${quiet[@]}" "${packages[@]}"
+    if [ "$overlay" = real ]; then
+        say "adding the parts, with the contents that tests/real/parts.txt names"
+        "$second/bin/python" -m pip install "${quiet[@]}" --no-deps --require-hashes \
+            -r tests/real/parts.txt
+        pytest_args+=(--real)
+    fi
     PYTHON=$PWD/$second/bin/python
 fi
 

@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
     parser.addoption("--gpu", action="store_true", help="also run tests that need a CUDA GPU")
     parser.addoption("--triton", action="store_true", help="also run tests that need triton")
+    parser.addoption("--real", action="store_true", help="also run tests that need real parts")
     parser.addoption(
         "--at-least", type=int, default=0, metavar="N", help="fail if fewer tests than N passed"
     )
@@ -24,10 +25,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "slow": "takes minutes; run with --slow",
         "gpu": "needs a CUDA GPU; run with --gpu (bash scripts/gpu.sh)",
         "triton": "needs triton; run with --triton (bash scripts/test.sh --triton)",
+        "real": "needs real parts; run with --real (bash scripts/test.sh --real)",
     }
     for item in items:
         for group, reason in reasons.items():
-            if group in item.keywords and not config.getoption(f"--{group}"):
+            # A marker, not a keyword: keywords hold the names of folders too.
+            if item.get_closest_marker(group) and not config.getoption(f"--{group}"):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and 1.6 as transformers has them: a CLIP or SigLIP tower, a two-layer projector."""
+"""LLaVA-1.5 and 1.6 as transformers has them: a CLIP, SigLIP or DINOv2 tower, a small projector."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from llava.anyres import Size
 from llava.families.family import Family, register
-from llava.families.towers import ClipTower, EncoderReadings, digests
+from llava.families.towers import (
+    ClipTower,
+    EncoderReadings,
+    digests,
+    encoder_blocks,
+    readable,
+)
 from llava.model.hugging_face import tower_name
 from llava.model.layouts import TileGeometry, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
@@ -26,7 +32,7 @@ from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import VisualTokens
 
 # Vision tower -> whether a class token comes before its patches.
-_TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
+_TOWERS = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
 
 # One for each model, because text towers are kept by tower.
 _clip_towers: WeakKeyDictionary[nn.Module, ClipTower] = WeakKeyDictionary()
@@ -43,8 +49,7 @@ class TiledFamily(Family):
         return module
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
-        layers: Sequence[nn.Module] = model.model.vision_tower.encoder.layers
-        return layers
+        return encoder_blocks(model.model.vision_tower)
 
     def text_tower(self, model: Any) -> ClipTower | None:
         """Return the CLIP tower with the name of the model whose text tower belongs to it.
@@ -140,8 +145,14 @@ class Llava(TiledFamily):
     squares: ClassVar[bool] = True
 
     def layouts(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
-        layout = ImageLayout(self.tile_grid(model))
-        return (layout,) * len(inputs["pixel_values"])
+        pixels, side = inputs["pixel_values"], model.config.vision_config.image_size
+        height, width = pixels.shape[-2:]
+        if (height, width) != (side, side):  # DINOv2 itself takes any
+            raise PruningError(
+                f"pixel_values are {height} x {width}, but config.vision_config.image_size is "
+                f"{side}; let the processor make images of that size"
+            )
+        return (ImageLayout(self.tile_grid(model)),) * len(pixels)
 
     def located(self, model: Any, layout: ImageLayout, size: Size) -> ImageLayout:
         """Return the layout of a picture of (width, height) pixels.
@@ -209,14 +220,14 @@ def has_class_token(model: Any) -> bool:
     if kind not in _TOWERS:
         raise PruningError(
             f"the vision tower of this {type(model).__name__} is of type {kind!r}; models with "
-            f"{' or '.join(_TOWERS)} can be pruned"
+            f"{', '.join(_TOWERS)} can be pruned"
         )
     return _TOWERS[kind]
 
 
 def tower_readings(model: Any, needs: Collection[str]) -> EncoderReadings:
     """Return what reads the tower of a model for `needs`, names of `VisualTokens.extras`."""
-    config, layers = model.config, model.model.vision_tower.encoder.layers
+    config, layers = model.config, readable(encoder_blocks(model.model.vision_tower))
     layer, first = config.vision_feature_layer, int(has_class_token(model))
     if first and config.vision_feature_select_strategy != "default":
         needs = ()  # methods weigh patches; the class token as a token has no reading

@@ -51,7 +51,7 @@ class EncoderReadings:
     """Reads the blocks of one call of a tower with `layer_norm1` and `self_attn` in its blocks.
 
     Args:
-        layers: the blocks.
+        layers: the blocks, see `readable`.
         used: how many of them make the features.
         first: where patches begin: 1 behind a class token, else 0.
         needs: names of `VisualTokens.extras`; those that are not the tower's are left out.
@@ -85,6 +85,40 @@ class EncoderReadings:
     def extras(self, tiles: int) -> dict[str, list[Tensor]]:
         """Return what was read, one tensor a tile for each name; see `TowerReader.extras`."""
         return self.reader.extras(tiles)
+
+
+def encoder_blocks(tower: Any) -> Sequence[nn.Module]:
+    """Return the blocks of a tower of CLIP's, SigLIP's or DINOv2's kind."""
+    encoder = tower.encoder
+    blocks: Sequence[nn.Module] = encoder.layer if hasattr(encoder, "layer") else encoder.layers
+    return blocks
+
+
+def readable(blocks: Sequence[nn.Module]) -> Sequence[Any]:
+    """Return blocks with the names that readings know: `layer_norm1` and `self_attn`."""
+    return [block if hasattr(block, "layer_norm1") else _Dinov2Block(block) for block in blocks]
+
+
+class _Dinov2Block:
+    """A block of DINOv2 by CLIP's names; shares its modules."""
+
+    def __init__(self, block: Any) -> None:
+        self.layer_norm1 = block.norm1
+        self.self_attn = _Dinov2Attention(block.attention)
+
+
+class _Dinov2Attention:
+    """The attention of a block of DINOv2; older transformers have its products one level deeper."""
+
+    def __init__(self, attention: Any) -> None:
+        inner = getattr(attention, "attention", None)
+        if inner is None:
+            self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+            self.head_dim = attention.head_dim
+        else:
+            self.q_proj, self.k_proj = inner.query, inner.key
+            self.head_dim = inner.attention_head_size
+        self.num_heads = self.q_proj.out_features // self.head_dim
 
 
 def refuse_next_block(names: Collection[str]) -> None:
