@@ -117,7 +117,9 @@ class TiledFamily(Family):
             blank=None if self.squares else projected.new_zeros(projected.shape[:2]).bool(),
         )
 
-    def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> VisualTokens:
+    def outline(
+        self, model: Any, inputs: Mapping[str, Any], ids: Tensor
+    ) -> VisualTokens | RaggedTokens:
         layouts = self.layouts(model, {name: inputs.get(name) for name in self.pixels})
         counts = torch.tensor([layout.tiles for layout in layouts])
         nothing = torch.zeros(int(counts.sum()), layouts[0].patches, 0)

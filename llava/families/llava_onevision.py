@@ -88,9 +88,10 @@ class LlavaOnevision(LlavaNext):
     def outline(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor
     ) -> VisualTokens | RaggedTokens:
-        moving = inputs.get("pixel_values_videos") is not None
-        rule = Family.outline if moving else TiledFamily.outline
-        return rule(self, model, inputs, ids)
+        if inputs.get("pixel_values_videos") is not None:
+            outline: RaggedTokens = Family.outline(self, model, inputs, ids)
+            return outline
+        return super().outline(model, inputs, ids)
 
     def canvases(self, model: Any, inputs: Mapping[str, Any]) -> list[Canvas]:
         """Return how the tiles of every image of a call lie.
