@@ -55,12 +55,20 @@ class Family:
         classes: names of the transformers classes.
         pixels: arguments of `forward` that bring images; they go once the images are embedded.
         shown: those of them that hold pictures, without which a call has none.
+        processing: arguments that the family's processor gives its image processor.
+        axes: how many numbers say where a token stands: 1, or M-RoPE's 3.
+        unasked: why `loaded.FamilyModel` cannot ask models of the family; None if it can.
+        lone_images: why it asks about one image a prompt only; None if about several.
     """
 
     name: ClassVar[str] = ""
     classes: ClassVar[tuple[str, ...]] = ()
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values",)
     shown: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    processing: ClassVar[Mapping[str, Any]] = {}
+    axes: ClassVar[int] = 1
+    unasked: ClassVar[str | None] = None
+    lone_images: ClassVar[str | None] = None
 
     @classmethod
     def attachment(cls, model: Any) -> Attachment:
@@ -180,13 +188,12 @@ class Family:
             [VisualTokens(own, own, _NOTHING, first, (1, own.shape[1])) for own in nothing]
         )
 
-    def image_ids(self, model: Any, tokenizer: Any, length: int) -> tuple[list[int], list[int]]:
-        """Return the ids that an image of `length` tokens has in a prompt.
+    def frame(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """Return the ids that the processor writes before and after the tokens of an image.
 
-        Returns:
-            The ids, and which of them are its tokens.
+        Only those that the chat template leaves to it.
         """
-        return self.placeholders(model)[:1] * length, [*range(length)]
+        return [], []
 
     def geometry(self, model: Any, visual: Any) -> dict[str, Any]:
         """Return the arguments that `positions` reads, of images that were encoded or pruned."""

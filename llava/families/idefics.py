@@ -28,6 +28,7 @@ class Idefics3(Family):
     name: ClassVar[str] = "idefics3"
     classes: ClassVar[tuple[str, ...]] = ("Idefics3ForConditionalGeneration",)
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
+    unasked: ClassVar[str | None] = "its prompts name every tile of an image"
 
     def projector(self, model: Any) -> nn.Module:
         connector: nn.Module = model.model.connector

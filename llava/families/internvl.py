@@ -27,6 +27,7 @@ class InternVL(Family):
 
     name: ClassVar[str] = "internvl"
     classes: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration",)
+    processing: ClassVar[Mapping[str, Any]] = {"crop_to_patches": True}
 
     def projector(self, model: Any) -> nn.Module:
         module: nn.Module = model.model.multi_modal_projector
@@ -55,6 +56,13 @@ class InternVL(Family):
     def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         each = len(_groups(model))
         return [tiles * each for tiles in self.tiles(model, inputs, ids)]
+
+    def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
+        return len(inputs["pixel_values"]) * len(_groups(model))
+
+    def frame(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        ids: list[int] = tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+        return ids[:1], ids[1:]
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]

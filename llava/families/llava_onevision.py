@@ -45,6 +45,7 @@ class LlavaOnevision(LlavaNext):
     name: ClassVar[str] = "llava_onevision"
     classes: ClassVar[tuple[str, ...]] = ("LlavaOnevisionForConditionalGeneration",)
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "batch_num_images")
+    lone_images: ClassVar[str | None] = "it cuts images of such prompts into other tiles"
 
     def canvases(self, model: Any, inputs: Mapping[str, Any]) -> list[Canvas]:
         """Return how the tiles of every image of a call lie.

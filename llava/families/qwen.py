@@ -80,6 +80,7 @@ class QwenFamily(Family):
         "second_per_grid_ts",
     )
     shown: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    axes: ClassVar[int] = 3
     # Whether the frames of a video share their rows and columns of positions.
     joint_videos: ClassVar[bool] = True
 
@@ -93,6 +94,9 @@ class QwenFamily(Family):
 
     def placeholders(self, model: Any) -> list[int]:
         return [model.config.image_token_id, model.config.video_token_id]
+
+    def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
+        return [view.tokens for source in _SOURCES for view in _views(model, inputs, source)]
 
     def find(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor

@@ -17,8 +17,10 @@ from transformers import GenerationMixin
 from llava.command_line import check_chat_template, check_conv_mode
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_mode_for, conv_templates
+from llava.families.checkpoints import family_of_config, load_checkpoint, template_word
 from llava.families.contract import ModelInputs, Picture, VisionLanguageModel
 from llava.families.dialogue import Dialogue
+from llava.families.family import Family
 from llava.families.lengths import (
     Limit,
     PromptLength,
@@ -273,12 +275,49 @@ class ModelSpec:
         """
         find = local_checkpoint if download else checkpoint_here
         base = None if self.base is None else str(find(self.base) or self.base)
-        return replace(self, path=str(find(self.path) or self.path), base=base)
+        found = replace(self, path=str(find(self.path) or self.path), base=base)
+        found.check_family()
+        return found
+
+    @property
+    def family(self) -> type[Family] | None:
+        """The family of the checkpoint; None if it is native, or a hub name that is not here.
+
+        Raises:
+            UserInputError: a config.json that cannot be read.
+        """
+        folder = Path(self.path)
+        if not (folder / "config.json").is_file():
+            return None
+        return family_of_config(read_config(folder), self.path)
+
+    def check_family(self) -> None:
+        """Refuse settings that only LLaVA's own checkpoints have.
+
+        Raises:
+            UserInputError: names the flag.
+        """
+        protocol = None if self.mm_next_protocol == "native" else self.mm_next_protocol
+        given = {
+            "--conv-mode": (self.conv_mode, "it is asked in its own chat template"),
+            "--model-base": (self.base, "it is complete by itself"),
+            "--mm-next-protocol": (protocol, "it counts tokens as its own processor does"),
+        }
+        own = [(flag, why) for flag, (value, why) in given.items() if value is not None]
+        if own and self.family is not None:
+            (flag, why), *_ = own
+            raise UserInputError(
+                f"{flag} is for LLaVA checkpoints, and {self.path} is a {self.family.name}: {why}; "
+                f"leave {flag} out"
+            )
 
     @property
     def own_template(self) -> str:
         """The conversation template that the checkpoint was trained with."""
-        config = read_config(Path(self.path)) if Path(self.path).is_dir() else None
+        folder = Path(self.path)
+        if self.family is not None:
+            return template_word(folder)
+        config = read_config(folder) if folder.is_dir() else None
         return conv_mode_for(get_model_name_from_path(self.path), config)
 
     @property
@@ -286,6 +325,10 @@ class ModelSpec:
         """The template that benchmarks ask with: the flags', else that of LLaVA's scripts."""
         own = self.own_template
         return self.conv_mode or _EVALUATION_TEMPLATES.get(own, own)
+
+    def asked_in(self, template: str) -> ModelSpec:
+        """Return the same, asked in a template; a model of a family has one alone."""
+        return self if self.family is not None else replace(self, conv_mode=template)
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -307,6 +350,21 @@ class ModelSpec:
             UserInputError: what cannot be loaded, or asked about a picture.
         """
         name = self.name or get_model_name_from_path(self.path)
+        spec = self.located()
+        family = spec.family
+        if family is not None:
+            dtype = None if self.load_8bit or self.load_4bit else self.dtype
+            return load_checkpoint(
+                family,
+                Path(spec.path),
+                read_config(Path(spec.path)),
+                name=name,
+                device=self.device,
+                dtype=dtype,
+                load_8bit=self.load_8bit,
+                load_4bit=self.load_4bit,
+                **more,
+            )
         tokenizer, model, processor, _ = load_pretrained_model(
             self.path, self.base, name, device=self.device, **self.loading, **more
         )
@@ -333,11 +391,13 @@ def load_from_flags(args: argparse.Namespace, name: str | None = None) -> Vision
     spec = ModelSpec.from_flags(args, name=name)
     loaded = spec.load()
     loaded.pruning = loaded.own_pruning if pruning is None else pruning
-    own = conv_mode_for(loaded.name, loaded.model.config)
-    if spec.conv_mode not in (None, own):
-        print(
-            f"note: --conv-mode {spec.conv_mode} replaces {own}, this model's own", file=sys.stderr
-        )
+    if spec.conv_mode is not None:
+        own = conv_mode_for(loaded.name, loaded.model.config)
+        if spec.conv_mode != own:
+            print(
+                f"note: --conv-mode {spec.conv_mode} replaces {own}, this model's own",
+                file=sys.stderr,
+            )
     return loaded
 
 
