@@ -168,7 +168,7 @@ def shorten_call(
     images = [found[number] for number in order]
     if order != sorted(order):
         visual = visual.take_images(order)
-    visual = family.with_prompts(model, visual, [image.row for image in images])
+    visual = family.with_prompts(model, visual, [image.row for image in images], len(ids))
     kept = prune_visual_tokens(visual, config)
     record(target, kept, partial(family.located, model))
     if kept is visual:

@@ -199,20 +199,21 @@ class Family:
         """Return the arguments that `positions` reads, of images that were encoded or pruned."""
         return {}
 
-    def with_prompts(self, model: Any, visual: Any, rows: Sequence[int]) -> Any:
+    def with_prompts(self, model: Any, visual: Any, rows: Sequence[int], prompts: int) -> Any:
         """Add what prompts say of their images: their places and, if it is read, the question.
 
         Args:
             model: of this family.
             visual: its encoded images.
             rows: the row of every image.
+            prompts: how many rows there are.
         """
         if visual.extras:
             places = [rows[:number].count(row) for number, row in enumerate(rows)]
             visual = visual.with_extras({"image_position": places})
         firsts = [number for number, row in enumerate(rows) if row not in rows[:number]]
         shares = tuple(range(first, first + rows.count(rows[first])) for first in firsts)
-        return add_questions(self, model, replace(visual, shares=shares), rows)
+        return add_questions(self, model, replace(visual, shares=shares), rows, prompts)
 
     def text_tower(self, model: Any) -> Any:
         """Return the vision tower whose text tower came with it (CLIP), or None."""

@@ -128,7 +128,8 @@ class FamilyModel:
 
     def with_questions(self, visual: Any, questions: Sequence[str]) -> Any:
         with asking(questions):
-            return add_questions(self.family, self.model, visual, range(visual.num_images))
+            count = visual.num_images
+            return add_questions(self.family, self.model, visual, range(count), count)
 
     def place(
         self, visual: Any, rows: Sequence[Tensor], questions: Sequence[str] | None = None
@@ -141,7 +142,7 @@ class FamilyModel:
             )
         owners = [row for row, share in enumerate(shares) for _ in share]
         with asking(questions):
-            return self.family.with_prompts(self.model, visual, owners)
+            return self.family.with_prompts(self.model, visual, owners, len(rows))
 
     def prune(self, visual: Any) -> ImageTokens:
         pruned = prune_visual_tokens(visual, self.pruning)
@@ -149,7 +150,7 @@ class FamilyModel:
         return pruned
 
     def render(self, dialogue: Dialogue) -> str:
-        return self._rendered(dialogue).replace(self._mark, DEFAULT_IMAGE_TOKEN)
+        return self._rendered(dialogue).replace(self.mark, DEFAULT_IMAGE_TOKEN)
 
     def _rendered(self, dialogue: Dialogue) -> str:
         """Write a dialogue in the checkpoint's template, which marks images in its own way.
@@ -187,9 +188,9 @@ class FamilyModel:
                 content.append({"type": "image"})
                 continue
             text, last = str(part), content[-1]["type"] if content else None
-            if self._mark in text:
+            if self.mark in text:
                 raise UserInputError(
-                    f"the text holds {self._mark!r}, which stands for images in prompts of this "
+                    f"the text holds {self.mark!r}, which stands for images in prompts of this "
                     "model; remove it"
                 )
             if last == "image":
@@ -303,7 +304,8 @@ class FamilyModel:
         return pad_sequence(answers, batch_first=True, padding_value=padding)
 
     @property
-    def _mark(self) -> str:
+    def mark(self) -> str:
+        """The token that stands for a token of an image."""
         token: str = self.tokenizer.convert_ids_to_tokens(self.family.placeholders(self.model)[0])
         return token
 

@@ -76,7 +76,7 @@ def _onevision_processor() -> Any:
 
 def _internvl_processor() -> Any:
     side = {"height": 56, "width": 56}
-    return transformers.GotOcr2ImageProcessorPil(size=side, min_patches=1, max_patches=3)
+    return transformers.GotOcr2ImageProcessorPil(size=side, min_patches=2, max_patches=3)
 
 
 _PAD = "<|vision_start|><|image_pad|><|vision_end|>"
