@@ -274,10 +274,11 @@ class ModelSpec:
             UserInputError: neither a folder nor a hub name, or a download that fails.
         """
         find = local_checkpoint if download else checkpoint_here
-        base = None if self.base is None else str(find(self.base) or self.base)
-        found = replace(self, path=str(find(self.path) or self.path), base=base)
+        found = replace(self, path=str(find(self.path) or self.path))
         found.check_family()
-        return found
+        if self.base is None:
+            return found
+        return replace(found, base=str(find(self.base) or self.base))
 
     @property
     def family(self) -> type[Family] | None:
