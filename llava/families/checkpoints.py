@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from llava.families.family import Family
@@ -195,15 +195,30 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _load_processor(folder: Path) -> Any:
-    """Load the image processor, as PIL computes it."""
-    if not any((folder / name).is_file() for name in _PROCESSORS):
+    """Load the image processor in the class that computes with PIL.
+
+    Raises:
+        UserInputError: it is missing, or transformers does not have it for PIL.
+    """
+    file = next((folder / name for name in _PROCESSORS if (folder / name).is_file()), None)
+    if file is None:
         raise UserInputError(
             f"{str(folder)!r} has no image processor ({' or '.join(_PROCESSORS)}), so it cannot "
             "see a picture; put that file of the released checkpoint into the folder"
         )
+    settings = read_json_object(file)
+    settings = settings.get("image_processor") or settings
+    name = str(settings.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+    found = getattr(transformers, f"{name}Pil", None)
+    if found is None:
+        raise UserInputError(
+            f"image_processor_type in {str(file)!r} is {name!r}, which transformers "
+            f"{transformers.__version__} does not have for PIL; use the file of the released "
+            "checkpoint"
+        )
     what = f"the image processor in {str(folder)!r} cannot be read"
     with library_errors(what, "download it again"):
-        return AutoImageProcessor.from_pretrained(str(folder), backend="pil")
+        return found.from_pretrained(str(folder))
 
 
 def _outside_language_model(family: type[Family], model_class: Any, config: Any) -> list[str]:

@@ -224,6 +224,20 @@ def test_native_checkpoints_stay_native(
     assert family_of_config({"model_type": "qwen2_vl"}, "here").name == "qwen2_vl"
 
 
+def test_a_processor_saved_with_the_others(copied: Path, folders: Callable[[str], Path]) -> None:
+    """Later releases keep all processors of a model in one file."""
+    file = copied / "preprocessor_config.json"
+    settings = {**json.loads(file.read_text()), "image_processor_type": "Qwen2VLImageProcessorFast"}
+    (copied / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    file.unlink()
+    pictures = [
+        load(str(folder), device="cpu").prepare(shown()[0]).inputs
+        for folder in (copied, folders("qwen2_5_vl"))
+    ]
+    for name, value in pictures[0].items():
+        assert torch.equal(value, pictures[1][name])
+
+
 def edit(folder: Path, **values: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
@@ -235,6 +249,11 @@ def no_tokenizer(folder: Path) -> None:
 
 def no_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
+
+
+def other_processor(folder: Path) -> None:
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_processor_type": "Eye"}))
 
 
 def no_template(folder: Path) -> None:
@@ -271,6 +290,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (no_tokenizer, "has no tokenizer"),
     "no processor": (no_processor, "has no image processor"),
+    "other processor": (other_processor, "'Eye', which transformers"),
     "no template": (no_template, "has no chat template"),
     "no weights": (no_weights, "cannot be loaded"),
     "missing weight": (missing_weight, "1 missing weights"),
