@@ -6,7 +6,7 @@ Template, tokenizer and image processor are the checkpoint's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,8 @@ from llava.model.splice import share_images
 from llava.pruning.active import attach, detach, holding, record
 from llava.pruning.config import PruningConfig
 from llava.pruning.stage import prune_visual_tokens
-from llava.pruning.tokens import ImageTokens
+from llava.pruning.ragged import RaggedTokens
+from llava.pruning.tokens import ImageTokens, VisualTokens
 from llava.utils import UserInputError
 from llava.value_rules import library_errors
 
@@ -54,9 +55,7 @@ class FamilyPreparation:
             PictureError: the processor does not take it, as where it is too narrow.
         """
         try:
-            made = self.processor(
-                images=image.convert("RGB"), return_tensors="pt", **self.settings
-            )
+            made = self.processor(images=image.convert("RGB"), return_tensors="pt", **self.settings)
         except ValueError as error:
             raise PictureError(f"the model's image processor refuses it: {error}") from error
         return Picture({k: v for k, v in made.items() if isinstance(v, Tensor)}, image.size)
@@ -121,7 +120,23 @@ class FamilyModel:
             for name, value in inputs.items()
         }
         with self._target.installed():
-            return self.family.encode(self.model, inputs, ids, set(needs)).visual
+            visual = self.family.encode(self.model, inputs, ids, set(needs)).visual
+        sizes = [picture.size for picture in pictures]
+        if isinstance(visual, RaggedTokens):
+            groups = tuple(
+                self._located(group, [sizes[image] for image in visual.images_of(number)])
+                for number, group in enumerate(visual.encoded)
+            )
+            return replace(visual, groups=groups)
+        return self._located(visual, sizes)
+
+    def _located(self, visual: VisualTokens, sizes: Sequence[tuple[int, int]]) -> VisualTokens:
+        """Add to tokens what part of a picture of (width, height) pixels each of them shows."""
+        if visual.layouts is None:
+            return visual
+        layouts = zip(visual.layouts, sizes, strict=True)
+        located = tuple(self.family.located(self.model, own, size) for own, size in layouts)
+        return replace(visual, layouts=located)
 
     def reads_question(self, config: PruningConfig | None) -> bool:
         return bool(needed_of_question(self.family, self.model, config))

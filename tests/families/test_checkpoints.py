@@ -124,7 +124,9 @@ def test_answers_are_those_of_transformers(
     questions = ["What is this?", "What is red?", "What is it?"]
     asked = {"questions": questions} if setting == "question" else {}
     with prune(loaded.model, **SETTINGS[setting]):
-        stock = loaded.model.generate(**inputs, **GREEDY, **asked)[:, inputs["input_ids"].shape[1] :]
+        stock = loaded.model.generate(**inputs, **GREEDY, **asked)[
+            :, inputs["input_ids"].shape[1] :
+        ]
         rows = [loaded.row(said) for said in dialogues]
         pictures = [loaded.prepare(image) for image in shown()]
         answers = loaded.answer(rows, pictures, questions, **GREEDY)
@@ -211,9 +213,7 @@ def test_precision_and_what_stays_out_of_quantization(folders: Callable[[str], P
     assert _outside_language_model(Qwen25VL, cls, config) == ["model.visual", "lm_head"]
 
 
-def test_native_checkpoints_stay_native(
-    folders: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_native_checkpoints_stay_native(folders: Callable[[str], Path], tmp_path: Path) -> None:
     native = build_checkpoint(tmp_path / "llava-random")
     assert isinstance(load(str(native), device="cpu"), LoadedModel)
     config = read_config(folders("llava_next-qwen2"))
