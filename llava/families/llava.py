@@ -125,7 +125,7 @@ class Llava(TiledFamily):
         """
         side = model.config.vision_config.image_size
         aspect = getattr(model.config, "image_aspect_ratio", None)
-        geometry = TileGeometry(layout.grid, side, aspect, "flat", (), _has_class_token(model))
+        geometry = TileGeometry(layout.grid, side, aspect, "flat", (), has_class_token(model))
         return replace(layout, base_box=geometry.base_box(size))
 
 

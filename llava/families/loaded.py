@@ -29,8 +29,8 @@ from llava.model.call_context import asking, call_context
 from llava.model.splice import share_images
 from llava.pruning.active import attach, detach, holding, record
 from llava.pruning.config import PruningConfig
-from llava.pruning.stage import prune_visual_tokens
 from llava.pruning.ragged import RaggedTokens
+from llava.pruning.stage import prune_visual_tokens
 from llava.pruning.tokens import ImageTokens, VisualTokens
 from llava.utils import UserInputError
 from llava.value_rules import library_errors

@@ -9,8 +9,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import transformers
 from tiny_parts import TEXT, built
@@ -138,7 +137,9 @@ def build_model(kind: Kind) -> Any:
 
 def _module(name: str) -> Any:
     """Load a file of `tiny/`; their names are those of families, and of packages."""
-    spec = spec_from_file_location(f"tiny_{name}", HERE / "tiny" / f"{name}.py")
+    spec = spec_from_file_location(
+        f"tiny_{name}", Path(__file__).resolve().parent / "tiny" / f"{name}.py"
+    )
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Checkpoints of the families: loaded, asked as transformers itself asks them, refused in a line."""
+"""Checkpoints of the families: loaded, asked as transformers asks them, refused in a line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-sys.path[:0] = [
-    str(Path(__file__).resolve().parents[1] / "eval"),
-    str(Path(__file__).resolve().parent),
-]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from saved import KINDS, save_checkpoint
 from tiny_llava import build_checkpoint, draw_picture

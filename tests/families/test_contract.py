@@ -22,8 +22,8 @@ from tiny_llava import draw_picture
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.families.contract import ModelInputs, Picture, VisionLanguageModel
 from llava.families.dialogue import IMAGE, Dialogue
-from llava.families.loaded import FamilyModel
 from llava.families.lengths import Limit, PromptLength, exceeded_limits
+from llava.families.loaded import FamilyModel
 from llava.pruning import list_methods, prune
 from llava.sampling import Sampling
 from llava.utils import UserInputError

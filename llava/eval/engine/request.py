@@ -242,7 +242,7 @@ class RunRequest:
 
     @property
     def template(self) -> str:
-        """The conversation template: that of the flags, of LLaVA's evaluation, or a family's own."""
+        """The template: that of the flags, of LLaVA's evaluation, or the checkpoint's own."""
         return self.model.evaluation_template
 
     @property
