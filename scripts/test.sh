@@ -40,7 +40,7 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
     )
     declare -A place=([min-deps]=.venv-min [lmms-eval]=.venv-lmms [triton]=.venv-triton)
     declare -A tests=(
-        [min-deps]="tests/model tests/train tests/serve tests/eval/test_generation.py
+        [min-deps]="tests/families tests/model tests/train tests/serve tests/eval/test_generation.py
             tests/eval/test_model_vqa.py tests/eval/test_run_llava.py tests/eval/test_runner.py
             tests/eval/test_run.py tests/pruning/test_divprune_end_to_end.py
             tests/pruning/test_visionzip.py"

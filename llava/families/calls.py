@@ -64,9 +64,14 @@ def generate(
     arguments = dict(short.arguments)
     removed = short.length - short.short.columns.shape[1]
     _count_lengths(target.model, arguments, removed)
+    _refuse_chunks(arguments)
     if arguments.get("streamer") is not None:
         arguments["streamer"] = _WholePrompt(arguments["streamer"], ids)
-    with inside_generate(short.deep):
+    deep = short.deep
+    if not takes_embeddings(target.model) and "inputs_embeds" in arguments:
+        visual, levels = short.short.visual, [] if deep is None else deep.levels
+        deep = DeepFeatures(visual, levels, arguments.pop("inputs_embeds"))
+    with inside_generate(deep):
         output = original(inputs=short.ids, **arguments)
     sequences = output if isinstance(output, Tensor) else output.sequences
     whole = _with_prompts(sequences, ids, short.ids.shape[1])
@@ -76,6 +81,11 @@ def generate(
         cache = getattr(output, "past_key_values", cache)
     remember(cache, short)
     return whole if isinstance(output, Tensor) else output
+
+
+def takes_embeddings(model: Any) -> bool:
+    """Return whether the model's `generate` takes `inputs_embeds`; it looks at the same names."""
+    return "inputs_embeds" in inspect.signature(model.prepare_inputs_for_generation).parameters
 
 
 @contextmanager
@@ -156,8 +166,11 @@ def shorten_call(
     inputs = {name: call.get(name) for name in family.pixels}
     host = ids.cpu()
     mask = call.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
-        raise PruningError(f"attention_mask must be [B, L] to be pruned, got {[*mask.shape]}")
+    if mask is not None and mask.shape != host.shape:
+        raise PruningError(
+            f"attention_mask must be {[*host.shape]} like input_ids to be pruned, got "
+            f"{[*mask.shape]}; make both with one call of the model's processor"
+        )
     host_mask = torch.ones_like(host, dtype=torch.bool) if mask is None else mask.cpu().bool()
     found = family.find(model, inputs, host, host_mask)
     if _keeps_all(config, found):
@@ -239,6 +252,17 @@ def _count_lengths(model: Any, arguments: dict[str, Any], removed: int) -> None:
         value = next((value for value in values if value is not None), None)
         if value:
             arguments[name] = max(value - removed, 0)
+
+
+def _refuse_chunks(arguments: Mapping[str, Any]) -> None:
+    """Refuse a prompt read in parts: `generate` splits its ids, not its embeddings."""
+    own = arguments.get("generation_config")
+    size = arguments.get("prefill_chunk_size") or getattr(own, "prefill_chunk_size", None)
+    if size:
+        raise PruningError(
+            f"prefill_chunk_size={size} cannot split a pruned prompt; leave it out, the prompt is "
+            "shorter than the unpruned one"
+        )
 
 
 class _WholePrompt(BaseStreamer):

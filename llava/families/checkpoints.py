@@ -65,7 +65,7 @@ def _class_names(config: Mapping[str, Any]) -> set[str]:
     kind = config.get("model_type")
     if kind in ("llava", "llava_next") and not is_hugging_face(config):
         return set()  # early checkpoints in LLaVA's own format
-    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(str(kind))
     return {known} if isinstance(known, str) else set(known or ())
 
 
@@ -99,10 +99,7 @@ def load_checkpoint(
     """
     where = str(folder)
     if family.unasked is not None:
-        raise UserInputError(
-            f"{where!r} is a {family.name}, whose prompts only its own processor writes: "
-            f"{family.unasked}; load it with transformers and prune it with llava.pruning.prune"
-        )
+        raise UserInputError(f"{where!r} cannot be loaded here: {family.refusal()}")
     model_class = _model_class(family, config, where)
     tokenizer = _load_tokenizer(folder)
     processor = _load_processor(folder)
@@ -122,7 +119,7 @@ def load_checkpoint(
     if dtype is None:
         half = usual == torch.float16 and own in (torch.float16, torch.bfloat16)
         dtype = own if half else usual
-    more = {} if quantization is None else {"quantization_config": quantization}
+    more: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     if attn_implementation is not None:
         more["attn_implementation"] = attn_implementation
     remedy = "correct its config.json, or the arguments it is loaded with"

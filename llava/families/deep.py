@@ -1,6 +1,8 @@
-"""Visual features that a model adds to inner layers of its language model (DeepStack).
+"""What a language model gets that neither `generate` nor the model around it passes on.
 
-A prompt of embeddings reaches the language model without them, so a hook hands them over.
+Visual features that a model adds to inner layers of its language model (DeepStack): a prompt of
+embeddings comes without them. And the embeddings themselves, where a model's `generate` takes none.
+A hook hands both over.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,11 +21,13 @@ class DeepFeatures(NamedTuple):
 
     Attributes:
         visual: BoolTensor [B, L'], True for the tokens of images.
-        levels: per inner layer [n, D], one row for every True of `visual`, row by row.
+        levels: per inner layer [n, D], one row for every True of `visual`, row by row; may be none.
+        embeds: [B, L', D] of the prompts, where they come as ids; None where they come as these.
     """
 
     visual: Tensor
     levels: list[Tensor]
+    embeds: Tensor | None = None
 
     def row(self, number: int, start: int) -> DeepFeatures:
         """Return those of one row, from column `start` on."""
@@ -39,7 +44,7 @@ class DeepFeatures(NamedTuple):
             rows: rows of the batch, a multiple of B where each is continued several times.
         """
         visual = self.visual[:, start : start + length]
-        if not bool(visual.any()):
+        if not self.levels or not bool(visual.any()):
             return {}
         ranks = self.visual.flatten().cumsum(0).view_as(self.visual) - 1
         wanted = ranks[:, start : start + length]
@@ -49,6 +54,14 @@ class DeepFeatures(NamedTuple):
             "visual_pos_masks": visual,
             "deepstack_visual_embeds": [level[wanted[visual]] for level in self.levels],
         }
+
+    def embedded(self, start: int, given: Tensor) -> Tensor:
+        """Return the embeddings of columns from `start` on, in place of those `given` [R, S, D]."""
+        if self.embeds is None:
+            return given
+        own = self.embeds[:, start : start + given.shape[1]]
+        own = own.to(given).repeat_interleave(len(given) // len(own), dim=0)
+        return torch.cat([own, given[:, own.shape[1] :]], dim=1)
 
 
 _deep: ContextVar[DeepFeatures | None] = ContextVar("deep features", default=None)
@@ -78,9 +91,11 @@ def hook_language_model(module: nn.Module) -> Any:
             return None
         cache = kwargs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
-        rows, length = kwargs["inputs_embeds"].shape[:2]
+        given = kwargs["inputs_embeds"]
         if start >= features.visual.shape[1]:
             return None
-        return args, {**kwargs, **features.part(start, length, rows)}
+        embeds = features.embedded(start, given)
+        inner = features.part(start, given.shape[1], given.shape[0])
+        return args, {**kwargs, "inputs_embeds": embeds, **inner}
 
     return module.register_forward_pre_hook(before, with_kwargs=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, ClassVar
@@ -57,7 +57,8 @@ class Family:
         shown: those of them that hold pictures, without which a call has none.
         processing: arguments that the family's processor gives its image processor.
         axes: how many numbers say where a token stands: 1, or M-RoPE's 3.
-        unasked: why `loaded.FamilyModel` cannot ask models of the family; None if it can.
+        unasked: what prompts of the family do that only its processor can, so that
+            `loaded.FamilyModel` cannot ask its models; None if it can.
         lone_images: why it asks about one image a prompt only; None if about several.
     """
 
@@ -175,9 +176,23 @@ class Family:
         return {name: _stack([own[name] for own in pictures]) for name in pictures[0]}
 
     def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
-        """Count the tokens of one image from what the processor made of it."""
+        """Count the tokens of one image from what the processor made of it.
+
+        Raises:
+            PruningError: prompts of the family cannot be written here.
+        """
+        if self.unasked is not None:
+            raise PruningError(self.refusal())
         given = {name: inputs.get(name) for name in self.pixels}
         return sum(self.lengths(model, given, torch.zeros(1, 0, dtype=torch.long)))
+
+    @classmethod
+    def refusal(cls) -> str:
+        """Return why models of the family are not asked here, see `unasked`."""
+        return (
+            f"prompts of {cls.name} models {cls.unasked}, which only their processor does; prune "
+            "model.generate(**processor_output) instead: with prune(model, ...): ..."
+        )
 
     def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> Any:
         """Return the images of a call as `encode` would, with embeddings of width 0."""
@@ -237,9 +252,18 @@ class Family:
     # --- shared steps ---
 
     def run_vision(
-        self, model: Any, inputs: Mapping[str, Any], capture: Capture | None = None
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        capture: Capture | None = None,
+        function: Callable[..., Any] | None = None,
     ) -> tuple[Any, Tensor, Tensor]:
         """Run `get_image_features` with those of `inputs` that are named in `pixels`.
+
+        Args:
+            model, inputs: as in `encode`.
+            capture: what is read on the way.
+            function: what runs instead, without arguments.
 
         Returns:
             What it returned, and input and output of the projector.
@@ -250,7 +274,11 @@ class Family:
         capture = Capture() if capture is None else capture
         given = {name: inputs[name] for name in self.pixels if inputs.get(name) is not None}
         with capturing(capture):
-            output = model.model.get_image_features(**given, return_dict=True)
+            output = (
+                model.model.get_image_features(**given, return_dict=True)
+                if function is None
+                else function()
+            )
         if len(capture.projections) != 1:
             raise PruningError(
                 f"the projector of {type(model).__name__} ran {len(capture.projections)} times for "

@@ -8,13 +8,14 @@ one tile.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llava.families.family import Encoded, Family, register
-from llava.families.prompts import find_runs
+from llava.families.prompts import find_runs, mismatch
 from llava.families.towers import EncoderReadings, digests, pool_readings
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
@@ -28,7 +29,7 @@ class Idefics3(Family):
     name: ClassVar[str] = "idefics3"
     classes: ClassVar[tuple[str, ...]] = ("Idefics3ForConditionalGeneration",)
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
-    unasked: ClassVar[str | None] = "its prompts name every tile of an image"
+    unasked: ClassVar[str | None] = "name every tile of an image"
 
     def projector(self, model: Any) -> nn.Module:
         connector: nn.Module = model.model.connector
@@ -42,44 +43,39 @@ class Idefics3(Family):
         module: nn.Module = model.model.text_model
         return module
 
-    def tiles(self, model: Any, ids: Tensor) -> list[int]:
+    def tiles(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         """Count the tiles of every image.
 
         Raises:
-            PruningError: the placeholders are not those of tiles.
+            PruningError: the placeholders are not those of the tiles.
         """
-        each, counts = len(_groups(model)), []
+        each, counts, lengths = len(_groups(model)), [], []
         for row in ids:
             runs = find_runs(row == model.config.image_token_id)
-            if any(length != each for _, length in runs):
-                raise PruningError(
-                    f"placeholders of images must come in runs of {each}, one for each tile; make "
-                    "prompts and pixel_values with one call of the processor"
-                )
+            lengths += [length for _, length in runs]
             # The id before a tile is its name; the last tile of an image is the whole image.
             names = [int(row[max(start - 1, 0)]) for start, _ in runs]
-            first = 0
-            for place, name in enumerate(names):
-                if name == names[-1]:
-                    counts.append(place + 1 - first)
-                    first = place + 1
+            ends = [place for place, name in enumerate(names) if name == names[-1]]
+            counts += [end - start for start, end in pairwise([-1, *ends])]
+        total = int(_shown(inputs["pixel_values"]).sum())
+        if len(lengths) != total or any(length != each for length in lengths):
+            # What it calls images are their tiles.
+            raise mismatch(sum(lengths), total, each * total)
         return counts
 
     def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
-        each, counts = len(_groups(model)), self.tiles(model, ids)
-        given = int(_shown(inputs["pixel_values"]).sum())
-        if sum(counts) != given:
-            raise PruningError(
-                f"the prompts have placeholders of {sum(counts)} tiles, pixel_values has {given}; "
-                "make them with one call of the processor"
-            )
-        return [count * each for count in counts]
+        each = len(_groups(model))
+        return [count * each for count in self.tiles(model, inputs, ids)]
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
     ) -> Encoded:
         _refuse_padding(inputs.get("pixel_attention_mask"), needs)
-        counts, groups, pixels = self.tiles(model, ids), _groups(model), inputs["pixel_values"]
+        counts, groups, pixels = (
+            self.tiles(model, inputs, ids),
+            _groups(model),
+            inputs["pixel_values"],
+        )
         layers, connector = self.blocks(model), model.model.connector
         readings = EncoderReadings(layers, len(layers), 0, needs)
         _, patches, projected = self.run_vision(model, inputs, readings.capture())

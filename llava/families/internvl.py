@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llava.families.family import Encoded, Family, register
-from llava.families.prompts import find_runs
+from llava.families.prompts import find_runs, mismatch
 from llava.families.towers import EncoderReadings, digests, pool_readings
 from llava.model.multimodal_encoder.readings import CLASS_FEATURE
-from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import VisualTokens
 
@@ -47,10 +46,7 @@ class InternVL(Family):
         marks = ids == model.config.image_token_id
         runs = [length for row in marks for _, length in find_runs(row)]
         if sum(runs) != each * total or any(run % each for run in runs):
-            raise PruningError(
-                f"the prompts have {sum(runs)} image placeholders in {len(runs)} runs for {total} "
-                f"tiles of {each}; make prompts and pixel_values with one call of the processor"
-            )
+            raise mismatch(sum(runs), len(runs), each * total)
         return [run // each for run in runs]
 
     def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:

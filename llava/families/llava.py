@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from llava.anyres import Size
 from llava.families.family import Encoded, Family, register
-from llava.families.towers import EncoderReadings, digests
+from llava.families.towers import ClipTower, EncoderReadings, digests
+from llava.model.hugging_face import tower_name
 from llava.model.layouts import TileGeometry, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
@@ -24,9 +26,15 @@ from llava.pruning.tokens import VisualTokens
 # Vision tower -> whether a class token comes before its patches.
 _TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 
+# One for each model, because text towers are kept by tower.
+_clip_towers: WeakKeyDictionary[nn.Module, ClipTower] = WeakKeyDictionary()
+
 
 class TiledFamily(Family):
     """Images that a square tower sees in one tile or several, all of the same number of patches."""
+
+    # Whether a processor may have padded an image to the square of a tile, nobody knows where.
+    squares: ClassVar[bool] = False
 
     def projector(self, model: Any) -> nn.Module:
         module: nn.Module = model.model.multi_modal_projector
@@ -35,6 +43,21 @@ class TiledFamily(Family):
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         layers: Sequence[nn.Module] = model.model.vision_tower.encoder.layers
         return layers
+
+    def text_tower(self, model: Any) -> ClipTower | None:
+        """Return the CLIP tower with the name of the model whose text tower belongs to it.
+
+        The name is that in `config.vision_config` (`_name_or_path`), else that of LLaVA's own
+        tower, where the sizes are the same.
+        """
+        vision = model.config.vision_config
+        if vision.model_type != "clip_vision_model":
+            return None
+        source = getattr(vision, "_name_or_path", "") or tower_name(vision)
+        known = _clip_towers.get(model)
+        if known is None or known.source != source:
+            known = _clip_towers[model] = ClipTower(model.model.vision_tower, source)
+        return known
 
     def layouts(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
         """Return how the tiles of every image of a call follow each other."""
@@ -68,7 +91,7 @@ class TiledFamily(Family):
         Returns:
             What `get_image_features` returned, and the tokens of all tiles.
         """
-        readings = _readings(model, needs)
+        readings = tower_readings(model, needs)
         output, features, projected = self.run_vision(model, inputs, readings.capture())
         counts = torch.tensor([layout.tiles for layout in layouts])
         valid = padding_mask(layouts)
@@ -84,6 +107,7 @@ class TiledFamily(Family):
             class_token=has_class_token(model),
             layouts=layouts,
             newline=self.newline(model),
+            blank=None if self.squares else projected.new_zeros(projected.shape[:2]).bool(),
         )
 
     def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> VisualTokens:
@@ -111,6 +135,7 @@ class Llava(TiledFamily):
     name: ClassVar[str] = "llava"
     classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+    squares: ClassVar[bool] = True
 
     def layouts(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
         layout = ImageLayout(self.tile_grid(model))
@@ -186,7 +211,8 @@ def has_class_token(model: Any) -> bool:
     return _TOWERS[kind]
 
 
-def _readings(model: Any, needs: Collection[str]) -> EncoderReadings:
+def tower_readings(model: Any, needs: Collection[str]) -> EncoderReadings:
+    """Return what reads the tower of a model for `needs`, names of `VisualTokens.extras`."""
     config, layers = model.config, model.model.vision_tower.encoder.layers
     layer, first = config.vision_feature_layer, int(has_class_token(model))
     if first and config.vision_feature_select_strategy != "default":

@@ -1,5 +1,8 @@
 """LLaVA-OneVision: a SigLIP tower, many crops, canvases that are made smaller where they are large.
 
+Frames of videos are images with a quarter of the tokens, made by interpolation too; the last one of
+a video ends in its newline.
+
 A canvas of more than `anyres_max_9` tiles is interpolated after the projector, so a token of it is
 a mix of projections. Its features are mixed with the same weights: features and token belong to
 the same point of the image, and `projector(features)` is close to the token without being it, as in
@@ -19,10 +22,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from llava.families.family import Encoded, register
-from llava.families.llava import LlavaNext, has_class_token
-from llava.model.layouts import canvas_box, padding_mask
+from llava.families.llava import LlavaNext, has_class_token, tower_readings
+from llava.families.prompts import ImageColumns, find_images
+from llava.families.towers import digests
+from llava.model.layouts import blank_patches, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE, ImageLayout
+from llava.pruning.ragged import Place, RaggedTokens
 from llava.pruning.tokens import TILE_EXTRAS, VisualTokens
 
 
@@ -32,20 +38,53 @@ class Canvas(NamedTuple):
     Attributes:
         cut: its tiles as they are cut out.
         read: tiles of the same size that the canvas has after interpolation; `cut` without any.
+        size: (width, height) of the image in pixels.
     """
 
     cut: ImageLayout
     read: ImageLayout
+    size: tuple[int, int]
+
+    @property
+    def blank(self) -> Tensor:
+        """BoolTensor [tiles, N], see `VisualTokens.blank`: only single tiles are padded squares."""
+        aspect = "pad" if self.read.crops == (0, 0) else None
+        blank = blank_patches(aspect, self.read.grid, [self.read.tiles], [self.size])
+        assert blank is not None  # the size is known
+        return blank
 
 
 @register
 class LlavaOnevision(LlavaNext):
     """`llava-hf/llava-onevision-*`; images of prompts with several are one tile each."""
 
+    squares: ClassVar[bool] = True
     name: ClassVar[str] = "llava_onevision"
     classes: ClassVar[tuple[str, ...]] = ("LlavaOnevisionForConditionalGeneration",)
-    pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "batch_num_images")
+    pixels: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "image_sizes",
+        "batch_num_images",
+        "pixel_values_videos",
+        "image_sizes_videos",
+    )
+    shown: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
     lone_images: ClassVar[str | None] = "it cuts images of such prompts into other tiles"
+
+    def placeholders(self, model: Any) -> list[int]:
+        return [model.config.image_token_id, model.config.video_token_id]
+
+    def find(
+        self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
+    ) -> list[ImageColumns]:
+        image, video = self.placeholders(model)
+        found: list[ImageColumns] = []
+        if inputs.get("pixel_values") is not None:
+            found += find_images(ids, mask, [image], self.lengths(model, inputs, ids))
+        if inputs.get("pixel_values_videos") is not None:
+            frames = [len(layout.sequence) for layout in self.frames(model, inputs)]
+            found += find_images(ids, mask, [video], frames)
+        return found
 
     def canvases(self, model: Any, inputs: Mapping[str, Any]) -> list[Canvas]:
         """Return how the tiles of every image of a call lie.
@@ -71,15 +110,78 @@ class LlavaOnevision(LlavaNext):
     def layouts(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
         return tuple(canvas.read for canvas in self.canvases(model, inputs))
 
+    def located(self, model: Any, layout: ImageLayout, size: tuple[int, int]) -> ImageLayout:
+        """Return the layout as it is: it knows the size of its image already."""
+        return layout
+
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
     ) -> Encoded:
+        visual = []
+        if inputs.get("pixel_values") is not None:
+            visual.append(self._encode_images(model, inputs, needs))
+        if inputs.get("pixel_values_videos") is not None:
+            visual.append(self._encode_frames(model, inputs, needs))
+        if len(visual) == 1:
+            return Encoded(visual[0])
+        places = [
+            Place(group, image)
+            for group, tokens in enumerate(visual)
+            for image in range(tokens.num_images)
+        ]
+        return Encoded(RaggedTokens(tuple(visual), tuple(places)))
+
+    def _encode_images(
+        self, model: Any, inputs: Mapping[str, Any], needs: Collection[str]
+    ) -> VisualTokens:
         canvases = self.canvases(model, inputs)
         cut = tuple(canvas.cut for canvas in canvases)
         output, visual = self.encode_tiles(model, inputs, cut, needs)
         if any(canvas.read is not canvas.cut for canvas in canvases):
             visual = _interpolated(visual, canvases, output.pooler_output)
-        return Encoded(visual)
+        blank = torch.cat([canvas.blank for canvas in canvases])
+        return replace(visual, blank=blank.to(visual.projected.device))
+
+    def frames(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
+        """Return the layouts of all frames of the videos of a call."""
+        videos, frames = inputs["pixel_values_videos"].shape[:2]
+        frame = ImageLayout(_half(self.tile_grid(model)))
+        return (*[frame] * (frames - 1), replace(frame, newline=True)) * videos
+
+    def _encode_frames(
+        self, model: Any, inputs: Mapping[str, Any], needs: Collection[str]
+    ) -> VisualTokens:
+        layouts, pixels = self.frames(model, inputs), inputs["pixel_values_videos"]
+        grid, half = self.tile_grid(model), layouts[0].grid
+        readings = tower_readings(model, needs)
+        output, features, _ = self.run_vision(
+            model,
+            inputs,
+            readings.capture(),
+            lambda: model.model.get_video_features(pixels, return_dict=True),
+        )
+        read = readings.extras(len(layouts))
+        # Some releases put the newline of a video behind its frames here, others later.
+        each = pixels.shape[1] * half[0] * half[1]
+        projected = output.pooler_output[:, :each].flatten(0, 1).unflatten(0, (len(layouts), -1))
+        return VisualTokens(
+            features=_resized(features.unflatten(1, grid), half),
+            projected=projected,
+            projector=self.projector(model),
+            image_index=torch.arange(len(layouts)),
+            grid=half,
+            extras={
+                **{
+                    name: list(_resized(torch.stack(tiles).unflatten(1, grid), half))
+                    for name, tiles in read.items()
+                },
+                **digests(pixels.flatten(0, 1), needs),
+            },
+            class_token=False,
+            blank=torch.zeros(projected.shape[:2], dtype=torch.bool, device=projected.device),
+            layouts=layouts,
+            newline=self.newline(model),
+        )
 
     def _tile(self, model: Any, size: tuple[int, int]) -> Canvas:
         """Return the only tile of an image of (height, width) pixels, padded to a square."""
@@ -87,7 +189,7 @@ class LlavaOnevision(LlavaNext):
         left, top = -((side - width) // 2), -((side - height) // 2)
         box = (float(left), float(top), float(left + side), float(top + side))
         layout = ImageLayout(self.tile_grid(model), newline=True, base_box=box)
-        return Canvas(layout, layout)
+        return Canvas(layout, layout, (width, height))
 
     def _canvas(self, model: Any, size: tuple[int, int]) -> Canvas:
         """Return the base view and the crops of an image of (height, width) pixels."""
@@ -103,7 +205,7 @@ class LlavaOnevision(LlavaNext):
         most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(rows * columns / (most * grid[0] ** 2))
         if ratio <= 1.1:
-            return Canvas(cut, cut)
+            return Canvas(cut, cut, (width, height))
         shape = int(rows // ratio), int(columns // ratio)
         tiles = math.ceil(shape[0] / grid[0]), math.ceil(shape[1] / grid[1])
         assert cut.canvas_box is not None
@@ -113,7 +215,8 @@ class LlavaOnevision(LlavaNext):
         x, y = x + left * across, y + top * down
         across, down = across * columns / shape[1], down * rows / shape[0]
         box = x, y, x + tiles[1] * grid[1] * across, y + tiles[0] * grid[0] * down
-        return Canvas(cut, replace(cut, crops=tiles, window=(0, 0, *shape), canvas_box=box))
+        read = replace(cut, crops=tiles, window=(0, 0, *shape), canvas_box=box)
+        return Canvas(cut, read, (width, height))
 
 
 def _window(layout: ImageLayout) -> tuple[int, int, int, int]:
@@ -154,6 +257,7 @@ def _interpolated(
         projected=torch.cat(projected).to(visual.projected.device),
         image_index=torch.arange(len(layouts)).repeat_interleave(counts),
         valid=None if valid is None else valid.to(visual.projected.device),
+        blank=None,
         extras=extras,
         layouts=layouts,
     )
@@ -167,12 +271,19 @@ def _mixed_values(canvas: Canvas, tiles: Tensor | Sequence[Tensor]) -> list[Tens
     rows, columns = _window(canvas.cut)[2:]
     lines = canvas.cut.sequence[canvas.cut.patches :].view(rows, columns + 1)[:, :-1]
     places = values.flatten(0, 1)[lines.to(values.device)]
-    channels = places.flatten(2) if places.ndim > 2 else places[..., None]
-    mixed = interpolate(
-        channels.permute(2, 0, 1)[None], list(_window(canvas.read)[2:]), mode="bilinear"
-    )
-    tokens = mixed[0].flatten(1).T.reshape(-1, *values.shape[2:])
+    tokens = _resized(places[None], _window(canvas.read)[2:])[0]
     return list(_on_tiles(canvas.read, torch.cat([values[0], tokens])))
+
+
+def _half(grid: tuple[int, int]) -> tuple[int, int]:
+    return math.ceil(grid[0] / 2), math.ceil(grid[1] / 2)
+
+
+def _resized(values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Interpolate values [T, rows, columns, ...] as the model does its tokens: [T, n, ...]."""
+    channels = values.flatten(3) if values.ndim > 3 else values[..., None]
+    resized = interpolate(channels.permute(0, 3, 1, 2), list(shape), mode="bilinear")
+    return resized.flatten(2).transpose(1, 2).reshape(len(values), -1, *values.shape[3:])
 
 
 def _on_tiles(layout: ImageLayout, tokens: Tensor) -> Tensor:

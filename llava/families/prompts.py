@@ -120,9 +120,9 @@ def find_images(
             start += lengths[number]
             number += 1
         if start < len(columns):
-            raise _mismatch(int(marks.sum()), lengths)
+            raise mismatch(int(marks.sum()), len(lengths), sum(lengths))
     if number < len(lengths):
-        raise _mismatch(int(marks.sum()), lengths)
+        raise mismatch(int(marks.sum()), len(lengths), sum(lengths))
     return images
 
 
@@ -133,10 +133,11 @@ def find_runs(marks: Tensor) -> list[tuple[int, int]]:
     return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
-def _mismatch(marks: int, lengths: Sequence[int]) -> PruningError:
+def mismatch(marks: int, images: int, tokens: int) -> PruningError:
+    """Return the error for prompts whose placeholders are not those of their images."""
     return PruningError(
-        f"the prompts have {marks} image placeholders but the {len(lengths)} images have "
-        f"{sum(lengths)} tokens; make input_ids and pixels with one call of the model's processor"
+        f"the prompts have {marks} image placeholders but the {images} images have "
+        f"{tokens} tokens; make input_ids and pixels with one call of the model's processor"
     )
 
 

@@ -15,6 +15,38 @@ from llava.pruning.errors import PruningError
 from llava.pruning.tokens import ENCODER_EXTRAS
 
 
+class ClipTower:
+    """The vision tower of a model as `clip_text` takes it: says where its text tower comes from.
+
+    Args:
+        vision_tower: a CLIP tower.
+        source: folder or hub name of the complete CLIP model that it was taken from.
+    """
+
+    def __init__(self, vision_tower: Any, source: str) -> None:
+        self.vision_tower, self.source, self.vision_tower_name = vision_tower, source, source
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower computes; weights that are offloaded lie elsewhere between calls."""
+        norm = self.vision_tower.post_layernorm
+        hook = getattr(norm, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        return norm.weight.device if device is None else torch.device(device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of its weights."""
+        dtype: torch.dtype = self.vision_tower.post_layernorm.weight.dtype
+        return dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its features."""
+        size: int = self.vision_tower.config.hidden_size
+        return size
+
+
 class EncoderReadings:
     """Reads the blocks of one call of a tower with `layer_norm1` and `self_attn` in its blocks.
 

@@ -104,7 +104,7 @@ def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
         **({"dtype": dtype} if dtype else {}),
         "architectures": [architecture],
         "model_type": model_type,
-        "mm_vision_tower": _tower_name(vision),
+        "mm_vision_tower": tower_name(vision),
         "mm_hidden_size": vision.hidden_size,
         "mm_vision_select_layer": parsed.vision_feature_layer,
         "mm_vision_select_feature": _SELECT_FEATURE[vision.model_type][
@@ -223,7 +223,8 @@ def _aspect(config: Mapping[str, Any], parsed: Any) -> dict[str, Any]:
     }
 
 
-def _tower_name(vision: Any) -> str:
+def tower_name(vision: Any) -> str:
+    """Return the name of LLaVA's own tower for a vision config of its sizes, else a folder's."""
     stock = all(getattr(vision, key) == size for key, size in _STOCK_SIZES.items())
     return _STOCK_TOWER if stock else _OWN_TOWER
 

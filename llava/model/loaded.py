@@ -18,7 +18,7 @@ from llava.command_line import check_chat_template, check_conv_mode
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_mode_for, conv_templates
 from llava.families.checkpoints import family_of_config, load_checkpoint, template_word
-from llava.families.contract import ModelInputs, Picture, VisionLanguageModel
+from llava.families.contract import EncodedImages, ModelInputs, Picture, VisionLanguageModel
 from llava.families.dialogue import Dialogue
 from llava.families.family import Family
 from llava.families.lengths import (
@@ -118,20 +118,20 @@ class LoadedModel:
         tower = self.model.get_vision_tower()
         return tower is not None and bool(needed_of_question(config, tower))
 
-    def with_questions(self, visual: VisualTokens, questions: Sequence[str]) -> VisualTokens:
-        return self.model.with_questions(visual, questions)
+    def with_questions(self, visual: EncodedImages, questions: Sequence[str]) -> VisualTokens:
+        return self.model.with_questions(_of_one_grid(visual), questions)
 
     def place(
         self,
-        visual: VisualTokens,
+        visual: EncodedImages,
         rows: Sequence[torch.Tensor],
         questions: Sequence[str] | None = None,
     ) -> VisualTokens:
         with asking(questions):
-            return add_prompts(self.model, visual, rows)
+            return add_prompts(self.model, _of_one_grid(visual), rows)
 
-    def prune(self, visual: VisualTokens) -> ImageTokens:
-        return self.model.prune_visual_tokens(visual)
+    def prune(self, visual: EncodedImages) -> ImageTokens:
+        return self.model.prune_visual_tokens(_of_one_grid(visual))
 
     def render(self, dialogue: Dialogue) -> str:
         return render(dialogue, self.template, self.model.config)
@@ -190,6 +190,11 @@ class LoadedModel:
             **shown,
             **settings,
         )
+
+
+def _of_one_grid(visual: EncodedImages) -> VisualTokens:
+    assert isinstance(visual, VisualTokens)  # LLaVA's tower sees squares of one size
+    return visual
 
 
 def _batch(pictures: Sequence[Picture]) -> Images:

@@ -139,8 +139,8 @@ def find_prunable(model: Any) -> Prunable:
     family = family_of(model)
     if family is None:
         raise PruningError(
-            f"{type(model).__name__} is not a model that can be pruned; use a model of "
-            "llava.model.builder.load_pretrained_model, or one of transformers' classes "
+            f"{type(model).__name__} is not a model that can be pruned; load the model with "
+            "llava.model.builder.load_pretrained_model, or use one of transformers' classes "
             f"{', '.join(known_classes())} (others through an entry point `llava.families`)"
         )
     target: Prunable = family.attachment(model)

@@ -1,4 +1,4 @@
-"""What the tiny Idefics3 and SmolVLM have in common: 4 tokens a tile, marks and names between."""
+"""What the tiny Idefics3 and SmolVLM have in common: 16 tokens a tile, marks and names between."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tiny_parts import IMAGE, TEXT, pictures, prompts
 from torch.nn.functional import pad
 from transformers import LlamaConfig
 
-SIDE, FAKE, WHOLE, LINE, NAMES = 28, 152, 153, 154, 110
+SIDE, EACH, FAKE, WHOLE, LINE, NAMES = 56, 16, 152, 153, 154, 110
 VISION = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "image_size": SIDE, "patch_size": 7},
@@ -44,9 +44,9 @@ def image_ids(size: tuple[int, int]) -> list[int]:
     if rows * columns > 1:
         for row in range(rows):
             for column in range(columns):
-                ids += [FAKE, NAMES + 6 * row + column, *[IMAGE] * 4]
+                ids += [FAKE, NAMES + 6 * row + column, *[IMAGE] * EACH]
             ids.append(LINE)
-    return [*ids, FAKE, WHOLE, *[IMAGE] * 4, FAKE]
+    return [*ids, FAKE, WHOLE, *[IMAGE] * EACH, FAKE]
 
 
 def inputs(model: Any, rows: Any, seed: int = 0) -> dict[str, Any]:

@@ -298,7 +298,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown": (lambda folder: edit(folder, architectures=["Blip"]), "also loads .*Qwen2_5_VL"),
     "unasked": (
         lambda folder: edit(folder, architectures=["Idefics3ForConditionalGeneration"]),
-        "only its own processor writes",
+        "which only their processor does",
     ),
 }
 

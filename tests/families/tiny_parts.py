@@ -32,6 +32,8 @@ def built(cls: Any, config: Any) -> Any:
                     parameter.mul_(6.0 if inner else 4.0)
                 elif name.endswith("bias"):
                     parameter.normal_(std=0.1)
+            # It never says that an image follows.
+            model.get_output_embeddings().weight[IMAGE:] = 0
     return model
 
 

@@ -30,6 +30,7 @@ from llava.eval.tasks.base import Item
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.hugging_face import native_form
+from llava.model.loaded import LoadedModel
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
@@ -276,7 +277,7 @@ def test_hugging_face_form_that_drops_a_patch_is_refused(theirs) -> None:
 
 
 def test_tables_say_what_a_method_read(model, pixels: Callable) -> None:
-    subject = SimpleNamespace(model=model, image_processor=None)
+    subject = LoadedModel(model, None, None, "vicuna_v1")
     question = Item(0, 0, (), "What is it?", "What is it?")
     runner = Runner(subject, None, Plan.of([question], 1), sampling=Sampling(), seed=0)
     visual = model.encode_visual_tokens(pixels(1, side=28))

@@ -23,6 +23,7 @@ SIDE, PATCHES, MOST = 28, 4, 2
 VISION = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "image_size": SIDE, "patch_size": SIDE // PATCHES},
+    "vision_use_head": False,
 }
 PINPOINTS = [[28 * rows, 28 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
 
