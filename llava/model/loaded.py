@@ -356,7 +356,9 @@ class ModelSpec:
             UserInputError: what cannot be loaded, or asked about a picture.
         """
         name = self.name or get_model_name_from_path(self.path)
-        spec = self.located()
+        # With a base, the path is a part of a LLaVA; a family's checkpoint is then refused.
+        spec = self if self.base else replace(self, path=str(local_checkpoint(self.path)))
+        spec.check_family()
         family = spec.family
         if family is not None:
             dtype = None if self.load_8bit or self.load_4bit else self.dtype

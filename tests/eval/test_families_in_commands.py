@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "families"))
 from saved import save_checkpoint
 from tiny_llava import build_benchmark, exit_code
 
+from llava.bench.command import main as bench
 from llava.eval import run_llava
 from llava.eval.__main__ import main
 from llava.families import load
@@ -180,6 +181,12 @@ def test_run_llava(qwen: Path, drawn: Path, capsys: pytest.CaptureFixture[str]) 
     assert answers[0] != answers[1]
     two = [*words, "--image-file", f"{image},{image}", "--query", "Are both the same?"]
     assert run_llava.main(two) == 0
+
+
+def test_bench_says_where_times_are(qwen: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--model-path", str(qwen), "--device", "cpu", "--dtype", "float32"]
+    assert exit_code(lambda: bench(words)) == 2
+    assert "timings.jsonl" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_chat(qwen: Path, drawn: Path, tmp_path: Path) -> None:
