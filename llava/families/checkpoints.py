@@ -18,11 +18,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from llava.families.family import Family
 from llava.families.loaded import FamilyModel
-from llava.model.builder import check_attention, placement, quantization_config
+from llava.model.builder import (
+    MODEL_CLASSES,
+    check_attention,
+    placement,
+    quantization_config,
+)
 from llava.model.checkpoint import check_loading, read_json_object
 from llava.model.checks import check_weights
 from llava.model.config_values import as_dtype
 from llava.model.hugging_face import has_native_form, is_hugging_face
+from llava.model.language_model.llava_causal_lm import describes
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.lookup import FAMILIES
@@ -48,6 +54,8 @@ def family_of_config(config: Mapping[str, Any], where: str) -> type[Family] | No
     Raises:
         UserInputError: values that no model has.
     """
+    if any(describes(config, native) for native in MODEL_CLASSES):
+        return None
     if is_hugging_face(config) and has_native_form(dict(config), where):
         return None
     wanted = _class_names(config)
