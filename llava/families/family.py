@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from llava.families.attachment import Attachment
@@ -273,7 +274,8 @@ class Family:
         """
         capture = Capture() if capture is None else capture
         given = {name: inputs[name] for name in self.pixels if inputs.get(name) is not None}
-        with capturing(capture):
+        # Where weights are offloaded, those of no module of their own come back for the call.
+        with capturing(capture), align_module_device(model.model):
             output = (
                 model.model.get_image_features(**given, return_dict=True)
                 if function is None

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
@@ -192,7 +193,8 @@ class LlavaNext(TiledFamily):
         return torch.cat([own[: layout.tiles] for own, layout in zip(pixels, layouts, strict=True)])
 
     def newline(self, model: Any) -> Tensor | None:
-        newline: Tensor = model.model.image_newline
+        with align_module_device(model.model):  # it may be offloaded
+            newline: Tensor = model.model.image_newline
         return newline
 
 
