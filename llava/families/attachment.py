@@ -1,31 +1,34 @@
-"""What stands between callers and a model: it shortens their prompts before the model sees them.
+"""Prunes a model: wraps its `generate` and puts hooks on its modules, while anything asks for it.
 
-While something prunes a model, its `generate` is wrapped on the object and hooks stand on its
-modules. All of them ask a context variable whether the caller prunes, so nobody else notices them.
+Wrapper and hooks ask context variables whether the caller prunes, so calls of other threads and
+tasks are those of the stock model. A copy of the model, or a pickled one, comes without them.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+import torch
+
 from llava.families import calls
-from llava.families.capture import hook_vision
-from llava.families.deep import hook_language_model
+from llava.families.capture import BeforeBlock, after_projector
+from llava.families.continuation import is_pruned
+from llava.families.deep import before_language_model
 from llava.pruning.active import Prunable
 from llava.pruning.config import PruningConfig
 
 if TYPE_CHECKING:
     from llava.families.family import Family
 
-# Where the config of a model keeps its setting.
+# Key of a model's config.
 SETTING = "mm_token_pruning"
-# Marks our `generate` on a model; holds what stood there before, None for the class's own.
-_REPLACES = "_pruning_replaces"
 
 
 class Attachment(Prunable):
@@ -41,7 +44,7 @@ class Attachment(Prunable):
         self._users = 0
         self._stays = False
         self._lock = RLock()
-        self._handles: list[Any] = []
+        self._undo = ExitStack()
 
     @property
     def model(self) -> Any:
@@ -68,69 +71,142 @@ class Attachment(Prunable):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        self._count(1)
+        self.hold()
         try:
             yield
         finally:
-            self._count(-1)
+            self.release()
 
     def stay_installed(self, on: bool) -> None:
         with self._lock:
-            if on != self._stays:
-                self._stays = on
-                self._count(1 if on else -1)
+            if on and not self._stays:
+                self.hold()
+            elif self._stays and not on:
+                self.release()
+            self._stays = on
 
-    def _count(self, change: int) -> None:
+    def hold(self) -> None:
+        """Keep wrapper and hooks on the model until `release`."""
         with self._lock:
-            before, self._users = self._users, self._users + change
-            if before == 0:
+            if self._users == 0:
                 self._install()
-            elif self._users == 0:
-                self._remove()
+            self._users += 1
+
+    def release(self) -> None:
+        """Undo one `hold`."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._undo.close()
 
     def _install(self) -> None:
         model, family = self.model, self.family
-        own = vars(model)
-        own["generate"] = self._wrap(model.generate, own.get("generate"))
-        self._handles = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True),
-            hook_language_model(family.language_model(model)),
-            *hook_vision(family.projector(model), family.blocks(model)),
-        ]
+        projector, blocks = family.projector(model), family.blocks(model)
+        with ExitStack() as undo:
+            wrapper = _Generate(self, vars(model).get("generate"))
+            vars(model)["generate"] = wrapper
+            undo.callback(wrapper.remove)
+            handles = [
+                model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
+                model.register_forward_hook(
+                    _Hook(self._after_forward), with_kwargs=True, always_call=True
+                ),
+                projector.register_forward_hook(after_projector),
+            ]
+            if family.hands_over(model):
+                handles.append(self.hook_language_model())
+            for index, block in enumerate(blocks):
+                handles.append(
+                    block.register_forward_pre_hook(BeforeBlock(index), with_kwargs=True)
+                )
+            for handle in handles:
+                undo.callback(handle.remove)
+            self._undo = undo.pop_all()
 
-    def _remove(self) -> None:
-        own = vars(self.model)
-        ours = own.get("generate")
-        if hasattr(ours, _REPLACES):  # unless somebody replaced it meanwhile
-            before = getattr(ours, _REPLACES)
-            if before is None:
-                del own["generate"]
-            else:
-                own["generate"] = before
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _wrap(self, generate: Callable[..., Any], before: Any) -> Callable[..., Any]:
-        @functools.wraps(generate)
-        def pruned_generate(*args: Any, **kwargs: Any) -> Any:
-            if self.pruning is None:
-                return generate(*args, **kwargs)
-            return calls.generate(self, generate, args, kwargs)
-
-        setattr(pruned_generate, _REPLACES, before)
-        return pruned_generate
+    def hook_language_model(self) -> Any:
+        """Let the language model be handed what its model does not pass on; return the handle."""
+        module = self.family.language_model(self.model)
+        return module.register_forward_pre_hook(before_language_model, with_kwargs=True)
 
     # Hooks come without kwargs where another thread removes them at this moment.
 
+    @torch.compiler.disable
     def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: Any = None) -> Any:
-        if kwargs is None or self.pruning is None:
-            return None
-        return calls.before_forward(self, args, kwargs)
+        return None if kwargs is None else calls.before_forward(self, args, kwargs)
 
+    @torch.compiler.disable
     def _after_forward(
         self, model: Any, args: tuple[Any, ...], kwargs: Any = None, output: Any = None
     ) -> None:
-        if output is not None and self.pruning is not None:
-            calls.after_forward(output)
+        if kwargs is not None:
+            calls.after_forward(self, kwargs, output)
+
+
+class _Hook:
+    """A hook of one model: copies of it do nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _do_nothing
+
+    def __reduce__(self) -> Any:
+        return "_do_nothing"
+
+
+def _do_nothing(*args: Any) -> None:
+    """Stand where a hook was, in a copy of its model."""
+
+
+class _Generate:
+    """The `generate` of a model while it is pruned: an entry of the model's own `__dict__`."""
+
+    def __init__(self, target: Attachment, before: Any) -> None:
+        self._target, self._before = target, before
+        functools.update_wrapper(self, self._stock)
+        del vars(self)["__wrapped__"]  # would hold the model
+
+    @property
+    def __signature__(self) -> Any:
+        return inspect.signature(self._stock)
+
+    @property
+    def _stock(self) -> Callable[..., Any]:
+        """What it replaces: the class's own, or what somebody put on the model before."""
+        if self._before is not None:
+            return self._before
+        model = self._target.model
+        return types.MethodType(type(model).generate, model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._target.pruning is None and not is_pruned(kwargs.get("past_key_values")):
+            kwargs.pop("questions", None)
+            return self._stock(*args, **kwargs)
+        with self._target.installed():
+            return calls.generate(self._target, self._stock, args, kwargs)
+
+    def remove(self) -> None:
+        """Put back what it replaces, unless somebody replaced it in turn."""
+        own = vars(self._target.model)
+        if own.get("generate") is not self:
+            return
+        if self._before is None:
+            del own["generate"]
+        else:
+            own["generate"] = self._before
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        copied = memo.get(id(self._target.model))
+        return self._before if copied is None else _stock_generate(copied)
+
+    def __reduce__(self) -> Any:
+        return _stock_generate, (self._target.model,)
+
+
+def _stock_generate(model: Any) -> Callable[..., Any]:
+    """Return the `generate` of a model's class."""
+    return types.MethodType(type(model).generate, model)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation import BaseStreamer
 
-from llava.families.continuation import ShortCall, continued, next_step, remember
-from llava.families.deep import DeepFeatures, hand_over, handing_over
-from llava.families.prompts import PER_TOKEN, ImageColumns, Prompts, Short, shorten
+from llava.families.call_state import current_call, enter_call, inside_generate, leave_call
+from llava.families.continuation import PrunedCall, continued, next_step, remember
+from llava.families.deep import DeepFeatures
+from llava.families.prompts import PER_TOKEN, ImageColumns, Prompts, PrunedPrompts, prune_prompts
 from llava.families.splicing import splice
+from llava.families.whole_prompts import WholePrompts
 from llava.model.call_context import asking
 from llava.pruning.active import record
 from llava.pruning.config import PruningConfig
@@ -26,11 +26,8 @@ from llava.pruning.stage import prune_visual_tokens
 if TYPE_CHECKING:
     from llava.families.attachment import Attachment
 
-
-# The pruned call that `forward` is at, for the hook after it.
-_current: ContextVar[ShortCall | None] = ContextVar("pruned call", default=None)
-# Whether the caller is inside `generate`, which hands deep features over itself.
-_generating: ContextVar[bool] = ContextVar("generating", default=False)
+# Settings of `generate` whose first step reads more than the prompt.
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 def generate(
@@ -42,45 +39,48 @@ def generate(
     """Do as the model's own `generate`, with pruned prompts.
 
     Sequences come back with the prompts of the caller in front, placeholders of dropped tokens
-    included, and `max_length` and `min_length` count these.
+    included. `max_length` and `min_length` count these; streamers, stopping criteria and logits
+    processors of the caller see them.
 
     Args:
-        target: what stands for the model.
+        target: what prunes the model.
         original: its own `generate`.
-        args, kwargs: of the caller. `questions`: what is asked about the images, one text a row,
-            for methods that read it.
+        args, kwargs: arguments of the caller. `questions`: what is asked about the images, one text
+            a row, for methods that read it.
     """
+    model, module = target.model, target.family.language_model(target.model)
     names = [*inspect.signature(original).parameters]
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     ids = call.pop("inputs", None)
     ids = call.pop("input_ids", None) if ids is None else ids
     questions = call.pop("questions", None)
     with nullcontext() if questions is None else asking(questions), torch.no_grad():
-        short = continued(target.family, ids, call) or shorten_call(target, ids, call, side="left")
-    if short is None:
+        pruned = continued(target.family, ids, call)
+        if pruned is None:
+            pruned = prune_call(target, ids, call, side="left")
+    if pruned is None or ids is None:
         given = {} if ids is None else {"inputs": ids}
-        with inside_generate(None):
+        with inside_generate(target, module, None):
             return original(**given, **call)
-    arguments = dict(short.arguments)
-    removed = short.length - short.short.columns.shape[1]
-    _count_lengths(target.model, arguments, removed)
-    _refuse_chunks(arguments)
-    if arguments.get("streamer") is not None:
-        arguments["streamer"] = _WholePrompt(arguments["streamer"], ids)
-    deep = short.deep
-    if not takes_embeddings(target.model) and "inputs_embeds" in arguments:
-        visual, levels = short.short.visual, [] if deep is None else deep.levels
-        deep = DeepFeatures(visual, levels, arguments.pop("inputs_embeds"))
-    with inside_generate(deep):
-        output = original(inputs=short.ids, **arguments)
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    whole = _with_prompts(sequences, ids, short.ids.shape[1])
+    _check_settings(model, call, ids)
+    whole = WholePrompts(ids, pruned.prompts.width)
+    arguments = whole.arguments(model, pruned.arguments)
+    deep = pruned.deep
+    with ExitStack() as stack:
+        if "inputs_embeds" in arguments and not _takes_embeddings(model, arguments):
+            levels = [] if deep is None else deep.levels
+            deep = DeepFeatures(pruned.prompts.visual, levels, arguments.pop("inputs_embeds"))
+            if not target.family.hands_over(model):
+                stack.callback(target.hook_language_model().remove)
+        stack.enter_context(inside_generate(target, module, deep))
+        output = original(inputs=pruned.ids, **arguments)
     cache = call.get("past_key_values")
-    if not isinstance(output, Tensor):
-        output.sequences = whole
-        cache = getattr(output, "past_key_values", cache)
-    remember(cache, short)
-    return whole if isinstance(output, Tensor) else output
+    if isinstance(output, Tensor):
+        remember(cache, pruned)
+        return whole.restored(output)
+    output.sequences = whole.restored(output.sequences)
+    remember(getattr(output, "past_key_values", cache), pruned)
+    return output
 
 
 def takes_embeddings(model: Any) -> bool:
@@ -88,57 +88,96 @@ def takes_embeddings(model: Any) -> bool:
     return "inputs_embeds" in inspect.signature(model.prepare_inputs_for_generation).parameters
 
 
-@contextmanager
-def inside_generate(deep: DeepFeatures | None) -> Iterator[None]:
-    """Leave calls of `forward` as `generate` makes them, but for these features."""
-    token = _generating.set(True)
-    try:
-        with handing_over(deep):
-            yield
-    finally:
-        _generating.reset(token)
+def _takes_embeddings(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """Return whether this call of `generate` takes them: assisted decoding reads ids alone."""
+    configs = (arguments.get("generation_config"), model.generation_config)
+    assisted = any(
+        arguments.get(name) or any(getattr(config, name, None) for config in configs)
+        for name in _ASSISTED
+    )
+    return takes_embeddings(model) and not assisted
+
+
+def _check_settings(model: Any, call: Mapping[str, Any], ids: Tensor) -> None:
+    """Refuse settings of `generate` that pruned prompts cannot have.
+
+    Raises:
+        PruningError: names them.
+    """
+    configs = (call.get("generation_config"), model.generation_config)
+
+    def setting(name: str) -> Any:
+        values = (call.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
+
+    size, longest = setting("prefill_chunk_size"), setting("max_length")
+    if size:
+        raise PruningError(
+            f"prefill_chunk_size={size} cannot split a pruned prompt; leave it out, the prompt is "
+            "shorter than the unpruned one"
+        )
+    if longest and setting("max_new_tokens") is None and longest <= ids.shape[1]:
+        raise PruningError(
+            f"max_length={longest} leaves no room for an answer to a prompt of {ids.shape[1]} "
+            "tokens; raise it, or set max_new_tokens"
+        )
 
 
 def before_forward(
     target: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Return the arguments that `forward` gets instead; None where nothing changes."""
-    _current.set(None)
-    if _generating.get():
-        return None
-    hand_over(None)
+    outer, family = current_call(), target.family
     names = [*inspect.signature(target.model.forward).parameters]
     call = {**dict(zip(names, args, strict=False)), **kwargs}
-    ids = call.pop("input_ids", None)
-    step = next_step(target.family, ids, call)
+    shows = any(call.get(name) is not None for name in family.shown)
+    own = outer is not None and outer.generating and outer.target is target and not shows
+    if own and outer is not None and outer.makes(call):
+        return None
+    ids, questions = call.pop("input_ids", None), call.pop("questions", None)
+    pruned = None
+    step = next_step(family, ids, call)
+    if step is None and target.pruning is not None:
+        _refuse_unpruned_cache(call, shows)
+        with nullcontext() if questions is None else asking(questions):
+            pruned = prune_call(target, ids, call, side=_padding_side(call))
+    if pruned is not None or outer is not None:
+        # What the call around this one hands over is not for this one.
+        target.hold()
+        features = None if pruned is None else pruned.deep
+        enter_call(target, family.language_model(target.model), features, pruned)
     if step is not None:
         return (), step
-    questions = call.pop("questions", None)
-    with nullcontext() if questions is None else asking(questions):
-        short = shorten_call(target, ids, call, side=_padding_side(call))
-    if short is None:
-        return None
-    hand_over(short.deep)
-    _current.set(short)
-    return (), short.arguments
+    return None if pruned is None else ((), pruned.arguments)
 
 
-def after_forward(output: Any) -> None:
-    """Note which cache holds the prompt that `forward` has read."""
-    short = _current.get()
-    if short is not None:
-        _current.set(None)
-        hand_over(None)
-        remember(getattr(output, "past_key_values", None), short)
+def after_forward(target: Attachment, kwargs: Mapping[str, Any], output: Any) -> None:
+    """End the call of `forward`, also where it failed, and mark the cache that it filled."""
+    left, pruned = leave_call(target)
+    if not left:
+        return
+    target.release()
+    if pruned is not None and output is not None:
+        remember(getattr(output, "past_key_values", None), pruned)
+        remember(kwargs.get("past_key_values"), pruned)
 
 
-def shorten_call(
+def _refuse_unpruned_cache(call: Mapping[str, Any], shows: bool) -> None:
+    cache: Any = call.get("past_key_values")
+    if shows and hasattr(cache, "get_seq_length") and int(cache.get_seq_length()):
+        raise PruningError(
+            "an image after a cache cannot be pruned; give the whole prompt without "
+            "past_key_values, or switch pruning off for this call: with prune(model): ..."
+        )
+
+
+def prune_call(
     target: Attachment, ids: Tensor | None, call: Mapping[str, Any], side: str
-) -> ShortCall | None:
+) -> PrunedCall | None:
     """Prune the images of a call and leave their tokens out of its prompts.
 
     Args:
-        target: what stands for the model.
+        target: what prunes the model.
         ids: LongTensor [B, L].
         call: the other arguments.
         side: where rows are padded.
@@ -152,47 +191,64 @@ def shorten_call(
     family, model, config = target.family, target.model, target.pruning
     family.check(call)
     if config is None or all(call.get(name) is None for name in family.shown):
-        if call.get("mm_encoder_outputs"):
-            raise PruningError(
-                "mm_encoder_outputs were computed without the pruning stage; give pixel_values, or "
-                "switch pruning off for this call: with prune(model): ..."
-            )
+        _refuse_encoded(config, call)
         return None
-    if ids is None:
-        raise PruningError(
-            "images can be pruned in prompts of input_ids only, not in inputs_embeds; pass "
-            "input_ids"
-        )
+    host, mask = _on_host(ids, call)
     inputs = {name: call.get(name) for name in family.pixels}
-    host = ids.cpu()
-    mask = call.get("attention_mask")
-    if mask is not None and mask.shape != host.shape:
-        raise PruningError(
-            f"attention_mask must be {[*host.shape]} like input_ids to be pruned, got "
-            f"{[*mask.shape]}; make both with one call of the model's processor"
-        )
-    host_mask = torch.ones_like(host, dtype=torch.bool) if mask is None else mask.cpu().bool()
-    found = family.find(model, inputs, host, host_mask)
+    found = family.find(model, inputs, host, mask)
+    locate = partial(family.located, model)
     if _keeps_all(config, found):
+        record(target, family.outline(model, inputs, host), locate)
         return None
-    visual = family.encode(model, inputs, host, set(config.pruner.collects)).visual
+    visual = family.encode(model, inputs, host, set(config.pruner.collects))
     # Where pictures and videos mix, from the order of the arguments to that of the prompts.
     order = sorted(range(len(found)), key=lambda number: found[number].first)
     images = [found[number] for number in order]
     if order != sorted(order):
         visual = visual.take_images(order)
-    visual = family.with_prompts(model, visual, [image.row for image in images], len(ids))
+    visual = family.with_prompts(model, visual, [image.row for image in images], len(host))
     kept = prune_visual_tokens(visual, config)
-    record(target, kept, partial(family.located, model))
+    record(target, kept, locate)
     if kept is visual:
         return None
     kept.settle()
     given = call.get("position_ids")
     positions = (
-        family.positions(model, call, host, host_mask) if given is None else _as_axes(given.cpu())
+        family.positions(model, call, host, mask) if given is None else _as_axes(given.cpu())
     )
-    short = shorten(Prompts(host, host_mask, images, positions), kept, side)
-    return _short_call(target, ids, call, short, positions, kept)
+    prompts = prune_prompts(Prompts(host, mask, images, positions), kept, side)
+    return _pruned_call(target, ids, call, prompts, positions, kept)
+
+
+def _refuse_encoded(config: PruningConfig | None, call: Mapping[str, Any]) -> None:
+    if config is not None and call.get("mm_encoder_outputs"):
+        raise PruningError(
+            "mm_encoder_outputs were computed without the pruning stage; give pixel_values, or "
+            "switch pruning off for this call: with prune(model): ..."
+        )
+
+
+def _on_host(ids: Tensor | None, call: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return ids [B, L] and BoolTensor mask [B, L] of a call on the CPU.
+
+    Raises:
+        PruningError: there are no ids, or the mask is not one entry a token.
+    """
+    if ids is None:
+        raise PruningError(
+            "images can be pruned in prompts of input_ids only, not in inputs_embeds; pass "
+            "input_ids"
+        )
+    mask = call.get("attention_mask")
+    if mask is None:
+        return ids.cpu(), torch.ones(ids.shape, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        got = [*mask.shape] if isinstance(mask, Tensor) else type(mask).__name__
+        raise PruningError(
+            f"attention_mask must be {[*ids.shape]} like input_ids to be pruned, got {got}; make "
+            "both with one call of the model's processor"
+        )
+    return ids.cpu(), mask.cpu().bool()
 
 
 def _keeps_all(config: PruningConfig, images: Sequence[ImageColumns]) -> bool:
@@ -205,17 +261,22 @@ def _keeps_all(config: PruningConfig, images: Sequence[ImageColumns]) -> bool:
     )
 
 
-def _short_call(
+def _pruned_call(
     target: Attachment,
-    ids: Tensor,
+    ids: Any,
     call: Mapping[str, Any],
-    short: Short,
+    prompts: PrunedPrompts,
     positions: Tensor,
     kept: Any,
-) -> ShortCall:
+) -> PrunedCall:
     """Put the arguments of the model together."""
     family = target.family
-    spliced = splice(family, target.model, ids, short, kept)
+    if isinstance(call.get("logits_to_keep"), Tensor):
+        raise PruningError(
+            "logits_to_keep as a tensor names columns that a pruned prompt does not have; give how "
+            "many of the last logits to keep, or none"
+        )
+    spliced = splice(family, target.model, ids, prompts, kept)
     arguments = {name: value for name, value in call.items() if name not in family.pixels}
     mask = call.get("attention_mask")
     arguments["inputs_embeds"] = spliced.embeds
@@ -223,9 +284,9 @@ def _short_call(
     arguments["position_ids"] = spliced.position_ids
     for name, padding in PER_TOKEN.items():
         if call.get(name) is not None:
-            arguments[name] = short.take(call[name], padding)
-    last = positions.amax(dim=(0, 2)) - short.positions.amax(dim=(0, 2))
-    return ShortCall(arguments, spliced.ids, short, ids.shape[1], last, spliced.deep)
+            arguments[name] = prompts.take(call[name], padding)
+    shift = positions.amax(dim=(0, 2)) - prompts.positions.amax(dim=(0, 2))
+    return PrunedCall(arguments, spliced.ids, prompts, ids.shape[1], shift, spliced.deep)
 
 
 def _as_axes(position_ids: Tensor) -> Tensor:
@@ -238,51 +299,5 @@ def _as_axes(position_ids: Tensor) -> Tensor:
 def _padding_side(call: Mapping[str, Any]) -> str:
     """Return the side on which the caller's rows are padded; left where none is."""
     mask = call.get("attention_mask")
-    if mask is None or mask.ndim != 2 or not bool((mask[:, -1] == 0).any()):
-        return "left"
-    return "right"
-
-
-def _count_lengths(model: Any, arguments: dict[str, Any], removed: int) -> None:
-    """Lower `max_length` and `min_length`, which count the caller's prompt, by what it lost."""
-    own = arguments.get("generation_config")
-    configs = [model.generation_config] if own is None else [own, model.generation_config]
-    for name in ("max_length", "min_length"):
-        values = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
-        value = next((value for value in values if value is not None), None)
-        if value:
-            arguments[name] = max(value - removed, 0)
-
-
-def _refuse_chunks(arguments: Mapping[str, Any]) -> None:
-    """Refuse a prompt read in parts: `generate` splits its ids, not its embeddings."""
-    own = arguments.get("generation_config")
-    size = arguments.get("prefill_chunk_size") or getattr(own, "prefill_chunk_size", None)
-    if size:
-        raise PruningError(
-            f"prefill_chunk_size={size} cannot split a pruned prompt; leave it out, the prompt is "
-            "shorter than the unpruned one"
-        )
-
-
-class _WholePrompt(BaseStreamer):
-    """Gives a streamer the caller's own prompt instead of the pruned one."""
-
-    def __init__(self, streamer: Any, ids: Tensor) -> None:
-        self._streamer = streamer
-        self._prompt: Tensor | None = ids
-
-    def put(self, value: Tensor) -> None:
-        if self._prompt is not None:
-            value, self._prompt = self._prompt.cpu(), None
-        self._streamer.put(value)
-
-    def end(self) -> None:
-        self._streamer.end()
-
-
-def _with_prompts(sequences: Tensor, ids: Tensor, length: int) -> Tensor:
-    """Put the caller's prompts [B, L] before what follows the pruned ones of `length` columns."""
-    times = len(sequences) // len(ids)
-    prompts = ids.to(sequences.device).repeat_interleave(times, dim=0)
-    return torch.cat([prompts, sequences[:, length:]], dim=1)
+    padded = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, -1] == 0).any())
+    return "right" if padded else "left"

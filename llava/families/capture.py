@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llava.pruning.importance.structure import reads_only
@@ -38,7 +39,7 @@ _capture: ContextVar[Capture | None] = ContextVar("capture", default=None)
 
 @contextmanager
 def capturing(capture: Capture) -> Iterator[None]:
-    """Let the hooks of `hook_vision` write into `capture` inside."""
+    """Let the hooks write into `capture` inside."""
     token = _capture.set(capture)
     try:
         yield
@@ -46,27 +47,24 @@ def capturing(capture: Capture) -> Iterator[None]:
         _capture.reset(token)
 
 
-def hook_vision(projector: nn.Module, blocks: Any) -> list[Any]:
-    """Put the hooks on a projector and on the blocks of a tower; return their handles."""
-
-    @reads_only
-    def after_projector(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        capture = _capture.get()
-        if capture is not None:
-            capture.projections.append((args[0], output))
-
-    handles = [projector.register_forward_hook(after_projector)]
-    for index, block in enumerate(blocks):
-        hook = _before_block(index)
-        handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-    return handles
+@reads_only
+@torch.compiler.disable
+def after_projector(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Note input and output of a projector: its forward hook."""
+    capture = _capture.get()
+    if capture is not None:
+        capture.projections.append((args[0], output))
 
 
-def _before_block(index: int) -> Callable[..., None]:
+@dataclass(frozen=True)
+class BeforeBlock:
+    """Reads a block of a tower: the forward pre-hook of block `index`."""
+
+    index: int
+
     # Without kwargs where another thread removes the hook at this moment: nothing is captured then.
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+    @torch.compiler.disable
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         capture = _capture.get()
         if capture is not None and capture.read_block is not None and kwargs is not None:
-            capture.read_block(index, block, args, kwargs)
-
-    return hook
+            capture.read_block(self.index, block, args, kwargs)

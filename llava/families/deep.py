@@ -1,19 +1,18 @@
-"""What a language model gets that neither `generate` nor the model around it passes on.
+"""What a language model gets that the model around it does not pass on.
 
 Visual features that a model adds to inner layers of its language model (DeepStack): a prompt of
-embeddings comes without them. And the embeddings themselves, where a model's `generate` takes none.
-A hook hands both over.
+embeddings comes without them. And the embeddings themselves, where `generate` takes none: that of
+some models, and assisted decoding. A hook before the language model hands both over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from llava.families.call_state import current_call
 
 
 class DeepFeatures(NamedTuple):
@@ -34,13 +33,14 @@ class DeepFeatures(NamedTuple):
         counts = self.visual.sum(dim=1).tolist()
         first = sum(counts[:number])
         levels = [level[first : first + counts[number]] for level in self.levels]
-        return DeepFeatures(self.visual[number : number + 1, start:], levels)
+        embeds = None if self.embeds is None else self.embeds[number : number + 1, start:]
+        return DeepFeatures(self.visual[number : number + 1, start:], levels, embeds)
 
     def part(self, start: int, length: int, rows: int) -> dict[str, Any]:
         """Return the language model's arguments for `length` columns from `start` on.
 
         Args:
-            start, length: columns of the prompt.
+            start, length: columns of the prompt and what follows it.
             rows: rows of the batch, a multiple of B where each is continued several times.
         """
         visual = self.visual[:, start : start + length]
@@ -50,10 +50,9 @@ class DeepFeatures(NamedTuple):
         wanted = ranks[:, start : start + length]
         times = rows // len(visual)
         visual, wanted = visual.repeat_interleave(times, 0), wanted.repeat_interleave(times, 0)
-        return {
-            "visual_pos_masks": visual,
-            "deepstack_visual_embeds": [level[wanted[visual]] for level in self.levels],
-        }
+        features = [level[wanted[visual]] for level in self.levels]
+        visual = nn.functional.pad(visual, (0, length - visual.shape[1]))
+        return {"visual_pos_masks": visual, "deepstack_visual_embeds": features}
 
     def embedded(self, start: int, given: Tensor) -> Tensor:
         """Return the embeddings of columns from `start` on, in place of those `given` [R, S, D]."""
@@ -64,38 +63,21 @@ class DeepFeatures(NamedTuple):
         return torch.cat([own, given[:, own.shape[1] :]], dim=1)
 
 
-_deep: ContextVar[DeepFeatures | None] = ContextVar("deep features", default=None)
-
-
-def hand_over(features: DeepFeatures | None) -> None:
-    """Give the next prompt of this context these features; None for none."""
-    _deep.set(features)
-
-
-@contextmanager
-def handing_over(features: DeepFeatures | None) -> Iterator[None]:
-    """Give the prompt that is read inside these features."""
-    token = _deep.set(features)
-    try:
-        yield
-    finally:
-        _deep.reset(token)
-
-
-def hook_language_model(module: nn.Module) -> Any:
-    """Put the hook on a language model; return its handle."""
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
-        features = _deep.get()
-        if features is None or kwargs is None or kwargs.get("inputs_embeds") is None:
-            return None
-        cache = kwargs.get("past_key_values")
-        start = 0 if cache is None else int(cache.get_seq_length())
-        given = kwargs["inputs_embeds"]
-        if start >= features.visual.shape[1]:
-            return None
-        embeds = features.embedded(start, given)
-        inner = features.part(start, given.shape[1], given.shape[0])
-        return args, {**kwargs, "inputs_embeds": embeds, **inner}
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)
+# Without kwargs where another thread removes the hook at this moment.
+@torch.compiler.disable
+def before_language_model(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
+    """Hand over what the current call has for this language model: its forward pre-hook."""
+    call = current_call()
+    if call is None or call.features is None or call.language_model is not module:
+        return None
+    given = None if kwargs is None else kwargs.get("inputs_embeds")
+    if given is None:
+        return None
+    cache = kwargs.get("past_key_values")
+    start = 0 if cache is None else int(cache.get_seq_length())
+    features: DeepFeatures = call.features
+    if start >= features.visual.shape[1]:
+        return None
+    embeds = features.embedded(start, given)
+    inner = features.part(start, given.shape[1], given.shape[0])
+    return args, {**kwargs, "inputs_embeds": embeds, **inner}

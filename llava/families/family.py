@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from threading import Lock
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from llava.families.attachment import Attachment
+from llava.families.calls import takes_embeddings
 from llava.families.capture import Capture, capturing
 from llava.families.prompts import ImageColumns, find_images, text_positions
 from llava.families.questions import add_questions
@@ -31,17 +32,6 @@ _NOTHING = nn.Identity()
 
 _attachments: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
 _lock = Lock()
-
-
-@dataclass
-class Encoded:
-    """The images of a call as a model's vision side made them.
-
-    Attributes:
-        visual: the tokens on both sides of the projector.
-    """
-
-    visual: Any
 
 
 class Family:
@@ -96,6 +86,10 @@ class Family:
         module: nn.Module = model.model.language_model
         return module
 
+    def hands_over(self, model: Any) -> bool:
+        """Return whether the language model must be handed what its model does not pass on."""
+        return not takes_embeddings(model)
+
     def placeholders(self, model: Any) -> list[int]:
         """Return the ids of the tokens that stand for an image in a prompt."""
         return [model.config.image_token_id]
@@ -128,13 +122,16 @@ class Family:
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
-    ) -> Encoded:
+    ) -> Any:
         """Run the vision side of a model over the images of a call.
 
         Args:
             model, inputs, ids: as in `lengths`.
             needs: names of what the pruning method reads beyond tokens, see
                 `VisualTokens.extras`.
+
+        Returns:
+            VisualTokens, or RaggedTokens for images of different grids.
 
         Raises:
             PruningError: the model has no such thing.

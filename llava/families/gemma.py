@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llava.families.family import Encoded, Family, register
+from llava.families.family import Family, register
 from llava.families.towers import EncoderReadings, digests, pool_readings
 from llava.pruning.importance.offloaded import at_hand
 from llava.pruning.layout import ImageLayout
@@ -51,23 +51,21 @@ class SiglipFamily(Family):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
-    ) -> Encoded:
+    ) -> VisualTokens:
         layers, groups = self.blocks(model), self.groups(model)
         readings = EncoderReadings(layers, len(layers), 0, needs)
         _, patches, projected = self.run_vision(model, inputs, readings.capture())
         count, side = len(projected), round(len(groups) ** 0.5)
         found = pool_readings(readings.extras(count), groups)
-        return Encoded(
-            VisualTokens(
-                features=self.joined(patches, groups),
-                projected=projected,
-                projector=self.inner_projector(model),
-                image_index=torch.arange(count),
-                grid=(side, side),
-                extras={**found, **digests(inputs["pixel_values"], needs)},
-                class_token=False,
-                layouts=(ImageLayout((side, side)),) * count,
-            )
+        return VisualTokens(
+            features=self.joined(patches, groups),
+            projected=projected,
+            projector=self.inner_projector(model),
+            image_index=torch.arange(count),
+            grid=(side, side),
+            extras={**found, **digests(inputs["pixel_values"], needs)},
+            class_token=False,
+            layouts=(ImageLayout((side, side)),) * count,
         )
 
     def embed(self, model: Any, ids: Tensor) -> Tensor:

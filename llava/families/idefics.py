@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llava.families.family import Encoded, Family, register
+from llava.families.family import Family, register
 from llava.families.prompts import find_runs, mismatch
 from llava.families.towers import EncoderReadings, digests, pool_readings
 from llava.pruning.errors import PruningError
@@ -69,7 +69,7 @@ class Idefics3(Family):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
-    ) -> Encoded:
+    ) -> VisualTokens:
         _refuse_padding(inputs.get("pixel_attention_mask"), needs)
         counts, groups, pixels = (
             self.tiles(model, inputs, ids),
@@ -82,18 +82,16 @@ class Idefics3(Family):
         side = round(len(groups) ** 0.5)
         single = all(count == 1 for count in counts)
         found = pool_readings(readings.extras(len(projected)), groups)
-        return Encoded(
-            VisualTokens(
-                features=connector.pixel_shuffle(patches, connector.scale_factor),
-                projected=projected,
-                projector=connector.modality_projection,
-                image_index=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
-                grid=(side, side),
-                extras={**found, **digests(pixels[_shown(pixels)], needs)},
-                class_token=False,
-                # How the crops of an image lie, only the size of the image would tell.
-                layouts=(ImageLayout((side, side)),) * len(counts) if single else None,
-            )
+        return VisualTokens(
+            features=connector.pixel_shuffle(patches, connector.scale_factor),
+            projected=projected,
+            projector=connector.modality_projection,
+            image_index=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
+            grid=(side, side),
+            extras={**found, **digests(pixels[_shown(pixels)], needs)},
+            class_token=False,
+            # How the crops of an image lie, only the size of the image would tell.
+            layouts=(ImageLayout((side, side)),) * len(counts) if single else None,
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llava.families.family import Encoded, Family, register
+from llava.families.family import Family, register
 from llava.families.prompts import find_runs, mismatch
 from llava.families.towers import EncoderReadings, digests, pool_readings
 from llava.model.multimodal_encoder.readings import CLASS_FEATURE
@@ -62,7 +62,7 @@ class InternVL(Family):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
-    ) -> Encoded:
+    ) -> VisualTokens:
         counts, groups = self.tiles(model, inputs, ids), _groups(model)
         layers, layer = [_Block(block) for block in self.blocks(model)], _layer(model)
         # Nothing runs after the last block that would have the class token as its input.
@@ -75,17 +75,15 @@ class InternVL(Family):
             found[CLASS_FEATURE] = list(output.last_hidden_state[:, 0])
         side = round(len(groups) ** 0.5)
         single = all(count == 1 for count in counts)
-        return Encoded(
-            VisualTokens(
-                features=features,
-                projected=projected,
-                projector=self.projector(model),
-                image_index=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
-                grid=(side, side),
-                extras={**pool_readings(found, groups), **digests(inputs["pixel_values"], needs)},
-                # How the crops of an image lie, only the size of the image would tell.
-                layouts=(ImageLayout((side, side)),) * len(counts) if single else None,
-            )
+        return VisualTokens(
+            features=features,
+            projected=projected,
+            projector=self.projector(model),
+            image_index=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
+            grid=(side, side),
+            extras={**pool_readings(found, groups), **digests(inputs["pixel_values"], needs)},
+            # How the crops of an image lie, only the size of the image would tell.
+            layouts=(ImageLayout((side, side)),) * len(counts) if single else None,
         )
 
 

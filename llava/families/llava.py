@@ -16,12 +16,13 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from llava.anyres import Size
-from llava.families.family import Encoded, Family, register
+from llava.families.family import Family, register
 from llava.families.towers import ClipTower, EncoderReadings, digests
 from llava.model.hugging_face import tower_name
 from llava.model.layouts import TileGeometry, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
+from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import VisualTokens
 
 # Vision tower -> whether a class token comes before its patches.
@@ -77,8 +78,8 @@ class TiledFamily(Family):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
-    ) -> Encoded:
-        return Encoded(self.encode_tiles(model, inputs, self.layouts(model, inputs), needs)[1])
+    ) -> VisualTokens | RaggedTokens:
+        return self.encode_tiles(model, inputs, self.layouts(model, inputs), needs)[1]
 
     def encode_tiles(
         self,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from llava.families.family import Encoded, register
+from llava.families.family import register
 from llava.families.llava import LlavaNext, has_class_token, tower_readings
 from llava.families.prompts import ImageColumns, find_images
 from llava.families.towers import digests
@@ -116,20 +116,20 @@ class LlavaOnevision(LlavaNext):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
-    ) -> Encoded:
+    ) -> VisualTokens | RaggedTokens:
         visual = []
         if inputs.get("pixel_values") is not None:
             visual.append(self._encode_images(model, inputs, needs))
         if inputs.get("pixel_values_videos") is not None:
             visual.append(self._encode_frames(model, inputs, needs))
         if len(visual) == 1:
-            return Encoded(visual[0])
+            return visual[0]
         places = [
             Place(group, image)
             for group, tokens in enumerate(visual)
             for image in range(tokens.num_images)
         ]
-        return Encoded(RaggedTokens(tuple(visual), tuple(places)))
+        return RaggedTokens(tuple(visual), tuple(places))
 
     def _encode_images(
         self, model: Any, inputs: Mapping[str, Any], needs: Collection[str]

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.families.calls import inside_generate
+from llava.families.call_state import inside_generate
 from llava.families.contract import ModelInputs, Picture
 from llava.families.dialogue import IMAGE, Dialogue, Turn
 from llava.families.family import Family
 from llava.families.lengths import Limit, PromptLength, context_limits, measure_prompt
-from llava.families.prompts import ImageColumns, Prompts, shorten
+from llava.families.prompts import ImageColumns, Prompts, prune_prompts
 from llava.families.questions import add_questions, needed_of_question
 from llava.families.splicing import splice
 from llava.images import PictureError
@@ -120,7 +120,7 @@ class FamilyModel:
             for name, value in inputs.items()
         }
         with self._target.installed():
-            visual = self.family.encode(self.model, inputs, ids, set(needs)).visual
+            visual = self.family.encode(self.model, inputs, ids, set(needs))
         sizes = [picture.size for picture in pictures]
         if isinstance(visual, RaggedTokens):
             groups = tuple(
@@ -264,8 +264,8 @@ class FamilyModel:
             for columns in found
         ]
         positions = self.family.positions(self.model, geometry, ids, mask)
-        short = shorten(Prompts(ids, mask, images, positions), visual, "left")
-        spliced = splice(self.family, self.model, ids.to(self.model.device), short, visual)
+        pruned = prune_prompts(Prompts(ids, mask, images, positions), visual, "left")
+        spliced = splice(self.family, self.model, ids.to(self.model.device), pruned, visual)
         return ModelInputs(
             spliced.embeds, spliced.mask.long(), spliced.position_ids, deep=spliced.deep
         )
@@ -273,7 +273,8 @@ class FamilyModel:
     def generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
         if inputs.positions is not None:
             settings["position_ids"] = inputs.positions
-        with self._target.installed(), inside_generate(inputs.deep):
+        module = self.family.language_model(self.model)
+        with self._target.installed(), inside_generate(self._target, module, inputs.deep):
             output: Any = type(self.model).generate(
                 self.model, inputs_embeds=inputs.embeds, attention_mask=inputs.mask, **settings
             )

@@ -69,8 +69,8 @@ class Prompts:
 
 
 @dataclass
-class Short:
-    """Which columns are left of every row, and where they stand.
+class PrunedPrompts:
+    """Prompts of a batch with the tokens that their images keep: which columns, at which places.
 
     Attributes:
         columns: LongTensor [B, L'] of the unpruned prompt, -1 for padding.
@@ -86,6 +86,19 @@ class Short:
     def mask(self) -> Tensor:
         """BoolTensor [B, L'], False for padding."""
         return self.columns >= 0
+
+    @property
+    def width(self) -> int:
+        """L'."""
+        return self.columns.shape[1]
+
+    def repeated(self, times: int) -> PrunedPrompts:
+        """Return every row `times` times."""
+        return PrunedPrompts(
+            self.columns.repeat_interleave(times, 0),
+            self.positions.repeat_interleave(times, 1),
+            self.visual.repeat_interleave(times, 0),
+        )
 
     def take(self, values: Tensor, padding: Any) -> Tensor:
         """Return what is left of `values` [B, L]: [B, L'] on their device."""
@@ -146,7 +159,7 @@ def text_positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[None]
 
 
-def shorten(prompts: Prompts, kept: ImageTokens | None, side: str) -> Short:
+def prune_prompts(prompts: Prompts, kept: ImageTokens | None, side: str) -> PrunedPrompts:
     """Leave out of every prompt the tokens that its images lost.
 
     With compact positions the gaps are closed. On one axis what is left is numbered 0, 1, 2, ...;
@@ -178,21 +191,21 @@ def shorten(prompts: Prompts, kept: ImageTokens | None, side: str) -> Short:
             for columns in prompts.blocks(row):
                 _close_gaps(positions, columns, columns[visual[columns]])
         left = keep.nonzero().flatten()
-        if axes == 1 and not original:
+        if axes == 1 and len(left) and not original:
             positions[:, left] = positions[0, left[0]] + torch.arange(len(left))
         rows.append((left, positions, visual))
     width = max(len(columns) for columns, _, _ in rows)
-    short = Short(
+    pruned = PrunedPrompts(
         torch.full((len(rows), width), -1),
         torch.zeros(axes, len(rows), width, dtype=torch.long),
         torch.zeros(len(rows), width, dtype=torch.bool),
     )
     for row, (columns, positions, visual) in enumerate(rows):
         at = slice(width - len(columns), width) if side == "left" else slice(0, len(columns))
-        short.columns[row, at] = columns
-        short.positions[:, row, at] = positions[:, columns]
-        short.visual[row, at] = visual[columns]
-    return short
+        pruned.columns[row, at] = columns
+        pruned.positions[:, row, at] = positions[:, columns]
+        pruned.visual[row, at] = visual[columns]
+    return pruned
 
 
 def _left_columns(kept: ImageTokens, number: int, columns: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from llava.families.family import Encoded, Family, register
+from llava.families.family import Family, register
 from llava.families.packed import PackedReadings
 from llava.families.prompts import ImageColumns, find_images
 from llava.families.towers import digests
@@ -19,6 +19,8 @@ from llava.pruning.importance.projectors import JoinedMerger
 from llava.pruning.layout import ImageLayout
 from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import VisualTokens
+
+_NOTHING = nn.Identity()
 
 
 class _Source(NamedTuple):
@@ -98,6 +100,16 @@ class QwenFamily(Family):
     def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         return [view.tokens for source in _SOURCES for view in _views(model, inputs, source)]
 
+    def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> RaggedTokens:
+        first = torch.zeros(1, dtype=torch.long)
+        images = []
+        for view in (view for source in _SOURCES for view in _views(model, inputs, source)):
+            nothing, layouts = torch.zeros(1, view.tokens, 0), (ImageLayout(view.grid),)
+            images.append(
+                VisualTokens(nothing, nothing, _NOTHING, first, view.grid, layouts=layouts)
+            )
+        return RaggedTokens.of(images)
+
     def find(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor
     ) -> list[ImageColumns]:
@@ -116,7 +128,7 @@ class QwenFamily(Family):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
-    ) -> Encoded:
+    ) -> RaggedTokens:
         images: list[VisualTokens] = []
         deep: list[list[Tensor]] = []
         for source in _SOURCES:
@@ -124,7 +136,7 @@ class QwenFamily(Family):
                 found, levels = self._encode(model, inputs, source, needs)
                 images += found
                 deep = [[*a, *b] for a, b in zip(deep, levels, strict=True)] if deep else levels
-        return Encoded(replace(RaggedTokens.of(images), deep=tuple(map(tuple, deep))))
+        return replace(RaggedTokens.of(images), deep=tuple(map(tuple, deep)))
 
     def _encode(
         self, model: Any, inputs: Mapping[str, Any], source: _Source, needs: Collection[str]
@@ -222,6 +234,9 @@ class Qwen3VL(QwenFamily):
 
     # The prompt gives the time of every frame in words, and frames stand apart.
     joint_videos: ClassVar[bool] = False
+
+    def hands_over(self, model: Any) -> bool:
+        return True
 
     def deep(self, output: Any) -> list[Sequence[Tensor]]:
         # One tensor a level in older releases, one for each image of a level in newer ones.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llava.families.deep import DeepFeatures
-from llava.families.prompts import Short
+from llava.families.prompts import PrunedPrompts
 
 if TYPE_CHECKING:
     from llava.families.family import Family
@@ -32,29 +32,29 @@ class Spliced(NamedTuple):
     deep: DeepFeatures | None
 
 
-def splice(family: Family, model: Any, ids: Tensor, short: Short, kept: Any) -> Spliced:
+def splice(family: Family, model: Any, ids: Tensor, pruned: PrunedPrompts, kept: Any) -> Spliced:
     """Embed pruned prompts with their images.
 
     Args:
         family: of the model.
         model: the model.
         ids: LongTensor [B, L] of the unpruned prompts, on the model's device.
-        short: which of their columns are left.
+        pruned: which of their columns are left.
         kept: what is left of their images; None for prompts without any.
     """
-    short_ids = short.take(ids, _padding_id(model))
-    embeds = family.embed(model, short_ids)
+    own = pruned.take(ids, _padding_id(model))
+    embeds = family.embed(model, own)
     deep = None
     if kept is not None:
-        visual = short.visual.to(embeds.device)
+        visual = pruned.visual.to(embeds.device)
         images = [kept.embeddings(number) for number in range(kept.num_images)]
         tokens = torch.cat([image.to(embeds.device, embeds.dtype) for image in images])
         embeds = embeds.masked_scatter(visual[..., None], tokens)
         if getattr(kept, "deep", ()):
             levels = [torch.cat([*level]).to(embeds.device) for level in kept.deep]
             deep = DeepFeatures(visual, levels)
-    position_ids = family.position_ids(short.positions, short.mask).to(ids.device)
-    return Spliced(short_ids, embeds, short.mask.to(ids.device), position_ids, deep)
+    position_ids = family.position_ids(pruned.positions, pruned.mask).to(ids.device)
+    return Spliced(own, embeds, pruned.mask.to(ids.device), position_ids, deep)
 
 
 def _padding_id(model: Any) -> int:

@@ -67,10 +67,18 @@ class PruningRun:
         return overlay_tokens(image, self.tokens, index, dim=dim, layout=layout)
 
 
-# Model and run of the `with prune(...)` blocks around the caller, outermost first.
-_blocks: ContextVar[tuple[tuple[Prunable, PruningRun], ...]] = ContextVar(
-    "pruning_blocks", default=()
-)
+@dataclass(eq=False)
+class _Block:
+    """A `with prune(...)` block: its model, its run, and whether it has ended."""
+
+    target: Prunable
+    run: PruningRun
+    ended: bool = False
+
+
+# The blocks around the caller, outermost first. A context that was copied inside a block keeps it
+# after its end, where it no longer counts.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("pruning_blocks", default=())
 
 
 class Prunable:
@@ -113,9 +121,9 @@ class Prunable:
 
 def current_run(target: Prunable) -> PruningRun | None:
     """Return the run of the innermost block around the caller; None outside any."""
-    for model, run in reversed(_blocks.get()):
-        if model is target:
-            return run
+    for block in reversed(_blocks.get()):
+        if block.target is target and not block.ended:
+            return block.run
     return None
 
 
@@ -171,9 +179,9 @@ def prune(
 
     The setting is the caller's own: other threads and tasks that use the model do not see it, and
     the model's default stays as it is. Like `torch.no_grad`, it does not reach into a thread that
-    is started inside (`contextvars.copy_context().run` takes it along). Blocks nest; the innermost
-    applies. `prune(model)` switches pruning off inside the block. A generator that yields inside a
-    block leaves the block on for its caller until it continues.
+    is started inside (`contextvars.copy_context().run` takes it along, until the block ends).
+    Blocks nest; the innermost applies. `prune(model)` switches pruning off inside the block. A
+    generator that yields inside a block leaves the block on for its caller until it continues.
 
     Args:
         model: one of this package's models, or one of transformers' classes that
@@ -203,11 +211,12 @@ def holding(target: Any) -> Iterator[None]:
 
 @contextmanager
 def _entered(target: Prunable, run: PruningRun) -> Iterator[None]:
-    own = (target, run)
+    own = _Block(target, run)
     _blocks.set((*_blocks.get(), own))
     try:
         yield
     finally:
+        own.ended = True
         # Generators may end in another order than they began, or in another thread.
         _blocks.set(tuple(block for block in _blocks.get() if block is not own))
 
@@ -236,7 +245,7 @@ def attach(
 
 
 def detach(model: Any) -> None:
-    """Undo `attach`: the model prunes inside `prune` blocks alone, its config is as before.
+    """Undo `attach`: the model prunes inside `prune` blocks alone, its config names no setting.
 
     Raises:
         PruningError: the model cannot be pruned at all.

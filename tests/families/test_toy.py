@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrai
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava.families.family import Encoded, Family
+from llava.families.family import Family
 from llava.pruning import PruningError, prune
 from llava.pruning.lookup import FAMILIES
 from llava.pruning.tokens import VisualTokens
@@ -83,13 +83,13 @@ class Toy(Family):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
-    ) -> Encoded:
+    ) -> VisualTokens:
         if not {*needs} <= {"features", "projector", "projector_hidden"}:
             raise PruningError("the toy's tower has no attention; use a method that reads none")
         _, features, projected = self.run_vision(model, inputs)
         image_index = torch.arange(len(projected))
         projector = self.projector(model)
-        return Encoded(VisualTokens(features, projected, projector, image_index, (SIDE, SIDE)))
+        return VisualTokens(features, projected, projector, image_index, (SIDE, SIDE))
 
 
 @pytest.fixture(scope="module")
