@@ -80,7 +80,9 @@ def add_model_flags(
     add("--conv-mode", help=f"conversation template; by default {template}")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--dtype", choices=DTYPES, help="by default float16, float32 on the CPU")
+    precision.add_argument(
+        "--dtype", choices=DTYPES, help="default: float32 on the CPU, else 16 bits"
+    )
     precision.add_argument("--load-8bit", action="store_true")
     precision.add_argument("--load-4bit", action="store_true")
     add("--mm-next-protocol", choices=NEXT_PROTOCOLS, help="how LLaVA-1.6 counts tokens")

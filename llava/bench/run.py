@@ -67,12 +67,19 @@ def open_subject(plan: Plan) -> Subject:
     """Build or load the model.
 
     Raises:
-        UserInputError: a name or checkpoint that does not exist, or more layers than it has.
+        UserInputError: a name or checkpoint that does not exist or is no LLaVA, or more layers than
+            it has.
     """
     device, steps = torch.device(plan.device), plan.steps
     dtype = getattr(torch, plan.dtype)
     if plan.config is None:
-        loaded = ModelSpec(str(plan.model_path), device=plan.device, dtype=plan.dtype).load()
+        spec = ModelSpec(str(plan.model_path), device=plan.device, dtype=plan.dtype).located()
+        if spec.family is not None:
+            raise UserInputError(
+                f"{spec.path} is a {spec.family.name}, and only LLaVA's own stages are timed here; "
+                "llava run writes the times of every stage of this one to timings.jsonl"
+            )
+        loaded = spec.load()
         model: Any = loaded.model
         tiled = str(getattr(model.config, "image_aspect_ratio", "")).startswith("anyres")
         depth, tiles = model.config.num_hidden_layers, 5 if tiled else 1

@@ -35,6 +35,7 @@ from llava.pruning import PruningConfig
 from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
 
+LLAVA_TEMPLATE = "vicuna_v1"  # that of lmms-eval's own `llava`
 OPTION_PREFIX = "pruner_"  # pruner_fusion=sum sets the option `fusion`
 # lmms-eval and its `llava` pass these; they have no effect here.
 IGNORED = (
@@ -52,7 +53,8 @@ class LlavaPruned(lmms):
             unpruned model; by default the one that the checkpoint was saved with, if any.
         preset: a named setting instead of `pruner` (`llava.eval.presets`).
         mm_next_protocol: how LLaVA-1.6 counts tokens; the preset's by default.
-        conv_template: conversation template.
+        conv_template: conversation template, by default vicuna_v1 for LLaVA checkpoints; others
+            are asked in their own.
         dtype: float16, bfloat16 or float32; by default, and for auto, the loader's.
         device, batch_size: given by lmms-eval.
 
@@ -71,7 +73,7 @@ class LlavaPruned(lmms):
         keep_ratio: float | None = None,
         preset: str | None = None,
         mm_next_protocol: str | None = None,
-        conv_template: str = "vicuna_v1",
+        conv_template: str | None = None,
         attn_implementation: str = "sdpa",
         dtype: str | None = None,
         device: str | None = None,
@@ -107,6 +109,8 @@ class LlavaPruned(lmms):
         if self._world_size > 1:
             device = str(accelerator.device)
         spec = ModelSpec(pretrained, model_base, device, conv_template, dtype, mm_next_protocol)
+        if conv_template is None:
+            spec = spec.located().asked_in(LLAVA_TEMPLATE)
         self.loaded = spec.load(attn_implementation=attn_implementation)
         self.tokenizer, self.model = self.loaded.tokenizer, self.loaded.model
         self.loaded.pruning = self.loaded.own_pruning if pruning is None else pruning

@@ -206,7 +206,7 @@ def prune_call(
     images = [found[number] for number in order]
     if order != sorted(order):
         visual = visual.take_images(order)
-    visual = family.with_prompts(model, visual, [image.row for image in images])
+    visual = family.with_prompts(model, visual, [image.row for image in images], len(host))
     kept = prune_visual_tokens(visual, config)
     record(target, kept, locate)
     if kept is visual:

@@ -19,7 +19,11 @@ from llava.families.deep import DeepFeatures
 from llava.families.dialogue import Dialogue
 from llava.families.lengths import Limit, PromptLength
 from llava.pruning.config import PruningConfig
+from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import ImageTokens, VisualTokens
+
+# Images that were encoded; ragged where their grids differ.
+EncodedImages = VisualTokens | RaggedTokens
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class VisionLanguageModel(Protocol):
 
     def encode(
         self, pictures: Sequence[Picture], needs: Iterable[str] | None = None
-    ) -> VisualTokens:
+    ) -> EncodedImages:
         """Encode images.
 
         Args:
@@ -124,12 +128,12 @@ class VisionLanguageModel(Protocol):
     def reads_question(self, config: PruningConfig | None) -> bool:
         """Return whether a setting reads the question on this model."""
 
-    def with_questions(self, visual: VisualTokens, questions: Sequence[str]) -> VisualTokens:
+    def with_questions(self, visual: EncodedImages, questions: Sequence[str]) -> EncodedImages:
         """Add what the setting that counts reads of a question, one for each image."""
 
     def place(
-        self, visual: VisualTokens, rows: Sequence[Tensor], questions: Sequence[str] | None = None
-    ) -> VisualTokens:
+        self, visual: EncodedImages, rows: Sequence[Tensor], questions: Sequence[str] | None = None
+    ) -> EncodedImages:
         """Add what prompts say of their images: their room, places, and what is asked.
 
         Args:
@@ -138,7 +142,7 @@ class VisionLanguageModel(Protocol):
             questions: what each prompt asks, the user's words alone; needed where they are read.
         """
 
-    def prune(self, visual: VisualTokens) -> ImageTokens:
+    def prune(self, visual: EncodedImages) -> ImageTokens:
         """Keep the tokens that the setting that counts keeps."""
 
     def render(self, dialogue: Dialogue) -> str:

@@ -46,12 +46,21 @@ class Family:
         classes: names of the transformers classes.
         pixels: arguments of `forward` that bring images; they go once the images are embedded.
         shown: those of them that hold pictures, without which a call has none.
+        processing: arguments that the family's processor gives its image processor.
+        axes: how many numbers say where a token stands: 1, or M-RoPE's 3.
+        unasked: what prompts of the family do that only its processor can, so that
+            `loaded.FamilyModel` cannot ask its models; None if it can.
+        lone_images: why it asks about one image a prompt only; None if about several.
     """
 
     name: ClassVar[str] = ""
     classes: ClassVar[tuple[str, ...]] = ()
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values",)
     shown: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    processing: ClassVar[Mapping[str, Any]] = {}
+    axes: ClassVar[int] = 1
+    unasked: ClassVar[str | None] = None
+    lone_images: ClassVar[str | None] = None
 
     @classmethod
     def attachment(cls, model: Any) -> Attachment:
@@ -170,8 +179,18 @@ class Family:
         Raises:
             PruningError: prompts of the family cannot be written here.
         """
+        if self.unasked is not None:
+            raise PruningError(self.refusal())
         given = {name: inputs.get(name) for name in self.pixels}
         return sum(self.lengths(model, given, torch.zeros(1, 0, dtype=torch.long)))
+
+    @classmethod
+    def refusal(cls) -> str:
+        """Return why models of the family are not asked here, see `unasked`."""
+        return (
+            f"prompts of {cls.name} models {cls.unasked}, which only their processor does; prune "
+            "model.generate(**processor_output) instead: with prune(model, ...): ..."
+        )
 
     def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> Any:
         """Return the images of a call as `encode` would, with embeddings of width 0."""
@@ -182,32 +201,32 @@ class Family:
             [VisualTokens(own, own, _NOTHING, first, (1, own.shape[1])) for own in nothing]
         )
 
-    def image_ids(self, model: Any, tokenizer: Any, length: int) -> tuple[list[int], list[int]]:
-        """Return the ids that an image of `length` tokens has in a prompt.
+    def frame(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """Return the ids that the processor writes before and after the tokens of an image.
 
-        Returns:
-            The ids, and which of them are its tokens.
+        Only those that the chat template leaves to it.
         """
-        return self.placeholders(model)[:1] * length, [*range(length)]
+        return [], []
 
     def geometry(self, model: Any, visual: Any) -> dict[str, Any]:
         """Return the arguments that `positions` reads, of images that were encoded or pruned."""
         return {}
 
-    def with_prompts(self, model: Any, visual: Any, rows: Sequence[int]) -> Any:
+    def with_prompts(self, model: Any, visual: Any, rows: Sequence[int], prompts: int) -> Any:
         """Add what prompts say of their images: their places and, if it is read, the question.
 
         Args:
             model: of this family.
             visual: its encoded images.
             rows: the row of every image.
+            prompts: how many rows there are.
         """
         if visual.extras:
             places = [rows[:number].count(row) for number, row in enumerate(rows)]
             visual = visual.with_extras({"image_position": places})
         firsts = [number for number, row in enumerate(rows) if row not in rows[:number]]
         shares = tuple(range(first, first + rows.count(rows[first])) for first in firsts)
-        return add_questions(self, model, replace(visual, shares=shares), rows)
+        return add_questions(self, model, replace(visual, shares=shares), rows, prompts)
 
     def text_tower(self, model: Any) -> Any:
         """Return the vision tower whose text tower came with it (CLIP), or None."""

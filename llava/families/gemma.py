@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from llava.families.family import Family, register
 from llava.families.towers import EncoderReadings, digests, pool_readings
-from llava.pruning.errors import PruningError
 from llava.pruning.importance.offloaded import at_hand
 from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import VisualTokens
@@ -23,6 +22,8 @@ from llava.pruning.tokens import VisualTokens
 
 class SiglipFamily(Family):
     """One tile an image, read after the last norm of the tower."""
+
+    unasked: ClassVar[str | None] = "come with token_type_ids"
 
     def projector(self, model: Any) -> nn.Module:
         module: nn.Module = model.model.multi_modal_projector
@@ -47,12 +48,6 @@ class SiglipFamily(Family):
 
     def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         return [len(self.groups(model))] * len(inputs["pixel_values"])
-
-    def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
-        raise PruningError(
-            f"prompts of {self.name} models come with token_type_ids, which only their processor "
-            "makes; prune model.generate(**processor_output) instead: with prune(model, ...): ..."
-        )
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]

@@ -29,6 +29,7 @@ class Idefics3(Family):
     name: ClassVar[str] = "idefics3"
     classes: ClassVar[tuple[str, ...]] = ("Idefics3ForConditionalGeneration",)
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
+    unasked: ClassVar[str | None] = "name every tile of an image"
 
     def projector(self, model: Any) -> nn.Module:
         connector: nn.Module = model.model.connector
@@ -65,12 +66,6 @@ class Idefics3(Family):
     def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         each = len(_groups(model))
         return [count * each for count in self.tiles(model, inputs, ids)]
-
-    def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
-        raise PruningError(
-            f"prompts of {self.name} models name every tile of an image, which only a processor "
-            "does; prune model.generate(**processor_output) instead: with prune(model, ...): ..."
-        )
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]

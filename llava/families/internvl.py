@@ -26,6 +26,7 @@ class InternVL(Family):
 
     name: ClassVar[str] = "internvl"
     classes: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration",)
+    processing: ClassVar[Mapping[str, Any]] = {"crop_to_patches": True}
 
     def projector(self, model: Any) -> nn.Module:
         module: nn.Module = model.model.multi_modal_projector
@@ -53,12 +54,11 @@ class InternVL(Family):
         return [tiles * each for tiles in self.tiles(model, inputs, ids)]
 
     def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
-        return len(_groups(model)) * len(inputs["pixel_values"])
+        return len(inputs["pixel_values"]) * len(_groups(model))
 
-    def image_ids(self, model: Any, tokenizer: Any, length: int) -> tuple[list[int], list[int]]:
-        ids, inside = super().image_ids(model, tokenizer, length)
-        start, end = tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
-        return [start, *ids, end], [place + 1 for place in inside]
+    def frame(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        ids: list[int] = tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+        return ids[:1], ids[1:]
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]

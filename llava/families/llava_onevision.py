@@ -69,6 +69,7 @@ class LlavaOnevision(LlavaNext):
         "image_sizes_videos",
     )
     shown: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    lone_images: ClassVar[str | None] = "it cuts images of such prompts into other tiles"
 
     def placeholders(self, model: Any) -> list[int]:
         return [model.config.image_token_id, model.config.video_token_id]

@@ -6,7 +6,7 @@ Template, tokenizer and image processor are the checkpoint's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.families.call_state import inside_generate
 from llava.families.contract import ModelInputs, Picture
-from llava.families.dialogue import IMAGE, Dialogue
+from llava.families.dialogue import IMAGE, Dialogue, Turn
 from llava.families.family import Family
 from llava.families.lengths import Limit, PromptLength, context_limits, measure_prompt
 from llava.families.prompts import ImageColumns, Prompts, prune_prompts
@@ -29,17 +29,24 @@ from llava.model.call_context import asking, call_context
 from llava.model.splice import share_images
 from llava.pruning.active import attach, detach, holding, record
 from llava.pruning.config import PruningConfig
+from llava.pruning.ragged import RaggedTokens
 from llava.pruning.stage import prune_visual_tokens
-from llava.pruning.tokens import ImageTokens
+from llava.pruning.tokens import ImageTokens, VisualTokens
 from llava.utils import UserInputError
 from llava.value_rules import library_errors
 
 
 @dataclass(frozen=True)
 class FamilyPreparation:
-    """Makes a `Picture` of an image with a checkpoint's own processor."""
+    """Makes a `Picture` of an image with a checkpoint's own processor.
+
+    Attributes:
+        processor: the image processor.
+        settings: more arguments of it.
+    """
 
     processor: Any
+    settings: Mapping[str, Any]
 
     def __call__(self, image: Image.Image) -> Picture:
         """Return what the processor makes of one image.
@@ -48,7 +55,7 @@ class FamilyPreparation:
             PictureError: the processor does not take it, as where it is too narrow.
         """
         try:
-            made = self.processor(images=image.convert("RGB"), return_tensors="pt")
+            made = self.processor(images=image.convert("RGB"), return_tensors="pt", **self.settings)
         except ValueError as error:
             raise PictureError(f"the model's image processor refuses it: {error}") from error
         return Picture({k: v for k, v in made.items() if isinstance(v, Tensor)}, image.size)
@@ -62,7 +69,7 @@ class FamilyModel:
         family: of the model.
         model: transformers' own.
         tokenizer, image_processor: the checkpoint's.
-        chat_template: its template, where the tokenizer has none.
+        chat_template: its template.
         own_pruning: the setting that the checkpoint was saved with.
         name: what the model is called.
     """
@@ -71,7 +78,7 @@ class FamilyModel:
     model: Any
     tokenizer: Any
     image_processor: Any
-    chat_template: str | None = None
+    chat_template: str
     own_pruning: PruningConfig | None = None
     name: str = ""
 
@@ -101,29 +108,56 @@ class FamilyModel:
 
     @property
     def prepare(self) -> Callable[[Image.Image], Picture]:
-        return FamilyPreparation(self.image_processor)
+        return FamilyPreparation(self.image_processor, self.family.processing)
 
     def encode(self, pictures: Sequence[Picture], needs: Iterable[str] | None = None) -> Any:
         if needs is None:
             needs = () if self.pruning is None else self.pruning.pruner.collects
         inputs, ids = self._inputs(pictures)
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        return self.family.encode(self.model, inputs, ids, set(needs))
+        device, dtype = self.model.device, self.model.dtype
+        inputs = {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        with self._target.installed():
+            visual = self.family.encode(self.model, inputs, ids, set(needs))
+        sizes = [picture.size for picture in pictures]
+        if isinstance(visual, RaggedTokens):
+            groups = tuple(
+                self._located(group, [sizes[image] for image in visual.images_of(number)])
+                for number, group in enumerate(visual.encoded)
+            )
+            return replace(visual, groups=groups)
+        return self._located(visual, sizes)
+
+    def _located(self, visual: VisualTokens, sizes: Sequence[tuple[int, int]]) -> VisualTokens:
+        """Add to tokens what part of a picture of (width, height) pixels each of them shows."""
+        if visual.layouts is None:
+            return visual
+        layouts = zip(visual.layouts, sizes, strict=True)
+        located = tuple(self.family.located(self.model, own, size) for own, size in layouts)
+        return replace(visual, layouts=located)
 
     def reads_question(self, config: PruningConfig | None) -> bool:
         return bool(needed_of_question(self.family, self.model, config))
 
     def with_questions(self, visual: Any, questions: Sequence[str]) -> Any:
         with asking(questions):
-            return add_questions(self.family, self.model, visual, range(visual.num_images))
+            count = visual.num_images
+            return add_questions(self.family, self.model, visual, range(count), count)
 
     def place(
         self, visual: Any, rows: Sequence[Tensor], questions: Sequence[str] | None = None
     ) -> Any:
         shares = share_images(rows, visual.num_images)
+        if self.family.lone_images is not None and max(map(len, shares)) > 1:
+            raise UserInputError(
+                f"{self.name!r} can be asked about one image a prompt only: "
+                f"{self.family.lone_images}; ask with its own processor and llava.pruning.prune"
+            )
         owners = [row for row, share in enumerate(shares) for _ in share]
         with asking(questions):
-            return self.family.with_prompts(self.model, visual, owners)
+            return self.family.with_prompts(self.model, visual, owners, len(rows))
 
     def prune(self, visual: Any) -> ImageTokens:
         pruned = prune_visual_tokens(visual, self.pruning)
@@ -131,20 +165,20 @@ class FamilyModel:
         return pruned
 
     def render(self, dialogue: Dialogue) -> str:
-        """Write a dialogue in the checkpoint's template.
+        return self._rendered(dialogue).replace(self.mark, DEFAULT_IMAGE_TOKEN)
+
+    def _rendered(self, dialogue: Dialogue) -> str:
+        """Write a dialogue in the checkpoint's template, which marks images in its own way.
 
         Raises:
-            UserInputError: it has none, or the text holds the token that stands for images.
+            UserInputError: the template cannot be used, or a text holds the token that stands for
+                images.
         """
-        mark = self._mark
         messages: list[dict[str, Any]] = []
         if dialogue.system is not None:
-            messages.append({"role": "system", "content": [_text(dialogue.system, mark)]})
+            messages.append({"role": "system", "content": self._content((dialogue.system,))})
         for number, turn in enumerate(dialogue.turns):
-            content = [
-                {"type": "image"} if part is IMAGE else _text(str(part), mark) for part in turn
-            ]
-            messages.append({"role": self.roles[number % 2], "content": content})
+            messages.append({"role": self.roles[number % 2], "content": self._content(turn)})
         with library_errors(
             f"the chat template of {self.name!r} cannot be used",
             "put the chat_template.jinja of the released checkpoint into its folder",
@@ -157,19 +191,47 @@ class FamilyModel:
             )
         return rendered
 
+    def _content(self, turn: Turn) -> list[dict[str, str]]:
+        """Return a turn as the parts of a message.
+
+        A line break right behind an image is LLaVA's way to lay out prompts; other templates place
+        images in their own, so it is left out.
+        """
+        content: list[dict[str, str]] = []
+        for part in turn:
+            if part is IMAGE:
+                content.append({"type": "image"})
+                continue
+            text, last = str(part), content[-1]["type"] if content else None
+            if self.mark in text:
+                raise UserInputError(
+                    f"the text holds {self.mark!r}, which stands for images in prompts of this "
+                    "model; remove it"
+                )
+            if last == "image":
+                text = text.removeprefix("\n")
+            if last == "text":
+                content[-1]["text"] += text
+            elif text:
+                content.append({"type": "text", "text": text})
+        return content
+
     def row(self, dialogue: Dialogue) -> Tensor:
-        text = self.render(dialogue)
+        text = self._rendered(dialogue)
         bos = self.tokenizer.bos_token
         begins = bos is not None and text.startswith(bos)
-        ids = torch.tensor(self.tokenizer(text, add_special_tokens=not begins)["input_ids"])
-        marks = torch.isin(ids, torch.tensor(self.family.placeholders(self.model)))
+        ids = self.tokenizer(text, add_special_tokens=not begins)["input_ids"]
         wanted = sum(part is IMAGE for turn in dialogue.turns for part in turn)
-        if int(marks.sum()) != wanted:
+        mark = self.family.placeholders(self.model)[0]
+        if ids.count(mark) != wanted:
             raise UserInputError(
-                f"the chat template of {self.name!r} writes {int(marks.sum())} image tokens for "
+                f"the chat template of {self.name!r} writes {ids.count(mark)} image tokens for "
                 f"{wanted} images; use the template of the released checkpoint"
             )
-        return ids.masked_fill(marks, IMAGE_TOKEN_INDEX).to(self.model.device)
+        before, after = self.family.frame(self.tokenizer)
+        image = [*before, IMAGE_TOKEN_INDEX, *after]
+        row = [own for token in ids for own in (image if token == mark else [token])]
+        return torch.tensor(row, dtype=torch.long, device=self.model.device)
 
     def measure(
         self, row: Tensor, pictures: Sequence[Picture], *, give_way: bool = False
@@ -177,34 +239,30 @@ class FamilyModel:
         # Nothing cuts prompts of these models, so nothing gives way.
         inputs, ids = self._inputs(pictures)
         visual = self.family.outline(self.model, inputs, ids)
-        text = len(self._whole_row(row.cpu(), visual.lengths())[0]) - sum(visual.lengths())
-        return measure_prompt(visual, text, self.pruning)
+        text = int((row != IMAGE_TOKEN_INDEX).sum())
+        length = measure_prompt(visual, text, self.pruning)
+        # M-RoPE gives an image fewer positions than it has tokens.
+        return length if self.family.axes == 1 else length._replace(positions=length.total)
 
     def splice(self, visual: Any, rows: Sequence[Tensor]) -> ModelInputs:
-        lengths = (
-            []
-            if visual is None
-            else [visual.sequence(image).total for image in range(visual.num_images)]
-        )
+        count, geometry = 0, {}
         if visual is not None:
             visual.settle()
-        shares = share_images([row.cpu() for row in rows], len(lengths))
+            count, geometry = visual.num_images, self.family.geometry(self.model, visual)
+        lengths = [visual.sequence(image).total for image in range(count)]
+        own = [row.cpu() for row in rows]
         parts = [
-            self._whole_row(row.cpu(), [lengths[image] for image in share])
-            for row, share in zip(rows, shares, strict=True)
+            self._written_out(row, [lengths[image] for image in share])
+            for row, share in zip(own, share_images(own, count), strict=True)
         ]
-        ids = pad_sequence([own for own, _ in parts], batch_first=True, padding_side="left")
-        mask = pad_sequence(
-            [torch.ones_like(own, dtype=torch.bool) for own, _ in parts],
-            batch_first=True,
-            padding_side="left",
-        )
+        ids = pad_sequence([part for part, _ in parts], batch_first=True, padding_side="left")
+        present = [torch.ones_like(part, dtype=torch.bool) for part, _ in parts]
+        mask = pad_sequence(present, batch_first=True, padding_side="left")
         images = [
-            ImageColumns(row, columns + ids.shape[1] - len(own))
-            for row, (own, found) in enumerate(parts)
+            ImageColumns(row, columns + ids.shape[1] - len(part))
+            for row, (part, found) in enumerate(parts)
             for columns in found
         ]
-        geometry = {} if visual is None else self.family.geometry(self.model, visual)
         positions = self.family.positions(self.model, geometry, ids, mask)
         pruned = prune_prompts(Prompts(ids, mask, images, positions), visual, "left")
         spliced = splice(self.family, self.model, ids.to(self.model.device), pruned, visual)
@@ -262,7 +320,8 @@ class FamilyModel:
         return pad_sequence(answers, batch_first=True, padding_value=padding)
 
     @property
-    def _mark(self) -> str:
+    def mark(self) -> str:
+        """The token that stands for a token of an image."""
         token: str = self.tokenizer.convert_ids_to_tokens(self.family.placeholders(self.model)[0])
         return token
 
@@ -275,7 +334,7 @@ class FamilyModel:
         inputs = self.family.collate([picture.inputs for picture in pictures])
         return inputs, torch.tensor([row])
 
-    def _whole_row(self, row: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    def _written_out(self, row: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Write out the images of a prompt.
 
         Args:
@@ -285,6 +344,7 @@ class FamilyModel:
         Returns:
             Ids [L'] with a placeholder for every token, and the columns of every image.
         """
+        placeholder = self.family.placeholders(self.model)[:1]
         ids: list[int] = []
         images = []
         left = iter(lengths)
@@ -292,15 +352,7 @@ class FamilyModel:
             if token != IMAGE_TOKEN_INDEX:
                 ids.append(token)
                 continue
-            own, inside = self.family.image_ids(self.model, self.tokenizer, next(left))
-            images.append(torch.tensor(inside) + len(ids))
-            ids += own
+            length = next(left)
+            images.append(torch.arange(length) + len(ids))
+            ids += placeholder * length
         return torch.tensor(ids), images
-
-
-def _text(text: str, mark: str) -> dict[str, str]:
-    if mark in text:
-        raise UserInputError(
-            f"the text holds {mark!r}, which stands for images in this model's prompts; remove it"
-        )
-    return {"type": "text", "text": text}

@@ -159,7 +159,7 @@ def text_positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[None]
 
 
-def prune_prompts(prompts: Prompts, kept: ImageTokens, side: str) -> PrunedPrompts:
+def prune_prompts(prompts: Prompts, kept: ImageTokens | None, side: str) -> PrunedPrompts:
     """Leave out of every prompt the tokens that its images lost.
 
     With compact positions the gaps are closed. On one axis what is left is numbered 0, 1, 2, ...;
@@ -169,27 +169,29 @@ def prune_prompts(prompts: Prompts, kept: ImageTokens, side: str) -> PrunedPromp
 
     Args:
         prompts: the unpruned prompts.
-        kept: what is left of their images.
+        kept: what is left of their images; None for prompts without any.
         side: where rows are padded, "left" or "right".
     """
     axes = prompts.positions.shape[0]
+    original = kept is not None and kept.original_positions
     rows = []
     for row in range(len(prompts.ids)):
         keep = prompts.mask[row].clone()
         visual = torch.zeros_like(keep)
         positions = prompts.positions[:, row].clone()
         for number in prompts.images_of(row):
+            assert kept is not None
             columns = prompts.images[number].columns
             own = _left_columns(kept, number, columns)
             keep[columns] = False
             keep[own] = visual[own] = True
             if axes > 1:
                 positions[:, own] = kept.mean_place(number, positions[:, columns])
-        if axes > 1 and not kept.original_positions:
+        if axes > 1 and not original:
             for columns in prompts.blocks(row):
                 _close_gaps(positions, columns, columns[visual[columns]])
         left = keep.nonzero().flatten()
-        if axes == 1 and len(left) and not kept.original_positions:
+        if axes == 1 and len(left) and not original:
             positions[:, left] = positions[0, left[0]] + torch.arange(len(left))
         rows.append((left, positions, visual))
     width = max(len(columns) for columns, _, _ in rows)

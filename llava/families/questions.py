@@ -37,7 +37,9 @@ def needed_of_question(family: Family, model: Any, config: PruningConfig | None)
 
 @outside_autocast()
 @torch.no_grad()
-def add_questions(family: Family, model: Any, visual: Any, rows: Sequence[int]) -> Any:
+def add_questions(
+    family: Family, model: Any, visual: Any, rows: Sequence[int], prompts: int
+) -> Any:
     """Add what the active setting reads of the questions.
 
     Args:
@@ -45,6 +47,7 @@ def add_questions(family: Family, model: Any, visual: Any, rows: Sequence[int]) 
         model: its setting counts.
         visual: encoded images.
         rows: the row of every image.
+        prompts: how many rows there are.
 
     Raises:
         UserInputError: questions that are missing, or a model that lacks the text tower or the
@@ -60,7 +63,7 @@ def add_questions(family: Family, model: Any, visual: Any, rows: Sequence[int]) 
             f"{type(model).__name__} does not come with; use a setting that reads no question, "
             "such as cdpruner with relevance=none"
         )
-    asked = current_questions(max(rows) + 1, config.method)
+    asked = current_questions(prompts, config.method)
     questions = [asked[row] for row in rows]
     extras: dict[str, Any] = {}
     if "clip_image" in needs:

@@ -82,6 +82,7 @@ class QwenFamily(Family):
         "second_per_grid_ts",
     )
     shown: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    axes: ClassVar[int] = 3
     # Whether the frames of a video share their rows and columns of positions.
     joint_videos: ClassVar[bool] = True
 

@@ -1,7 +1,7 @@
 """Load a LLaVA model the way LLaVA users do."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,16 +87,16 @@ def load_pretrained_model(
     base = folder if part is None else local_checkpoint(str(model_base))
     # lmms-eval passes this to every loader.
     kwargs.pop("multimodal", None)
-    placement, dtype = _placement(device, device_map)
+    place, dtype = placement(device, device_map)
     torch_dtype = kwargs.pop("torch_dtype", None)  # its older name
     kwargs["dtype"] = kwargs.pop("dtype", None) or torch_dtype or dtype
     if use_flash_attn:
         kwargs["attn_implementation"] = "flash_attention_2"
-    _check_attention(kwargs.get("attn_implementation"))
+    check_attention(kwargs.get("attn_implementation"))
     quantization = quantization_config(load_8bit, load_4bit, device)
     if quantization is not None:
         kwargs["quantization_config"] = quantization
-    model = _load_model(folder, base, part, device_map=placement, **kwargs)
+    model = _load_model(folder, base, part, device_map=place, **kwargs)
     if pruning is not None:
         model.pruning = PruningConfig.read(pruning)
     check_config(model)
@@ -166,12 +166,19 @@ def _check_projector(model: LlavaCausalLM, folder: Path) -> None:
 
 
 def quantization_config(
-    load_8bit: bool, load_4bit: bool, device: str = "cuda"
+    load_8bit: bool,
+    load_4bit: bool,
+    device: str = "cuda",
+    kept: Sequence[str] = KEPT_MODULES,
 ) -> BitsAndBytesConfig | None:
     """Return what `from_pretrained` needs to quantize as LLaVA does; None if nothing was asked for.
 
     4-bit is NF4 with double quantization that computes in float16. Only linear layers of the
     language model are quantized; projector, vision tower and output layer keep their precision.
+
+    Args:
+        load_8bit, load_4bit, device: as in `load_pretrained_model`.
+        kept: full names of the modules that keep their precision.
 
     Raises:
         UserInputError: both were asked for, or bitsandbytes or CUDA is missing.
@@ -191,23 +198,28 @@ def quantization_config(
             "8-bit and 4-bit loading need a CUDA device; use one, or load without load_8bit and "
             "load_4bit"
         )
-    return bits_and_bytes(4 if load_4bit else 8)
+    return bits_and_bytes(4 if load_4bit else 8, kept)
 
 
-def bits_and_bytes(bits: int) -> BitsAndBytesConfig:
+def bits_and_bytes(bits: int, kept: Sequence[str] = KEPT_MODULES) -> BitsAndBytesConfig:
     """Return the settings for 4 or 8 bits, whether or not this machine can use them."""
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_MODULES))
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(kept))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_compute_dtype=torch.float16,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=list(KEPT_MODULES),
+        llm_int8_skip_modules=list(kept),
     )
 
 
-def _check_attention(implementation: str | None) -> None:
+def check_attention(implementation: str | None) -> None:
+    """Refuse attention that does not exist here.
+
+    Raises:
+        UserInputError: an unknown name, or a package that is missing.
+    """
     if implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserInputError(
             "flash attention 2 needs CUDA and the package flash-attn; install it, or use "
@@ -222,8 +234,12 @@ def _check_attention(implementation: str | None) -> None:
         )
 
 
-def _placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
-    """Return device map and default dtype for a requested device."""
+def placement(device: str, device_map: Any) -> tuple[Any, torch.dtype]:
+    """Return device map and default dtype for a requested device.
+
+    Raises:
+        UserInputError: no name of a device, or one that is not here.
+    """
     if device in ("auto", "cuda") and not torch.cuda.is_available():
         if device == "cuda":
             logger.warning("CUDA is not available; the model is loaded on the CPU in float32")

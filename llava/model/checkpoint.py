@@ -148,7 +148,7 @@ def _snapshot(name: str, revision: str | None, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = ["*.json", "*.model", "*.safetensors", "*.bin"]
+    patterns = ["*.json", "*.model", "*.safetensors", "*.bin", "*.jinja", "merges.txt"]
     what = f"{name!r} is not a local folder, and the hub does not return it"
     remedy = "check the spelling and the network, or download the model and give its folder"
     with library_errors(what, remedy, (OSError, HfHubHTTPError, HFValidationError, ValueError)):

@@ -86,7 +86,13 @@ def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
     config = _clean(config, where)
     parsed, _ = build_config(_READERS[config["model_type"]], config, f"in config.json of {where!r}")
     text, vision = parsed.text_config, parsed.vision_config
-    _check(config, parsed, where)
+    found = _faults(parsed)
+    if found:
+        raise UserInputError(
+            f"{where!r} is a checkpoint in Hugging Face's format that this package cannot hold: "
+            f"{', '.join(found)}; use a LLaVA with a CLIP or SigLIP tower on Llama or Mistral, "
+            "such as llava-hf/llava-1.5-7b-hf, or load this one with transformers"
+        )
     architecture, model_type = _LANGUAGE_MODELS[text.model_type]
     language = {k: v for k, v in text.to_dict().items() if k not in _NOT_OF_THE_MODEL}
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"):
@@ -111,6 +117,17 @@ def native_form(config: dict[str, Any], where: str) -> dict[str, Any]:
         **_aspect(config, parsed),
         **{key: value for key, value in config.items() if key != OWN_VOCABULARY and _is_kept(key)},
     }
+
+
+def has_native_form(config: dict[str, Any], where: str) -> bool:
+    """Whether the classes of this package hold a LLaVA whose config.json is Hugging Face's.
+
+    Raises:
+        UserInputError: values that no model has.
+    """
+    config = _clean(config, where)
+    parsed, _ = build_config(_READERS[config["model_type"]], config, f"in config.json of {where!r}")
+    return not _faults(parsed)
 
 
 def hugging_face_form(
@@ -212,8 +229,8 @@ def tower_name(vision: Any) -> str:
     return _STOCK_TOWER if stock else _OWN_TOWER
 
 
-def _check(config: Mapping[str, Any], parsed: Any, where: str) -> None:
-    """Refuse what this package would run differently than Hugging Face does."""
+def _faults(parsed: Any) -> list[str]:
+    """Return what this package would run differently than Hugging Face does."""
     text, vision = parsed.text_config.model_type, parsed.vision_config.model_type
     layer, strategy = parsed.vision_feature_layer, parsed.vision_feature_select_strategy
     faults = {
@@ -228,13 +245,7 @@ def _check(config: Mapping[str, Any], parsed: Any, where: str) -> None:
         ),
         "its projector has no bias": not parsed.multimodal_projector_bias,
     }
-    found = [fault for fault, present in faults.items() if present]
-    if found:
-        raise UserInputError(
-            f"{where!r} is a checkpoint in Hugging Face's format that this package cannot hold: "
-            f"{', '.join(found)}; use a LLaVA with a CLIP or SigLIP tower on Llama or Mistral, "
-            "such as llava-hf/llava-1.5-7b-hf, or load this one with transformers"
-        )
+    return [fault for fault, present in faults.items() if present]
 
 
 def _check_for_hugging_face(config: Any, processor: Any, tiled: bool, where: str) -> None:

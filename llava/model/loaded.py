@@ -17,8 +17,10 @@ from transformers import GenerationMixin
 from llava.command_line import check_chat_template, check_conv_mode
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_mode_for, conv_templates
-from llava.families.contract import ModelInputs, Picture, VisionLanguageModel
+from llava.families.checkpoints import family_of_config, load_checkpoint, template_word
+from llava.families.contract import EncodedImages, ModelInputs, Picture, VisionLanguageModel
 from llava.families.dialogue import Dialogue
+from llava.families.family import Family
 from llava.families.lengths import (
     Limit,
     PromptLength,
@@ -116,20 +118,20 @@ class LoadedModel:
         tower = self.model.get_vision_tower()
         return tower is not None and bool(needed_of_question(config, tower))
 
-    def with_questions(self, visual: VisualTokens, questions: Sequence[str]) -> VisualTokens:
-        return self.model.with_questions(visual, questions)
+    def with_questions(self, visual: EncodedImages, questions: Sequence[str]) -> VisualTokens:
+        return self.model.with_questions(_of_one_grid(visual), questions)
 
     def place(
         self,
-        visual: VisualTokens,
+        visual: EncodedImages,
         rows: Sequence[torch.Tensor],
         questions: Sequence[str] | None = None,
     ) -> VisualTokens:
         with asking(questions):
-            return add_prompts(self.model, visual, rows)
+            return add_prompts(self.model, _of_one_grid(visual), rows)
 
-    def prune(self, visual: VisualTokens) -> ImageTokens:
-        return self.model.prune_visual_tokens(visual)
+    def prune(self, visual: EncodedImages) -> ImageTokens:
+        return self.model.prune_visual_tokens(_of_one_grid(visual))
 
     def render(self, dialogue: Dialogue) -> str:
         return render(dialogue, self.template, self.model.config)
@@ -188,6 +190,11 @@ class LoadedModel:
             **shown,
             **settings,
         )
+
+
+def _of_one_grid(visual: EncodedImages) -> VisualTokens:
+    assert isinstance(visual, VisualTokens)  # LLaVA's tower sees squares of one size
+    return visual
 
 
 def _batch(pictures: Sequence[Picture]) -> Images:
@@ -272,13 +279,51 @@ class ModelSpec:
             UserInputError: neither a folder nor a hub name, or a download that fails.
         """
         find = local_checkpoint if download else checkpoint_here
-        base = None if self.base is None else str(find(self.base) or self.base)
-        return replace(self, path=str(find(self.path) or self.path), base=base)
+        found = replace(self, path=str(find(self.path) or self.path))
+        found.check_family()
+        if self.base is None:
+            return found
+        return replace(found, base=str(find(self.base) or self.base))
+
+    @property
+    def family(self) -> type[Family] | None:
+        """The family of the checkpoint; None if it is native, or a hub name that is not here.
+
+        Raises:
+            UserInputError: a config.json that cannot be read.
+        """
+        folder = Path(self.path)
+        if not (folder / "config.json").is_file():
+            return None
+        return family_of_config(read_config(folder), self.path)
+
+    def check_family(self) -> None:
+        """Refuse settings that only LLaVA's own checkpoints have.
+
+        Raises:
+            UserInputError: names the flag.
+        """
+        protocol = None if self.mm_next_protocol == "native" else self.mm_next_protocol
+        given = {
+            "--conv-mode": (self.conv_mode, "it is asked in its own chat template"),
+            "--model-base": (self.base, "it is complete by itself"),
+            "--mm-next-protocol": (protocol, "it counts tokens as its own processor does"),
+        }
+        own = [(flag, why) for flag, (value, why) in given.items() if value is not None]
+        if own and self.family is not None:
+            (flag, why), *_ = own
+            raise UserInputError(
+                f"{flag} is for LLaVA checkpoints, and {self.path} is a {self.family.name}: {why}; "
+                f"leave {flag} out"
+            )
 
     @property
     def own_template(self) -> str:
         """The conversation template that the checkpoint was trained with."""
-        config = read_config(Path(self.path)) if Path(self.path).is_dir() else None
+        folder = Path(self.path)
+        if self.family is not None:
+            return template_word(folder)
+        config = read_config(folder) if folder.is_dir() else None
         return conv_mode_for(get_model_name_from_path(self.path), config)
 
     @property
@@ -286,6 +331,10 @@ class ModelSpec:
         """The template that benchmarks ask with: the flags', else that of LLaVA's scripts."""
         own = self.own_template
         return self.conv_mode or _EVALUATION_TEMPLATES.get(own, own)
+
+    def asked_in(self, template: str) -> ModelSpec:
+        """Return the same, asked in a template; a model of a family has one alone."""
+        return self if self.family is not None else replace(self, conv_mode=template)
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -307,6 +356,23 @@ class ModelSpec:
             UserInputError: what cannot be loaded, or asked about a picture.
         """
         name = self.name or get_model_name_from_path(self.path)
+        # With a base, the path is a part of a LLaVA; a family's checkpoint is then refused.
+        spec = self if self.base else replace(self, path=str(local_checkpoint(self.path)))
+        spec.check_family()
+        family = spec.family
+        if family is not None:
+            dtype = None if self.load_8bit or self.load_4bit else self.dtype
+            return load_checkpoint(
+                family,
+                Path(spec.path),
+                read_config(Path(spec.path)),
+                name=name,
+                device=self.device,
+                dtype=dtype,
+                load_8bit=self.load_8bit,
+                load_4bit=self.load_4bit,
+                **more,
+            )
         tokenizer, model, processor, _ = load_pretrained_model(
             self.path, self.base, name, device=self.device, **self.loading, **more
         )
@@ -333,11 +399,13 @@ def load_from_flags(args: argparse.Namespace, name: str | None = None) -> Vision
     spec = ModelSpec.from_flags(args, name=name)
     loaded = spec.load()
     loaded.pruning = loaded.own_pruning if pruning is None else pruning
-    own = conv_mode_for(loaded.name, loaded.model.config)
-    if spec.conv_mode not in (None, own):
-        print(
-            f"note: --conv-mode {spec.conv_mode} replaces {own}, this model's own", file=sys.stderr
-        )
+    if spec.conv_mode is not None:
+        own = conv_mode_for(loaded.name, loaded.model.config)
+        if spec.conv_mode != own:
+            print(
+                f"note: --conv-mode {spec.conv_mode} replaces {own}, this model's own",
+                file=sys.stderr,
+            )
     return loaded
 
 

@@ -118,6 +118,23 @@ def test_a_checkpoint_keeps_the_pruning_it_was_saved_with(
     assert load(plugin, pretrained=tmp_path, pruner="none").model.pruning.method == "none"
 
 
+def test_a_checkpoint_of_another_family_is_asked_in_its_own_template(
+    plugin: ModuleType, tmp_path: Path
+) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+    from saved import save_checkpoint
+
+    folder = save_checkpoint("qwen2_5_vl", tmp_path / "qwen")
+    whole = load(plugin, pretrained=folder)
+    pruned = load(plugin, pretrained=folder, pruner="zoo", keep_ratio=0.2)
+    found = [model.generate_until(requests(plugin)) for model in (whole, pruned)]
+    assert len(found[0]) == len(DOCS) and found[0] != found[1]
+    chat = load(plugin, "LlavaPrunedChat", pretrained=folder)
+    assert chat.generate_until(requests(plugin, chat=True)) == found[0]
+    with pytest.raises(UserInputError, match="leave --conv-mode out"):
+        load(plugin, pretrained=folder, conv_template="vicuna_v1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

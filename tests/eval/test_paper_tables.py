@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,8 +207,11 @@ def test_rows_without_method_or_model_are_named() -> None:
     registered = {row.method for row in table.rows} & set(list_methods())
     assert lacking == {None} | ({row.method for row in table.rows} - registered)
     qwen = load_table("qwen2_5_vl_7b")
-    assert {unavailable(qwen, row) for row in qwen.rows} == {"qwen2.5-vl"}
-    assert plan(qwen) == []
+    assert {unavailable(qwen, row) for row in qwen.rows} == {None}
+    assert [arm.name for arm in plan(qwen)[0].arms][:3] == ["none", "random@0.2", "visionzip@0.2"]
+    other = replace(qwen, family="toy_vl")
+    assert {unavailable(other, row) for row in other.rows} == {"toy_vl"}
+    assert plan(other) == []
 
 
 def test_budgets_of_a_demo_are_the_same_share_of_its_tokens() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from saved import KINDS, save_checkpoint
 from tiny_llava import build_checkpoint
 
+from llava.families import load
 from llava.families.contract import VisionLanguageModel
 from llava.model.loaded import ModelSpec
 
@@ -29,7 +32,13 @@ def llava_next(folder: Path) -> VisionLanguageModel:
     return loaded
 
 
+def of_family(name: str, folder: Path) -> VisionLanguageModel:
+    """A tiny checkpoint of a family."""
+    return load(str(save_checkpoint(name, folder / name)), device="cpu")
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Path], VisionLanguageModel]] = {
     "llava-1.5": llava_15,
     "llava-next": llava_next,
+    **{name: partial(of_family, name) for name in KINDS},
 }

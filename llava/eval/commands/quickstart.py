@@ -114,7 +114,7 @@ def request_from(args: argparse.Namespace) -> RunRequest:
     benchmark = QuestionFile(args.benchmark or folder / "benchmark", image_folder=args.image_folder)
     return RunRequest(
         benchmark=benchmark,
-        model=replace(model, conv_mode=model.own_template),
+        model=model.asked_in(model.own_template),
         arms=arms,
         sampling=Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS),
         output=args.output,

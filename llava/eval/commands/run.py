@@ -171,11 +171,15 @@ def describe(request: RunRequest) -> str:
         key = f"known once {' and '.join(absent)} is downloaded"
     else:
         key = identify(request)["run_key"]
+    unread = model.path in absent and model.conv_mode is None
+    template = (
+        f"{request.template} (of a LLaVA; others have their own)" if unread else request.template
+    )
     lines = [
         f"task      {benchmark.name}, protocol {benchmark.protocol}, from {benchmark.root}",
         f"items     {len(plan.items)} about {len(plan.images())} images, in {len(plan.batches)} "
         f"batches of {request.batch_size}",
-        f"model     {model.path} on {kind_of_device(model.device)}, template {request.template}, "
+        f"model     {model.path} on {kind_of_device(model.device)}, template {template}, "
         f"at most {request.sampling.max_new_tokens} new tokens",
         f"pixels    {benchmark.pixels}",
         *(f"arm       {arm.name}: {arm.label}" for arm in request.arms),

@@ -113,7 +113,7 @@ def hash_checkpoint(path: Path) -> str:
     files = [
         file
         for file in path.rglob("*")
-        if file.suffix in CHECKPOINT_SUFFIXES
+        if (file.suffix in CHECKPOINT_SUFFIXES or file.name == "merges.txt")
         and file.is_file()
         and "benchmark" not in file.relative_to(path).parts
     ]

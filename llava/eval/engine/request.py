@@ -242,13 +242,13 @@ class RunRequest:
 
     @property
     def template(self) -> str:
-        """The conversation template: that of the flags, else that of LLaVA's evaluation."""
+        """The template: that of the flags, of LLaVA's evaluation, or the checkpoint's own."""
         return self.model.evaluation_template
 
     @property
     def prompted_model(self) -> ModelSpec:
         """The checkpoint, asked with `template`."""
-        return replace(self.model, conv_mode=self.template)
+        return self.model.asked_in(self.template)
 
     def items(self) -> list[Item]:
         """Return the items to ask, in published order.

@@ -22,9 +22,10 @@ from llava.eval.engine.request import Arm, RunRequest
 from llava.eval.engine.schema import Record
 from llava.eval.prompts import count_visual_tokens, image_ranges, question
 from llava.eval.tasks.base import Benchmark, Item
-from llava.families.contract import VisionLanguageModel
+from llava.families.contract import EncodedImages, VisionLanguageModel
 from llava.families.lengths import prompt_limit
-from llava.pruning import VisualTokens, prune
+from llava.pruning import prune
+from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import ImageTokens
 from llava.sampling import Sampling
 from llava.utils import UserInputError
@@ -82,7 +83,7 @@ class Runner:
         return next((images for images in loaded if images.names), None)
 
     @torch.inference_mode()
-    def encode(self, images: LoadedImages, arms: Iterable[Arm] = ()) -> VisualTokens:
+    def encode(self, images: LoadedImages, arms: Iterable[Arm] = ()) -> EncodedImages:
         """Encode images, one after the other, with what any of the arms needs of them."""
         # `random` draws from the image itself, not from features that move with the batch they
         # were computed in.
@@ -93,7 +94,7 @@ class Runner:
 
     @torch.inference_mode()
     def prune_images(
-        self, visual: VisualTokens, arm: Arm, questions: Sequence[str] = ()
+        self, visual: EncodedImages, arm: Arm, questions: Sequence[str] = ()
     ) -> ImageTokens:
         """Prune encoded images under `arm`.
 
@@ -128,7 +129,7 @@ class Runner:
         return None
 
     @torch.inference_mode()
-    def label(self, visual: VisualTokens, arm: Arm) -> str:
+    def label(self, visual: EncodedImages, arm: Arm) -> str:
         """Return the method's name, with what it cannot read of this model's images."""
         subject, setting = self.subject, arm.seeded(self.seed)
         if setting is None:
@@ -136,7 +137,8 @@ class Runner:
         try:
             with prune(subject.model, setting):
                 visual = subject.with_questions(visual, self._first_question(visual))
-                return setting.pruner.label(visual)
+                one = visual.encoded[0] if isinstance(visual, RaggedTokens) else visual
+                return setting.pruner.label(one)
         except UserInputError:  # the arm itself will say so
             return arm.method
 
@@ -155,7 +157,7 @@ class Runner:
         ]
         return list(dict.fromkeys(own + others))
 
-    def _first_question(self, visual: VisualTokens) -> list[str]:
+    def _first_question(self, visual: EncodedImages) -> list[str]:
         return [self.plan.items[0].question] * visual.num_images
 
     def _run_batch(
@@ -191,7 +193,7 @@ class Runner:
         return next((reason for reason in reasons if reason is not None), None)
 
     def _prune_for_prompts(
-        self, arm: Arm, visual: VisualTokens, rows: Sequence[Tensor], items: Sequence[Item]
+        self, arm: Arm, visual: EncodedImages, rows: Sequence[Tensor], items: Sequence[Item]
     ) -> ImageTokens:
         """Prune the images of every prompt (its ids in `rows`) as `generate` does."""
         subject = self.subject
@@ -199,7 +201,7 @@ class Runner:
             return subject.prune(subject.place(visual, rows, [item.question for item in items]))
 
     def _depends_on_prompt(
-        self, visual: VisualTokens, rows: Sequence[Tensor], shares: Sequence[range]
+        self, visual: EncodedImages, rows: Sequence[Tensor], shares: Sequence[range]
     ) -> bool:
         """Return whether an image may be pruned differently in one prompt than in another.
 
@@ -219,7 +221,7 @@ class Runner:
 
     @torch.inference_mode()
     def _run_arm(
-        self, arm: Arm, items: Sequence[Item], encoded: VisualTokens | None, names: Sequence[str]
+        self, arm: Arm, items: Sequence[Item], encoded: EncodedImages | None, names: Sequence[str]
     ) -> tuple[list[Record], Record]:
         """Prune what this arm shows, splice it into the prompts and decode.
 

@@ -34,7 +34,8 @@ def draw_kept_tokens(runner: Runner, arms: Mapping[str, Arm], path: Path) -> boo
     Args:
         runner: with the loaded model and the questions.
         arms: by the labels of their pictures. One that merges tokens, or refuses this image, is
-            drawn whole and labelled so.
+            drawn whole and labelled so; and so is one of a
+            model whose tokens do not say what part of the image they show.
         path: where the picture goes.
 
     Returns:
@@ -57,8 +58,11 @@ def draw_kept_tokens(runner: Runner, arms: Mapping[str, Arm], path: Path) -> boo
             continue
         if kept.sources is not None:  # a merged token shows all patches at once
             pictures[f"{label}: merges all"] = image
-        else:
+            continue
+        try:
             pictures[label] = overlay_tokens(image, kept)
+        except UserInputError:  # models whose tokens do not say what part they show
+            pictures[f"{label}: place unknown"] = image
     _contact_sheet(pictures).save(path)
     return True
 

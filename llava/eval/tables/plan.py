@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from llava.eval.engine.request import UNPRUNED, Arm, arm_of, arm_word, make_arm
 from llava.eval.tables.spec import Row, Table
 from llava.eval.tasks.base import list_benchmarks
-from llava.pruning import list_methods
+from llava.pruning import list_methods, lookup
 
-# Families that `load_pretrained_model` loads.
+# LLaVA's own; the others are called as in `llava.families`.
 FAMILIES = ("llava-1.5", "llava-1.6")
 DEFAULT_PROTOCOL = "native"
 
@@ -80,7 +80,7 @@ def next_protocol_of(row: Row, native_only: bool = False) -> str:
 
 def unavailable(table: Table, row: Row) -> str | None:
     """Return the name of what a row needs and this package does not have, or None."""
-    if table.family not in FAMILIES:
+    if table.family not in (*FAMILIES, *lookup.FAMILIES.entries()):
         return table.family
     return None if row.method in list_methods() else row.method
 

@@ -102,7 +102,8 @@ class Row:
 class Table:
     """One table of a paper, as `data/NAME.toml` describes it.
 
-    `model` is the checkpoint by default, `family` its kind (`llava.eval.tables.plan.FAMILIES`).
+    `model` is the checkpoint by default, `family` its kind (`llava.eval.tables.plan.FAMILIES`,
+    or a name in `llava.families`).
     `tokens` is the number of visual tokens of an unpruned image, None where it varies. `conv_mode`
     is the conversation template that the published figures were made with.
     `average_no_gap` says why the average cannot be compared with published ones.

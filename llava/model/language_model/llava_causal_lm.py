@@ -34,6 +34,7 @@ from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.multimodal_encoder.builder import TOWER_CLASSES, is_portable, read_own_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.types import Images
+from llava.pruning.lookup import known_classes
 from llava.utils import UserInputError
 from llava.value_rules import library_errors
 
@@ -355,7 +356,8 @@ def check_architecture(
         raise UserInputError(
             f"{where!r} holds {held} (type {config.get('model_type')!r}), as its config.json says, "
             f"not {model_class.__name__}; give a LLaVA with a Llama or Mistral language model, "
-            "such as liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf"
+            "such as liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf; llava.families.load "
+            f"also loads {', '.join(known_classes())}"
         )
     aspect = str(config.get("image_aspect_ratio") or "")
     merge = str(config.get("mm_patch_merge_type") or "flat")
