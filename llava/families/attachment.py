@@ -18,9 +18,10 @@ from weakref import ref
 import torch
 
 from llava.families import calls
-from llava.families.capture import BeforeBlock, after_projector
+from llava.families.capture import after_projector, before_block
 from llava.families.continuation import is_pruned
 from llava.families.deep import before_language_model
+from llava.families.hooks import Hook
 from llava.pruning.active import Prunable
 from llava.pruning.config import PruningConfig
 
@@ -107,17 +108,17 @@ class Attachment(Prunable):
             vars(model)["generate"] = wrapper
             undo.callback(wrapper.remove)
             handles = [
-                model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
+                model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
                 model.register_forward_hook(
-                    _Hook(self._after_forward), with_kwargs=True, always_call=True
+                    Hook(self._after_forward), with_kwargs=True, always_call=True
                 ),
-                projector.register_forward_hook(after_projector),
+                projector.register_forward_hook(Hook(after_projector, reads_only=True)),
             ]
             if family.hands_over(model):
                 handles.append(self.hook_language_model())
             for index, block in enumerate(blocks):
                 handles.append(
-                    block.register_forward_pre_hook(BeforeBlock(index), with_kwargs=True)
+                    block.register_forward_pre_hook(Hook(before_block(index)), with_kwargs=True)
                 )
             for handle in handles:
                 undo.callback(handle.remove)
@@ -126,7 +127,7 @@ class Attachment(Prunable):
     def hook_language_model(self) -> Any:
         """Let the language model be handed what its model does not pass on; return the handle."""
         module = self.family.language_model(self.model)
-        return module.register_forward_pre_hook(before_language_model, with_kwargs=True)
+        return module.register_forward_pre_hook(Hook(before_language_model), with_kwargs=True)
 
     # Hooks come without kwargs where another thread removes them at this moment.
 
@@ -140,26 +141,6 @@ class Attachment(Prunable):
     ) -> None:
         if kwargs is not None:
             calls.after_forward(self, kwargs, output)
-
-
-class _Hook:
-    """A hook of one model: copies of it do nothing."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _do_nothing
-
-    def __reduce__(self) -> Any:
-        return "_do_nothing"
-
-
-def _do_nothing(*args: Any) -> None:
-    """Stand where a hook was, in a copy of its model."""
 
 
 class _Generate:

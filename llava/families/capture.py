@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.pruning.importance.structure import reads_only
-
 # Reads block `index` of a tower before it runs, from its arguments.
 ReadBlock = Callable[[int, nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
 
@@ -47,7 +45,6 @@ def capturing(capture: Capture) -> Iterator[None]:
         _capture.reset(token)
 
 
-@reads_only
 @torch.compiler.disable
 def after_projector(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Note input and output of a projector: its forward hook."""
@@ -56,15 +53,14 @@ def after_projector(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         capture.projections.append((args[0], output))
 
 
-@dataclass(frozen=True)
-class BeforeBlock:
-    """Reads a block of a tower: the forward pre-hook of block `index`."""
+def before_block(index: int) -> Callable[..., None]:
+    """Return what reads block `index` of a tower: its forward pre-hook."""
 
-    index: int
-
-    # Without kwargs where another thread removes the hook at this moment: nothing is captured then.
+    # Without kwargs where another thread removes the hook at this moment: nothing is read then.
     @torch.compiler.disable
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+    def read(block: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         capture = _capture.get()
         if capture is not None and capture.read_block is not None and kwargs is not None:
-            capture.read_block(self.index, block, args, kwargs)
+            capture.read_block(index, block, args, kwargs)
+
+    return read

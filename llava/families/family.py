@@ -195,11 +195,7 @@ class Family:
     def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> Any:
         """Return the images of a call as `encode` would, with embeddings of width 0."""
         given = {name: inputs.get(name) for name in self.pixels}
-        nothing = [torch.zeros(1, n, 0) for n in self.lengths(model, given, ids)]
-        first = torch.zeros(1, dtype=torch.long)
-        return RaggedTokens.of(
-            [VisualTokens(own, own, _NOTHING, first, (1, own.shape[1])) for own in nothing]
-        )
+        return outline_of(self.lengths(model, given, ids))
 
     def frame(self, tokenizer: Any) -> tuple[list[int], list[int]]:
         """Return the ids that the processor writes before and after the tokens of an image.
@@ -291,6 +287,15 @@ class Family:
         table = model.get_input_embeddings()
         embedded: Tensor = table(ids)
         return embedded
+
+
+def outline_of(lengths: Sequence[int]) -> RaggedTokens:
+    """Return images of so many tokens, of which nothing else is known: embeddings of width 0."""
+    first = torch.zeros(1, dtype=torch.long)
+    nothing = [torch.zeros(1, length, 0) for length in lengths]
+    return RaggedTokens.of(
+        [VisualTokens(own, own, _NOTHING, first, (1, own.shape[1])) for own in nothing]
+    )
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

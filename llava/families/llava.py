@@ -49,6 +49,7 @@ class TiledFamily(Family):
         return module
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
+        has_class_token(model)  # refuses towers of other kinds
         return encoder_blocks(model.model.vision_tower)
 
     def text_tower(self, model: Any) -> ClipTower | None:

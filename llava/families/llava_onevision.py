@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from llava.families.family import Family, register
+from llava.families.family import outline_of, register
 from llava.families.llava import LlavaNext, has_class_token, tower_readings
 from llava.families.prompts import ImageColumns, find_images
 from llava.families.towers import digests
@@ -89,10 +89,10 @@ class LlavaOnevision(LlavaNext):
     def outline(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor
     ) -> VisualTokens | RaggedTokens:
-        if inputs.get("pixel_values_videos") is not None:
-            outline: RaggedTokens = Family.outline(self, model, inputs, ids)
-            return outline
-        return super().outline(model, inputs, ids)
+        if inputs.get("pixel_values_videos") is None:
+            return super().outline(model, inputs, ids)
+        found = self.find(model, inputs, ids, torch.ones_like(ids, dtype=torch.bool))
+        return outline_of([len(image.columns) for image in found])
 
     def canvases(self, model: Any, inputs: Mapping[str, Any]) -> list[Canvas]:
         """Return how the tiles of every image of a call lie.

@@ -99,5 +99,5 @@ class _Processor(LogitsProcessor):
     def __init__(self, whole: WholePrompts, processor: Any) -> None:
         self._whole, self._processor = whole, processor
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return self._processor(self._whole.restored(input_ids), scores, **kwargs)
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        return self._processor(self._whole.restored(input_ids), scores)
