@@ -55,13 +55,24 @@ class Family:
         name: what it is registered as.
         classes: names of the transformers classes.
         pixels: arguments of `forward` that bring images; they go once the images are embedded.
-        shown: those of them that hold pictures, without which a call has none.
+        shown: those of them that hold pictures, without which a call has none; the first of
+            `pixels` where no class of the family says it.
     """
 
     name: ClassVar[str] = ""
     classes: ClassVar[tuple[str, ...]] = ()
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values",)
     shown: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.shown is Family.shown:
+            cls.shown = cls.pixels[:1]
+        if not cls.shown or not {*cls.shown} <= {*cls.pixels}:
+            raise PruningError(
+                f"{cls.__name__}.shown is {cls.shown} but {cls.__name__}.pixels is {cls.pixels}; "
+                "name some of `pixels` in `shown`"
+            )
 
     @classmethod
     def attachment(cls, model: Any) -> Attachment:
