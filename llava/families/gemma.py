@@ -1,4 +1,5 @@
-"""Gemma 3 and PaliGemma: a SigLIP tower, one square tile an image, images that look at themselves.
+"""Gemma 3 and PaliGemma: a SigLIP tower, one square tile an image, attention in both directions
+within images.
 
 Their prompts say in `token_type_ids` which tokens see each other in both directions; these are
 shortened with the prompt, so the tokens that are left of an image still do. Sliding windows count
@@ -14,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from llava.families.family import Encoded, Family, register
-from llava.families.towers import EncoderReadings, digests, pool_readings
+from llava.families.towers import EncoderReadings, digests, pool_readings, square_tiles
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.offloaded import at_hand
-from llava.pruning.layout import ImageLayout
-from llava.pruning.tokens import VisualTokens
 
 
 class SiglipFamily(Family):
@@ -60,18 +59,17 @@ class SiglipFamily(Family):
         layers, groups = self.blocks(model), self.groups(model)
         readings = EncoderReadings(layers, len(layers), 0, needs)
         _, patches, projected = self.run_vision(model, inputs, readings.capture())
-        count, side = len(projected), round(len(groups) ** 0.5)
+        count = len(projected)
         found = pool_readings(readings.extras(count), groups)
         return Encoded(
-            VisualTokens(
-                features=self.joined(patches, groups),
-                projected=projected,
+            square_tiles(
+                [1] * count,
+                round(len(groups) ** 0.5),
+                self.joined(patches, groups),
+                projected,
                 projector=self.inner_projector(model),
-                image_index=torch.arange(count),
-                grid=(side, side),
                 extras={**found, **digests(inputs["pixel_values"], needs)},
                 class_token=False,
-                layouts=(ImageLayout((side, side)),) * count,
             )
         )
 

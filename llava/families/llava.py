@@ -17,7 +17,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from llava.anyres import Size
 from llava.families.family import Encoded, Family, register
-from llava.families.towers import ClipTower, EncoderReadings, digests
+from llava.families.towers import ClipTower, EncoderReadings, digests, no_padding
 from llava.model.hugging_face import tower_name
 from llava.model.layouts import TileGeometry, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
@@ -34,7 +34,8 @@ _clip_towers: WeakKeyDictionary[nn.Module, ClipTower] = WeakKeyDictionary()
 class TiledFamily(Family):
     """Images that a square tower sees in one tile or several, all of the same number of patches."""
 
-    # Whether a processor may have padded an image to the square of a tile, nobody knows where.
+    # Whether a processor may have padded an image to the square of a tile; the model is not told
+    # where.
     squares: ClassVar[bool] = False
 
     def projector(self, model: Any) -> nn.Module:
@@ -64,7 +65,7 @@ class TiledFamily(Family):
         """Return how the tiles of every image of a call follow each other."""
         raise NotImplementedError
 
-    def tiles(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+    def tile_pixels(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
         """Return the pixels [T, 3, H, W] of all tiles."""
         return pixels
 
@@ -96,7 +97,7 @@ class TiledFamily(Family):
         output, features, projected = self.run_vision(model, inputs, readings.capture())
         counts = torch.tensor([layout.tiles for layout in layouts])
         valid = padding_mask(layouts)
-        tiles = self.tiles(inputs["pixel_values"], layouts)
+        tiles = self.tile_pixels(inputs["pixel_values"], layouts)
         return output, VisualTokens(
             features=features,
             projected=projected,
@@ -108,7 +109,7 @@ class TiledFamily(Family):
             class_token=has_class_token(model),
             layouts=layouts,
             newline=self.newline(model),
-            blank=None if self.squares else projected.new_zeros(projected.shape[:2]).bool(),
+            blank=None if self.squares else no_padding(projected),
         )
 
     def outline(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> VisualTokens:
@@ -182,12 +183,12 @@ class LlavaNext(TiledFamily):
         return ImageLayout(grid, crops=crops, window=(top, start, *left.shape), newline=True)
 
     def located(self, model: Any, layout: ImageLayout, size: Size) -> ImageLayout:
-        whole = super().located(model, layout, size)
         side = model.config.vision_config.image_size
         canvas = layout.crops[1] * side, layout.crops[0] * side
-        return replace(whole, canvas_box=canvas_box(size, canvas))
+        whole = (0.0, 0.0, float(size[0]), float(size[1]))
+        return replace(layout, base_box=whole, canvas_box=canvas_box(size, canvas))
 
-    def tiles(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+    def tile_pixels(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
         if pixels.ndim == 4:
             return pixels
         return torch.cat([own[: layout.tiles] for own, layout in zip(pixels, layouts, strict=True)])

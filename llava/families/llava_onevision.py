@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate
 from llava.families.family import Encoded, register
 from llava.families.llava import LlavaNext, has_class_token, tower_readings
 from llava.families.prompts import ImageColumns, find_images
-from llava.families.towers import digests
+from llava.families.towers import digests, no_padding
 from llava.model.layouts import blank_patches, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE, ImageLayout
@@ -177,7 +177,7 @@ class LlavaOnevision(LlavaNext):
                 **digests(pixels.flatten(0, 1), needs),
             },
             class_token=False,
-            blank=torch.zeros(projected.shape[:2], dtype=torch.bool, device=projected.device),
+            blank=no_padding(projected),
             layouts=layouts,
             newline=self.newline(model),
         )

@@ -13,7 +13,7 @@ from transformers.vision_utils import get_vision_window_index
 from llava.families.family import Encoded, Family, register
 from llava.families.packed import PackedReadings
 from llava.families.prompts import ImageColumns, find_images
-from llava.families.towers import digests
+from llava.families.towers import digests, no_padding
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.projectors import JoinedMerger
 from llava.pruning.layout import ImageLayout
@@ -154,6 +154,7 @@ class QwenFamily(Family):
                 },
                 class_token=False,
                 layouts=(ImageLayout(view.grid),),
+                blank=no_padding(tokens[None]),
             )
             for number, ((own, tokens), view) in enumerate(zip(parts, views, strict=True))
         ]
