@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -24,7 +25,7 @@ from llava.pruning.tokens import VisualTokens
 
 register = FAMILIES.register
 
-# Arguments that show a model something moving.
+# Arguments that bring videos.
 _VIDEO = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 
 _NOTHING = nn.Identity()
@@ -257,14 +258,29 @@ class Family:
         model: Any,
         inputs: Mapping[str, Any],
         capture: Capture | None = None,
-        function: Callable[..., Any] | None = None,
     ) -> tuple[Any, Tensor, Tensor]:
         """Run `get_image_features` with those of `inputs` that are named in `pixels`.
 
         Args:
             model, inputs: as in `encode`.
             capture: what is read on the way.
-            function: what runs instead, without arguments.
+
+        Returns:
+            As `run_captured`.
+        """
+        given = {name: inputs[name] for name in self.pixels if inputs.get(name) is not None}
+        features = model.model.get_image_features
+        return self.run_captured(model, partial(features, **given, return_dict=True), capture)
+
+    def run_captured(
+        self, model: Any, function: Callable[[], Any], capture: Capture | None = None
+    ) -> tuple[Any, Tensor, Tensor]:
+        """Run the model's own function that makes tokens of images or frames.
+
+        Args:
+            model: of this family.
+            function: `get_image_features` or one like it, with its arguments.
+            capture: what is read on the way.
 
         Returns:
             What it returned, and input and output of the projector.
@@ -273,18 +289,13 @@ class Family:
             PruningError: the projector did not run exactly once.
         """
         capture = Capture() if capture is None else capture
-        given = {name: inputs[name] for name in self.pixels if inputs.get(name) is not None}
         # Where weights are offloaded, those of no module of their own come back for the call.
         with capturing(capture), align_module_device(model.model):
-            output = (
-                model.model.get_image_features(**given, return_dict=True)
-                if function is None
-                else function()
-            )
+            output = function()
         if len(capture.projections) != 1:
             raise PruningError(
                 f"the projector of {type(model).__name__} ran {len(capture.projections)} times for "
-                "one call of get_image_features; only the class's own can be pruned"
+                "one call of the class; only models that project all images at once can be pruned"
             )
         ((features, projected),) = capture.projections
         return output, features.to(projected.device), projected
@@ -294,6 +305,13 @@ class Family:
         table = model.get_input_embeddings()
         embedded: Tensor = table(ids)
         return embedded
+
+
+def misfit(one: str, other: str) -> PruningError:
+    """Return the error for arguments of a call that do not belong together."""
+    return PruningError(
+        f"{one}, but {other}; make input_ids and pixels with one call of the model's processor"
+    )
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

@@ -16,9 +16,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from llava.anyres import Size
-from llava.families.family import Encoded, Family, register
+from llava.families.family import Encoded, Family, misfit, register
 from llava.families.towers import ClipTower, EncoderReadings, digests, no_padding
-from llava.model.hugging_face import tower_name
+from llava.model.hugging_face import stock_tower
 from llava.model.layouts import TileGeometry, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
@@ -50,12 +50,14 @@ class TiledFamily(Family):
         """Return the CLIP tower with the name of the model whose text tower belongs to it.
 
         The name is that in `config.vision_config` (`_name_or_path`), else that of LLaVA's own
-        tower, where the sizes are the same.
+        tower, where the sizes are the same; None without either.
         """
         vision = model.config.vision_config
         if vision.model_type != "clip_vision_model":
             return None
-        source = getattr(vision, "_name_or_path", "") or tower_name(vision)
+        source = getattr(vision, "_name_or_path", "") or stock_tower(vision)
+        if source is None:
+            return None
         known = _clip_towers.get(model)
         if known is None or known.source != source:
             known = _clip_towers[model] = ClipTower(model.model.vision_tower, source)
@@ -168,7 +170,10 @@ class LlavaNext(TiledFamily):
         sizes = inputs["image_sizes"]
         if sizes is None:
             raise PruningError("LLaVA-1.6 needs image_sizes beside pixel_values, see its processor")
-        return tuple(self._layout(model, tuple(size)) for size in torch.as_tensor(sizes).tolist())
+        pairs = torch.as_tensor(sizes).tolist()
+        layouts = tuple(self._layout(model, tuple(size)) for size in pairs)
+        check_tiles(inputs["pixel_values"], layouts)
+        return layouts
 
     def _layout(self, model: Any, size: tuple[int, int]) -> ImageLayout:
         """Return the layout of an image of (height, width) pixels."""
@@ -197,6 +202,30 @@ class LlavaNext(TiledFamily):
         with align_module_device(model.model):  # it may be offloaded
             newline: Tensor = model.model.image_newline
         return newline
+
+
+def check_tiles(pixels: Tensor, layouts: Sequence[ImageLayout]) -> None:
+    """Refuse pixels whose tiles are not those of their images.
+
+    Args:
+        pixels: [images, tiles, 3, H, W], padded to the most tiles, or [tiles, 3, H, W] of all of
+            them.
+        layouts: of every image.
+
+    Raises:
+        PruningError: says what there is too many or too few of.
+    """
+    counts = [layout.tiles for layout in layouts]
+    if pixels.ndim == 5:
+        if len(pixels) != len(counts):
+            raise misfit(f"image_sizes has {len(counts)} images", f"pixel_values has {len(pixels)}")
+        found, wanted = pixels.shape[1], max(counts)
+        fits = found >= wanted
+    else:
+        found, wanted = len(pixels), sum(counts)
+        fits = found == wanted
+    if not fits:
+        raise misfit(f"image_sizes asks for {wanted} tiles", f"pixel_values has {found}")
 
 
 def has_class_token(model: Any) -> bool:

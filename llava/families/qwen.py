@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from llava.families.family import Encoded, Family, register
+from llava.families.family import Encoded, Family, misfit, register
 from llava.families.packed import PackedReadings
 from llava.families.prompts import ImageColumns, find_images
 from llava.families.towers import digests, no_padding
@@ -51,16 +51,20 @@ def _views(model: Any, inputs: Mapping[str, Any], source: _Source) -> list[_View
     """Return the images of a call, or all frames of its videos.
 
     Raises:
-        PruningError: their grids are missing.
+        PruningError: their grids are missing, or are of other images.
     """
     if inputs.get(source.pixels) is None:
         return []
     if inputs.get(source.grids) is None:
         raise PruningError(f"{type(model).__name__} needs {source.grids} beside {source.pixels}")
+    grids = inputs[source.grids].tolist()
+    found, wanted = len(inputs[source.pixels]), sum(t * rows * cols for t, rows, cols in grids)
+    if found != wanted:
+        raise misfit(f"{source.grids} asks for {wanted} patches", f"{source.pixels} has {found}")
     side = model.model.visual.spatial_merge_size
     return [
         _View(number, (rows // side, columns // side))
-        for number, (frames, rows, columns) in enumerate(inputs[source.grids].tolist())
+        for number, (frames, rows, columns) in enumerate(grids)
         for _ in range(frames)
     ]
 

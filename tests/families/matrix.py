@@ -10,6 +10,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,17 @@ def build(name: str) -> Any:
     return model
 
 
+@contextmanager
+def named_tower(vision: Any) -> Iterator[None]:
+    """Let a vision config name the model that its tower was taken from, as released ones do."""
+    before = getattr(vision, "_name_or_path", "")
+    vision._name_or_path = "openai/clip-vit-large-patch14-336"
+    try:
+        yield
+    finally:
+        vision._name_or_path = before
+
+
 def outcome(model: Any, name: str, method: str) -> str:
     """Return what a method does on a model: "yes" and how, or why it is refused.
 
@@ -96,6 +109,8 @@ def features(model: Any, name: str) -> dict[str, str]:
     projector = groups[0].projector
     forms = two_layer(projector), normed_merger(projector), linear_matrix(projector, torch.float32)
     closed = any(form is not None for form in forms)
+    with named_tower(model.config.vision_config):
+        text_tower = family.text_tower(model)
     shape = "any shape" if len(lengths) > 1 else "one square"
     return {
         "class": ", ".join(family.classes),
@@ -104,7 +119,7 @@ def features(model: Any, name: str) -> dict[str, str]:
         "positions": "1-D" if axes == 1 else "M-RoPE",
         "deep features": "yes" if getattr(visual, "deep", ()) else "no",
         "class token": "yes" if groups[0].class_token else "no",
-        "text tower": "yes" if family.text_tower(model) is not None else "no",
+        "text tower": "no" if text_tower is None else "yes",
         "sensitivity": "closed form" if closed else "calls of the projector",
     }
 
