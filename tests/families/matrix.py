@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,11 @@ RESULTS = ROOT / "playground/results/families.json"
 DOCUMENT = ROOT / "docs/families.md"
 COMMAND = "python tests/families/matrix.py"
 METHODS = [name for name in list_methods() if get_method(name).budgeted]
-# An image whose tokens are divided into rectangles of half of them, which `pool` makes.
 ROW = [[(56, 56)]]
+# An image that `pool` can divide into half as many rectangles as it has tokens, in every family.
+POOLED_ROW = [[(28, 28)]]
 # What a cell says -> what refusals of this kind say.
-REASONS = {
-    "no block after the features": "next_",
-    "no class token": "cls_feature",
-    "no text tower": "text tower",
-    "no such budget": "pool cannot make",
-}
+REASONS = {"no block after the features": "next_"}
 
 
 class Letters:
@@ -54,6 +51,15 @@ def build(name: str) -> Any:
     model = tiny(name).build()
     model.text_tokenizer = Letters()
     return model
+
+
+def videos(model: Any, family: Any) -> str:
+    """Return how videos come: by arguments of their own, by those of images, or not at all."""
+    if "pixel_values_videos" in family.pixels:
+        return "frames"
+    package = type(model).__module__.rpartition(".")[0]
+    processor = f"{package}.video_processing_{package.rpartition('.')[2]}"
+    return "none" if find_spec(processor) is None else "as images"
 
 
 @contextmanager
@@ -73,7 +79,7 @@ def outcome(model: Any, name: str, method: str) -> str:
     Raises:
         AssertionError: it keeps another number of tokens than asked for, or is refused too late.
     """
-    inputs, ran = inputs_of(name, ROW), []
+    inputs, ran = inputs_of(name, POOLED_ROW if method == "pool" else ROW), []
     language = FAMILIES.get(name)().language_model(model)
     handle = language.register_forward_pre_hook(lambda *_: ran.append(True))
     try:
@@ -115,7 +121,7 @@ def features(model: Any, name: str) -> dict[str, str]:
     return {
         "class": ", ".join(family.classes),
         "images": "tiles" if tiles > 1 else shape,
-        "videos": "frames" if "pixel_values_videos" in family.pixels else "refused",
+        "videos": videos(model, family),
         "positions": "1-D" if axes == 1 else "M-RoPE",
         "deep features": "yes" if getattr(visual, "deep", ()) else "no",
         "class token": "yes" if groups[0].class_token else "no",
