@@ -96,7 +96,7 @@ def test_qwen_reads_the_attention_that_its_tower_computes(
 
 
 def patches_of(picture: Tensor) -> Tensor:
-    """Cut a picture [3, H, W] as Qwen's processor does: 4 x 4 pixels, the four of a token in turn."""
+    """Cut a picture [3, H, W] as Qwen's processor does: 4 x 4 pixels, those of a token in turn."""
     _, height, width = picture.shape
     pairs = picture[None].repeat(2, 1, 1, 1)
     cut = pairs.view(1, 2, 3, height // 8, 2, 4, width // 8, 2, 4)
