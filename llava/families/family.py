@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from threading import Lock
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -25,7 +26,7 @@ from llava.pruning.tokens import VisualTokens
 
 register = FAMILIES.register
 
-# Arguments that show a model something moving.
+# Arguments that bring videos.
 _VIDEO = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 
 _NOTHING = nn.Identity()
@@ -45,7 +46,8 @@ class Family:
         name: what it is registered as.
         classes: names of the transformers classes.
         pixels: arguments of `forward` that bring images; they go once the images are embedded.
-        shown: those of them that hold pictures, without which a call has none.
+        shown: those of them that hold pictures, without which a call has none; the first of
+            `pixels` where no class of the family says it.
         processing: arguments that the family's processor gives its image processor.
         axes: how many numbers say where a token stands: 1, or M-RoPE's 3.
         unasked: what prompts of the family do that only its processor can, so that
@@ -61,6 +63,16 @@ class Family:
     axes: ClassVar[int] = 1
     unasked: ClassVar[str | None] = None
     lone_images: ClassVar[str | None] = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.shown is Family.shown:
+            cls.shown = cls.pixels[:1]
+        if not cls.shown or not {*cls.shown} <= {*cls.pixels}:
+            raise PruningError(
+                f"{cls.__name__}.shown is {cls.shown} but {cls.__name__}.pixels is {cls.pixels}; "
+                "name some of `pixels` in `shown`"
+            )
 
     @classmethod
     def attachment(cls, model: Any) -> Attachment:
@@ -161,7 +173,15 @@ class Family:
         """Return the layout of a picture of (width, height) pixels, with what its tiles show of it.
 
         By default the one tile of an image shows all of it.
+
+        Raises:
+            PruningError: what the tiles show cannot be known.
         """
+        if layout.tiles > 1:
+            raise PruningError(
+                "this model does not tell where its tiles lie in the picture, so no overlay can be "
+                "drawn; have the processor make one tile of the image"
+            )
         return replace(layout, base_box=(0.0, 0.0, float(size[0]), float(size[1])))
 
     # --- how a checkpoint of the family is asked, see `loaded.FamilyModel` ---
@@ -250,14 +270,29 @@ class Family:
         model: Any,
         inputs: Mapping[str, Any],
         capture: Capture | None = None,
-        function: Callable[..., Any] | None = None,
     ) -> tuple[Any, Tensor, Tensor]:
         """Run `get_image_features` with those of `inputs` that are named in `pixels`.
 
         Args:
             model, inputs: as in `encode`.
             capture: what is read on the way.
-            function: what runs instead, without arguments.
+
+        Returns:
+            As `run_captured`.
+        """
+        given = {name: inputs[name] for name in self.pixels if inputs.get(name) is not None}
+        features = model.model.get_image_features
+        return self.run_captured(model, partial(features, **given, return_dict=True), capture)
+
+    def run_captured(
+        self, model: Any, function: Callable[[], Any], capture: Capture | None = None
+    ) -> tuple[Any, Tensor, Tensor]:
+        """Run the model's own function that makes tokens of images or frames.
+
+        Args:
+            model: of this family.
+            function: `get_image_features` or one like it, with its arguments.
+            capture: what is read on the way.
 
         Returns:
             What it returned, and input and output of the projector.
@@ -266,18 +301,13 @@ class Family:
             PruningError: the projector did not run exactly once.
         """
         capture = Capture() if capture is None else capture
-        given = {name: inputs[name] for name in self.pixels if inputs.get(name) is not None}
         # Where weights are offloaded, those of no module of their own come back for the call.
         with capturing(capture), align_module_device(model.model):
-            output = (
-                model.model.get_image_features(**given, return_dict=True)
-                if function is None
-                else function()
-            )
+            output = function()
         if len(capture.projections) != 1:
             raise PruningError(
                 f"the projector of {type(model).__name__} ran {len(capture.projections)} times for "
-                "one call of get_image_features; only the class's own can be pruned"
+                "one call of the class; only models that project all images at once can be pruned"
             )
         ((features, projected),) = capture.projections
         return output, features.to(projected.device), projected
@@ -295,6 +325,13 @@ def outline_of(lengths: Sequence[int]) -> RaggedTokens:
     nothing = [torch.zeros(1, length, 0) for length in lengths]
     return RaggedTokens.of(
         [VisualTokens(own, own, _NOTHING, first, (1, own.shape[1])) for own in nothing]
+    )
+
+
+def misfit(one: str, other: str) -> PruningError:
+    """Return the error for arguments of a call that do not belong together."""
+    return PruningError(
+        f"{one}, but {other}; make input_ids and pixels with one call of the model's processor"
     )
 
 

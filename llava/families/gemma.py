@@ -1,4 +1,5 @@
-"""Gemma 3 and PaliGemma: a SigLIP tower, one square tile an image, images that look at themselves.
+"""Gemma 3 and PaliGemma: a SigLIP tower, one square tile an image, attention in both directions
+within images.
 
 Their prompts say in `token_type_ids` which tokens see each other in both directions; these are
 shortened with the prompt, so the tokens that are left of an image still do. Sliding windows count
@@ -14,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from llava.families.family import Family, register
-from llava.families.towers import EncoderReadings, digests, pool_readings
+from llava.families.towers import EncoderReadings, digests, pool_readings, square_tiles
 from llava.pruning.importance.offloaded import at_hand
-from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import VisualTokens
 
 
@@ -55,17 +55,16 @@ class SiglipFamily(Family):
         layers, groups = self.blocks(model), self.groups(model)
         readings = EncoderReadings(layers, len(layers), 0, needs)
         _, patches, projected = self.run_vision(model, inputs, readings.capture())
-        count, side = len(projected), round(len(groups) ** 0.5)
+        count = len(projected)
         found = pool_readings(readings.extras(count), groups)
-        return VisualTokens(
-            features=self.joined(patches, groups),
-            projected=projected,
+        return square_tiles(
+            [1] * count,
+            round(len(groups) ** 0.5),
+            self.joined(patches, groups),
+            projected,
             projector=self.inner_projector(model),
-            image_index=torch.arange(count),
-            grid=(side, side),
             extras={**found, **digests(inputs["pixel_values"], needs)},
             class_token=False,
-            layouts=(ImageLayout((side, side)),) * count,
         )
 
     def embed(self, model: Any, ids: Tensor) -> Tensor:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from llava.families.family import Family, register
 from llava.families.prompts import find_runs, mismatch
-from llava.families.towers import EncoderReadings, digests, pool_readings
+from llava.families.towers import EncoderReadings, digests, pool_readings, square_tiles
 from llava.pruning.errors import PruningError
-from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import ENCODER_EXTRAS, VisualTokens
 
 
@@ -43,7 +42,7 @@ class Idefics3(Family):
         module: nn.Module = model.model.text_model
         return module
 
-    def tiles(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
+    def tile_counts(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         """Count the tiles of every image.
 
         Raises:
@@ -65,33 +64,26 @@ class Idefics3(Family):
 
     def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         each = len(_groups(model))
-        return [count * each for count in self.tiles(model, inputs, ids)]
+        return [count * each for count in self.tile_counts(model, inputs, ids)]
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
     ) -> VisualTokens:
         _refuse_padding(inputs.get("pixel_attention_mask"), needs)
-        counts, groups, pixels = (
-            self.tiles(model, inputs, ids),
-            _groups(model),
-            inputs["pixel_values"],
-        )
+        counts, groups = self.tile_counts(model, inputs, ids), _groups(model)
+        pixels = inputs["pixel_values"]
         layers, connector = self.blocks(model), model.model.connector
         readings = EncoderReadings(layers, len(layers), 0, needs)
         _, patches, projected = self.run_vision(model, inputs, readings.capture())
-        side = round(len(groups) ** 0.5)
-        single = all(count == 1 for count in counts)
         found = pool_readings(readings.extras(len(projected)), groups)
-        return VisualTokens(
-            features=connector.pixel_shuffle(patches, connector.scale_factor),
-            projected=projected,
+        return square_tiles(
+            counts,
+            round(len(groups) ** 0.5),
+            connector.pixel_shuffle(patches, connector.scale_factor),
+            projected,
             projector=connector.modality_projection,
-            image_index=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
-            grid=(side, side),
             extras={**found, **digests(pixels[_shown(pixels)], needs)},
             class_token=False,
-            # How the crops of an image lie, only the size of the image would tell.
-            layouts=(ImageLayout((side, side)),) * len(counts) if single else None,
         )
 
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from llava.families.family import Family, register
 from llava.families.prompts import find_runs, mismatch
-from llava.families.towers import EncoderReadings, digests, pool_readings
+from llava.families.towers import EncoderReadings, digests, pool_readings, square_tiles
 from llava.model.multimodal_encoder.readings import CLASS_FEATURE
-from llava.pruning.layout import ImageLayout
 from llava.pruning.tokens import VisualTokens
 
 
@@ -36,7 +35,7 @@ class InternVL(Family):
         layers: Sequence[nn.Module] = model.model.vision_tower.encoder.layer
         return layers
 
-    def tiles(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
+    def tile_counts(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         """Count the tiles of every image.
 
         Raises:
@@ -51,7 +50,7 @@ class InternVL(Family):
 
     def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
         each = len(_groups(model))
-        return [tiles * each for tiles in self.tiles(model, inputs, ids)]
+        return [count * each for count in self.tile_counts(model, inputs, ids)]
 
     def count(self, model: Any, inputs: Mapping[str, Any]) -> int:
         return len(inputs["pixel_values"]) * len(_groups(model))
@@ -63,7 +62,7 @@ class InternVL(Family):
     def encode(
         self, model: Any, inputs: Mapping[str, Any], ids: Tensor, needs: Collection[str]
     ) -> VisualTokens:
-        counts, groups = self.tiles(model, inputs, ids), _groups(model)
+        counts, groups = self.tile_counts(model, inputs, ids), _groups(model)
         layers, layer = [_Block(block) for block in self.blocks(model)], _layer(model)
         # Nothing runs after the last block that would have the class token as its input.
         last = layer == len(layers) and CLASS_FEATURE in needs
@@ -73,17 +72,13 @@ class InternVL(Family):
         found = readings.extras(len(projected))
         if last:
             found[CLASS_FEATURE] = list(output.last_hidden_state[:, 0])
-        side = round(len(groups) ** 0.5)
-        single = all(count == 1 for count in counts)
-        return VisualTokens(
-            features=features,
-            projected=projected,
+        return square_tiles(
+            counts,
+            round(len(groups) ** 0.5),
+            features,
+            projected,
             projector=self.projector(model),
-            image_index=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
-            grid=(side, side),
             extras={**pool_readings(found, groups), **digests(inputs["pixel_values"], needs)},
-            # How the crops of an image lie, only the size of the image would tell.
-            layouts=(ImageLayout((side, side)),) * len(counts) if single else None,
         )
 
 

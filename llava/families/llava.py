@@ -16,15 +16,16 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from llava.anyres import Size
-from llava.families.family import Family, register
+from llava.families.family import Family, misfit, register
 from llava.families.towers import (
     ClipTower,
     EncoderReadings,
     digests,
     encoder_blocks,
+    no_padding,
     readable,
 )
-from llava.model.hugging_face import tower_name
+from llava.model.hugging_face import stock_tower
 from llava.model.layouts import TileGeometry, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
@@ -41,7 +42,8 @@ _clip_towers: WeakKeyDictionary[nn.Module, ClipTower] = WeakKeyDictionary()
 class TiledFamily(Family):
     """Images that a square tower sees in one tile or several, all of the same number of patches."""
 
-    # Whether a processor may have padded an image to the square of a tile, nobody knows where.
+    # Whether a processor may have padded an image to the square of a tile; the model is not told
+    # where.
     squares: ClassVar[bool] = False
 
     def projector(self, model: Any) -> nn.Module:
@@ -56,12 +58,14 @@ class TiledFamily(Family):
         """Return the CLIP tower with the name of the model whose text tower belongs to it.
 
         The name is that in `config.vision_config` (`_name_or_path`), else that of LLaVA's own
-        tower, where the sizes are the same.
+        tower, where the sizes are the same; None without either.
         """
         vision = model.config.vision_config
         if vision.model_type != "clip_vision_model":
             return None
-        source = getattr(vision, "_name_or_path", "") or tower_name(vision)
+        source = getattr(vision, "_name_or_path", "") or stock_tower(vision)
+        if source is None:
+            return None
         known = _clip_towers.get(model)
         if known is None or known.source != source:
             known = _clip_towers[model] = ClipTower(model.model.vision_tower, source)
@@ -71,7 +75,7 @@ class TiledFamily(Family):
         """Return how the tiles of every image of a call follow each other."""
         raise NotImplementedError
 
-    def tiles(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+    def tile_pixels(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
         """Return the pixels [T, 3, H, W] of all tiles."""
         return pixels
 
@@ -103,7 +107,7 @@ class TiledFamily(Family):
         output, features, projected = self.run_vision(model, inputs, readings.capture())
         counts = torch.tensor([layout.tiles for layout in layouts])
         valid = padding_mask(layouts)
-        tiles = self.tiles(inputs["pixel_values"], layouts)
+        tiles = self.tile_pixels(inputs["pixel_values"], layouts)
         return output, VisualTokens(
             features=features,
             projected=projected,
@@ -115,7 +119,7 @@ class TiledFamily(Family):
             class_token=has_class_token(model),
             layouts=layouts,
             newline=self.newline(model),
-            blank=None if self.squares else projected.new_zeros(projected.shape[:2]).bool(),
+            blank=None if self.squares else no_padding(projected),
         )
 
     def outline(
@@ -182,7 +186,10 @@ class LlavaNext(TiledFamily):
         sizes = inputs["image_sizes"]
         if sizes is None:
             raise PruningError("LLaVA-1.6 needs image_sizes beside pixel_values, see its processor")
-        return tuple(self._layout(model, tuple(size)) for size in torch.as_tensor(sizes).tolist())
+        pairs = torch.as_tensor(sizes).tolist()
+        layouts = tuple(self._layout(model, tuple(size)) for size in pairs)
+        check_tiles(inputs["pixel_values"], layouts)
+        return layouts
 
     def _layout(self, model: Any, size: tuple[int, int]) -> ImageLayout:
         """Return the layout of an image of (height, width) pixels."""
@@ -197,12 +204,12 @@ class LlavaNext(TiledFamily):
         return ImageLayout(grid, crops=crops, window=(top, start, *left.shape), newline=True)
 
     def located(self, model: Any, layout: ImageLayout, size: Size) -> ImageLayout:
-        whole = super().located(model, layout, size)
         side = model.config.vision_config.image_size
         canvas = layout.crops[1] * side, layout.crops[0] * side
-        return replace(whole, canvas_box=canvas_box(size, canvas))
+        whole = (0.0, 0.0, float(size[0]), float(size[1]))
+        return replace(layout, base_box=whole, canvas_box=canvas_box(size, canvas))
 
-    def tiles(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+    def tile_pixels(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
         if pixels.ndim == 4:
             return pixels
         return torch.cat([own[: layout.tiles] for own, layout in zip(pixels, layouts, strict=True)])
@@ -211,6 +218,30 @@ class LlavaNext(TiledFamily):
         with align_module_device(model.model):  # it may be offloaded
             newline: Tensor = model.model.image_newline
         return newline
+
+
+def check_tiles(pixels: Tensor, layouts: Sequence[ImageLayout]) -> None:
+    """Refuse pixels whose tiles are not those of their images.
+
+    Args:
+        pixels: [images, tiles, 3, H, W], padded to the most tiles, or [tiles, 3, H, W] of all of
+            them.
+        layouts: of every image.
+
+    Raises:
+        PruningError: says what there is too many or too few of.
+    """
+    counts = [layout.tiles for layout in layouts]
+    if pixels.ndim == 5:
+        if len(pixels) != len(counts):
+            raise misfit(f"image_sizes has {len(counts)} images", f"pixel_values has {len(pixels)}")
+        found, wanted = pixels.shape[1], max(counts)
+        fits = found >= wanted
+    else:
+        found, wanted = len(pixels), sum(counts)
+        fits = found == wanted
+    if not fits:
+        raise misfit(f"image_sizes asks for {wanted} tiles", f"pixel_values has {found}")
 
 
 def has_class_token(model: Any) -> bool:

@@ -15,16 +15,17 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from llava.families.family import outline_of, register
-from llava.families.llava import LlavaNext, has_class_token, tower_readings
+from llava.families.family import misfit, outline_of, register
+from llava.families.llava import LlavaNext, check_tiles, has_class_token, tower_readings
 from llava.families.prompts import ImageColumns, find_images
-from llava.families.towers import digests
+from llava.families.towers import digests, no_padding
 from llava.model.layouts import blank_patches, canvas_box, padding_mask
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import NEWLINE, ImageLayout
@@ -109,6 +110,10 @@ class LlavaOnevision(LlavaNext):
         sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
         rows = inputs.get("batch_num_images")
         numbers = [1] * len(sizes) if rows is None else torch.as_tensor(rows).tolist()
+        if sum(numbers) != len(sizes):
+            raise misfit(
+                f"batch_num_images counts {sum(numbers)} images", f"image_sizes has {len(sizes)}"
+            )
         alone = [number == 1 for number in numbers for _ in range(number)]
         return [
             self._canvas(model, (height, width)) if cut else self._tile(model, (height, width))
@@ -116,7 +121,9 @@ class LlavaOnevision(LlavaNext):
         ]
 
     def layouts(self, model: Any, inputs: Mapping[str, Any]) -> tuple[ImageLayout, ...]:
-        return tuple(canvas.read for canvas in self.canvases(model, inputs))
+        canvases = self.canvases(model, inputs)
+        check_tiles(inputs["pixel_values"], [canvas.cut for canvas in canvases])
+        return tuple(canvas.read for canvas in canvases)
 
     def located(self, model: Any, layout: ImageLayout, size: tuple[int, int]) -> ImageLayout:
         """Return the layout as it is: it knows the size of its image already."""
@@ -162,12 +169,8 @@ class LlavaOnevision(LlavaNext):
         layouts, pixels = self.frames(model, inputs), inputs["pixel_values_videos"]
         grid, half = self.tile_grid(model), layouts[0].grid
         readings = tower_readings(model, needs)
-        output, features, _ = self.run_vision(
-            model,
-            inputs,
-            readings.capture(),
-            lambda: model.model.get_video_features(pixels, return_dict=True),
-        )
+        function = partial(model.model.get_video_features, pixels, return_dict=True)
+        output, features, _ = self.run_captured(model, function, readings.capture())
         read = readings.extras(len(layouts))
         # Some releases put the newline of a video behind its frames here, others later.
         each = pixels.shape[1] * half[0] * half[1]
@@ -186,7 +189,7 @@ class LlavaOnevision(LlavaNext):
                 **digests(pixels.flatten(0, 1), needs),
             },
             class_token=False,
-            blank=torch.zeros(projected.shape[:2], dtype=torch.bool, device=projected.device),
+            blank=no_padding(projected),
             layouts=layouts,
             newline=self.newline(model),
         )

@@ -57,12 +57,8 @@ def add_questions(
     needs = needed_of_question(family, model, config)
     if config is None or not needs:
         return visual
-    if tower is None and needs & {"clip_image", "clip_text"}:
-        raise PruningError(
-            f"method {config.method!r} compares images with CLIP's text tower, which "
-            f"{type(model).__name__} does not come with; use a setting that reads no question, "
-            "such as cdpruner with relevance=none"
-        )
+    if needs & {"clip_image", "clip_text"} and (tower is None or not has_text_tower(tower)):
+        raise _no_text_tower(model, config)
     asked = current_questions(prompts, config.method)
     questions = [asked[row] for row in rows]
     extras: dict[str, Any] = {}
@@ -78,6 +74,22 @@ def add_questions(
         words = [keywords(question, rule) for question in questions]
         extras["question_embeddings"] = [_word_embeddings(family, model, text) for text in words]
     return visual.with_extras(extras)
+
+
+def _no_text_tower(model: Any, config: PruningConfig) -> PruningError:
+    """Return the error for methods that need the text tower of a model whose is not known."""
+    vision = model.config.vision_config
+    cure, name = "use a setting", getattr(vision, "_name_or_path", "")
+    if vision.model_type == "clip_vision_model":
+        cure = (
+            "set model.config.vision_config._name_or_path to the complete CLIP model that its "
+            f"vision tower was taken from{f' (it is {name!r})' if name else ''}, or use a setting"
+        )
+    return PruningError(
+        f"method {config.method!r} compares images with CLIP's text tower, which "
+        f"{type(model).__name__} does not come with; {cure} that reads no question, such as "
+        "cdpruner with relevance=none"
+    )
 
 
 def _word_embeddings(family: Family, model: Any, words: str) -> Tensor:

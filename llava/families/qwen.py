@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from llava.families.family import Family, register
+from llava.families.family import Family, misfit, register
 from llava.families.packed import PackedReadings
 from llava.families.prompts import ImageColumns, find_images
-from llava.families.towers import digests
+from llava.families.towers import digests, no_padding
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.projectors import JoinedMerger
 from llava.pruning.layout import ImageLayout
@@ -53,16 +53,20 @@ def _views(model: Any, inputs: Mapping[str, Any], source: _Source) -> list[_View
     """Return the images of a call, or all frames of its videos.
 
     Raises:
-        PruningError: their grids are missing.
+        PruningError: their grids are missing, or are of other images.
     """
     if inputs.get(source.pixels) is None:
         return []
     if inputs.get(source.grids) is None:
         raise PruningError(f"{type(model).__name__} needs {source.grids} beside {source.pixels}")
+    grids = inputs[source.grids].tolist()
+    found, wanted = len(inputs[source.pixels]), sum(t * rows * cols for t, rows, cols in grids)
+    if found != wanted:
+        raise misfit(f"{source.grids} asks for {wanted} patches", f"{source.pixels} has {found}")
     side = model.model.visual.spatial_merge_size
     return [
         _View(number, (rows // side, columns // side))
-        for number, (frames, rows, columns) in enumerate(inputs[source.grids].tolist())
+        for number, (frames, rows, columns) in enumerate(grids)
         for _ in range(frames)
     ]
 
@@ -170,6 +174,7 @@ class QwenFamily(Family):
                 },
                 class_token=False,
                 layouts=(ImageLayout(view.grid),),
+                blank=no_padding(tokens[None]),
             )
             for number, ((own, tokens), view) in enumerate(zip(parts, views, strict=True))
         ]

@@ -12,7 +12,8 @@ from llava.families.capture import Capture
 from llava.model.multimodal_encoder.readings import CLASS_FEATURE, TowerReader
 from llava.model.vision_inputs import tile_digest
 from llava.pruning.errors import PruningError
-from llava.pruning.tokens import ENCODER_EXTRAS
+from llava.pruning.layout import ImageLayout
+from llava.pruning.tokens import ENCODER_EXTRAS, VisualTokens
 
 
 class ClipTower:
@@ -153,6 +154,38 @@ def pool_readings(found: Mapping[str, Sequence[Tensor]], groups: Tensor) -> dict
         own = [tile[groups.to(tile.device)] for tile in tiles]
         pooled[name] = [x.mean(dim=1) if name.endswith("keys") else x.sum(dim=1) for x in own]
     return pooled
+
+
+def square_tiles(
+    counts: Sequence[int], side: int, features: Tensor, projected: Tensor, **more: Any
+) -> VisualTokens:
+    """Put images together whose processors scale every tile to a full square, without padding.
+
+    Args:
+        counts: tiles of every image, which are read one after the other.
+        side: rows and columns of the tokens of a tile.
+        features, projected: [T, N, C] and [T, N, D] of all tiles.
+        more: other fields of `VisualTokens`.
+    """
+    # How the crops of an image lie, only the size of the image would tell.
+    layouts = tuple(
+        ImageLayout((side, side), crops=(1, count - 1) if count > 1 else (0, 0), joined=False)
+        for count in counts
+    )
+    return VisualTokens(
+        features=features,
+        projected=projected,
+        image_index=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
+        grid=(side, side),
+        layouts=layouts,
+        blank=no_padding(projected),
+        **more,
+    )
+
+
+def no_padding(tokens: Tensor) -> Tensor:
+    """Return `VisualTokens.blank` of tokens [T, N, D] that all show something of their image."""
+    return torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def digests(tiles: Tensor, needs: Collection[str]) -> dict[str, Any]:

@@ -225,8 +225,13 @@ def _aspect(config: Mapping[str, Any], parsed: Any) -> dict[str, Any]:
 
 def tower_name(vision: Any) -> str:
     """Return the name of LLaVA's own tower for a vision config of its sizes, else a folder's."""
+    return stock_tower(vision) or _OWN_TOWER
+
+
+def stock_tower(vision: Any) -> str | None:
+    """Return the name of LLaVA's own tower for a vision config of its sizes, else None."""
     stock = all(getattr(vision, key) == size for key, size in _STOCK_SIZES.items())
-    return _STOCK_TOWER if stock else _OWN_TOWER
+    return _STOCK_TOWER if stock else None
 
 
 def _faults(parsed: Any) -> list[str]:

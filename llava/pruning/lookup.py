@@ -28,9 +28,26 @@ class ModelFamily(Protocol):
         """Return the `Prunable` of a model of this family, the same at every call."""
 
 
-FAMILIES: Registry[ModelFamily] = Registry(
-    "model family", "llava.families", group="llava.families", error=PruningError
-)
+class Families(Registry[ModelFamily]):
+    """Families by their names; no two prune the same class."""
+
+    def register(self, cls: type[ModelFamily]) -> type[ModelFamily]:
+        """Make a family known by its name and its classes. Usable as a decorator.
+
+        Raises:
+            PruningError: it has no name, or another family has its name or one of its classes.
+        """
+        for name, other in self._entries.items():
+            taken = [own for own in cls.classes if own in other.classes]
+            if taken and name != cls.name:
+                raise PruningError(
+                    f"model family {cls.name!r} prunes {taken[0]}, which family {name!r} of "
+                    f"{other.__module__} does already; leave it out of {cls.__name__}.classes"
+                )
+        return super().register(cls)
+
+
+FAMILIES = Families("model family", "llava.families", group="llava.families", error=PruningError)
 
 
 def family_of(model: Any) -> type[ModelFamily] | None:

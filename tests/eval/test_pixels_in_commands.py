@@ -87,7 +87,16 @@ def test_the_readings_are_told_apart(subject: LoadedModel, folder: Path) -> None
 def test_run_llava(
     ready: None, subject: LoadedModel, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model-path", "m", "--query", QUESTION, "--temperature", "0", "--device", "cpu"]
+    words = [
+        "--model-path",
+        "llava-tiny",
+        "--query",
+        QUESTION,
+        "--temperature",
+        "0",
+        "--device",
+        "cpu",
+    ]
     words += ["--max_new_tokens", "6", "--conv-mode", "vicuna_v1"]
     words += ["--image-file", str(folder / "turned.png")]
     upright = said(subject, stored(folder / "upright.png"))
@@ -99,7 +108,9 @@ def test_run_llava(
     ):
         assert run_llava.main([*words, *extra]) == 0
         assert capsys.readouterr().out.strip() == answer
-    args = SimpleNamespace(model_path="m", image_file=str(folder / "turned.png"), query=QUESTION)
+    args = SimpleNamespace(
+        model_path="llava-tiny", image_file=str(folder / "turned.png"), query=QUESTION
+    )
     args.temperature, args.max_new_tokens, args.conv_mode = 0, 6, "vicuna_v1"
     assert run_llava.eval_model(args) == upright
     args.pixels = "sideways"
@@ -294,10 +305,10 @@ def test_tables_of_papers(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 
 def test_a_reading_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     for program, needed in (
-        (main, ["run", "--model-path", "m", "--task", "pope"]),
+        (main, ["run", "--model-path", "llava-tiny", "--task", "pope"]),
         (main, ["paper-table", "table1_llava_v1_5_7b"]),
-        (model_vqa_loader.main, ["--model-path", "m", "--question-file", "q"]),
-        (run_llava.main, ["--model-path", "m", "--image-file", "i", "--query", "q"]),
+        (model_vqa_loader.main, ["--model-path", "llava-tiny", "--question-file", "q"]),
+        (run_llava.main, ["--model-path", "llava-tiny", "--image-file", "i", "--query", "q"]),
         (cli.main, ["--image-file", "i"]),
     ):
         try:

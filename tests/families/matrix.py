@@ -10,6 +10,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +32,11 @@ RESULTS = ROOT / "playground/results/families.json"
 DOCUMENT = ROOT / "docs/families.md"
 COMMAND = "python tests/families/matrix.py"
 METHODS = [name for name in list_methods() if get_method(name).budgeted]
-# An image whose tokens are divided into rectangles of half of them, which `pool` makes.
 ROW = [[(56, 56)]]
+# An image that `pool` can divide into half as many rectangles as it has tokens, in every family.
+POOLED_ROW = [[(28, 28)]]
 # What a cell says -> what refusals of this kind say.
-REASONS = {
-    "no block after the features": "next_",
-    "no class token": "cls_feature",
-    "no text tower": "text tower",
-    "no such budget": "pool cannot make",
-}
+REASONS = {"no block after the features": "next_"}
 
 
 class Letters:
@@ -54,13 +53,33 @@ def build(name: str) -> Any:
     return model
 
 
+def videos(model: Any, family: Any) -> str:
+    """Return how videos come: by arguments of their own, by those of images, or not at all."""
+    if "pixel_values_videos" in family.pixels:
+        return "frames"
+    package = type(model).__module__.rpartition(".")[0]
+    processor = f"{package}.video_processing_{package.rpartition('.')[2]}"
+    return "none" if find_spec(processor) is None else "as images"
+
+
+@contextmanager
+def named_tower(vision: Any) -> Iterator[None]:
+    """Let a vision config name the model that its tower was taken from, as released ones do."""
+    before = getattr(vision, "_name_or_path", "")
+    vision._name_or_path = "openai/clip-vit-large-patch14-336"
+    try:
+        yield
+    finally:
+        vision._name_or_path = before
+
+
 def outcome(model: Any, name: str, method: str) -> str:
     """Return what a method does on a model: "yes" and how, or why it is refused.
 
     Raises:
         AssertionError: it keeps another number of tokens than asked for, or is refused too late.
     """
-    inputs, ran = inputs_of(name, ROW), []
+    inputs, ran = inputs_of(name, POOLED_ROW if method == "pool" else ROW), []
     language = FAMILIES.get(name)().language_model(model)
     handle = language.register_forward_pre_hook(lambda *_: ran.append(True))
     try:
@@ -96,15 +115,17 @@ def features(model: Any, name: str) -> dict[str, str]:
     projector = groups[0].projector
     forms = two_layer(projector), normed_merger(projector), linear_matrix(projector, torch.float32)
     closed = any(form is not None for form in forms)
+    with named_tower(model.config.vision_config):
+        text_tower = family.text_tower(model)
     shape = "any shape" if len(lengths) > 1 else "one square"
     return {
         "class": ", ".join(family.classes),
         "images": "tiles" if tiles > 1 else shape,
-        "videos": "frames" if "pixel_values_videos" in family.pixels else "refused",
+        "videos": videos(model, family),
         "positions": "1-D" if axes == 1 else "M-RoPE",
         "deep features": "yes" if getattr(visual, "deep", ()) else "no",
         "class token": "yes" if groups[0].class_token else "no",
-        "text tower": "yes" if family.text_tower(model) is not None else "no",
+        "text tower": "no" if text_tower is None else "yes",
         "sensitivity": "closed form" if closed else "calls of the projector",
     }
 

@@ -12,6 +12,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from family_checks import GREEDY, NAMES, ROWS, error, inputs_of, shared_model, tiny
 from torch import nn
 
+from llava.model.multimodal_encoder import clip_text
 from llava.pruning import PruningError, prune
 from llava.pruning.lookup import FAMILIES
 from llava.utils import UserInputError
@@ -138,3 +139,48 @@ def test_models_of_unknown_classes_are_refused() -> None:
         prune(nn.Linear(2, 2), "zoo", keep_tokens=4),
     ):
         pass
+
+
+def cut(inputs: dict[str, Any], name: str, entries: slice) -> dict[str, Any]:
+    return {**inputs, name: inputs[name][entries]}
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        *[(name, "pixel_values") for name in ("llava_next", "llava_onevision")],
+        *[(name, "image_sizes") for name in ("llava_next", "llava_onevision")],
+        *[(name, "pixel_values") for name in NAMES if name.startswith("qwen")],
+        *[(name, "image_grid_thw") for name in NAMES if name.startswith("qwen")],
+    ],
+)
+def test_pixels_of_other_images_are_refused(name: str, argument: str) -> None:
+    model, inputs = shared_model(name), inputs_of(name)
+    with prune(model, "divprune", keep_ratio=0.5):
+        for entries in (slice(0, -1), slice(1, None)):
+            with pytest.raises(PruningError, match="make input_ids and pixels with one call"):
+                model(**cut(inputs, argument, entries))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_images_of_too_few_tiles_are_refused(name: str) -> None:
+    model, inputs = shared_model(name), inputs_of(name, [[(56, 56)]])
+    inputs["pixel_values"] = inputs["pixel_values"][:, :-1]
+    with (
+        prune(model, "divprune", keep_ratio=0.5),
+        pytest.raises(PruningError, match="asks for 5 tiles, but pixel_values has 4"),
+    ):
+        model(**inputs)
+
+
+def test_a_tower_without_a_name_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = tiny("llava").build(), []
+    monkeypatch.setattr(clip_text, "find_file", lambda source, name: asked.append(source))
+    with prune(model, "cdpruner", keep_tokens=4, relevance="clip"):
+        with pytest.raises(PruningError, match=r"set model.config.vision_config._name_or_path"):
+            model(**inputs_of("llava"), questions=["a", "b", "c"])
+        assert not asked
+        model.config.vision_config._name_or_path = "somewhere/clip"
+        with pytest.raises(PruningError, match="it is 'somewhere/clip'"):
+            model(**inputs_of("llava"), questions=["a", "b", "c"])
+    assert {*asked} == {"somewhere/clip"}

@@ -5,13 +5,25 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import matrix
 import pytest
 import torch
-from family_checks import GREEDY, STEPS, Shortened, error, inputs_of, shared_model, tiny
+from family_checks import (
+    GREEDY,
+    NAMES,
+    STEPS,
+    Shortened,
+    error,
+    inputs_of,
+    shared_model,
+    tiny,
+)
+from PIL import Image
 from torch import Tensor, nn
 
 from llava.families.idefics import Idefics3
 from llava.families.towers import pool_readings
+from llava.model.call_context import asking
 from llava.pruning import PruningError, prune
 from llava.pruning.importance.projectors import linear_matrix, normed_merger, two_layer
 from llava.pruning.layout import NEWLINE
@@ -165,7 +177,7 @@ def test_idefics_counts_the_tiles_of_images_by_their_names() -> None:
     given = {name: inputs[name] for name in Idefics3.pixels}
     sizes = [size for row in LARGE for size in row]
     wanted = [tiny("idefics3").tiles(size) for size in sizes]
-    assert Idefics3().tiles(model, given, inputs["input_ids"]) == wanted and max(wanted) > 2
+    assert Idefics3().tile_counts(model, given, inputs["input_ids"]) == wanted and max(wanted) > 2
 
 
 def test_idefics_refuses_readings_of_padded_images() -> None:
@@ -243,3 +255,24 @@ def test_interpolated_frames_and_their_features_belong_together() -> None:
         visual = family.encode(model, given, inputs["input_ids"], {"encoder_keys"})
         assert torch.allclose(visual.projector(visual.features), visual.projected, atol=1e-5)
     assert [tile.shape[0] for tile in visual.extras["encoder_keys"]] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["internvl", "idefics3", "smolvlm"])
+def test_an_image_is_treated_alike_beside_any_other(name: str) -> None:
+    model, picture = matrix.build(name), Image.new("RGB", (28, 28), "white")
+    drawn, labels = [], []
+    for rows in ([[(28, 28)]], [[(28, 28), (112, 24)]]):
+        with asking(["what is it?"]), prune(model, "mmtok", keep_ratio=0.5) as run:
+            model(**inputs_of(name, rows))
+        drawn.append(run.overlay(picture, 0).tobytes())
+        labels.append(run.trace.method)
+    assert drawn[0] == drawn[1] and labels[0] == labels[1] == "mmtok"
+    with pytest.raises(PruningError, match="where its tiles lie"):
+        run.overlay(picture, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "llava"])
+def test_processors_that_pad_no_square_leave_no_padding_unknown(name: str) -> None:
+    visual = encoded(name, shared_model(name), [[(28, 28)]])
+    groups = getattr(visual, "groups", (visual,))
+    assert all(group.blank is not None and not group.blank.any() for group in groups)

@@ -147,3 +147,41 @@ def test_an_entry_point_is_enough(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "True", found.stderr
+
+
+def test_pixels_of_another_name_are_seen(
+    toy: Any, inputs: dict[str, Any], registered: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Renamed(Toy):
+        name: ClassVar[str] = "toy"
+        pixels: ClassVar[tuple[str, ...]] = ("images", "image_count")
+
+        def lengths(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> list[int]:
+            return [SIDE * SIDE] * len(inputs["images"])
+
+        def run_vision(self, model: Any, inputs: Mapping[str, Any], capture: Any = None) -> Any:
+            return Toy().run_vision(model, {"pixel_values": inputs["images"]}, capture)
+
+    monkeypatch.setitem(FAMILIES._entries, "toy", Renamed)
+    model = built(ToyForConditionalGeneration, LlamaConfig(**TEXT))
+    given = {**inputs, "images": inputs["pixel_values"]}
+    del given["pixel_values"]
+    assert Renamed.shown == ("images",) and Toy.shown == ("pixel_values",)
+    with prune(model, "zoo-exact", keep_tokens=5) as run:
+        model(**given)
+    assert run.trace is not None and run.trace.tokens_after == [5, 5, 5]
+
+
+def test_pictures_that_are_no_pixels_are_refused() -> None:
+    with pytest.raises(PruningError, match="name some of `pixels`"):
+        type("Wrong", (Toy,), {"shown": ("images",)})
+    with pytest.raises(PruningError, match="name some of `pixels`"):
+        type("Empty", (Toy,), {"pixels": ()})
+
+
+def test_a_class_has_one_family(registered: None) -> None:
+    other = type("Other", (Toy,), {"name": "other"})
+    with pytest.raises(PruningError, match="which family 'toy' of"):
+        FAMILIES.register(other)
+    assert "other" not in FAMILIES.entries()
+    assert FAMILIES.register(Toy) is Toy
