@@ -172,16 +172,10 @@ class Family:
     def located(self, model: Any, layout: ImageLayout, size: tuple[int, int]) -> ImageLayout:
         """Return the layout of a picture of (width, height) pixels, with what its tiles show of it.
 
-        By default the one tile of an image shows all of it.
-
-        Raises:
-            PruningError: what the tiles show cannot be known.
+        By default the one tile of an image shows all of it; what several show is not known.
         """
         if layout.tiles > 1:
-            raise PruningError(
-                "this model does not tell where its tiles lie in the picture, so no overlay can be "
-                "drawn; have the processor make one tile of the image"
-            )
+            return layout
         return replace(layout, base_box=(0.0, 0.0, float(size[0]), float(size[1])))
 
     # --- how a checkpoint of the family is asked, see `loaded.FamilyModel` ---

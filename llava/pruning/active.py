@@ -64,6 +64,11 @@ class PruningRun:
         layout = self.tokens.layout_of(index)
         if layout is not None and self.locate is not None:
             layout = self.locate(layout, image.size)
+            if layout.base_box is None:
+                raise PruningError(
+                    "this model does not tell where its tiles lie in the picture, so no overlay "
+                    "can be drawn; have the processor make one tile of the image"
+                )
         return overlay_tokens(image, self.tokens, index, dim=dim, layout=layout)
 
 

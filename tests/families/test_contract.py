@@ -131,7 +131,7 @@ def test_steps_are_one_answer(loaded: VisionLanguageModel, setting: None) -> Non
     new = continued(loaded, step_by_step(loaded, rows, images, questions))
     whole = loaded.answer(rows, images, questions, pad_token_id=0, **settings_of(loaded))
     assert new == whole.tolist()
-    # These tiny models may say the same of two prompts; test_family_checkpoints has their right answers.
+    # These tiny models may say the same twice; test_family_checkpoints has their right answers.
     least = 2 if isinstance(loaded, FamilyModel) else len(rows)
     assert len({tuple(row) for row in new}) >= least, "the prompts are told apart"
 
