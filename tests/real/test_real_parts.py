@@ -247,6 +247,7 @@ def asked(real: RealLlava) -> FamilyModel:
         model=real.model,
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
+        chat_template=processor.tokenizer.chat_template,
         name="real parts",
     )
 
