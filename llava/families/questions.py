@@ -8,14 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava.constants import SHORT_ANSWER
-from llava.model.multimodal_encoder.clip_text import has_text_tower, text_tower_of
-from llava.model.prompt_inputs import (
-    QUESTION_EXTRAS,
-    current_questions,
-    keywords,
-    without_answer_format,
-)
+from llava.model.multimodal_encoder.clip_text import has_text_tower
+from llava.model.prompt_inputs import current_questions, question_extras
+from llava.model.prompt_inputs import needed_of_question as needed_by_setting
 from llava.pruning.config import PruningConfig
 from llava.pruning.errors import PruningError
 from llava.pruning.precision import outside_autocast
@@ -26,13 +21,7 @@ if TYPE_CHECKING:
 
 def needed_of_question(family: Family, model: Any, config: PruningConfig | None) -> set[str]:
     """Return which of QUESTION_EXTRAS a setting reads and can have of this model."""
-    if config is None:
-        return set()
-    needs, wants = (
-        set(names) & set(QUESTION_EXTRAS) for names in (config.pruner.needs, config.pruner.wants)
-    )
-    tower = family.text_tower(model)
-    return needs | wants if wants and tower is not None and has_text_tower(tower) else needs
+    return needed_by_setting(config, family.text_tower(model))
 
 
 @outside_autocast()
@@ -61,19 +50,16 @@ def add_questions(
         raise _no_text_tower(model, config)
     asked = current_questions(prompts, config.method)
     questions = [asked[row] for row in rows]
-    extras: dict[str, Any] = {}
-    if "clip_image" in needs:
-        text = text_tower_of(tower)
-        extras["clip_image"] = [text.embed_patches(tower, tile) for tile in visual.features]
-    if "clip_text" in needs:
-        text = text_tower_of(tower)
-        words = [without_answer_format(question, (SHORT_ANSWER,)) for question in questions]
-        extras["clip_text"] = [text.encode(question) for question in words]
-    if "question_embeddings" in needs:
-        rule = config.pruner.keyword_rule
-        words = [keywords(question, rule) for question in questions]
-        extras["question_embeddings"] = [_word_embeddings(family, model, text) for text in words]
-    return visual.with_extras(extras)
+    return visual.with_extras(
+        question_extras(
+            needs,
+            config,
+            visual,
+            tower,
+            questions,
+            lambda words: _word_embeddings(family, model, words),
+        )
+    )
 
 
 def _no_text_tower(model: Any, config: PruningConfig) -> PruningError:

@@ -6,8 +6,9 @@ else is computed.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,7 +16,6 @@ from llava.constants import IMAGE_TOKEN_INDEX, OPTION_LETTER, SHORT_ANSWER, UNAN
 from llava.model.call_context import call_context
 from llava.model.checks import check_questions
 from llava.model.multimodal_encoder.clip_text import has_text_tower, text_tower_of
-from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.splice import share_images
 from llava.model.types import VisualModel
 from llava.model.vision_inputs import tower_of
@@ -103,14 +103,15 @@ def current_questions(rows: int, method: str) -> Sequence[str]:
     return questions
 
 
-def needed_of_question(config: PruningConfig | None, tower: VisionTower) -> set[str]:
-    """Return which of QUESTION_EXTRAS a setting reads and can have with this tower."""
+def needed_of_question(config: PruningConfig | None, tower: Any) -> set[str]:
+    """Return which of QUESTION_EXTRAS a setting reads and can have with this tower (or None)."""
     if config is None:
         return set()
     needs, wants = (
         set(names) & set(QUESTION_EXTRAS) for names in (config.pruner.needs, config.pruner.wants)
     )
-    return needs | wants if wants and has_text_tower(tower) else needs
+    has_text = bool(wants) and tower is not None and has_text_tower(tower)
+    return needs | wants if has_text else needs
 
 
 @outside_autocast()
@@ -128,7 +129,34 @@ def add_questions(
     if config is None or not needs:
         return visual
     check_questions(questions, visual.num_images, "images")
-    extras = dict(visual.extras)
+    own = question_extras(
+        needs, config, visual, tower, questions, lambda words: _word_embeddings(model, words)
+    )
+    return replace(visual, extras={**visual.extras, **own})
+
+
+def question_extras(
+    needs: Collection[str],
+    config: PruningConfig,
+    visual: Any,
+    tower: Any,
+    questions: Sequence[str],
+    embed_words: Callable[[str], torch.Tensor],
+) -> dict[str, list[torch.Tensor]]:
+    """Return what is read of the questions, one entry for each image.
+
+    Args:
+        needs: some of QUESTION_EXTRAS.
+        config: the setting that reads them.
+        visual: the encoded images.
+        tower: their vision tower, for what its text tower gives.
+        questions: one for each image.
+        embed_words: returns the language model's embeddings [m, D] of a text.
+
+    Raises:
+        UserInputError: the text tower cannot be loaded.
+    """
+    extras: dict[str, list[torch.Tensor]] = {}
     if "clip_image" in needs:
         text = text_tower_of(tower)
         extras["clip_image"] = [text.embed_patches(tower, tile) for tile in visual.features]
@@ -140,8 +168,8 @@ def add_questions(
     if "question_embeddings" in needs:
         rule = config.pruner.keyword_rule
         words = [keywords(question, rule) for question in questions]
-        extras["question_embeddings"] = [_word_embeddings(model, text) for text in words]
-    return replace(visual, extras=extras)
+        extras["question_embeddings"] = [embed_words(text) for text in words]
+    return extras
 
 
 def _word_embeddings(model: VisualModel, words: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from family_checks import GREEDY, NAMES, ROWS, error, inputs_of, shared_model, tiny
@@ -186,7 +187,6 @@ def test_models_inside_wrappers_are_found(name: str) -> None:
 
 
 def test_lora_by_peft() -> None:
-    peft = pytest.importorskip("peft")
     model, inputs = tiny("llava").build(), inputs_of("llava")
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(model, config)
