@@ -21,9 +21,9 @@ from llava.families import calls
 from llava.families.capture import after_projector, before_block
 from llava.families.continuation import is_pruned
 from llava.families.deep import before_language_model
-from llava.families.hooks import Hook
 from llava.pruning.active import Prunable
 from llava.pruning.config import PruningConfig
+from llava.pruning.hooks import Hook
 
 if TYPE_CHECKING:
     from llava.families.family import Family

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
-import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from llava.pruning.budgets import BUDGETS, check_count, check_share
+from llava.pruning.decoder.config import DecoderConfig
+from llava.pruning.decoder.registry import DECODER_METHODS
 from llava.pruning.errors import PruningError
 from llava.pruning.method import PruningMethod
 from llava.pruning.precision import COMPUTE
 from llava.pruning.proportions import share_in_proportion
 from llava.pruning.registry import get_method, make_method
 from llava.registry import unknown
-
-BUDGETS = ("keep_tokens", "keep_ratio")
 
 
 class Choice(NamedTuple):
@@ -68,6 +67,7 @@ class PruningConfig:
             together, in proportion to their tokens and at least 1 each.
         compute: precision of the largest products behind scores; "auto" goes by the model's type
             and by what the device multiplies fast, see `llava.pruning.precision`.
+        decoder: what is dropped later, between layers of the language model; None for nothing.
 
     Exactly one budget is required (`none` needs no budget).
 
@@ -85,10 +85,17 @@ class PruningConfig:
     positions: str = "compact"
     scope: str = "image"
     compute: str = "auto"
+    decoder: DecoderConfig | None = None
     pruner: PruningMethod = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.method in DECODER_METHODS.entries():
+            raise PruningError(
+                f"{self.method!r} prunes inside the language model: give it as decoder=, as "
+                f"--decoder-pruner, or make the setting with PruningConfig.of({self.method!r}, ...)"
+            )
         cls = get_method(self.method)
+        object.__setattr__(self, "decoder", DecoderConfig.read(self.decoder))
         object.__setattr__(self, "options", _mapping("options", self.options))
         object.__setattr__(self, "pruner", make_method(self.method, self.options))
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -97,9 +104,9 @@ class PruningConfig:
         if not given and cls.budgeted:
             raise PruningError(f"{self.method!r} needs keep_tokens= or keep_ratio=")
         if self.keep_tokens is not None:
-            object.__setattr__(self, "keep_tokens", _token_count(self.keep_tokens))
+            object.__setattr__(self, "keep_tokens", check_count(self.keep_tokens))
         if self.keep_ratio is not None:
-            object.__setattr__(self, "keep_ratio", _share("keep_ratio", self.keep_ratio))
+            object.__setattr__(self, "keep_ratio", check_share("keep_ratio", self.keep_ratio))
         self._check_choices()
 
     def _check_choices(self) -> None:
@@ -188,17 +195,19 @@ class PruningConfig:
                 data[name] = getattr(self, name)
         if self.options:
             data["options"] = dict(self.options)
+        if self.decoder is not None:
+            data["decoder"] = self.decoder.to_dict()
         return data | self.choices
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:
         """Read `to_dict()` output, or the same with another tool's budget word (one warning)."""
-        allowed = ("method", *BUDGETS, "options", *CHOICES, *ALIASES)
+        allowed = ("method", *BUDGETS, "options", *CHOICES, "decoder", *ALIASES)
         for key in _mapping("a pruning setting", data):
             if key not in allowed:
                 raise PruningError(unknown("pruning setting", key, allowed))
         options: Any = {} if data.get("options") is None else data["options"]
-        choices = {name: data[name] for name in CHOICES if name in data}
+        choices = {name: data[name] for name in (*CHOICES, "decoder") if name in data}
         return cls(data.get("method", "none"), **_budget(data), options=options, **choices)
 
     @classmethod
@@ -219,10 +228,20 @@ class PruningConfig:
 
     @classmethod
     def of(cls, method: str, **settings: Any) -> PruningConfig:
-        """Make a setting from keywords: `PruningConfig.of("zoo", keep_tokens=64, seed=1)`."""
-        words = (*BUDGETS, *CHOICES, *ALIASES)
+        """Make a setting from keywords: `PruningConfig.of("zoo", keep_tokens=64, seed=1)`.
+
+        A decoder method may be named too: `PruningConfig.of("fastv", keep_tokens=64)` prunes inside
+        the language model alone.
+        """
+        words = (*BUDGETS, *CHOICES, "decoder", *ALIASES)
         own = {key: settings.pop(key) for key in words if key in settings}
-        return cls.from_dict({"method": method, "options": settings, **own})
+        if method not in DECODER_METHODS.entries():
+            return cls.from_dict({"method": method, "options": settings, **own})
+        if own.get("decoder") is not None:
+            raise PruningError(f"{method!r} is a decoder method itself; leave decoder= out")
+        choices = {key: own[key] for key in CHOICES if key in own}
+        inner = {"method": method, "options": settings, **_budget(own)}
+        return cls(decoder=DecoderConfig.read(inner), **choices)
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
@@ -269,34 +288,10 @@ def _budget(data: Mapping[str, Any]) -> dict[str, Any]:
     (word,) = words
     value = data[word]
     if word == "visual_token_num":
-        budget: dict[str, Any] = {"keep_tokens": _token_count(value, word)}
+        budget: dict[str, Any] = {"keep_tokens": check_count(value, word)}
     else:
         # The share removed is in [0, 1), so the share kept is in (0, 1].
-        budget = {"keep_ratio": 1.0 - _share(word, value, removed=True)}
+        budget = {"keep_ratio": 1.0 - check_share(word, value, removed=True)}
     ((ours, kept),) = budget.items()
     warnings.warn(f"{word}={value} read as {ours}={kept:g}", stacklevel=4)
     return budget
-
-
-def _token_count(value: Any, name: str = "keep_tokens") -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise PruningError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return count
-
-
-def _share(name: str, value: Any, removed: bool = False) -> float:
-    try:
-        share = math.nan if isinstance(value, bool | str) else float(value)
-    except (TypeError, ValueError):
-        share = math.nan
-    inside = 0.0 <= share < 1.0 if removed else 0.0 < share <= 1.0
-    if not inside:
-        interval = "[0, 1)" if removed else "(0, 1]"
-        raise PruningError(f"{name} must be a share in {interval}, got {value!r}")
-    return share

@@ -33,13 +33,13 @@ def option(
     """Declare an option of a method: `directions: int = option(64, at_least=1)`.
 
     The annotation says what it takes: `int`, `float` (finite), `bool`, `str` (with `choices`), a
-    mapping, or one of them `| None`.
+    mapping, a list of numbers (`tuple[int, ...]`), or one of them `| None`.
 
     Args:
         default: value where none is given.
         default_factory: makes the default, where that is a value that can be changed.
         choices: all values of a `str`.
-        at_least, above, at_most, below: limits of a number.
+        at_least, above, at_most, below: limits of a number, or of all in a list.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     given = {name: limit for name, limit in limits.items() if limit is not None}
@@ -79,6 +79,14 @@ def _check(
         wanted = wanted.replace("number above 0", "positive number")
     elif kind is bool:
         fits, wanted = isinstance(value, bool), "true or false"
+    elif kind is tuple:
+        number = get_args(kinds[0])[0]
+        fits = isinstance(value, list | tuple) and all(
+            _is_number(one, number) and all(_LIMITS[w][0](one, v) for w, v in limits.items())
+            for one in value
+        )
+        words = " and ".join(f"{_LIMITS[word][1]} {limit}" for word, limit in limits.items())
+        wanted = f"a list of {'whole numbers' if number is int else 'numbers'} {words}".rstrip()
     else:
         fits, wanted = isinstance(value, kind), "a mapping of names to values"
     if NoneType in kinds:

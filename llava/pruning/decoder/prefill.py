@@ -1,0 +1,254 @@
+"""A pass over whole prompts: visual tokens are dropped between its layers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llava.pruning.decoder.columns import PADDING, TEXT, VisualColumns
+from llava.pruning.decoder.config import DecoderConfig
+from llava.pruning.decoder.layers import DecoderLayers, Rotary, take_columns
+from llava.pruning.decoder.method import Made, Stage
+from llava.pruning.decoder.schedule import Schedule
+from llava.pruning.decoder.segments import Segment
+from llava.pruning.decoder.trace import DecoderTrace
+from llava.pruning.indices import constant, raster_order
+
+
+@dataclass(eq=False)
+class _Tokens:
+    """What belongs to every column [B, S] of the prompts between two cuts."""
+
+    image: Tensor
+    place: Tensor
+    columns: Tensor
+    positions: Tensor
+
+    def extended(self, width: int) -> _Tokens:
+        """Return room for `width` more columns, padding for now."""
+        return _Tokens(
+            pad(self.image, (0, width), value=PADDING),
+            pad(self.place, (0, width)),
+            pad(self.columns, (0, width), value=-1),
+            pad(self.positions, (0, width)),
+        )
+
+
+class Prefill:
+    """Reads prompts once, see `before_layer`.
+
+    Args:
+        decoder: the layers.
+        config: what is dropped.
+        columns: where visual tokens stand.
+        hidden: [B, L, D], inputs of layer 0; B is a multiple of the prompts where each is answered
+            several times.
+        inputs: other arguments of layer 0: `position_ids`, `position_embeddings` and
+            `past_key_values`.
+
+    Attributes:
+        segments: the prompts between cuts, from the first layer on.
+        cache: what the pass fills, or None.
+        trace: what was done so far.
+
+    Raises:
+        UnreachableBudgetError: a budget below what the schedule can reach.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderLayers,
+        config: DecoderConfig,
+        columns: VisualColumns,
+        hidden: Tensor,
+        inputs: dict[str, Any],
+    ) -> None:
+        self.decoder, self.method = decoder, config.pruner
+        columns = self.method.relabel(columns).repeated(len(hidden) // len(columns.image))
+        depth, device = len(decoder.layers), hidden.device
+        self._columns, self._left = columns, [*columns.counts]
+        self._plans = [
+            config.plan(count, image.total, depth)
+            for count, image in zip(columns.counts, columns.images, strict=True)
+        ]
+        self._layers = sorted({layer for plan in self._plans for layer in plan.layers})
+        image = columns.image.to(device, non_blocking=True)
+        every = torch.arange(columns.width, device=device).expand_as(image)
+        places = every.masked_fill(image == PADDING, -1)
+        positions = inputs["position_ids"].expand(len(hidden), -1)
+        place = columns.place.to(device, non_blocking=True)
+        self._tokens = _Tokens(image, place, places, positions)
+        self._rotary: Rotary = inputs["position_embeddings"]
+        padded = bool((columns.image == PADDING).any())
+        self.segments = [Segment(0, places, positions, None, padded)]
+        self.cache = inputs.get("past_key_values")
+        self._inputs: dict[str, Any] | None = None
+        self._scores: Tensor | None = None
+        self._memory: Any = None
+        self.trace = DecoderTrace(config.method, depth, tuple(self._layers))
+
+    def before_layer(
+        self, layer: int, hidden: Tensor, inputs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]] | None:
+        """Return what a layer gets instead of its hidden states and inputs; None for the same."""
+        start = time.perf_counter()
+        if layer == 0 and self._layers:
+            self._memory = self.method.begin(self._stage(layer, hidden))
+        if layer in self._layers:
+            hidden = self._cut(layer, hidden)
+        previous = self.method.scored_by == "previous"
+        if previous and layer + 1 in self._layers:
+            self._scores = self._score(layer, hidden)
+        self.trace.per_layer.append([*self._left])
+        self.trace.seconds += time.perf_counter() - start
+        return None if self._inputs is None else (hidden, {**inputs, **self._inputs})
+
+    def finish(self, cache_bytes: int | None) -> DecoderTrace:
+        """Return the record of the pass, of prompts that are answered once."""
+        by_image = zip(*self.trace.per_layer, strict=True)
+        self.trace.per_layer = [[*counts] for counts in by_image]
+        self.trace.cache_bytes = cache_bytes
+        return self.trace
+
+    def _stage(self, layer: int, hidden: Tensor) -> Stage:
+        """Return the prompts as a method sees them before a layer."""
+        rows = constant(tuple(self._columns.rows), hidden.device)
+        own = self._tokens.image[rows]
+        mine = own == torch.arange(len(rows), device=hidden.device)[:, None]
+        width = max(self._left, default=0)
+        columns = mine.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        counts = constant(tuple(self._left), hidden.device)
+        present = torch.arange(width, device=hidden.device) < counts[:, None]
+        columns = columns.masked_fill(~present, 0)
+        return Stage(
+            decoder=self.decoder,
+            layer=layer,
+            number=sum(cut < layer for cut in self._layers),
+            hidden=hidden,
+            rotary=self._rotary,
+            valid=self.segments[-1].valid,
+            columns=columns,
+            present=present,
+            rows=rows,
+            text=self._tokens.image == TEXT,
+            place=self._tokens.place[rows].gather(1, columns),
+            counts=[*self._left],
+            images=self._columns.images,
+            memory=self._memory,
+        )
+
+    @torch.no_grad()
+    def _score(self, layer: int, hidden: Tensor) -> Tensor:
+        stage = self._stage(layer, hidden)
+        scores = self.method.score(stage)
+        return scores.masked_fill(~stage.present, -torch.inf)
+
+    def _cut(self, layer: int, hidden: Tensor) -> Tensor:
+        """Drop tokens before a layer; return what is left of its inputs."""
+        stage = self._stage(layer, hidden)
+        scores = self._score(layer, hidden) if self._scores is None else self._scores
+        self._scores = None
+        asked = [
+            self._asked(plan, layer, left)
+            for plan, left in zip(self._plans, self._left, strict=True)
+        ]
+        with torch.no_grad():
+            picks = raster_order(self.method.select(stage, scores, asked))
+        kept = torch.zeros_like(stage.present)
+        kept = pad(kept, (0, 1)).scatter(1, picks.where(picks >= 0, kept.shape[1]), True)[:, :-1]
+        made = self.method.make(stage, scores, kept)
+        if not self.method.fixed_count:
+            asked = kept.sum(dim=1).tolist()
+        self._left = [
+            count + (0 if made is None else made.counts[image]) for image, count in enumerate(asked)
+        ]
+        self.trace.picks.append(picks)
+        return self._gather(layer, hidden, stage, kept, made)
+
+    def _asked(self, plan: Schedule, layer: int, left: int) -> int:
+        if layer not in plan.layers or plan.keep is None:
+            return left
+        return min(left, plan.keep[plan.layers.index(layer)])
+
+    def _gather(
+        self, layer: int, hidden: Tensor, stage: Stage, kept: Tensor, made: Made | None
+    ) -> Tensor:
+        """Put the tokens that stay together, on the left of padding where rows differ."""
+        tokens, rows = self._tokens, stage.rows
+        keep = tokens.image == TEXT
+        at = rows[:, None] * keep.shape[1] + stage.columns
+        at = at.where(kept, keep.numel())
+        keep = pad(keep.flatten(), (0, 1)).scatter(0, at.flatten(), True)[:-1].view_as(keep)
+        every = torch.arange(keep.shape[1], device=hidden.device)
+        order = torch.where(keep, 2 * every, -1)
+        if made is not None:
+            hidden, tokens, order = self._with_made(hidden, order, stage, made)
+        lengths = [*self._columns.text]
+        for row, count in zip(self._columns.rows, self._left, strict=True):
+            lengths[row] += count
+        width = max(lengths)
+        order, columns = (part[:, -width:] for part in order.sort(dim=1, stable=True))
+        valid = order >= 0
+        self._tokens = _Tokens(
+            tokens.image.gather(1, columns).masked_fill(~valid, PADDING),
+            tokens.place.gather(1, columns),
+            tokens.columns.gather(1, columns).masked_fill(~valid, -1),
+            tokens.positions.gather(1, columns),
+        )
+        hidden = take_columns(hidden, columns)
+        self._number(layer, hidden, columns, valid, padded=min(lengths) < width)
+        return hidden
+
+    def _with_made(
+        self, hidden: Tensor, order: Tensor, stage: Stage, made: Made
+    ) -> tuple[Tensor, _Tokens, Tensor]:
+        """Add tokens that were made, each behind its image's last token."""
+        blocks = [0] * len(hidden)
+        starts = []
+        for row, count in zip(self._columns.rows, made.counts, strict=True):
+            starts.append(blocks[row])
+            blocks[row] += count
+        width, first = max(blocks), hidden.shape[1]
+        hidden = pad(hidden, (0, 0, 0, width))
+        order, tokens = pad(order, (0, width), value=-1), self._tokens.extended(width)
+        for image, (start, count) in enumerate(zip(starts, made.counts, strict=True)):
+            if not count:
+                continue
+            row, own = self._columns.rows[image], slice(first + start, first + start + count)
+            last = stage.columns[image, stage.counts[image] - 1]
+            hidden[row, own] = made.hidden[image, :count].to(hidden.dtype)
+            order[row, own] = 2 * last + 1
+            tokens.image[row, own] = image
+            tokens.columns[row, own] = tokens.columns[row, last]
+            tokens.place[row, own] = tokens.place[row, last]
+            tokens.positions[row, own] = tokens.positions[row, last]
+        return hidden, tokens, order
+
+    def _number(
+        self, layer: int, hidden: Tensor, columns: Tensor, valid: Tensor, padded: bool
+    ) -> None:
+        """Number what is left, and begin its segment."""
+        tokens, shift = self._tokens, None
+        if self.method.positions == "compact":
+            own = (valid.long().cumsum(dim=1) - 1).clamp(min=0)
+            before = self.segments[0]
+            last = before.positions.masked_fill(~before.valid, 0).amax(dim=1)
+            shift = last - own[:, -1]
+            tokens.positions = own
+            self._rotary = self.decoder.rotary(hidden, own)
+        else:
+            cos, sin = self._rotary
+            self._rotary = take_columns(cos, columns), take_columns(sin, columns)
+        segment = Segment(layer, tokens.columns, tokens.positions, shift, padded)
+        self.segments.append(segment)
+        mask = self.decoder.attention_mask(hidden, valid if padded else None, 0)
+        self._inputs = {
+            "attention_mask": mask,
+            "position_embeddings": self._rotary,
+            "position_ids": None,
+        }
