@@ -19,6 +19,7 @@ from llava.families.deep import DeepFeatures
 from llava.families.dialogue import Dialogue
 from llava.families.lengths import Limit, PromptLength
 from llava.pruning.config import PruningConfig
+from llava.pruning.decoder.columns import VisualColumns
 from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import ImageTokens, VisualTokens
 
@@ -48,12 +49,14 @@ class ModelInputs:
         mask: [B, L], 0 at padding.
         positions: int64 [B, L], or [A, B, L] for A axes; None leaves them to the model.
         deep: visual features for inner layers, where the model has such.
+        columns: where visual tokens stand, if the setting that counted prunes between layers.
     """
 
     embeds: Tensor
     mask: Tensor
     positions: Tensor | None = None
     deep: DeepFeatures | None = None
+    columns: VisualColumns | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -66,7 +69,9 @@ class ModelInputs:
         rows = slice(number, number + 1)
         positions = None if self.positions is None else self.positions[..., rows, start:]
         deep = None if self.deep is None else self.deep.row(number, start)
-        return ModelInputs(self.embeds[rows, start:], self.mask[rows, start:], positions, deep)
+        columns = None if self.columns is None else self.columns.row(number, start)
+        embeds, mask = self.embeds[rows, start:], self.mask[rows, start:]
+        return ModelInputs(embeds, mask, positions, deep, columns)
 
 
 class VisionLanguageModel(Protocol):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from llava.model.multimodal_encoder.readings import TowerReader
+    from llava.pruning.decoder.columns import VisualColumns
 
 # Runs a step, "encode" or "prune", as `run(name, step, *arguments)` and returns what it returned.
 StepRunner = Callable[..., Any]
@@ -25,6 +26,7 @@ class _CallContext(NamedTuple):
     run_step: StepRunner | None = None
     tower_reader: TowerReader | None = None
     tower_config: Any = None
+    columns: list[VisualColumns] | None = None
 
 
 _EMPTY = _CallContext()
@@ -66,6 +68,11 @@ def tower_from_checkpoint(config: Any) -> AbstractContextManager[None]:
     So transformers fills it with the weights of the checkpoint that it is loading.
     """
     return _change(tower_config=config)
+
+
+def columns_added_to(columns: list[VisualColumns]) -> AbstractContextManager[None]:
+    """Let splices inside say where visual tokens stand in the prompts they make."""
+    return _change(columns=columns)
 
 
 def call_context() -> _CallContext:

@@ -20,7 +20,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
 from llava.model.prompt_inputs import add_prompts, add_questions
-from llava.model.splice import cut_rows, pad_rows, splice_prompts, unpadded
+from llava.model.splice import cut_rows, pad_rows, splice_prompts, unpadded, visual_columns
 from llava.model.types import Images
 from llava.model.vision_inputs import encode, for_projector, tower_of
 from llava.pruning.active import Prunable, holding, record
@@ -253,7 +253,10 @@ class LlavaMetaForCausalLM(Prunable):
         config = self.config
         merged = cut_rows(merged, rows, getattr(config, "tokenizer_model_max_length", None))
         own_side = getattr(config, "tokenizer_padding_side", "right")
-        batch, batch_mask = pad_rows(merged, call_context().padding_side or own_side)
+        side = call_context().padding_side or own_side
+        batch, batch_mask = pad_rows(merged, side)
+        if (columns := call_context().columns) is not None:
+            columns.append(visual_columns(visual, rows, merged, side))
         original = visual is not None and visual.original_positions
         positions = batch.positions if original else _as_given(batch.positions, position_ids)
         implied = original and attention_mask is None

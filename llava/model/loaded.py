@@ -29,6 +29,11 @@ from llava.families.lengths import (
     prompt_limit,
 )
 from llava.mm_utils import get_model_name_from_path, process_images, tokenize_pieces
+from llava.model.between_layers import (
+    decoder_setting,
+    generating_between_layers,
+    reading_columns,
+)
 from llava.model.builder import load_pretrained_model
 from llava.model.call_context import asking, padding_side
 from llava.model.checkpoint import checkpoint_here, local_checkpoint, read_config
@@ -38,6 +43,7 @@ from llava.model.prompting import prompt_pieces, render
 from llava.model.types import Images
 from llava.model.vision_inputs import count_visual_tokens
 from llava.pruning.config import PruningConfig
+from llava.pruning.decoder.columns import VisualColumns
 from llava.pruning.flags import pruning_from
 from llava.pruning.tokens import ImageTokens, VisualTokens
 from llava.utils import UserInputError
@@ -151,22 +157,26 @@ class LoadedModel:
 
     def splice(self, visual: ImageTokens | None, rows: Sequence[torch.Tensor]) -> ModelInputs:
         ids, mask = _pad(rows)
-        with padding_side("left"):
+        columns: list[VisualColumns] = []
+        with padding_side("left"), reading_columns(decoder_setting(self.model), columns):
             positions, merged, embeds, _ = self.model.splice_visual_tokens(
                 visual, ids, torch.zeros_like(ids), mask
             )
         assert merged is not None  # because a mask went in
-        return ModelInputs(embeds, merged, positions)
+        return ModelInputs(embeds, merged, positions, columns=columns[0] if columns else None)
 
     def generate(self, inputs: ModelInputs, **settings: Any) -> torch.Tensor:
         if inputs.positions is not None:
             settings["position_ids"] = inputs.positions
-        output: Any = GenerationMixin.generate(
-            self.model,
-            inputs_embeds=inputs.embeds,
-            attention_mask=inputs.mask,
-            **settings,
-        )
+        columns = [] if inputs.columns is None else [inputs.columns]
+        setting = decoder_setting(self.model)
+        with generating_between_layers(self.model, setting, columns, settings):
+            output: Any = GenerationMixin.generate(
+                self.model,
+                inputs_embeds=inputs.embeds,
+                attention_mask=inputs.mask,
+                **settings,
+            )
         return output
 
     def answer(

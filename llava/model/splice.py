@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.pruning.decoder.columns import TEXT, PlacedImage, VisualColumns
 from llava.pruning.tokens import ImageTokens, TokenSequence
 from llava.utils import UserInputError
 
@@ -149,6 +150,41 @@ def row_positions(ids: torch.Tensor, images: list[TokenSequence]) -> torch.Tenso
         pieces.append(torch.arange(start, start + length, device=ids.device))
         start += length
     return torch.cat(pieces)
+
+
+def visual_columns(
+    visual: ImageTokens | None, rows: Sequence[torch.Tensor], merged: Sequence[Row], side: str
+) -> VisualColumns:
+    """Say where visual tokens stand in spliced prompts.
+
+    Args:
+        visual: what was spliced; None for text only.
+        rows: ids of the prompts, padding removed.
+        merged: the prompts with their images, perhaps cut.
+        side: on which they are padded.
+    """
+    count = 0 if visual is None else visual.num_images
+    images, own = [], []
+    for image in range(count):
+        assert visual is not None
+        sequence = visual.sequence(image)
+        length = len(sequence.source)
+        place = torch.arange(length) * sequence.total // max(length, 1)
+        own.append(place if sequence.place is None else sequence.place.cpu())
+        images.append(PlacedImage(sequence.total, visual.layout_of(image)))
+    labelled = []
+    for ids, row, share in zip(rows, merged, share_images(rows, count), strict=True):
+        at = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+        lengths = [b - a - 1 for a, b in zip([-1, *at], [*at, len(ids)], strict=True)]
+        places = [torch.zeros(lengths[0], dtype=torch.long)]
+        numbers = [torch.full_like(places[0], TEXT)]
+        for image, length in zip(share, lengths[1:], strict=False):
+            text = torch.zeros(length, dtype=torch.long)
+            places += [own[image], text]
+            numbers += [torch.full_like(own[image], image), torch.full_like(text, TEXT)]
+        end = len(row.labels)
+        labelled.append((torch.cat(numbers)[:end], torch.cat(places)[:end]))
+    return VisualColumns.of_rows(labelled, images, side)
 
 
 def _like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

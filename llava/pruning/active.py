@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from llava.pruning.config import PruningConfig
+from llava.pruning.decoder.trace import DecoderTrace
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
 from llava.pruning.lookup import family_of, known_classes, unwrapped
@@ -30,11 +31,13 @@ class PruningRun:
         tokens: of the last call that pruned images: what was left of each, without embeddings.
         locate: completes the layout of an image of (width, height) pixels, where the model does
             not know the size of what it sees.
+        decoder_trace: what the last call that pruned between layers dropped there.
     """
 
     config: PruningConfig | None
     tokens: ImageTokens | None = None
     locate: Locate | None = None
+    decoder_trace: DecoderTrace | None = None
 
     @property
     def trace(self) -> PruningTrace | None:
@@ -137,6 +140,13 @@ def record(target: Prunable, tokens: ImageTokens, locate: Locate | None = None) 
     run = current_run(target)
     if run is not None:
         run.tokens, run.locate = tokens.without_embeddings(), locate
+
+
+def record_decoder(target: Prunable, trace: DecoderTrace) -> None:
+    """Tell the run of the innermost block what a call dropped between layers."""
+    run = current_run(target)
+    if run is not None:
+        run.decoder_trace = trace
 
 
 def find_prunable(model: Any) -> Prunable:

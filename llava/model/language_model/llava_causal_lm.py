@@ -2,12 +2,20 @@
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import LogitsProcessorList, PretrainedConfig, PreTrainedModel
 
+from llava.model.between_layers import (
+    check_embeddings,
+    decoder_setting,
+    generating_between_layers,
+    passing_between_layers,
+    reading_columns,
+)
 from llava.model.call_context import asking, padding_side, tower_from_checkpoint
 from llava.model.checkpoint import (
     KEY_MAPPING,
@@ -34,6 +42,8 @@ from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.multimodal_encoder.builder import TOWER_CLASSES, is_portable, read_own_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.types import Images
+from llava.pruning.active import holding
+from llava.pruning.decoder.columns import VisualColumns
 from llava.pruning.lookup import known_classes
 from llava.utils import UserInputError
 from llava.value_rules import library_errors
@@ -197,33 +207,44 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
             image_sizes: (width, height) of the original images.
 
         Returns:
-            transformers' output; logits have the merged length, which pruning shortens.
+            transformers' output; logits have the merged length, which pruning shortens. Where
+            tokens are dropped between layers, theirs are those of the last token before them that
+            was not.
         """
-        if inputs_embeds is None:
-            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
-                self.prepare_inputs_labels_for_multimodal(
-                    input_ids,
-                    position_ids,
-                    attention_mask,
-                    past_key_values,
-                    labels,
-                    images,
-                    image_sizes,
-                )
-            )
+        layers: AbstractContextManager[None] = nullcontext()
+        if inputs_embeds is not None:
+            if past_key_values is None or past_key_values.get_seq_length() == 0:
+                check_embeddings(self)
+        else:
+            columns: list[VisualColumns] = []
+            with holding(self):
+                setting = None if images is None else decoder_setting(self)
+                with reading_columns(setting, columns):
+                    merged = self.prepare_inputs_labels_for_multimodal(
+                        input_ids,
+                        position_ids,
+                        attention_mask,
+                        past_key_values,
+                        labels,
+                        images,
+                        image_sizes,
+                    )
+            input_ids, position_ids, attention_mask, _, inputs_embeds, labels = merged
+            layers = passing_between_layers(self, setting, columns, past_key_values)
         if attention_mask is None and position_ids is not None and inputs_embeds is not None:
             # Positions without a mask would be read as several packed sequences.
             attention_mask = position_ids.new_ones(inputs_embeds.shape[:2])
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        with layers:
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                **kwargs,
+            )
 
     @torch.no_grad()
     def generate(
@@ -275,10 +296,13 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        with padding_side("left"), asking(questions):
-            _, positions, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
-                input_ids, position_ids, attention_mask, None, None, images, image_sizes
-            )
+        columns: list[VisualColumns] = []
+        with holding(self), padding_side("left"), asking(questions):
+            setting = decoder_setting(self)
+            with reading_columns(setting, columns):
+                _, positions, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, None, None, images, image_sizes
+                )
             if embeds is None:
                 # Text goes the same way, so that its rows are padded on the left too.
                 positions, mask, embeds, _ = self.splice_visual_tokens(
@@ -287,8 +311,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
         if positions is not None:
             kwargs["position_ids"] = positions
         check_length(self, kwargs, embeds.shape[1])
-        what = "generate cannot run with these arguments"
-        with library_errors(what, "correct them, or leave them out", (ValueError, ImportError)):
+        layers = generating_between_layers(self, setting, columns, kwargs)
+        what, remedy = "generate cannot run with these arguments", "correct them, or leave them out"
+        with layers, library_errors(what, remedy, (ValueError, ImportError)):
             return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:

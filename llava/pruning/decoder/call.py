@@ -62,8 +62,6 @@ class DecoderCall:
         elif self.config is not None and not self._prompts_read:
             self._check(inputs, cache)
             self._waiting = True
-        elif self.generating and cache is None:
-            raise PruningError(_NEEDS_CACHE)
 
     def _check(self, inputs: dict[str, Any], cache: Any) -> None:
         assert self.columns is not None and self.config is not None
@@ -131,6 +129,12 @@ _NEEDS_CACHE = (
 )
 
 _call: ContextVar[DecoderCall | None] = ContextVar("decoder_call", default=None)
+
+
+def is_decoding(module: nn.Module) -> bool:
+    """Return whether the caller is inside a call of `decoding` for the layers of a module."""
+    call = _call.get()
+    return call is not None and call.decoder.module is module
 
 
 @contextmanager

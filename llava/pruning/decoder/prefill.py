@@ -76,7 +76,7 @@ class Prefill:
             config.plan(count, image.total, depth)
             for count, image in zip(columns.counts, columns.images, strict=True)
         ]
-        self._layers = sorted({layer for plan in self._plans for layer in plan.layers})
+        self._layers = self._cuts()
         image = columns.image.to(device, non_blocking=True)
         every = torch.arange(columns.width, device=device).expand_as(image)
         places = every.masked_fill(image == PADDING, -1)
@@ -91,6 +91,22 @@ class Prefill:
         self._scores: Tensor | None = None
         self._memory: Any = None
         self.trace = DecoderTrace(config.method, depth, tuple(self._layers))
+
+    def _cuts(self) -> list[int]:
+        """Return the layers before which an image loses tokens."""
+        left, cuts = [*self._left], []
+        for layer in sorted({layer for plan in self._plans for layer in plan.layers}):
+            if not self.method.fixed_count:
+                cuts.append(layer)
+                continue
+            after = [
+                plan.left(plan.layers.index(layer)) if layer in plan.layers else own
+                for plan, own in zip(self._plans, left, strict=True)
+            ]
+            if after != left:
+                cuts.append(layer)
+            left = after
+        return cuts
 
     def before_layer(
         self, layer: int, hidden: Tensor, inputs: dict[str, Any]
