@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from llava.pruning.precision import outside_autocast, widen
-from llava.pruning.selection.rows import ranking
 
 
 @outside_autocast()
@@ -34,7 +33,8 @@ def merge_clusters(tokens: Tensor, count: int, noise: Tensor | None = None) -> T
         density = density + noise.to(density)
     denser = density > density[:, None]
     delta = distance.where(denser, distance.max()).amin(dim=1)
-    centres = ranking((density * delta)[None])[0, :count]
+    # As in the released program: of two clusters the densest pair ties, and goes in topk's order.
+    centres = (density * delta).topk(count).indices
     cluster = distance[:, centres].argmin(dim=1)
     cluster[centres] = torch.arange(count, device=x.device)
     own = torch.nn.functional.one_hot(cluster, count).T.to(x)

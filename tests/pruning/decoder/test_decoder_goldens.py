@@ -106,9 +106,10 @@ def test_official_run(name: str, dtype: torch.dtype, scores: list[Tensor]) -> No
         assert picks[0].tolist() == kept_at(cut, recorded, suffix).tolist()
         official = recorded.get(f"stage{cut}__score", recorded.get(f"stage{cut}__attention"))
         official = recorded["image_attention"] if official is None else official
-        # Division by a gravity near 0 makes large scores, which float32 rounds further off.
-        scale = official.abs().max().clamp(min=1)
-        assert ((scores[cut][0] - official).abs() / scale).max() < 1e-6
+        # Recorded in float32, in which division by a gravity near 0 is less exact.
+        error = (scores[cut][0] - official).abs().max()
+        exact = dtype == torch.float32
+        assert error < (5e-5 if about.get("version") == "2.0" else 1e-6 if exact else 5e-6)
 
 
 def kept_at(cut: int, recorded: Mapping[str, Tensor], suffix: str) -> Tensor:

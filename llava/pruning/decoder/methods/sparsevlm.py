@@ -203,7 +203,9 @@ class SparseVLM(DecoderMethod):
         for image, count in enumerate(dropped):
             recycled, clusters = _recycled(count)
             tokens = hidden[image, order[image, :recycled]]
-            made.append(merge_clusters(tokens, clusters, self._drawn(recycled)) if count else tokens)
+            made.append(
+                merge_clusters(tokens, clusters, self._drawn(recycled)) if count else tokens
+            )
         return Made(pad_sequence(made, batch_first=True), [len(tokens) for tokens in made])
 
     def _drawn(self, count: int) -> Tensor | None:
