@@ -22,6 +22,7 @@ from llava.pruning.decoder.schedule import at_depth, between, check_layers, merg
 from llava.pruning.decoder.spread import cells_of, farthest, spread_over
 from llava.pruning.decoder.stages import Stages, read_stages
 from llava.pruning.errors import PruningError
+from llava.pruning.late_checks import refuse_if
 from llava.pruning.options import varies
 from llava.pruning.precision import widen
 from llava.pruning.selection.max_min import cosine, max_min
@@ -209,7 +210,15 @@ def attended_first(scores: Tensor, count: int, extra: int, split: int) -> Tensor
 
     Returns:
         LongTensor [count], by descending score before `split`, then by descending score.
+
+    Raises:
+        PruningError: a score is NaN.
     """
+    refuse_if(
+        scores.device,
+        scores.isnan,
+        lambda: PruningError("attention is NaN; there is no highest"),
+    )
     highest = ranking(scores[None])[0, :extra]
     late = (highest >= split).byte().argsort(stable=True)
     return highest[late][:count]
