@@ -18,6 +18,7 @@ from llava.pruning.decoder.schedule import Schedule
 from llava.pruning.decoder.segments import Segment
 from llava.pruning.decoder.trace import DecoderTrace
 from llava.pruning.indices import constant, raster_order
+from llava.pruning.late_checks import LateChecks, collecting
 
 
 @dataclass(eq=False)
@@ -69,7 +70,9 @@ class Prefill:
         inputs: dict[str, Any],
     ) -> None:
         self.decoder, self.method = decoder, config.pruner
-        columns = self.method.relabel(columns).repeated(len(hidden) // len(columns.image))
+        times = len(hidden) // len(columns.image)
+        self._own_images = len(columns.images)
+        columns = self.method.relabel(columns).repeated(times)
         depth, device = len(decoder.layers), hidden.device
         self._columns, self._left = columns, [*columns.counts]
         self._plans = [
@@ -89,6 +92,7 @@ class Prefill:
         self.cache = inputs.get("past_key_values")
         self._inputs: dict[str, Any] | None = None
         self._scores: Tensor | None = None
+        self._checks = LateChecks()
         self._memory: Any = None
         self.trace = DecoderTrace(config.method, depth, tuple(self._layers))
 
@@ -113,21 +117,32 @@ class Prefill:
     ) -> tuple[Tensor, dict[str, Any]] | None:
         """Return what a layer gets instead of its hidden states and inputs; None for the same."""
         start = time.perf_counter()
-        if layer == 0 and self._layers:
-            self._memory = self.method.begin(self._stage(layer, hidden))
-        if layer in self._layers:
-            hidden = self._cut(layer, hidden)
-        previous = self.method.scored_by == "previous"
-        if previous and layer + 1 in self._layers:
-            self._scores = self._score(layer, hidden)
+        with collecting() as checks:
+            if layer == 0 and self._layers:
+                self._memory = self.method.begin(self._stage(layer, hidden))
+            if layer in self._layers:
+                hidden = self._cut(layer, hidden)
+            if self.method.scored_by == "previous" and layer + 1 in self._layers:
+                self._scores = self._score(layer, hidden)
+        self._checks += checks
         self.trace.per_layer.append([*self._left])
         self.trace.seconds += time.perf_counter() - start
         return None if self._inputs is None else (hidden, {**inputs, **self._inputs})
 
     def finish(self, cache_bytes: int | None) -> DecoderTrace:
-        """Return the record of the pass, of prompts that are answered once."""
-        by_image = zip(*self.trace.per_layer, strict=True)
-        self.trace.per_layer = [[*counts] for counts in by_image]
+        """Make the checks that were left to this moment, and return the record of the pass.
+
+        Args:
+            cache_bytes: what its cache takes.
+
+        Raises:
+            UserInputError: a check found NaN.
+        """
+        self._checks.settle()
+        # Where a prompt is answered several times, its images come again behind those of all.
+        by_image = [[*counts] for counts in zip(*self.trace.per_layer, strict=True)]
+        self.trace.per_layer = by_image[: self._own_images]
+        self.trace.picks = [picks[: self._own_images] for picks in self.trace.picks]
         self.trace.cache_bytes = cache_bytes
         return self.trace
 
