@@ -114,6 +114,54 @@ def test_keeping_everything_changes_nothing(
         assert all(a.equal(b) for a, b in zip(own_steps, steps, strict=True))
 
 
+def recomputed(model: Any, prompt: Read, compact: bool) -> Tensor:
+    """Last states [1 + steps, D] without a cache: layer by layer, with the tokens that stayed."""
+    tokens = torch.cat([*rows_of(PROMPT), *steps_of(1)])
+    visual = torch.zeros(len(tokens), dtype=torch.bool)
+    visual[PROMPT[0] : PROMPT[0] + PROMPT[1]] = True
+    positions = torch.arange(len(tokens))
+    assert prompt.trace is not None
+    cuts = dict(zip(prompt.trace.layers, prompt.trace.picks, strict=True))
+    for number, layer in enumerate(model.layers):
+        if number in cuts:
+            kept = visual.nonzero()[:, 0][cuts[number][0]]
+            stays = (~visual).index_fill(0, kept, True)
+            tokens, visual, positions = tokens[stays], visual[stays], positions[stays]
+            positions = torch.arange(len(tokens)) if compact else positions
+        mask = torch.full((len(tokens), len(tokens)), -torch.inf, dtype=tokens.dtype).triu(1)
+        rotary = model.rotary_emb(tokens[None], positions[None])
+        tokens = layer(tokens[None], attention_mask=mask[None, None], position_embeddings=rotary)[0]
+    return model.norm(tokens)[-1 - len(steps_of(1)) :]
+
+
+# Without those that make tokens, or take a token of text for one of the image.
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [own for own in SETTINGS if own not in [("sparsevlm", {}), ("fastv", {"span": "script"})]],
+)
+def test_decoding_equals_recomputing(model: Any, method: str, options: dict[str, Any]) -> None:
+    config = config_of(method, options)
+    prompt, steps = run(model, config, PROMPT)
+    expected = recomputed(model, prompt, config.pruner.positions == "compact")
+    assert (
+        torch.stack([prompt.hidden[0, -1], *(own[0] for own in steps)]) - expected
+    ).abs().max() < 1e-9
+
+
+@each_setting
+def test_kernels_of_attention_agree(method: str, options: dict[str, Any]) -> None:
+    config = config_of(method, options)
+    runs = [
+        run(llama(DEPTH, kv_heads=2, attn_implementation=kind), config, PROMPT, TWO)
+        for kind in ("sdpa", "eager")
+    ]
+    (one, steps), (other, other_steps) = runs
+    assert one.trace is not None and other.trace is not None
+    assert all(a.equal(b) for a, b in zip(one.trace.picks, other.trace.picks, strict=True))
+    last = torch.stack([one.hidden[:, -1], *steps])
+    assert (last - torch.stack([other.hidden[:, -1], *other_steps])).abs().max() < 1e-5
+
+
 @each_setting
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batch_equals_its_rows(model: Any, method: str, options: dict[str, Any], side: str) -> None:
