@@ -316,3 +316,15 @@ def test_released_duplicates_of_btp(model: Any) -> None:
         return prompt.trace.tokens_last[0]
 
     assert left(True) == 50 and 40 < left(False) < 50
+
+
+def test_split_of_btp_counts_in_the_third_cut(model: Any) -> None:
+    def picks(split: str) -> list[list[int]]:
+        options = {"split": split, "layers": [1, 2, 3], "ratios": [1 / 2, 1 / 4, 1 / 12]}
+        prompt, _ = run(model, DecoderConfig("btp", options=options), (5, 400, 7))
+        assert prompt.trace is not None
+        return [cut[0].tolist() for cut in prompt.trace.picks]
+
+    released, half = picks("k"), picks("half")
+    assert released[:2] == half[:2]
+    assert released[2] != half[2] and len(released[2]) == len(half[2]) == 33
