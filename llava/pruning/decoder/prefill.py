@@ -75,10 +75,11 @@ class Prefill:
         columns = self.method.relabel(columns).repeated(times)
         depth, device = len(decoder.layers), hidden.device
         self._columns, self._left = columns, [*columns.counts]
-        self._plans = [
+        plans = [
             config.plan(count, image.total, depth)
             for count, image in zip(columns.counts, columns.images, strict=True)
         ]
+        self._plans = [self.method.adapt(plan, columns, i) for i, plan in enumerate(plans)]
         self._layers = self._cuts()
         image = columns.image.to(device, non_blocking=True)
         every = torch.arange(columns.width, device=device).expand_as(image)
