@@ -15,15 +15,25 @@ from llava.pruning.decoder.config import DecoderConfig
 from llava.pruning.decoder.registry import list_decoder_methods
 from llava.pruning.decoder.schedule import UnreachableBudgetError
 
-# Methods that need a file of heads or a curve are tested with what they come with.
-OWN_TESTS = {"atp", "pore"}
-METHODS = [name for name in list_decoder_methods() if name not in OWN_TESTS]
+# `atp` needs a file of heads, which decide how many tokens stay: test_atp.py.
+METHODS = [name for name in list_decoder_methods() if name != "atp"]
+# What padding is there is not known of images without a size.
+NEEDED: dict[str, dict[str, Any]] = {"pore": {"padding": "none"}}
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in METHODS),
+    *((name, NEEDED.get(name, {})) for name in METHODS),
     ("fastv", {"span": "script"}),
     ("sparsevlm", {"version": "2.0", "heads": 2}),
     ("btp", {"split": "half"}),
     ("pyramiddrop", {"recipe": "early"}),
+    ("pore", {"host": "pyramiddrop", "padding": "none"}),
+    ("pore", {"host": "sparsevlm", "padding": "none"}),
+    ("pore", {"host": "btp", "padding": "none"}),
+]
+# These make tokens, or take a token of text for one of the image.
+NOT_SETS = [
+    ("sparsevlm", {}),
+    ("pore", {"host": "sparsevlm", "padding": "none"}),
+    ("fastv", {"span": "script"}),
 ]
 each_setting = pytest.mark.parametrize(
     ("method", "options"), SETTINGS, ids=lambda value: str(value) if value else "-"
@@ -61,7 +71,7 @@ def run(
 
 
 def test_all_methods_are_held_to_it() -> None:
-    assert {"fastv", "sparsevlm", "pyramiddrop", "btp"} <= {*METHODS}
+    assert {"fastv", "sparsevlm", "pyramiddrop", "btp", "pore"} <= {*METHODS}
 
 
 @pytest.mark.parametrize("tokens", [64, 100, 576, 2880])
@@ -134,11 +144,7 @@ def recomputed(model: Any, prompt: Read, compact: bool) -> Tensor:
     return model.norm(tokens)[-1 - len(steps_of(1)) :]
 
 
-# Without those that make tokens, or take a token of text for one of the image.
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [own for own in SETTINGS if own not in [("sparsevlm", {}), ("fastv", {"span": "script"})]],
-)
+@pytest.mark.parametrize(("method", "options"), [own for own in SETTINGS if own not in NOT_SETS])
 def test_decoding_equals_recomputing(model: Any, method: str, options: dict[str, Any]) -> None:
     config = config_of(method, options)
     prompt, steps = run(model, config, PROMPT)
