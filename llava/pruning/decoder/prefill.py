@@ -98,7 +98,7 @@ class Prefill:
         self.trace = DecoderTrace(config.method, depth, tuple(self._layers))
 
     def _cuts(self) -> list[int]:
-        """Return the layers before which an image loses tokens."""
+        """Return the layers before which an image loses tokens, or gets others for them."""
         left, cuts = [*self._left], []
         for layer in sorted({layer for plan in self._plans for layer in plan.layers}):
             if not self.method.fixed_count:
@@ -108,7 +108,8 @@ class Prefill:
                 plan.left(plan.layers.index(layer)) if layer in plan.layers else own
                 for plan, own in zip(self._plans, left, strict=True)
             ]
-            if after != left:
+            made = any(plan.makes(layer) for plan in self._plans)
+            if made or after != left:
                 cuts.append(layer)
             left = after
         return cuts

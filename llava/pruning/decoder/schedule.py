@@ -43,6 +43,10 @@ class Schedule:
         assert self.keep is not None
         return self.keep[cut] + (self.made[cut] if self.made else 0)
 
+    def makes(self, layer: int) -> bool:
+        """Return whether tokens are made before a layer."""
+        return bool(self.made) and layer in self.layers and self.made[self.layers.index(layer)] > 0
+
     def per_layer(self, tokens: int, depth: int) -> list[int]:
         """Count what every one of `depth` layers reads of an image that enters with `tokens`."""
         counts, left = [], tokens

@@ -103,7 +103,7 @@ class PoRe(DecoderMethod):
 
     def adapt(self, schedule: Schedule, columns: VisualColumns, image: int) -> Schedule:
         schedule = self._host.adapt(schedule, columns, image)
-        if self.host != "fastv" or self._rule == "none" or schedule.keep is None:
+        if self.host != "fastv" or self._rule == "none" or not schedule.keep:
             return schedule
         shown = shown_tokens(columns.images[image], self._rule)
         left = int(shown[columns.place[columns.image == image]].sum())
