@@ -94,6 +94,15 @@ def merged_stages(layers: Sequence[int], keep: Sequence[int]) -> Schedule:
     return Schedule(tuple(left), tuple(left.values()))
 
 
+def between(steps: Sequence[Sequence[float]], at: float) -> list[float]:
+    """Interpolate linearly between lists of numbers: the first at 0, the last at 1."""
+    place = at * (len(steps) - 1)
+    lower = min(int(place), len(steps) - 2)
+    share = place - lower
+    pairs = zip(steps[lower], steps[lower + 1], strict=True)
+    return [(1 - share) * low + share * high for low, high in pairs]
+
+
 def solve(
     tokens: int, depth: int, budget: float, family: Callable[[float], Schedule], name: str
 ) -> Schedule:
