@@ -86,12 +86,11 @@ def run(args: argparse.Namespace) -> int:
     decoder = _decoder_of(subject.model)
     measure = _measure_curve if args.method == "pore" else _measure_stages
     found = measure(runner, decoder, args)
-    counts = identity["config"]["items"]
     provenance = {
         "model": request.model.path,
         "task": request.benchmark.name,
         "protocol": request.benchmark.protocol,
-        "items": counts,
+        "items": identity["config"]["items"],
         "seed": request.seed,
         "source": git_state(),
         "command": request.command,
@@ -141,9 +140,10 @@ def _measure_curve(
 ) -> dict[str, Any]:
     layer = scored_layer(make_decoder_method(args.host, {}), len(decoder.layers))
     curve = PlaceCurve(decoder, layer)
-    _observe_items(runner, decoder, curve)
+    count = _observe_items(runner, decoder, curve)
     mu, sigma = curve.fit()
-    return {"kind": curves.KIND, "host": args.host, "sigma": sigma, "mu": mu, "layer": layer}
+    found = {"kind": curves.KIND, "host": args.host, "sigma": sigma, "mu": mu, "layer": layer}
+    return {**found, "items": count}
 
 
 def _measure_stages(
@@ -153,7 +153,7 @@ def _measure_stages(
     if depth < 2:
         raise PruningError("a language model of one layer has no place to cut")
     changes = LayerChanges(depth)
-    _observe_items(runner, decoder, changes)
+    count = _observe_items(runner, decoder, changes)
     similarities = changes.similarities()
     layers = find_stages(similarities, args.stages)
     keep = RELEASED_KEEP[: len(layers)]
@@ -162,6 +162,7 @@ def _measure_stages(
         "layers": layers,
         "keep": [*keep],
         "similarities": similarities,
+        "items": count,
     }
 
 
@@ -174,14 +175,16 @@ def scored_layer(host: DecoderMethod, depth: int) -> int:
 
 def _observe_items(
     runner: Runner, decoder: DecoderLayers, observer: PlaceCurve | LayerChanges
-) -> None:
-    """Let an observer see the prompts of all items with images that can be read."""
-    subject = runner.subject
+) -> int:
+    """Let an observer see the prompts of all items with images that can be read; count these."""
+    subject, count = runner.subject, 0
     with torch.inference_mode(), prune(subject.model, _WHOLE):
         for inputs in _prompts_of(runner):
             assert inputs.columns is not None
             with watching(decoder, partial(observer.observe, inputs.columns)):
                 subject.generate(inputs, **_one_token(runner))
+            count += len(inputs.mask)
+    return count
 
 
 def _one_token(runner: Runner) -> dict[str, Any]:
