@@ -31,7 +31,8 @@ from llava.eval.lmms_inputs import (
 )
 from llava.eval.presets import get_preset
 from llava.model.loaded import ModelSpec
-from llava.pruning import PruningConfig
+from llava.pruning.decoder.config import DecoderConfig
+from llava.pruning.flags import make_pruning
 from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
 
@@ -108,13 +109,15 @@ class LlavaPruned(lmms):
         if pruner is None and (options or keep_tokens is not None or keep_ratio is not None):
             raise UserInputError("keep_tokens=, keep_ratio= and options need pruner=METHOD")
         own = (decoder_keep_tokens, decoder_keep_ratio)
-        if decoder_pruner is None and (decoder_options or own != (None, None)):
+        decoder, pruning = None, None
+        if decoder_pruner is not None:
+            decoder = DecoderConfig(decoder_pruner, *own, options=decoder_options)
+        elif decoder_options or own != (None, None):
             raise UserInputError(
                 "decoder_keep_tokens=, decoder_keep_ratio= and options need decoder_pruner=METHOD"
             )
-        pruning = make_pruning(
-            pruner, (keep_tokens, keep_ratio), options, decoder_pruner, own, decoder_options
-        )
+        if pruner is not None or decoder is not None:
+            pruning = make_pruning(pruner, (keep_tokens, keep_ratio), options, decoder)
         accelerator = Accelerator()
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self._world_size > 1:

@@ -5,6 +5,7 @@ alone or behind `--pruner`.
 """
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from llava.pruning.config import CHOICES, PruningConfig, parse_options
@@ -63,20 +64,40 @@ def pruning_from(args: argparse.Namespace) -> PruningConfig | None:
         )
     if args.pruner is None and decoder is None:
         return None
-    choices: dict[str, Any] = {
-        name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None
-    }
-    method, options = args.pruner or "none", parse_options(args.pruner_option)
+    choices = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
+    budget, options = (args.keep_tokens, args.keep_ratio), parse_options(args.pruner_option)
+    return make_pruning(args.pruner, budget, options, decoder, choices)
+
+
+def make_pruning(
+    method: str | None,
+    budget: tuple[int | None, float | None],
+    options: Mapping[str, Any],
+    decoder: DecoderConfig | None = None,
+    choices: Mapping[str, Any] | None = None,
+) -> PruningConfig:
+    """Make the setting of what a user names apart.
+
+    Args:
+        method: what prunes; it may also be a method that prunes between layers. None for nothing
+            before the language model.
+        budget: its tokens, or their share.
+        options: of the method.
+        decoder: what is dropped between layers besides.
+        choices: settings of CHOICES.
+
+    Raises:
+        PruningError: they are not a valid setting.
+    """
+    method, others = method or "none", dict(choices or {})
     if method not in DECODER_METHODS.entries():
-        budget = args.keep_tokens, args.keep_ratio
-        return PruningConfig(method, *budget, options=options, decoder=decoder, **choices)
+        return PruningConfig(method, *budget, options=options, decoder=decoder, **others)
     if decoder is not None:
         raise PruningError(
-            f"--pruner {method} and --decoder-pruner {decoder.method} both prune inside the "
-            "language model; give one of them"
+            f"{method!r} and {decoder.method!r} both prune inside the language model; give one "
+            "of them"
         )
-    alone = DecoderConfig(method, args.keep_tokens, args.keep_ratio, options)
-    return PruningConfig(decoder=alone, **choices)
+    return PruningConfig(decoder=DecoderConfig(method, *budget, options=options), **others)
 
 
 def decoder_from(args: argparse.Namespace) -> DecoderConfig | None:
