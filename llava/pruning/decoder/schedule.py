@@ -130,8 +130,7 @@ def solve(
         raise UnreachableBudgetError(
             f"{name} cannot reach a mean of {budget:g} visual tokens a layer: its first cut is "
             f"before layer {least.layers[0]} of {depth}, and the layers until its last cut alone "
-            f"make {floor:g}; keep at least {lowest}, cut earlier, or prune before the language "
-            "model too",
+            f"make {floor:g}; keep at least {lowest}, or prune before the language model too",
             lowest,
         )
     low, high = 0.0, 1.0

@@ -95,6 +95,11 @@ class PoRe(DecoderMethod):
     def fixed_count(self) -> bool:
         return self._host.fixed_count
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        own = self.curve is not None and self.curve.endswith(".json")
+        return (*self._host.files, *((str(self.curve),) if own else ()))
+
     def check_budget(self, given: bool) -> None:
         self._host.check_budget(given)
 
