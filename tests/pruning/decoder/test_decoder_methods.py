@@ -22,7 +22,7 @@ NEEDED: dict[str, dict[str, Any]] = {"pore": {"padding": "none"}}
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, NEEDED.get(name, {})) for name in METHODS),
     ("fastv", {"span": "script"}),
-    ("sparsevlm", {"version": "2.0", "heads": 2}),
+    ("sparsevlm", {"version": "v2", "heads": 2}),
     ("btp", {"split": "half"}),
     ("pyramiddrop", {"recipe": "early"}),
     ("pore", {"host": "pyramiddrop", "padding": "none"}),
@@ -275,8 +275,8 @@ def test_published_counts_of_pyramiddrop() -> None:
 @pytest.mark.parametrize(
     ("version", "means"),
     [
-        ("1.0", {192: 206.5, 128: 145.4, 96: 114.1, 64: 82.2}),
-        ("2.0", {192: 206.8, 128: 144.1, 96: 113.9, 64: 81.8}),
+        ("v1", {192: 206.5, 128: 145.4, 96: 114.1, 64: 82.2}),
+        ("v2", {192: 206.8, 128: 144.1, 96: 113.9, 64: 81.8}),
     ],
 )
 def test_published_counts_of_sparsevlm(version: str, means: dict[int, float]) -> None:
@@ -298,8 +298,8 @@ def test_options_of_sparsevlm_are_checked(model: Any) -> None:
     with pytest.raises(PruningError, match=r"2 layers .* for 3 counts"):
         DecoderConfig("sparsevlm", keep_tokens=20, options={"layers": [1, 2]})
     with pytest.raises(PruningError, match=r"averages 14 heads, .* has 4; give heads=2"):
-        run(model, config_of("sparsevlm", {"version": "2.0"}), PROMPT)
-    with pytest.raises(PruningError, match=r"option of version='2.0'"):
+        run(model, config_of("sparsevlm", {"version": "v2"}), PROMPT)
+    with pytest.raises(PruningError, match=r"option of version='v2'"):
         config_of("sparsevlm", {"heads": 2})
     with pytest.raises(PruningError, match="text behind the last image"):
         run(model, config_of("sparsevlm", {}), (5, 36))
