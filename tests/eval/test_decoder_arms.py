@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -266,6 +267,38 @@ def test_a_budget_below_the_floor_is_found_before_the_run(
     assert Arm("a", **by_name["fastv@64"].to_dict()).floor == 288
     with pytest.raises(UserInputError, match="keep at least 288"):
         mark_unavailable(runner, [parse_arm("fastv@64")])
+
+
+def test_a_file_that_an_option_names_is_part_of_the_key(
+    drawing: None,
+    checkpoint: Path,
+    benchmark_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    curve = tmp_path / "curve.json"
+    words = ["run", "--model-path", str(checkpoint), "--task", "llava-tiny", "--dry-run"]
+    words += ["--data-root", str(benchmark_folder), "--arm", f"drawing:text={curve}@300"]
+    keys = []
+    for content in ("{}", "[]", "{}"):
+        curve.write_text(content)
+        assert main(words) == 0
+        keys.append(capsys.readouterr().out.splitlines()[-1])
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_a_model_that_drops_nothing_is_no_arm(
+    make_runner: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No answer of the unpruned model is taken for one of the arm."""
+    for name in (
+        "loaded.generating_between_layers",
+        "language_model.llava_causal_lm.check_embeddings",
+    ):
+        monkeypatch.setattr(f"llava.model.{name}", lambda *given, **named: nullcontext())
+    none, fastv = mark_unavailable(make_runner(), [parse_arm("none"), parse_arm("fastv@300")])
+    assert none.unavailable is None
+    assert "does not say what its layers read" in str(fastv.unavailable)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from llava.eval.prompts import count_visual_tokens, image_ranges, question
 from llava.eval.tasks.base import Benchmark, Item
 from llava.families.contract import EncodedImages, VisionLanguageModel
 from llava.families.lengths import prompt_limit
-from llava.pruning import prune
+from llava.pruning import PruningError, prune
 from llava.pruning.active import PruningRun
 from llava.pruning.decoder.schedule import UnreachableBudgetError
 from llava.pruning.ragged import RaggedTokens
@@ -314,7 +314,7 @@ class Runner:
             "decode_ms": decoded.step_ms,
         }
         if decoded.layers is not None:
-            _add_counts(replies, decoded.layers)
+            _add_counts(arm, replies, decoded.layers)
             batch_ms["between_ms"] = 1000 * decoded.layers.seconds
         times: Record = {key: ms and ms / len(items) for key, ms in batch_ms.items()}
         if decoded.layers is not None:
@@ -341,9 +341,18 @@ class Runner:
         return line | {key: item.data[key] for key in ("category",) if key in item.data}
 
 
-def _add_counts(replies: Sequence[Record], layers: LayerCounts) -> None:
-    """Add to answers how many visual tokens of their prompts the layers read."""
+def _add_counts(arm: Arm, replies: Sequence[Record], layers: LayerCounts) -> None:
+    """Add to answers how many visual tokens of their prompts the layers read.
+
+    Raises:
+        PruningError: the model took no notice of what `arm` drops between layers.
+    """
     for reply, counts in zip(replies, layers.per_layer, strict=True):
+        if reply["tokens_in"] and not counts:
+            raise PruningError(
+                f"{arm.method} drops tokens between layers, and this model does not say what its "
+                "layers read; use a method that prunes before the language model"
+            )
         reply["tokens_last"] = counts[-1] if counts else 0
         reply["tokens_mean"] = fmean(counts) if counts else 0.0
         reply["tokens_per_layer"] = counts
