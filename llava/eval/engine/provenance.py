@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from llava.eval.engine.request import Arm, RunRequest
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.model.multimodal_encoder.builder import resolve_vision_tower
 from llava.pruning.precision import multiplies_bf16_fast
+from llava.utils import user_path
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Everything that can change an answer. Tables, plots and the command line cannot.
@@ -105,10 +106,8 @@ def hash_option_files(arms: Iterable[Arm]) -> dict[str, dict[str, str]]:
     Returns:
         `files_sha256`, the hashes by path; nothing if no option names a file.
     """
-    values = [value for arm in arms if arm.decoder for value in arm.decoder.options.values()]
-    values += [own for value in values if isinstance(value, Mapping) for own in value.values()]
-    files = {Path(value) for value in values if isinstance(value, str) and Path(value).suffix}
-    found = {str(file): hash_files([file], file.parent) for file in files if file.is_file()}
+    files = {user_path(file) for arm in arms if arm.decoder for file in arm.decoder.pruner.files}
+    found = {str(file): hash_files([file], file.parent) for file in files}
     return {"files_sha256": found} if found else {}
 
 
