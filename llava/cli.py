@@ -32,6 +32,7 @@ COMMANDS = {
     "table": Command("print the tables of a quickstart's result file", _EVAL),
     "paper-table": Command("run every cell of a paper's table, next to what was published", _EVAL),
     "prepare": Command("get the data of a benchmark, or check them", _EVAL),
+    "calibrate": Command("measure what pore or btp needs to know of a model", _EVAL),
     "bench": Command(
         "time every stage of pruning, against a pruner that is free",
         "llava.bench.command",

@@ -19,7 +19,7 @@ from llava.eval.commands import table as table_command
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("chat", "run", "quickstart", "compare", "table", "paper-table", "prepare", "bench"),
-    *("convert", "methods"),
+    *("convert", "methods", "calibrate"),
 )
 
 
@@ -49,7 +49,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["quikstart"], "unknown command 'quikstart'; did you mean 'quickstart'?"),
         (["papertable"], "did you mean 'paper-table' or 'table'?"),
         (["serve"], "unknown command 'serve'; "),
-        (["xyzzy"], "valid: bench, chat, compare, "),
+        (["xyzzy"], "valid: bench, calibrate, chat, "),
         ([], "give a command: chat, "),
         ([""], "give a command: chat, "),
     ],

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from llava.command_line import CORRECTABLE, OneLineParser, explain
-from llava.eval.commands import compare, paper_table, prepare, quickstart, run, table
+from llava.eval.commands import calibrate, compare, paper_table, prepare, quickstart, run, table
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m llava.eval") -> int:
@@ -29,7 +29,7 @@ def build_parser(prog: str = "python -m llava.eval") -> argparse.ArgumentParser:
     """Return the parser of all commands of this package."""
     parser = OneLineParser(prog=prog, description="Run comparisons and print what they found.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (quickstart, run, compare, paper_table, table, prepare):
+    for module in (quickstart, run, compare, paper_table, table, prepare, calibrate):
         module.add_command(commands)
     return parser
 

@@ -78,11 +78,12 @@ class TileGeometry(NamedTuple):
                 another number of them than the image's canvas has.
         """
         base = self.base_box(size)
+        own = None if size is None else (size[0], size[1])
         if tiles == 1:
             newline = stacked and self.merge == "spatial_unpad"
-            return ImageLayout(self.grid, newline=newline, base_box=base)
+            return ImageLayout(self.grid, newline=newline, base_box=base, size=own)
         if self.merge == "flat" and (size is None or not self.canvases):
-            return ImageLayout(self.grid, crops=(1, tiles - 1), joined=False)
+            return ImageLayout(self.grid, crops=(1, tiles - 1), joined=False, size=own)
         if size is None or not self.canvases:
             raise UserInputError(
                 f"mm_patch_merge_type {self.merge!r} arranges tiles by the size of the image: it "
@@ -108,6 +109,7 @@ class TileGeometry(NamedTuple):
             newline=self.merge == "spatial_unpad",
             base_box=base,
             canvas_box=canvas_box(size, canvas),
+            size=own,
         )
 
     def base_box(self, size: Size | None) -> Box | None:

@@ -29,6 +29,7 @@ class ImageLayout:
             crops.
         base_box, canvas_box: the part of the image that the base view and the canvas show; None
             where the image's size was not given.
+        size: (width, height) of the image in pixels, where it was given.
     """
 
     grid: tuple[int, int]
@@ -38,6 +39,7 @@ class ImageLayout:
     newline: bool = False
     base_box: Box | None = None
     canvas_box: Box | None = None
+    size: tuple[int, int] | None = None
 
     @property
     def tiles(self) -> int:

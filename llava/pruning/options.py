@@ -87,6 +87,8 @@ def _check(
         )
         words = " and ".join(f"{_LIMITS[word][1]} {limit}" for word, limit in limits.items())
         wanted = f"a list of {'whole numbers' if number is int else 'numbers'} {words}".rstrip()
+    elif kind is str:
+        fits, wanted = isinstance(value, str), "text"
     else:
         fits, wanted = isinstance(value, kind), "a mapping of names to values"
     if NoneType in kinds:

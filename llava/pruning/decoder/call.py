@@ -45,6 +45,7 @@ class DecoderCall:
     _pass: Prefill | Steps | None = None
     _waiting: bool = False
     _prompts_read: bool = False
+    _all_count: bool = False
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """Begin a pass through all layers with these arguments of `decoder.module`.
@@ -57,8 +58,10 @@ class DecoderCall:
         segments = segments_of(cache)
         self._pass, self._waiting = None, False
         if segments is not None:
-            mask = inputs.get("attention_mask")
+            # `generate` adds tokens that count, so its mask is read once, for which the host waits.
+            mask = None if self._all_count else inputs.get("attention_mask")
             self._pass = Steps(self.decoder, segments, cache, mask)
+            self._all_count = self.generating and self._pass.all_count
         elif self.config is not None and not self._prompts_read:
             self._check(inputs, cache)
             self._waiting = True

@@ -153,6 +153,16 @@ class DecoderMethod:
         """
         raise NotImplementedError(f"{type(self).__name__} must define plan()")
 
+    def adapt(self, schedule: Schedule, columns: VisualColumns, image: int) -> Schedule:
+        """Return the schedule of an image, of its plan and what is known of its tokens.
+
+        Args:
+            schedule: what `plan` gave.
+            columns: of the batch, on the CPU, as `relabel` gave them.
+            image: its number.
+        """
+        return schedule
+
     def relabel(self, columns: VisualColumns) -> VisualColumns:
         """Return the columns that count as visual; by default all that are."""
         return columns

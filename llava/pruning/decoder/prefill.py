@@ -18,6 +18,7 @@ from llava.pruning.decoder.schedule import Schedule
 from llava.pruning.decoder.segments import Segment
 from llava.pruning.decoder.trace import DecoderTrace
 from llava.pruning.indices import constant, raster_order
+from llava.pruning.late_checks import LateChecks, collecting
 
 
 @dataclass(eq=False)
@@ -69,13 +70,16 @@ class Prefill:
         inputs: dict[str, Any],
     ) -> None:
         self.decoder, self.method = decoder, config.pruner
-        columns = self.method.relabel(columns).repeated(len(hidden) // len(columns.image))
+        times = len(hidden) // len(columns.image)
+        self._own_images = len(columns.images)
+        columns = self.method.relabel(columns).repeated(times)
         depth, device = len(decoder.layers), hidden.device
         self._columns, self._left = columns, [*columns.counts]
-        self._plans = [
+        plans = [
             config.plan(count, image.total, depth)
             for count, image in zip(columns.counts, columns.images, strict=True)
         ]
+        self._plans = [self.method.adapt(plan, columns, i) for i, plan in enumerate(plans)]
         self._layers = self._cuts()
         image = columns.image.to(device, non_blocking=True)
         every = torch.arange(columns.width, device=device).expand_as(image)
@@ -89,11 +93,12 @@ class Prefill:
         self.cache = inputs.get("past_key_values")
         self._inputs: dict[str, Any] | None = None
         self._scores: Tensor | None = None
+        self._checks = LateChecks()
         self._memory: Any = None
         self.trace = DecoderTrace(config.method, depth, tuple(self._layers))
 
     def _cuts(self) -> list[int]:
-        """Return the layers before which an image loses tokens."""
+        """Return the layers before which an image loses tokens, or gets others for them."""
         left, cuts = [*self._left], []
         for layer in sorted({layer for plan in self._plans for layer in plan.layers}):
             if not self.method.fixed_count:
@@ -103,7 +108,8 @@ class Prefill:
                 plan.left(plan.layers.index(layer)) if layer in plan.layers else own
                 for plan, own in zip(self._plans, left, strict=True)
             ]
-            if after != left:
+            made = any(plan.makes(layer) for plan in self._plans)
+            if made or after != left:
                 cuts.append(layer)
             left = after
         return cuts
@@ -113,21 +119,32 @@ class Prefill:
     ) -> tuple[Tensor, dict[str, Any]] | None:
         """Return what a layer gets instead of its hidden states and inputs; None for the same."""
         start = time.perf_counter()
-        if layer == 0 and self._layers:
-            self._memory = self.method.begin(self._stage(layer, hidden))
-        if layer in self._layers:
-            hidden = self._cut(layer, hidden)
-        previous = self.method.scored_by == "previous"
-        if previous and layer + 1 in self._layers:
-            self._scores = self._score(layer, hidden)
+        with collecting() as checks:
+            if layer == 0 and self._layers:
+                self._memory = self.method.begin(self._stage(layer, hidden))
+            if layer in self._layers:
+                hidden = self._cut(layer, hidden)
+            if self.method.scored_by == "previous" and layer + 1 in self._layers:
+                self._scores = self._score(layer, hidden)
+        self._checks += checks
         self.trace.per_layer.append([*self._left])
         self.trace.seconds += time.perf_counter() - start
         return None if self._inputs is None else (hidden, {**inputs, **self._inputs})
 
     def finish(self, cache_bytes: int | None) -> DecoderTrace:
-        """Return the record of the pass, of prompts that are answered once."""
-        by_image = zip(*self.trace.per_layer, strict=True)
-        self.trace.per_layer = [[*counts] for counts in by_image]
+        """Make the checks that were left to this moment, and return the record of the pass.
+
+        Args:
+            cache_bytes: what its cache takes.
+
+        Raises:
+            UserInputError: a check found NaN.
+        """
+        self._checks.settle()
+        # Where a prompt is answered several times, its images come again behind those of all.
+        by_image = [[*counts] for counts in zip(*self.trace.per_layer, strict=True)]
+        self.trace.per_layer = by_image[: self._own_images]
+        self.trace.picks = [picks[: self._own_images] for picks in self.trace.picks]
         self.trace.cache_bytes = cache_bytes
         return self.trace
 

@@ -43,6 +43,10 @@ class Schedule:
         assert self.keep is not None
         return self.keep[cut] + (self.made[cut] if self.made else 0)
 
+    def makes(self, layer: int) -> bool:
+        """Return whether tokens are made before a layer."""
+        return bool(self.made) and layer in self.layers and self.made[self.layers.index(layer)] > 0
+
     def per_layer(self, tokens: int, depth: int) -> list[int]:
         """Count what every one of `depth` layers reads of an image that enters with `tokens`."""
         counts, left = [], tokens
@@ -92,6 +96,15 @@ def merged_stages(layers: Sequence[int], keep: Sequence[int]) -> Schedule:
         least = min(least, count)
         left[layer] = int(least)
     return Schedule(tuple(left), tuple(left.values()))
+
+
+def between(steps: Sequence[Sequence[float]], at: float) -> list[float]:
+    """Interpolate linearly between lists of numbers: the first at 0, the last at 1."""
+    place = at * (len(steps) - 1)
+    lower = min(int(place), len(steps) - 2)
+    share = place - lower
+    pairs = zip(steps[lower], steps[lower + 1], strict=True)
+    return [(1 - share) * low + share * high for low, high in pairs]
 
 
 def solve(

@@ -93,7 +93,11 @@ class Steps:
         decoder: the layers.
         segments: of the prompts, see `segments_of`.
         cache: what begins with them.
-        mask: the caller's [B, L + more] of the unpruned prompts, or None.
+        mask: the caller's [B, L + more] of the unpruned prompts; None where all that follows them
+            counts.
+
+    Attributes:
+        all_count: whether all that follows the prompts counts.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Steps:
         self._decoder, self._segments, self._cache = decoder, segments, cache
         more = None if mask is None or mask.ndim != 2 else mask[:, segments[0].width :].bool()
         self._more = None if more is None or bool(more.all()) else more
+        self.all_count = self._more is None
         self._inputs: dict[int, dict[str, Any]] = {}
 
     def before_layer(

@@ -1,0 +1,107 @@
+"""How attention to visual tokens grows with their place: released curves, and fitted ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.pruning.errors import PruningError
+
+KIND = "pore-curve"
+NO_CURVE, CUBIC = "none", "fastv"
+
+# Host -> benchmark -> b of the released weights exp(-b i / N).
+_PER_BENCHMARK = {
+    "pyramiddrop": {
+        "mme": 1.881,
+        "gqa": 2.298,
+        "mmvet": 2.381,
+        "mmbench": 1.528,
+        "mmbench-cn": 1.496,
+        "pope": 2.333,
+        "scienceqa": 1.554,
+        "textvqa": 1.813,
+        "vizwiz": 1.451,
+        "vqav2": 2.164,
+    },
+    "sparsevlm": {
+        "gqa": 1.326,
+        "mmbench": 1.841,
+        "mmbench-cn": 1.497,
+        "mme": 2.190,
+        "mmvet": 2.434,
+        "pope": 2.671,
+        "scienceqa": 1.724,
+        "textvqa": 1.813,
+        "vizwiz": 1.579,
+        "vqav2": 2.374,
+    },
+}
+# Name -> b. That of a host alone is the mean over its benchmarks.
+RELEASED = {host: sum(values.values()) / len(values) for host, values in _PER_BENCHMARK.items()} | {
+    f"{host}-{name}": value
+    for host, values in _PER_BENCHMARK.items()
+    for name, value in values.items()
+}
+
+
+def curve_weights(curve: str, place: Tensor, total: Tensor | int) -> Tensor:
+    """Return what scores are multiplied with: one over the curve, float64, as large as `place`.
+
+    Args:
+        curve: a name, or a file that `llava calibrate pore` wrote.
+        place: of tokens in the unpruned sequence of their image, from 0.
+        total: tokens of that sequence; a tensor is broadcast.
+
+    Raises:
+        PruningError: there is no such curve or file.
+    """
+    x = place.double() / total
+    if curve == NO_CURVE:
+        return torch.ones_like(x)
+    if curve == CUBIC:
+        return 1 / (1 + 1.7367538 * x - 4.8432356 * x**2 + 4.9096523 * x**3)
+    return torch.exp(-growth(curve) * x)
+
+
+def growth(curve: str) -> float:
+    """Return b of the curve exp(b i / N) that is released by that name, or that a file holds.
+
+    Raises:
+        PruningError: there is no such curve or file.
+    """
+    if curve in RELEASED:
+        return RELEASED[curve]
+    path = Path(curve)
+    if path.suffix != ".json":
+        names = ", ".join([NO_CURVE, CUBIC, *RELEASED])
+        raise PruningError(
+            f"there is no curve {curve!r}; use one of {names}, or a .json file of "
+            "llava calibrate pore"
+        )
+    value = read_calibration(path, KIND).get("sigma")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise PruningError(f"sigma in {path} must be a number, got {value!r}; write it again")
+    return float(value)
+
+
+def read_calibration(path: Path, kind: str) -> dict[str, Any]:
+    """Read a file of `llava calibrate`.
+
+    Raises:
+        PruningError: it cannot be read, or is of another kind.
+    """
+    remedy = f"write it with llava calibrate {kind.split('-')[0]} --out {path}"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PruningError(f"{path} cannot be read ({error}); {remedy}") from error
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        found = data.get("kind") if isinstance(data, dict) else type(data).__name__
+        raise PruningError(f"{path} holds {found!r}, not {kind!r}; {remedy}")
+    return data

@@ -1,0 +1,52 @@
+"""Stages that a calibration found for a model: a JSON file, read by `btp`."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from llava.pruning.errors import PruningError
+
+KIND = "btp-stages"
+
+
+class Stages(NamedTuple):
+    """Before which layers (from 0) tokens are dropped, and the share of an image that is left."""
+
+    layers: tuple[int, ...]
+    keep: tuple[float, ...]
+
+
+def read_stages(path: str) -> Stages:
+    """Read `{"kind": "btp-stages", "layers": [...], "keep": [...], "provenance": {...}}`.
+
+    Raises:
+        PruningError: the file cannot be read or holds anything else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+    except (OSError, ValueError) as error:
+        raise PruningError(f"cannot read stages from {path}: {error}") from error
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind != KIND:
+        raise PruningError(
+            f"{path} holds no stages of btp (its kind is {kind!r}, not {KIND!r}); make it with "
+            "llava calibrate"
+        )
+    layers, keep = data.get("layers"), data.get("keep")
+    if not _are_numbers(layers, (int,)) or layers != sorted({*layers}) or layers[0] < 1:
+        raise PruningError(f"{path}: layers must be ascending whole numbers from 1, got {layers!r}")
+    if not _are_numbers(keep, (int, float)) or not all(0 <= share <= 1 for share in keep):
+        raise PruningError(f"{path}: keep must be shares in 0 to 1, got {keep!r}")
+    if len(keep) != len(layers):
+        raise PruningError(f"{path}: {len(layers)} layers need as many shares, got {len(keep)}")
+    return Stages(tuple(layers), tuple(float(share) for share in keep))
+
+
+def _are_numbers(values: object, kinds: tuple[type, ...]) -> bool:
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(isinstance(own, kinds) and not isinstance(own, bool) for own in values)
+    )
