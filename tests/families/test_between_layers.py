@@ -177,6 +177,7 @@ def test_a_second_turn_goes_on_from_the_cache(name: str, setting: str) -> None:
             step = model(
                 input_ids=torch.cat([first.sequences[:, -1:], said], dim=1),
                 attention_mask=mask,
+                position_ids=(mask.cumsum(dim=1) - 1)[:, -4:],
                 past_key_values=first.past_key_values,
             )
     for row in range(len(ROWS)):

@@ -112,7 +112,17 @@ class Steps:
     def before_layer(
         self, layer: int, hidden: Tensor, inputs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]] | None:
-        """Return what a layer gets instead of its hidden states and inputs; None for the same."""
+        """Return what a layer gets instead of its hidden states and inputs; None for the same.
+
+        Raises:
+            PruningError: rows are not of these prompts.
+        """
+        prompts = len(self._segments[0].columns)
+        if len(hidden) % prompts:
+            raise PruningError(
+                f"the cache holds {prompts} prompts that were pruned between layers, but "
+                f"{len(hidden)} rows go on from it; give one row for each"
+            )
         segment = max((s for s in self._segments if s.first <= layer), key=lambda s: s.first)
         if segment.first == 0:
             return None
@@ -124,12 +134,7 @@ class Steps:
         self, segment: Segment, hidden: Tensor, inputs: dict[str, Any]
     ) -> dict[str, Any]:
         rows, count = hidden.shape[:2]
-        times, left = divmod(rows, len(segment.columns))
-        if left or not times:
-            raise PruningError(
-                f"the cache holds {len(segment.columns)} prompts that were pruned between layers, "
-                f"but {rows} rows go on from it; give one row for each"
-            )
+        times = rows // len(segment.columns)
         seen = int(self._cache.get_seq_length(segment.first))
         mask = None
         if segment.padded or self._more is not None:
