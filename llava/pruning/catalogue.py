@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.markdown import fill_sections, table
+from llava.pruning.decoder.method import DecoderMethod
+from llava.pruning.decoder.registry import get_decoder_method, list_decoder_methods
 from llava.pruning.errors import PruningError
+from llava.pruning.method import PruningMethod
 from llava.pruning.registry import get_method, list_methods
 from llava.shipped import shipped_path
 
 SECTION = "methods"  # between the markers of docs/methods.md
 RESULTS = "results/llava-tiny.json"  # below playground
 COLUMNS = (
-    *("method", "signal", "needs", "query-aware", "merges", "fidelity"),
+    *("method", "stage", "signal", "needs", "query-aware", "merges", "fidelity"),
     *("published %", "llava-tiny %", "paper"),
 )
 MISSING = "n/a"
+BEFORE = "tokens"  # the stage of methods that prune before the language model
 
 
 class Source(NamedTuple):
@@ -45,17 +49,35 @@ RETENTION = {
 
 
 def method_table(measured: dict[str, str] | None = None) -> list[tuple[str, ...]]:
-    """Return one row per registered method, in the order of COLUMNS; `measured` as of `figures`."""
+    """Return one row per registered method, in the order of COLUMNS; `measured` as of `figures`.
+
+    Those that prune between layers of the language model come last.
+    """
     rows: list[tuple[str, ...]] = []
     for name in list_methods():
         cls = get_method(name)
         wants = (f"({name})" for name in cls.wants)
         needs = ", ".join([*cls.needs, *wants]) or "-"
-        aware, merges = ("yes" if flag else "no" for flag in (cls.query_aware, cls.merges))
-        ours = (measured or {}).get(name, MISSING)
-        facts = (cls.signal or "-", needs, aware, merges, cls.fidelity)
-        rows.append((name, *facts, published(name), ours, cls.paper or "-"))
+        rows.append(_row(name, cls, needs, cls.merges, measured))
+    for name in list_decoder_methods():
+        decoder = get_decoder_method(name)
+        merges = decoder.make is not DecoderMethod.make
+        rows.append(_row(name, decoder, "-", merges, measured))
     return rows
+
+
+def _row(
+    name: str,
+    cls: type[PruningMethod] | type[DecoderMethod],
+    needs: str,
+    merges: bool,
+    measured: dict[str, str] | None,
+) -> tuple[str, ...]:
+    stage = DecoderMethod.stage if issubclass(cls, DecoderMethod) else BEFORE
+    aware, new = ("yes" if flag else "no" for flag in (cls.query_aware, merges))
+    facts = (stage, cls.signal or "-", needs, aware, new, cls.fidelity)
+    ours = (measured or {}).get(name, MISSING)
+    return name, *facts, published(name), ours, cls.paper or "-"
 
 
 def published(name: str) -> str:

@@ -29,6 +29,7 @@ from llava.pruning.catalogue import (
     method_table,
     tracked_results,
 )
+from llava.pruning.decoder.registry import get_decoder_method, list_decoder_methods
 from llava.pruning.errors import PruningError
 from llava.pruning.method import PruningMethod
 from llava.pruning.visualize import overlay
@@ -76,14 +77,18 @@ def test_import_pulls_in_no_model_code() -> None:
 def test_list(capsys) -> None:
     main(["list"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["method", *list_methods()]
+    assert [line.split()[0] for line in lines] == [
+        "method",
+        *list_methods(),
+        *list_decoder_methods(),
+    ]
     main(["list", "--markdown"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    assert lines[1] == "|" + " --- |" * len(COLUMNS)
     (zoo,) = [line for line in lines if line.startswith("| zoo |")]
     signal = "projector sensitivity x max-min cosine distance"
     needs = "features, projector, (projector_hidden)"
-    assert zoo.startswith(f"| zoo | {signal} | {needs} | no | no | vectors | 95.5 [1], ")
+    assert zoo.startswith(f"| zoo | tokens | {signal} | {needs} | no | no | vectors | 95.5 [1], ")
     assert zoo.endswith(" | CVPR 2026, arXiv 2509.24837 |")
 
 
@@ -95,10 +100,27 @@ def cell(table: list[tuple[str, ...]], name: str, column: str) -> str:
 def test_every_method_names_its_signal() -> None:
     for name in list_methods():
         assert llava.pruning.get_method(name).signal, name
+    for name in list_decoder_methods():
+        assert get_decoder_method(name).signal and get_decoder_method(name).paper, name
+
+
+def test_methods_between_layers_are_in_the_list() -> None:
+    table = method_table()
+    stages = {row[0]: row[COLUMNS.index("stage")] for row in table}
+    assert (
+        {name for name, stage in stages.items() if stage == "decoder"}
+        == {*list_decoder_methods()}
+        >= {"fastv", "sparsevlm", "pyramiddrop", "pore", "btp", "atp"}
+    )
+    assert stages["zoo"] == "tokens"
+    assert cell(table, "sparsevlm", "merges") == "yes" and cell(table, "fastv", "merges") == "no"
+    assert cell(table, "fastv", "fidelity") == "golden"
+    assert cell(table, "fastv", "published %").startswith("75.6 [4], ")
+    assert cell(table, "btp", "published %") == "n/a", "no report at this budget is known"
 
 
 def test_published_figures_belong_to_methods_and_sources() -> None:
-    assert RETENTION.keys() <= set(list_methods())
+    assert RETENTION.keys() <= {*list_methods(), *list_decoder_methods()}
     assert {figure.source for row in RETENTION.values() for figure in row} == SOURCES.keys()
     for source in SOURCES.values():
         assert source.where and source.kind and source.averages
@@ -191,7 +213,7 @@ def test_drift(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     main(["list", "--markdown", "--results", str(results)])
     assert capsys.readouterr().out in text
-    page.write_text(text.replace("| grid | place |", "| grid | chance |"))
+    page.write_text(text.replace("| grid | tokens | place |", "| grid | tokens | chance |"))
     assert drift(page, results) is not None
     page.write_text(text)
     result_file(results, {"method": "grid", "accuracy": 0.25})

@@ -16,7 +16,7 @@ from llava.pruning.decoder.layers import DecoderLayers, Rotary, take_columns
 from llava.pruning.decoder.method import Made, Stage
 from llava.pruning.decoder.schedule import Schedule
 from llava.pruning.decoder.segments import Segment
-from llava.pruning.decoder.trace import DecoderTrace
+from llava.pruning.decoder.trace import DecoderTrace, mark
 from llava.pruning.indices import constant, raster_order
 from llava.pruning.late_checks import LateChecks, collecting
 
@@ -119,6 +119,7 @@ class Prefill:
     ) -> tuple[Tensor, dict[str, Any]] | None:
         """Return what a layer gets instead of its hidden states and inputs; None for the same."""
         start = time.perf_counter()
+        mark()
         with collecting() as checks:
             if layer == 0 and self._layers:
                 self._memory = self.method.begin(self._stage(layer, hidden))
@@ -128,6 +129,7 @@ class Prefill:
                 self._scores = self._score(layer, hidden)
         self._checks += checks
         self.trace.per_layer.append([*self._left])
+        mark()
         self.trace.seconds += time.perf_counter() - start
         return None if self._inputs is None else (hidden, {**inputs, **self._inputs})
 
