@@ -25,6 +25,7 @@ class CallState:
         outer: the call around this one.
         pruned: what was made of the call (`PrunedCall`), or None.
         undo: what ends with the call of `forward`.
+        stock: whether `generate` gets the caller's own prompts and images.
     """
 
     target: Any
@@ -34,6 +35,7 @@ class CallState:
     outer: CallState | None
     pruned: Any = None
     undo: ExitStack = field(default_factory=ExitStack)
+    stock: bool = False
     _cache: Any = None
 
     def makes(self, arguments: Any) -> bool:
@@ -80,9 +82,12 @@ def leave_call(target: Any) -> tuple[bool, Any]:
 
 
 @contextmanager
-def inside_generate(target: Any, language_model: nn.Module, features: Any) -> Iterator[None]:
+def inside_generate(
+    target: Any, language_model: nn.Module, features: Any, *, stock: bool = False
+) -> Iterator[None]:
     """Be inside `generate`: its calls of `forward` stay as it makes them, but for `features`."""
-    token = _innermost.set(CallState(target, language_model, features, True, _innermost.get()))
+    outer = _innermost.get()
+    token = _innermost.set(CallState(target, language_model, features, True, outer, stock=stock))
     try:
         yield
     finally:

@@ -72,7 +72,7 @@ def generate(
     inside = nullcontext() if layers is None else between_layers(target, layers, generating=True)
     if pruned is None or ids is None:
         given = {} if ids is None else {"inputs": ids}
-        with inside_generate(target, module, None), inside:
+        with inside_generate(target, module, None, stock=True), inside:
             return original(**given, **call)
     check_settings(model, call, ids)
     whole = WholePrompts(ids, pruned.prompts.width)
@@ -130,8 +130,9 @@ def before_forward(
     names = [*inspect.signature(target.model.forward).parameters]
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     shows = any(call.get(name) is not None for name in family.shown)
-    own = outer is not None and outer.generating and outer.target is target and not shows
-    if own and outer is not None and outer.makes(call):
+    generating = outer is not None and outer.generating and outer.target is target
+    # `generate` brings images only where it got the caller's; else code inside it does.
+    if outer is not None and generating and (outer.stock or not shows) and outer.makes(call):
         return None
     ids, questions = call.pop("input_ids", None), call.pop("questions", None)
     pruned, layers = None, None
