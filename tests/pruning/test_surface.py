@@ -21,14 +21,17 @@ from llava.pruning import catalogue, list_methods
 from llava.pruning.__main__ import main
 from llava.pruning.catalogue import (
     COLUMNS,
+    DECODER_COLUMNS,
     RESULTS,
     RETENTION,
     SECTION,
     SOURCES,
     Retention,
+    decoder_table,
     method_table,
     tracked_results,
 )
+from llava.pruning.decoder.registry import get_decoder_method, list_decoder_methods
 from llava.pruning.errors import PruningError
 from llava.pruning.method import PruningMethod
 from llava.pruning.visualize import overlay
@@ -75,8 +78,12 @@ def test_import_pulls_in_no_model_code() -> None:
 
 def test_list(capsys) -> None:
     main(["list"])
-    lines = capsys.readouterr().out.splitlines()
+    before, between = capsys.readouterr().out.split("\n\n")
+    lines = before.splitlines()
     assert [line.split()[0] for line in lines] == ["method", *list_methods()]
+    lines = between.splitlines()
+    assert [line.split()[0] for line in lines] == ["method", *list_decoder_methods()]
+    assert all(line.split()[1] == "decoder" for line in lines[1:])
     main(["list", "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -85,6 +92,29 @@ def test_list(capsys) -> None:
     needs = "features, projector, (projector_hidden)"
     assert zoo.startswith(f"| zoo | {signal} | {needs} | no | no | vectors | 95.5 [1], ")
     assert zoo.endswith(" | CVPR 2026, arXiv 2509.24837 |")
+    (fastv,) = [line for line in lines if line.startswith("| fastv |")]
+    options = "k, ratio, span=image"
+    signal = "attention of the last prompt token"
+    assert fastv.startswith(f"| fastv | decoder | {signal} | golden | {options} | 306 | 36 | 73.7 ")
+    assert fastv.endswith(" | arXiv 2403.06764, ECCV 2024 |")
+
+
+def test_rows_of_decoder_methods() -> None:
+    """Means are those that the papers' schedules make, at 32 layers and 576 tokens."""
+    rows = {row[0]: dict(zip(DECODER_COLUMNS, row, strict=True)) for row in decoder_table()}
+    assert [*rows] == list_decoder_methods()
+    assert {name for name in rows if rows[name]["fidelity"] == "golden"} == {
+        "fastv",
+        "pyramiddrop",
+        "sparsevlm",
+    }
+    means = {name: (row["mean without a budget"], row["lowest mean"]) for name, row in rows.items()}
+    assert means["pyramiddrop"] == ("270", "144")
+    assert means["btp"][0] == "129"
+    assert means["sparsevlm"] == ("n/a", "58"), "it needs a budget"
+    assert means["atp"] == ("n/a", "n/a"), "it needs a file of heads"
+    assert rows["pore"]["options"] == "host=fastv, host_options, curve, padding=released"
+    assert rows["atp"]["published %"].endswith("(144 tokens)")
 
 
 def cell(table: list[tuple[str, ...]], name: str, column: str) -> str:
@@ -95,10 +125,13 @@ def cell(table: list[tuple[str, ...]], name: str, column: str) -> str:
 def test_every_method_names_its_signal() -> None:
     for name in list_methods():
         assert llava.pruning.get_method(name).signal, name
+    for name in list_decoder_methods():
+        assert get_decoder_method(name).signal, name
 
 
 def test_published_figures_belong_to_methods_and_sources() -> None:
-    assert RETENTION.keys() <= set(list_methods())
+    assert RETENTION.keys() <= {*list_methods(), *list_decoder_methods()}
+    assert not {*list_methods()} & {*list_decoder_methods()}, "figures are found by name"
     assert {figure.source for row in RETENTION.values() for figure in row} == SOURCES.keys()
     for source in SOURCES.values():
         assert source.where and source.kind and source.averages
