@@ -149,8 +149,8 @@ def legend(results: Path | None) -> str:
         f"*llava-tiny %*: accuracy on the model in this repository at {KEEP_TOKENS} of 576 tokens "
         f"± standard error, {ours}. Parentheses: the setting, where it is not the plain method.",
         "",
-        "*mean without a budget*, *lowest mean*: visual tokens that a layer reads of "
-        f"{IMAGE_TOKENS} on average, in a model of {PUBLISHED_DEPTH} layers and with the default options; "
+        "*mean without a budget*, *lowest mean*: visual tokens that a layer reads on average, of "
+        f"{IMAGE_TOKENS}, in a model of {PUBLISHED_DEPTH} layers and with the default options; "
         f"{MISSING} where a budget or a file must be given.",
     ]
     return "\n".join(lines)
