@@ -3,7 +3,7 @@
 #   . scripts/eval.sh MODEL TASK[:PROTOCOL] "$@"     runs python -m llava.eval run
 #
 # PRUNER and KEEP_TOKENS may also be set in the environment, as may PRUNER_OPTIONS (key=value words),
-# MODEL, DATA_ROOT, OUTPUT, BATCH_SIZE, LIMIT, PYTHON, CONV_MODE (vicuna_v1, as in LLaVA's scripts,
+# DECODER_PRUNER, DECODER_KEEP_TOKENS and DECODER_OPTIONS (what is dropped between layers), MODEL, DATA_ROOT, OUTPUT, BATCH_SIZE, LIMIT, PYTHON, CONV_MODE (vicuna_v1, as in LLaVA's scripts,
 # unless it is set; empty means the model's own template) and, where a benchmark is asked in several
 # ways, PROTOCOL. Several GPUs in CUDA_VISIBLE_DEVICES share the run under torchrun. DRY_RUN=1 or
 # --dry-run prints the command instead. Other options go to the command as they are.
@@ -58,13 +58,17 @@ command=("$PYTHON" -m)
     command+=(torch.distributed.run --standalone --nproc-per-node "${#gpus[@]}" -m)
 command+=(llava.eval run --model-path "$MODEL" --task "$task" --pruner "$PRUNER")
 command+=(--data-root "${DATA_ROOT:-playground/data/eval}")
-command+=(--output "${OUTPUT:-$folder/$PRUNER${KEEP_TOKENS:+-$KEEP_TOKENS}}")
+within=${DECODER_PRUNER:++$DECODER_PRUNER${DECODER_KEEP_TOKENS:+-$DECODER_KEEP_TOKENS}}
+command+=(--output "${OUTPUT:-$folder/$PRUNER${KEEP_TOKENS:+-$KEEP_TOKENS}$within}")
 [ -n "$protocol" ] && command+=(--protocol "$protocol")
 [ -n "${CONV_MODE=vicuna_v1}" ] && command+=(--conv-mode "$CONV_MODE")
 [ -n "$KEEP_TOKENS" ] && command+=(--keep-tokens "$KEEP_TOKENS")
 [ -n "${BATCH_SIZE:-}" ] && command+=(--batch-size "$BATCH_SIZE")
 [ -n "${LIMIT:-}" ] && command+=(--limit "$LIMIT")
 for option in ${PRUNER_OPTIONS:-}; do command+=(--pruner-option "$option"); done
+[ -n "${DECODER_PRUNER:-}" ] && command+=(--decoder-pruner "$DECODER_PRUNER")
+[ -n "${DECODER_KEEP_TOKENS:-}" ] && command+=(--decoder-keep-tokens "$DECODER_KEEP_TOKENS")
+for option in ${DECODER_OPTIONS:-}; do command+=(--decoder-option "$option"); done
 command+=("${extra[@]}")
 if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${command[@]}" && echo

@@ -96,7 +96,8 @@ def test_commands_are_understood(file: Path) -> None:
 
 def test_commands_are_found_at_all() -> None:
     assert len(commands(ROOT / "README.md")) == 4
-    assert {len(commands(ROOT / f"docs/{name}.md")) for name in ("serving", "evaluation")} == {2}
+    found = {name: len(commands(ROOT / f"docs/{name}.md")) for name in ("serving", "evaluation")}
+    assert found == {"serving": 2, "evaluation": 4}
     with pytest.raises(SystemExit):
         understand(["llava", "run", "--tsak", "pope"])
 

@@ -1,10 +1,10 @@
 """The arms of a bench: the unpruned model, a pruner that costs nothing, and methods x budgets."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from llava.eval.engine.request import UNPRUNED, split_word
+from llava.eval.engine.request import UNPRUNED, arm_word, split_word
 from llava.pruning import PruningConfig, PruningError
 
 FREE = "free"
@@ -28,6 +28,11 @@ class BenchArm:
     def budget(self) -> int | None:
         """Tokens to keep of an image; None without pruning."""
         return None if self.pruning is None else self.pruning.keep_tokens
+
+    @property
+    def decoder(self) -> Any:
+        """What is dropped between layers; None for nothing."""
+        return getattr(self.pruning, "decoder", None)  # older checkouts know none
 
     @property
     def method(self) -> str:
@@ -60,7 +65,10 @@ def split_method(word: str) -> tuple[str, dict[str, Any]]:
 
 
 def make_arms(
-    methods: Sequence[str], budgets: Sequence[int], choices: Mapping[str, Any]
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    choices: Mapping[str, Any],
+    between: Sequence[Any] = (),
 ) -> list[BenchArm]:
     """Return all arms in the order in which they are run.
 
@@ -68,6 +76,9 @@ def make_arms(
         methods: `zoo` or `zoo:directions=32`.
         budgets: tokens to keep of an image.
         choices: settings of the stage for every method, such as `allocation`.
+        between: what is dropped between layers behind every method that prunes before them, each a
+            DecoderConfig with `keep_tokens`, in arms of their own. Those that keep no fewer than
+            the method itself are left out, because they would drop nothing.
 
     Raises:
         PruningError: a method or an option that does not exist, a budget among the words, or
@@ -84,4 +95,17 @@ def make_arms(
         for budget in budgets:
             config = PruningConfig.of(method, keep_tokens=budget, **options, **choices)
             arms.append(BenchArm(f"{word}@{budget}", config))
+            if config.decoder is None:
+                arms += _behind(arms[-1], between)
     return arms
+
+
+def _behind(arm: BenchArm, between: Sequence[Any]) -> list[BenchArm]:
+    """Return an arm with settings between layers behind it: `zoo@192+fastv@64`."""
+    assert arm.pruning is not None and arm.budget is not None
+    made = []
+    for decoder in between:
+        if decoder.keep_tokens < arm.budget:
+            name = f"{arm.name}+{arm_word(decoder.method, decoder.keep_tokens, decoder.options)}"
+            made.append(BenchArm(name, replace(arm.pruning, decoder=decoder)))
+    return made

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llava.bench.arms import make_arms
+from llava.bench.arms import make_arms, split_method
 from llava.bench.configs import NAMES, SHAPES, shape_of
 from llava.bench.gpu_report import find_part, render_gpu
 from llava.bench.plots import check_plot, draw_bench, draw_scaling
@@ -29,6 +29,7 @@ from llava.command_line import DTYPES, OneLineParser, device_name, one_line_erro
 from llava.eval.engine import provenance
 from llava.markdown import add_update_flag, fill_sections
 from llava.pruning.config import CHOICES
+from llava.pruning.decoder.config import DecoderConfig
 from llava.shipped import LLAVA_TINY
 from llava.storage import write_atomically
 from llava.utils import UserInputError
@@ -42,6 +43,8 @@ _OF_A_RUN = (
     "config",
     "layers",
     "keep_tokens",
+    "decoder_pruner",
+    "decoder_keep_tokens",
     "compare_with",
     "batch",
     "answer",
@@ -102,6 +105,13 @@ def build_parser(prog: str = "llava bench") -> OneLineParser:
         help=f"methods, options after a colon as in zoo:directions=32; default {','.join(PRUNERS)}",
     )
     add("--keep-tokens", type=_numbers, metavar="N,...", help="budgets; default: the papers'")
+    add(
+        "--decoder-pruner",
+        type=_words,
+        metavar="METHOD,...",
+        help="methods between layers, behind every other one: zoo@192+fastv@64",
+    )
+    add("--decoder-keep-tokens", type=_numbers, metavar="N,...", help="their means over layers")
     for name, (values, summary) in CHOICES.items():
         if name not in _WITHOUT:
             add(f"--{name}", choices=values, help=f"{summary}; default {values[0]}")
@@ -155,6 +165,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserInputError("give --model-path or --config, not both")
     if args.layers and args.model_path:
         raise UserInputError("--layers needs --config: a checkpoint runs with all its layers")
+    if bool(args.decoder_pruner) != bool(args.decoder_keep_tokens):
+        raise UserInputError("give --decoder-pruner and --decoder-keep-tokens together")
     if args.update and not (args.output or args.source):
         raise UserInputError(
             "--update needs --output or --from: its section is named like the file"
@@ -231,7 +243,12 @@ def _bench(args: argparse.Namespace, facts: dict[str, Any]) -> Any:
         for name in CHOICES
         if name not in _WITHOUT and getattr(args, name) is not None
     }
-    arms = make_arms(args.pruner or PRUNERS, budgets, choices)
+    between = []
+    for word in args.decoder_pruner or ():
+        method, options = split_method(word)
+        for budget in args.decoder_keep_tokens:
+            between.append(DecoderConfig(method, keep_tokens=budget, options=options))
+    arms = make_arms(args.pruner or PRUNERS, budgets, choices, between)
     plan = Plan(
         config,
         args.model_path,

@@ -85,11 +85,30 @@ class Shape:
     budgets: tuple[int, ...] = (64, 128, 192)
 
 
+# As deep as Vicuna-7B and an eighth as wide: what is dropped between layers needs them all, and all
+# of a 7B's take minutes a prompt on a CPU.
+DEEP = "deep-narrow"
+_NARROW = {
+    **_VICUNA_7B,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "mm_hidden_size": 256,
+}
+_NARROW_TOWER = {
+    **_CLIP_LARGE,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+}
 _NEXT_BUDGETS = (160, 320, 640)
 SHAPES = {
     "llava-1.5-7b": Shape({**_VICUNA_7B, **_ONE_TILE}),
     "llava-1.5-13b": Shape({**_VICUNA_13B, **_ONE_TILE}),
     "llava-next-7b": Shape({**_VICUNA_7B, **_FIVE_TILES}, tiles=5, budgets=_NEXT_BUDGETS),
+    DEEP: Shape({**_NARROW, **_ONE_TILE}, _NARROW_TOWER),
 }
 NAMES = (*SHAPES, LLAVA_TINY)
 

@@ -6,7 +6,7 @@ weight and every input read once, every result written once.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, TypedDict
@@ -78,13 +78,28 @@ def forward_work(model: Any, layers: int, batch: int, new: int, past: int = 0) -
         new: tokens of every row.
         past: tokens of every row in the cache.
     """
+    return layers_work(model, batch, [(new, past)] * layers)
+
+
+def layers_work(model: Any, batch: int, layers: Sequence[tuple[int, int]]) -> Work:
+    """Count a forward pass whose layers may read prompts of different lengths, see `forward_work`.
+
+    What a method computes between layers to score and select is not part of it.
+
+    Args:
+        model: a LLaVA.
+        batch: rows.
+        layers: of every layer, the tokens of a row that are new and those in its cache.
+    """
     config = model.config
-    pairs = new * past + new * (new + 1) // 2
-    attention = 2 * pairs * config.num_attention_heads * head_width(config)
     head = config.hidden_size * config.vocab_size
-    products = layers * (new * layer_weights(config) + attention) + head
-    cached = kv_cache_bytes(model, layers, batch, past + new)
-    values = layers * layer_weights(config) + head + batch * new * config.hidden_size
+    products = head
+    for new, past in layers:
+        pairs = new * past + new * (new + 1) // 2
+        attention = 2 * pairs * config.num_attention_heads * head_width(config)
+        products += new * layer_weights(config) + attention
+    cached = sum(kv_cache_bytes(model, 1, batch, new + past) for new, past in layers)
+    values = len(layers) * layer_weights(config) + head + batch * layers[0][0] * config.hidden_size
     return _work(model, 2 * batch * products, model.dtype.itemsize * values + cached)
 
 

@@ -107,6 +107,7 @@ def parts(out: Path, small: bool, commit: str | None) -> Iterator[Part]:
     answers = [out / name for name in names]
     yield Part("llava-tiny in bfloat16", commands, lambda _: _read_answers(answers), 75, folder=out)
     yield _bench(out, "llava-next-7b", (), small, source)
+    yield _between_layers(out, small, source)
     few = ("--pruner", "divprune", "--seconds", "0.001") if small else ("--seconds", "0.2")
     scaling = ("-m", "llava.bench", "--scaling", "--device", device, *few, *source)
     scaling += ("--output", "scaling.json")
@@ -120,6 +121,23 @@ def _bench(out: Path, config: str, more: Sequence[str], small: bool, source: Seq
         sized = ("--config", LLAVA_TINY, "--layers", "1", "--repeats", "1", "--device", "cpu")
     command = ("-m", "llava.bench", *sized, *source, "--output", file)
     return Part(f"bench {config}", (command,), lambda _: _read_bench(out / file), 110, folder=out)
+
+
+def _between_layers(out: Path, small: bool, source: Sequence[str]) -> Part:
+    """Return the part that times arms between layers, with all the layers of a 7B."""
+    file = "bench-between.json"
+    sized: tuple[str, ...] = ("--config", "llava-1.5-7b", "--pruner")
+    sized += ("zoo,fastv,pyramiddrop:recipe=early",)
+    sized += ("--keep-tokens", "64,192", "--repeats", "3", "--device", "cuda")
+    sized += ("--decoder-pruner", "fastv", "--decoder-keep-tokens", "64")
+    if small:
+        sized = ("--config", LLAVA_TINY, "--pruner", "fastv,norm", "--keep-tokens", "288")
+        sized += ("--decoder-pruner", "fastv", "--decoder-keep-tokens", "160")
+        sized += ("--repeats", "1", "--device", "cpu")
+    command = ("-m", "llava.bench", *sized, *source, "--output", file)
+    return Part(
+        "bench between layers", (command,), lambda _: _read_between(out / file), 110, folder=out
+    )
 
 
 def _count(group: str, small: bool) -> tuple[str, ...]:
@@ -158,6 +176,17 @@ def _read_bench(file: Path) -> Found:
         if f.arm["method"] == "zoo-exact" and f.arm["batch"] == 1 and f.of_free_prefill
     ]
     return Found(result, "; ".join(said))
+
+
+def _read_between(file: Path) -> Found:
+    result = read_bench(file)
+    said = [
+        f"{f.arm['arm']} {f.prefill_speed_up.median:.2f} x prefill, "
+        f"{f.rows['between'].median:.2f} ms between layers"
+        for f in figures_of(result)
+        if "between" in f.rows
+    ]
+    return Found(result, "; ".join(said), good=bool(said))
 
 
 def _read_answers(folders: Sequence[Path]) -> Found:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
@@ -16,8 +16,8 @@ from llava.bench.counts import (
     as_on_device,
     count_stage,
     encode_work,
-    forward_work,
     kv_cache_bytes,
+    layers_work,
 )
 from llava.bench.rates import Clock, finish
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -134,6 +134,9 @@ class Bench:
             assert phases.prepared is not None
             stage = self._count_stage(arm, batch, phases.prepared)
         pruned, trace = phases.pruned, getattr(phases.pruned, "trace", None)
+        between = None if arm.decoder is None else self._between(arm, phases, embeds)
+        lengths = [length] * depth if between is None else between.pop("lengths")
+        cache = kv_cache_bytes(model, depth, size, length)
         return {
             "arm": arm.name,
             "method": arm.method,
@@ -143,17 +146,43 @@ class Bench:
             "batch": size,
             "tokens": tokens,
             "all_tokens": every,
-            "changes": isinstance(pruned, PrunedTokens),
+            "changes": isinstance(pruned, PrunedTokens) or lengths[-1] < length,
             "prompt": length,
             "first_ms": phases.times.get("prune", 0.0),
-            "kv_cache_bytes": kv_cache_bytes(model, depth, size, length),
+            "kv_cache_bytes": cache,
             "work": {
                 "encode": encode_work(model, size * self.subject.tiles),
                 "stage": stage,
-                "prefill": forward_work(model, depth, size, length),
-                "decode": forward_work(model, depth, size, 1, length),
+                "prefill": layers_work(model, size, [(own, 0) for own in lengths]),
+                "decode": layers_work(model, size, [(1, own) for own in lengths]),
             },
+            **(between or {}),
         }
+
+    def _between(self, arm: BenchArm, phases: "_Phases", embeds: Tensor) -> dict[str, Any]:
+        """Run the prompts once, and return what an arm drops between layers.
+
+        The cache is measured: `kv_cache_bytes` is what all its keys and values take.
+        """
+        with torch.inference_mode(), self._language_model(arm, phases) as between:
+            self._forward(embeds, between)
+        tokens = between.layer_tokens()
+        text = embeds.shape[1] - tokens[0]
+        return {
+            "kv_cache_bytes": between.trace.cache_bytes,
+            "layer_tokens": tokens,
+            "lengths": [text + own for own in tokens],
+        }
+
+    def _language_model(
+        self, arm: BenchArm, phases: "_Phases", timed: bool = True
+    ) -> AbstractContextManager[Any]:
+        """Let passes inside drop tokens between layers where an arm does; else give None."""
+        if arm.decoder is None:
+            return nullcontext()
+        from llava.bench.between import between_layers  # which older checkouts cannot import
+
+        return between_layers(self.subject.model, arm.decoder, phases.columns, timed=timed)
 
     def measure(self, number: int, size: int) -> Times:
         """Run an arm once in steps and once as a whole; return milliseconds by phase.
@@ -175,11 +204,14 @@ class Bench:
         steps = self.subject.steps
         phases, embeds = self._prepare(arm, batch)
         clock = phases.clock
-        with torch.inference_mode():
+        with torch.inference_mode(), self._language_model(arm, phases) as between:
             times = self._split(arm, phases)
             clock.lap()
-            out = self._forward(embeds)
+            out = self._forward(embeds, between)
             times["prefill"] = clock.lap()
+            if between is not None:
+                times["between"] = between.milliseconds()
+                times["prefill"] = max(0.0, times["prefill"] - times["between"])
             if steps:
                 self._decode(out, steps)
                 times["decode"] = clock.lap() / steps
@@ -235,10 +267,12 @@ class Bench:
         start = time.perf_counter()
         with torch.inference_mode():
             # What the stage made is let go before the language model runs, as in a user's call.
-            embeds = self._prepare(arm, batch, waits=False)[1]
-            out = self._forward(embeds)
-            if self.subject.answer > 1:
-                self._decode(out, self.subject.answer - 1)
+            phases, embeds = self._prepare(arm, batch, waits=False)
+            phases.forget()
+            with self._language_model(arm, phases, timed=False) as between:
+                out = self._forward(embeds, between)
+                if self.subject.answer > 1:
+                    self._decode(out, self.subject.answer - 1)
         finish(self.device)
         return 1000 * (time.perf_counter() - start)
 
@@ -253,8 +287,9 @@ class Bench:
         phases.times["splice"] = phases.lap() + phases.other
         return phases, prepared[4]
 
-    def _forward(self, embeds: Tensor) -> Any:
-        return self.subject.model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    def _forward(self, embeds: Tensor, between: Any = None) -> Any:
+        own = {} if between is None else {"past_key_values": between.cache}
+        return self.subject.model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1, **own)
 
     def _decode(self, out: Any, steps: int) -> None:
         model = self.subject.model
@@ -303,6 +338,7 @@ class _Phases:
         other: ms of what lies between the phases.
         visual, prepared: as encoded, and as it came to the stage with what prompts say.
         pruned: what the stage returned.
+        columns: where visual tokens stand, of arms that drop some between layers.
     """
 
     def __init__(self, bench: Bench, arm: BenchArm, batch: Batch, waits: bool) -> None:
@@ -313,7 +349,12 @@ class _Phases:
         self.visual: VisualTokens | None = None
         self.prepared: VisualTokens | None = None
         self.pruned: ImageTokens | None = None
+        self.columns: list[Any] = []
         self.clock = Clock(bench.device)
+
+    def forget(self) -> None:
+        """Let go of all tensors."""
+        self.visual = self.prepared = self.pruned = None
 
     def lap(self) -> float:
         return self.clock.lap() if self._waits else 0.0
@@ -355,5 +396,13 @@ def _calls(
     model: Any, pruning: PruningConfig | None, batch: Batch, phases: _Phases
 ) -> Iterator[None]:
     """Let the calls inside prune, ask and be timed."""
-    with prune(model, pruning), asking(batch.questions), steps_run_by(phases):
+    with ExitStack() as stack:
+        stack.enter_context(prune(model, pruning))
+        stack.enter_context(asking(batch.questions))
+        stack.enter_context(steps_run_by(phases))
+        decoder = getattr(pruning, "decoder", None)
+        if decoder is not None:
+            from llava.bench.between import reading_columns  # which older checkouts cannot import
+
+            stack.enter_context(reading_columns(decoder, phases.columns))
         yield

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BAR = 0.28  # inches
-COLOURS = ("0.75", "C1", "C3", "C4", "C0", "C2")
+COLOURS = ("0.75", "C1", "C3", "C4", "C5", "C0", "C2")
 
 
 def draw_bench(result: BenchResult) -> Figure:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from llava.bench.report import NONE, against, arm_name, describe, pays
+from llava.bench.report import NONE, against, arm_name, describe, pays, tokens_of
 from llava.bench.schema import BenchResult
 from llava.bench.summary import Figures, figures_of
 from llava.eval.engine.request import UNPRUNED
@@ -23,18 +23,37 @@ def render_ratios(result: BenchResult) -> str:
     return "\n\n".join(parts)
 
 
+def _inside(own: Figures, unpruned: Figures) -> list[str]:
+    """Return cells of the language model as shares of the unpruned model's.
+
+    They are what cutting between layers takes of its prefill, a decoding step, and the cache.
+    """
+    cells = [NONE, NONE]
+    if "between" in own.rows:
+        cells[0] = f"{100 * own.rows['between'].median / unpruned.rows['prefill'].median:.2f} %"
+    if "decode" in own.rows:
+        cells[1] = f"{100 * own.rows['decode'].median / unpruned.rows['decode'].median:.1f} %"
+    cache = own.arm["kv_cache_bytes"] / unpruned.arm["kv_cache_bytes"]
+    return [*cells, f"{100 * cache:.1f} %"]
+
+
 def _ratios(figures: Sequence[Figures]) -> str:
     unpruned = {f.arm["source"]: f for f in figures if f.arm["method"] == UNPRUNED}
-    header = ["arm", "tokens", "score", "select", "stage bound", "one-time", "x prefill"]
+    deep = any("layer_tokens" in f.arm for f in figures)
+    inside = ("between", "decode", "KV cache") if deep else ()
+    header = ["arm", "tokens", "score", "select", *inside, "stage bound", "one-time", "x prefill"]
     lines = []
     for own in figures:
         if own.arm["method"] == UNPRUNED:
             continue
-        whole = unpruned[own.arm["source"]].rows["prefill"].median
+        base = unpruned[own.arm["source"]]
+        whole = base.rows["prefill"].median
         score, select = own.rows["score"].median, own.rows["select"].median
-        shares = (score, select, own.bounds["stage"], own.one_time_ms)
-        line = [arm_name(own), str(own.arm["tokens"])]
-        line += [f"{100 * ms / whole:.2f} %" for ms in shares]
+        line = [arm_name(own), tokens_of(own)]
+        line += [f"{100 * ms / whole:.2f} %" for ms in (score, select)]
+        if deep:
+            line += _inside(own, base)
+        line += [f"{100 * ms / whole:.2f} %" for ms in (own.bounds["stage"], own.one_time_ms)]
         line.append(f"{own.prefill_speed_up.median:.2f}")
         if own.of_free_prefill is None or own.arm["free"]:
             line += [NONE] * 3

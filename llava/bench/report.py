@@ -1,5 +1,6 @@
 """Tables of a bench as Markdown, from its file alone."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,9 +105,12 @@ def _commit(state: dict[str, Any] | None) -> str:
 LEGEND = """\
 *free*: the indices are given, so the arm only gathers; no method can be faster. *select*: the
 rest of the stage after scoring, gather included. *splice*: all else between pixels and
-embeddings. *total n*: from pixels to the n-th token of an answer; a decoding step is the mean of
-the first ones (at most 8), also where answers are longer. *x prefill*: from features to
-the first token (stage, splice, prefill), the unpruned model's time over that of the arm; *x total
+embeddings. *between*: scoring, selecting and gathering between layers of the language model, on
+CUDA by events; *prefill* is without it. The tokens of such arms are the mean over layers, then
+what the first and the last one read; their KV cache is measured. *total n*: from pixels to the n-th
+token of an answer; a decoding step is the mean of the first ones (at most 8), also where answers
+are longer. *x prefill*: from features to the first token (stage, splice, between, prefill), the
+unpruned model's time over that of the arm; *x total
 n*: the same of totals; both are taken within a repeat. *of free*: from features to the first token,
 the free arm's time over that of an arm that keeps as many tokens; *allowed*: the same if the stage
 ran at its bound; *of free total*: of totals at the shortest answer. In these three and in *pays up
@@ -132,7 +136,7 @@ def arm_name(figures: Figures) -> str:
     arm = figures.arm
     name = arm["arm"]
     if arm["label"] != arm["method"]:  # it says what the method could not read, and no options
-        name = arm["label"] + name.removeprefix(arm["method"].partition(":")[0])
+        name = arm["label"] + name.removeprefix(re.split("[:@+]", arm["method"])[0])
     return name if arm["source"] == THIS else f"{name} ({arm['source']})"
 
 
@@ -144,7 +148,7 @@ def _times(result: BenchResult, figures: Sequence[Figures]) -> str:
     header += [*(f"x total {n}" for n in answers), "of free", "allowed", "of free total"]
     lines = []
     for own in figures:
-        line = [arm_name(own), str(own.arm["tokens"])]
+        line = [arm_name(own), tokens_of(own)]
         line += [_ms(own.rows.get(step)) for step in steps]
         line += [_ms(own.totals[n]) for n in answers]
         line.append(f"{own.prefill_speed_up.median:.2f}")
@@ -156,6 +160,14 @@ def _times(result: BenchResult, figures: Sequence[Figures]) -> str:
             line += [*(f"{100 * share:.1f} %" for share in shares), pays(own.pays_up_to)]
         lines.append(line)
     return table([*header, "pays up to"], lines)
+
+
+def tokens_of(figures: Figures) -> str:
+    """Return the cell of tokens: the mean, first and last of layers where they differ."""
+    counts = figures.arm.get("layer_tokens")
+    if counts is None:
+        return str(figures.arm["tokens"])
+    return f"{sum(counts) / len(counts):.1f} ({counts[0]} to {counts[-1]})"
 
 
 def pays(tokens: float | None) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from llava.bench.arms import BenchArm
 from llava.bench.beside import Beside
-from llava.bench.configs import build_random, shape_of
+from llava.bench.configs import DEEP, build_random, shape_of
 from llava.bench.measure import DECODE_STEPS, Bench, Subject, Times
 from llava.bench.rates import measure_rates
 from llava.bench.schema import SCHEMA_VERSION, THIS, ArmResult, BenchResult, Conditions
@@ -89,6 +89,13 @@ def open_subject(plan: Plan) -> Subject:
         if plan.layers is not None and plan.layers > depth:
             raise UserInputError(
                 f"--layers {plan.layers}: {plan.config} has {depth} decoder layers"
+            )
+        if plan.layers not in (None, depth) and any(
+            (arm["pruning"] or {}).get("decoder") for arm in plan.arms
+        ):
+            raise UserInputError(
+                f"--layers {plan.layers}: a schedule between layers needs all {depth} of them; "
+                f"leave --layers out, or take --config {DEEP} for a narrow model as deep as a 7B"
             )
         model = build_random(shape, device=device, dtype=dtype, layers=plan.layers)
     return Subject(model, tiles, plan.text, depth, min(plan.answers), steps)

@@ -32,6 +32,7 @@ class ArmResult(TypedDict):
     kv_cache_bytes: int  # after the prefill, with all layers
     work: dict[str, Work]  # encode, stage, prefill, decode: operations and bytes, all layers
     times: dict[str, list[float]]  # ms by phase, one entry a repeat, `peak_bytes` among them
+    layer_tokens: NotRequired[list[int]]  # visual tokens that each layer reads, where some drop any
 
 
 class Conditions(TypedDict):

@@ -11,7 +11,7 @@ from llava.bench.schema import ArmResult, BenchResult
 from llava.eval.engine.request import UNPRUNED
 
 # Steps of an answer in their order.
-ROWS = ("encode", "score", "select", "splice", "prefill", "decode")
+ROWS = ("encode", "score", "select", "splice", "between", "prefill", "decode")
 
 
 # Times of the output layer alone, by the step that it is a part of.
@@ -139,13 +139,16 @@ def same_model_time(
     return pooled
 
 
-def _prompt_of(arm: ArmResult) -> tuple[str, int, int]:
-    return arm["source"], arm["batch"], arm["prompt"]
+def _prompt_of(arm: ArmResult) -> tuple[str, int, int, str]:
+    """Say what the language model is fed; arms that drop tokens between layers have no equals."""
+    between = arm["arm"] if "layer_tokens" in arm else ""
+    return arm["source"], arm["batch"], arm["prompt"], between
 
 
 def totals_of(times: Mapping[str, Sequence[float]], answer: int) -> list[float]:
     """Return ms from pixels to the end of an answer of so many tokens, one entry a repeat."""
-    before = [sum(parts) for parts in zip(*(times[n] for n in ROWS if n != "decode"), strict=True)]
+    steps = [times[name] for name in ROWS if name != "decode" and name in times]
+    before = [sum(parts) for parts in zip(*steps, strict=True)]
     if answer == 1:
         return before
     return [
@@ -155,8 +158,9 @@ def totals_of(times: Mapping[str, Sequence[float]], answer: int) -> list[float]:
 
 def after_encode(times: Mapping[str, Sequence[float]]) -> list[float]:
     """Return ms from the features to the first token, one entry a repeat."""
-    steps = ("score", "select", "splice", "prefill")
-    return [sum(parts) for parts in zip(*(times[step] for step in steps), strict=True)]
+    steps = ("score", "select", "splice", "between", "prefill")
+    own = (times[step] for step in steps if step in times)
+    return [sum(parts) for parts in zip(*own, strict=True)]
 
 
 def _figures(
@@ -169,7 +173,8 @@ def _figures(
     own, unpruned = series[_key(arm)], series[source, batch, UNPRUNED]
     prompts = {_key(other): other["prompt"] for other in result["arms"]}
     beside = (source, batch, f"{FREE}@{name.rpartition('@')[2]}")
-    free = shared.get(beside) if prompts.get(beside) == arm["prompt"] else None
+    alike = prompts.get(beside) == arm["prompt"] and "layer_tokens" not in arm
+    free = shared.get(beside) if alike else None
     beside_free = shared[_key(arm)]
     answers = result["conditions"]["answers"]
     bounds = {step: bound_ms(work, result["rates"]) for step, work in arm["work"].items()}

@@ -31,12 +31,14 @@ from llava.eval.lmms_inputs import (
 )
 from llava.eval.presets import get_preset
 from llava.model.loaded import ModelSpec
-from llava.pruning import PruningConfig
+from llava.pruning.decoder.config import DecoderConfig
+from llava.pruning.flags import make_pruning
 from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
 
 LLAVA_TEMPLATE = "vicuna_v1"  # that of lmms-eval's own `llava`
 OPTION_PREFIX = "pruner_"  # pruner_fusion=sum sets the option `fusion`
+DECODER_PREFIX = "decoder_pruner_"  # decoder_pruner_k=3 sets the option `k` of decoder_pruner
 # lmms-eval and its `llava` pass these; they have no effect here.
 IGNORED = (
     *("max_batch_size", "device_map", "use_cache", "model_name"),
@@ -51,6 +53,8 @@ class LlavaPruned(lmms):
         pretrained, model_base: as in `load_pretrained_model`.
         pruner, keep_tokens, keep_ratio, pruner_KEY: the pruning setting, `pruner=none` for the
             unpruned model; by default the one that the checkpoint was saved with, if any.
+        decoder_pruner, decoder_keep_tokens, decoder_keep_ratio, decoder_pruner_KEY: what is dropped
+            between layers of the language model, alone or behind `pruner`.
         preset: a named setting instead of `pruner` (`llava.eval.presets`).
         mm_next_protocol: how LLaVA-1.6 counts tokens; the preset's by default.
         conv_template: conversation template, by default vicuna_v1 for LLaVA checkpoints; others
@@ -71,6 +75,9 @@ class LlavaPruned(lmms):
         pruner: str | None = None,
         keep_tokens: int | None = None,
         keep_ratio: float | None = None,
+        decoder_pruner: str | None = None,
+        decoder_keep_tokens: int | None = None,
+        decoder_keep_ratio: float | None = None,
         preset: str | None = None,
         mm_next_protocol: str | None = None,
         conv_template: str | None = None,
@@ -81,12 +88,12 @@ class LlavaPruned(lmms):
         **others: Any,
     ) -> None:
         super().__init__()
-        options = {
-            name.removeprefix(OPTION_PREFIX): value
-            for name, value in others.items()
-            if name.startswith(OPTION_PREFIX)
-        }
-        unknown = [n for n in others if not n.startswith(OPTION_PREFIX) and n not in IGNORED]
+        options, decoder_options = (
+            {name.removeprefix(prefix): v for name, v in others.items() if name.startswith(prefix)}
+            for prefix in (OPTION_PREFIX, DECODER_PREFIX)
+        )
+        prefixes = (OPTION_PREFIX, DECODER_PREFIX)
+        unknown = [n for n in others if not n.startswith(prefixes) and n not in IGNORED]
         if unknown:
             raise UserInputError(f"llava_pruned takes no model_args {', '.join(unknown)}")
         self.batch_size = batch_size_of(batch_size)
@@ -99,11 +106,18 @@ class LlavaPruned(lmms):
             pruner, options = chosen.method, dict(chosen.options)
             dtype = dtype or chosen.dtype
             mm_next_protocol = mm_next_protocol or chosen.mm_next_protocol
-        pruning = None
-        if pruner is not None:
-            pruning = PruningConfig(pruner, keep_tokens, keep_ratio, options)
-        elif options or keep_tokens is not None or keep_ratio is not None:
+        if pruner is None and (options or keep_tokens is not None or keep_ratio is not None):
             raise UserInputError("keep_tokens=, keep_ratio= and options need pruner=METHOD")
+        own = (decoder_keep_tokens, decoder_keep_ratio)
+        decoder, pruning = None, None
+        if decoder_pruner is not None:
+            decoder = DecoderConfig(decoder_pruner, *own, options=decoder_options)
+        elif decoder_options or own != (None, None):
+            raise UserInputError(
+                "decoder_keep_tokens=, decoder_keep_ratio= and options need decoder_pruner=METHOD"
+            )
+        if pruner is not None or decoder is not None:
+            pruning = make_pruning(pruner, (keep_tokens, keep_ratio), options, decoder)
         accelerator = Accelerator()
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self._world_size > 1:

@@ -18,6 +18,7 @@ from weakref import ref
 import torch
 
 from llava.families import calls
+from llava.families.between_layers import goes_on
 from llava.families.capture import after_projector, before_block
 from llava.families.continuation import is_pruned
 from llava.families.deep import before_language_model
@@ -164,7 +165,8 @@ class _Generate:
         return types.MethodType(type(model).generate, model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._target.pruning is None and not is_pruned(kwargs.get("past_key_values")):
+        cache = kwargs.get("past_key_values")
+        if self._target.pruning is None and not (is_pruned(cache) or goes_on(cache)):
             kwargs.pop("questions", None)
             return self._stock(*args, **kwargs)
         with self._target.installed():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,7 @@ class CallState:
         generating: whether the call is `generate`, which calls `forward` itself.
         outer: the call around this one.
         pruned: what was made of the call (`PrunedCall`), or None.
+        undo: what ends with the call of `forward`.
     """
 
     target: Any
@@ -32,6 +33,7 @@ class CallState:
     generating: bool
     outer: CallState | None
     pruned: Any = None
+    undo: ExitStack = field(default_factory=ExitStack)
     _cache: Any = None
 
     def makes(self, arguments: Any) -> bool:
@@ -55,10 +57,12 @@ def current_call() -> CallState | None:
     return _innermost.get()
 
 
-def enter_call(target: Any, language_model: nn.Module, features: Any, pruned: Any) -> None:
-    """Begin a call of `forward`; `leave_call` ends it."""
+def enter_call(
+    target: Any, language_model: nn.Module, features: Any, pruned: Any, undo: ExitStack
+) -> None:
+    """Begin a call of `forward`; `leave_call` ends it and closes `undo`."""
     outer = _innermost.get()
-    _innermost.set(CallState(target, language_model, features, False, outer, pruned))
+    _innermost.set(CallState(target, language_model, features, False, outer, pruned, undo))
 
 
 def leave_call(target: Any) -> tuple[bool, Any]:
@@ -71,6 +75,7 @@ def leave_call(target: Any) -> tuple[bool, Any]:
     if call is None or call.generating or call.target is not target:
         return False, None
     _innermost.set(call.outer)
+    call.undo.close()
     return True, call.pruned
 
 

@@ -11,23 +11,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llava.families.between_layers import (
+    LayerPruning,
+    between_layers,
+    check_layers,
+    check_next,
+    goes_on,
+    visual_columns,
+)
 from llava.families.call_state import current_call, enter_call, inside_generate, leave_call
 from llava.families.continuation import PrunedCall, continued, next_step, remember
 from llava.families.deep import DeepFeatures
+from llava.families.generate_settings import (
+    assisted,
+    check_settings,
+    check_settings_between_layers,
+)
 from llava.families.prompts import PER_TOKEN, ImageColumns, Prompts, PrunedPrompts, prune_prompts
 from llava.families.splicing import splice
 from llava.families.whole_prompts import WholePrompts
 from llava.model.call_context import asking
 from llava.pruning.active import record
 from llava.pruning.config import PruningConfig
+from llava.pruning.decoder.call import is_decoding
 from llava.pruning.errors import PruningError
 from llava.pruning.stage import prune_visual_tokens
 
 if TYPE_CHECKING:
     from llava.families.attachment import Attachment
-
-# Settings of `generate` whose first step reads more than the prompt.
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 def generate(
@@ -55,14 +66,15 @@ def generate(
     ids = call.pop("input_ids", None) if ids is None else ids
     questions = call.pop("questions", None)
     with nullcontext() if questions is None else asking(questions), torch.no_grad():
-        pruned = continued(target.family, ids, call)
-        if pruned is None:
-            pruned = prune_call(target, ids, call, side="left")
+        pruned, layers = _read_prompts(target, ids, call)
+    if layers is not None:
+        check_settings_between_layers(model, call)
+    inside = nullcontext() if layers is None else between_layers(target, layers, generating=True)
     if pruned is None or ids is None:
         given = {} if ids is None else {"inputs": ids}
-        with inside_generate(target, module, None):
+        with inside_generate(target, module, None), inside:
             return original(**given, **call)
-    _check_settings(model, call, ids)
+    check_settings(model, call, ids)
     whole = WholePrompts(ids, pruned.prompts.width)
     arguments = whole.arguments(model, pruned.arguments)
     deep = pruned.deep
@@ -73,6 +85,7 @@ def generate(
             if not target.family.hands_over(model):
                 stack.callback(target.hook_language_model().remove)
         stack.enter_context(inside_generate(target, module, deep))
+        stack.enter_context(inside)
         output = original(inputs=pruned.ids, **arguments)
     cache = call.get("past_key_values")
     if isinstance(output, Tensor):
@@ -83,6 +96,22 @@ def generate(
     return output
 
 
+def _read_prompts(
+    target: Attachment, ids: Tensor | None, call: dict[str, Any]
+) -> tuple[PrunedCall | None, LayerPruning | None]:
+    """Return what `generate` prunes, or goes on from; images that a cache holds leave `call`."""
+    on_cache = goes_on(call.get("past_key_values"))
+    pruned = continued(target.family, ids, call)
+    if pruned is not None:
+        return pruned, LayerPruning() if on_cache else None
+    if not on_cache:
+        return prune_call(target, ids, call, side="left")
+    left = check_next(target.family, target.model, ids, call, whole=True)
+    call.clear()
+    call.update(left)
+    return None, LayerPruning()
+
+
 def takes_embeddings(model: Any) -> bool:
     """Return whether the model's `generate` takes `inputs_embeds`; it looks at the same names."""
     return "inputs_embeds" in inspect.signature(model.prepare_inputs_for_generation).parameters
@@ -90,37 +119,7 @@ def takes_embeddings(model: Any) -> bool:
 
 def _takes_embeddings(model: Any, arguments: Mapping[str, Any]) -> bool:
     """Return whether this call of `generate` takes them: assisted decoding reads ids alone."""
-    configs = (arguments.get("generation_config"), model.generation_config)
-    assisted = any(
-        arguments.get(name) or any(getattr(config, name, None) for config in configs)
-        for name in _ASSISTED
-    )
-    return takes_embeddings(model) and not assisted
-
-
-def _check_settings(model: Any, call: Mapping[str, Any], ids: Tensor) -> None:
-    """Refuse settings of `generate` that pruned prompts cannot have.
-
-    Raises:
-        PruningError: names them.
-    """
-    configs = (call.get("generation_config"), model.generation_config)
-
-    def setting(name: str) -> Any:
-        values = (call.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value is not None), None)
-
-    size, longest = setting("prefill_chunk_size"), setting("max_length")
-    if size:
-        raise PruningError(
-            f"prefill_chunk_size={size} cannot split a pruned prompt; leave it out, the prompt is "
-            "shorter than the unpruned one"
-        )
-    if longest and setting("max_new_tokens") is None and longest <= ids.shape[1]:
-        raise PruningError(
-            f"max_length={longest} leaves no room for an answer to a prompt of {ids.shape[1]} "
-            "tokens; raise it, or set max_new_tokens"
-        )
+    return takes_embeddings(model) and not assisted(model, arguments)
 
 
 def before_forward(
@@ -135,17 +134,27 @@ def before_forward(
     if own and outer is not None and outer.makes(call):
         return None
     ids, questions = call.pop("input_ids", None), call.pop("questions", None)
-    pruned = None
+    pruned, layers = None, None
+    on_cache = goes_on(call.get("past_key_values"))
     step = next_step(family, ids, call)
-    if step is None and target.pruning is not None:
+    if on_cache:
+        layers = LayerPruning()
+        if step is None:
+            left = check_next(family, target.model, ids, call, whole=False)
+            step = left if ids is None else {"input_ids": ids, **left}
+    elif step is None and target.pruning is not None:
         _refuse_unpruned_cache(call, shows)
         with nullcontext() if questions is None else asking(questions):
-            pruned = prune_call(target, ids, call, side=_padding_side(call))
-    if pruned is not None or outer is not None:
+            pruned, layers = prune_call(target, ids, call, side=_padding_side(call))
+    if pruned is not None or layers is not None or outer is not None:
         # What the call around this one hands over is not for this one.
         target.hold()
-        features = None if pruned is None else pruned.deep
-        enter_call(target, family.language_model(target.model), features, pruned)
+        features, undo = None if pruned is None else pruned.deep, ExitStack()
+        module = family.language_model(target.model)
+        if layers is not None or is_decoding(module):
+            own_layers = LayerPruning() if layers is None else layers
+            undo.enter_context(between_layers(target, own_layers, generating=False))
+        enter_call(target, module, features, pruned, undo)
     if step is not None:
         return (), step
     return None if pruned is None else ((), pruned.arguments)
@@ -173,7 +182,7 @@ def _refuse_unpruned_cache(call: Mapping[str, Any], shows: bool) -> None:
 
 def prune_call(
     target: Attachment, ids: Tensor | None, call: Mapping[str, Any], side: str
-) -> PrunedCall | None:
+) -> tuple[PrunedCall | None, LayerPruning | None]:
     """Prune the images of a call and leave their tokens out of its prompts.
 
     Args:
@@ -183,7 +192,8 @@ def prune_call(
         side: where rows are padded.
 
     Returns:
-        None where nothing is pruned: no images, or every budget holds all tokens.
+        The call, None where nothing is pruned: no images, or every budget holds all tokens. And
+        what is to be pruned between layers, None for nothing.
 
     Raises:
         PruningError: arguments that cannot be pruned, or that do not fit each other.
@@ -192,14 +202,16 @@ def prune_call(
     family.check(call)
     if config is None or all(call.get(name) is None for name in family.shown):
         _refuse_encoded(config, call)
-        return None
+        return None, None
+    check_layers(family, model, config, call.get("past_key_values"))
     host, mask = _on_host(ids, call)
     inputs = {name: call.get(name) for name in family.pixels}
     found = family.find(model, inputs, host, mask)
     locate = partial(family.located, model)
     if _keeps_all(config, found):
-        record(target, family.outline(model, inputs, host), locate)
-        return None
+        outline = family.outline(model, inputs, host)
+        record(target, outline, locate)
+        return None, _layer_pruning(config, Prompts(host, mask, found, host[None]), outline)
     visual = family.encode(model, inputs, host, set(config.pruner.collects))
     # Where pictures and videos mix, from the order of the arguments to that of the prompts.
     order = sorted(range(len(found)), key=lambda number: found[number].first)
@@ -210,14 +222,25 @@ def prune_call(
     kept = prune_visual_tokens(visual, config)
     record(target, kept, locate)
     if kept is visual:
-        return None
+        unpruned = Prompts(host, mask, images, host[None])
+        return None, _layer_pruning(config, unpruned, kept)
     kept.settle()
     given = call.get("position_ids")
     positions = (
         family.positions(model, call, host, mask) if given is None else _as_axes(given.cpu())
     )
-    prompts = prune_prompts(Prompts(host, mask, images, positions), kept, side)
-    return _pruned_call(target, ids, call, prompts, positions, kept)
+    whole = Prompts(host, mask, images, positions)
+    prompts = prune_prompts(whole, kept, side)
+    pruned = _pruned_call(target, ids, call, prompts, positions, kept)
+    return pruned, _layer_pruning(config, whole, kept, prompts)
+
+
+def _layer_pruning(
+    config: PruningConfig, whole: Prompts, tokens: Any, pruned: PrunedPrompts | None = None
+) -> LayerPruning | None:
+    if config.decoder is None:
+        return None
+    return LayerPruning(config.decoder, visual_columns(whole, tokens, pruned))
 
 
 def _refuse_encoded(config: PruningConfig | None, call: Mapping[str, Any]) -> None:
@@ -252,7 +275,9 @@ def _on_host(ids: Tensor | None, call: Mapping[str, Any]) -> tuple[Tensor, Tenso
 
 
 def _keeps_all(config: PruningConfig, images: Sequence[ImageColumns]) -> bool:
-    """Return whether the budget of every prompt holds all tokens of its images."""
+    """Return whether every image of a prompt keeps all its tokens, as far as budgets say."""
+    if config.method == "none":
+        return True
     prompts: dict[int, list[int]] = {}
     for image in images:
         prompts.setdefault(image.row, []).append(len(image.columns))

@@ -18,6 +18,8 @@ from llava.families.calls import takes_embeddings
 from llava.families.capture import Capture, capturing
 from llava.families.prompts import ImageColumns, find_images, text_positions
 from llava.families.questions import add_questions
+from llava.model.language_model.decoder_layers import TransformersDecoder
+from llava.pruning.decoder.layers import DecoderLayers
 from llava.pruning.errors import PruningError
 from llava.pruning.layout import ImageLayout
 from llava.pruning.lookup import FAMILIES
@@ -97,6 +99,14 @@ class Family:
         """Return the language model without its output layer."""
         module: nn.Module = model.model.language_model
         return module
+
+    def decoder_layers(self, model: Any) -> DecoderLayers:
+        """Return the layers of the language model, between which tokens can be dropped.
+
+        Raises:
+            PruningError: they cannot be dropped there.
+        """
+        return TransformersDecoder(self.language_model(model))
 
     def hands_over(self, model: Any) -> bool:
         """Return whether the language model must be handed what its model does not pass on."""

@@ -6,6 +6,7 @@ Template, tokenizer and image processor are the checkpoint's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,10 +17,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.families.between_layers import (
+    LayerPruning,
+    between_layers,
+    check_layers,
+    goes_on,
+    visual_columns,
+)
 from llava.families.call_state import inside_generate
 from llava.families.contract import ModelInputs, Picture
 from llava.families.dialogue import IMAGE, Dialogue, Turn
 from llava.families.family import Family
+from llava.families.generate_settings import check_settings_between_layers
 from llava.families.lengths import Limit, PromptLength, context_limits, measure_prompt
 from llava.families.prompts import ImageColumns, Prompts, prune_prompts
 from llava.families.questions import add_questions, needed_of_question
@@ -29,6 +38,7 @@ from llava.model.call_context import asking, call_context
 from llava.model.splice import share_images
 from llava.pruning.active import attach, detach, holding, record
 from llava.pruning.config import PruningConfig
+from llava.pruning.decoder.config import DecoderConfig
 from llava.pruning.ragged import RaggedTokens
 from llava.pruning.stage import prune_visual_tokens
 from llava.pruning.tokens import ImageTokens, VisualTokens
@@ -111,6 +121,7 @@ class FamilyModel:
         return FamilyPreparation(self.image_processor, self.family.processing)
 
     def encode(self, pictures: Sequence[Picture], needs: Iterable[str] | None = None) -> Any:
+        check_layers(self.family, self.model, self.pruning, None)
         if needs is None:
             needs = () if self.pruning is None else self.pruning.pruner.collects
         inputs, ids = self._inputs(pictures)
@@ -264,21 +275,40 @@ class FamilyModel:
             for columns in found
         ]
         positions = self.family.positions(self.model, geometry, ids, mask)
-        pruned = prune_prompts(Prompts(ids, mask, images, positions), visual, "left")
+        whole = Prompts(ids, mask, images, positions)
+        pruned = prune_prompts(whole, visual, "left")
         spliced = splice(self.family, self.model, ids.to(self.model.device), pruned, visual)
+        columns = None if self._decoder is None else visual_columns(whole, visual, pruned)
         return ModelInputs(
-            spliced.embeds, spliced.mask.long(), spliced.position_ids, deep=spliced.deep
+            spliced.embeds, spliced.mask.long(), spliced.position_ids, spliced.deep, columns
         )
 
     def generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
         if inputs.positions is not None:
             settings["position_ids"] = inputs.positions
-        module = self.family.language_model(self.model)
-        with self._target.installed(), inside_generate(self._target, module, inputs.deep):
+        module, layers = self.family.language_model(self.model), self._layers(inputs, settings)
+        with self._target.installed(), inside_generate(self._target, module, inputs.deep), layers:
             output: Any = type(self.model).generate(
                 self.model, inputs_embeds=inputs.embeds, attention_mask=inputs.mask, **settings
             )
         return output
+
+    @property
+    def _decoder(self) -> DecoderConfig | None:
+        """What the setting that counts for the caller drops between layers."""
+        setting = self.pruning
+        return None if setting is None else setting.decoder
+
+    def _layers(
+        self, inputs: ModelInputs, settings: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Prune prompts of one `generate` call between layers inside, or go on from such."""
+        decoder = self._decoder
+        if not goes_on(settings.get("past_key_values")) and decoder is None:
+            return nullcontext()
+        check_settings_between_layers(self.model, settings)
+        layers = LayerPruning(decoder, inputs.columns)
+        return between_layers(self._target, layers, generating=True)
 
     def answer(
         self,

@@ -182,7 +182,7 @@ def prune_prompts(prompts: Prompts, kept: ImageTokens | None, side: str) -> Prun
         for number in prompts.images_of(row):
             assert kept is not None
             columns = prompts.images[number].columns
-            own = _left_columns(kept, number, columns)
+            own = left_columns(kept, number, columns)
             keep[columns] = False
             keep[own] = visual[own] = True
             if axes > 1:
@@ -208,7 +208,7 @@ def prune_prompts(prompts: Prompts, kept: ImageTokens | None, side: str) -> Prun
     return pruned
 
 
-def _left_columns(kept: ImageTokens, number: int, columns: Tensor) -> Tensor:
+def left_columns(kept: ImageTokens, number: int, columns: Tensor) -> Tensor:
     """Return the columns of the tokens left of an image; merged ones take its first."""
     left = kept.sequence(number)
     return columns[: len(left.source)] if left.place is None else columns[left.place.cpu()]

@@ -89,7 +89,7 @@ class PruningConfig:
     pruner: PruningMethod = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.method in DECODER_METHODS.entries():
+        if isinstance(self.method, str) and self.method in DECODER_METHODS.entries():
             raise PruningError(
                 f"{self.method!r} prunes inside the language model: give it as decoder=, as "
                 f"--decoder-pruner, or make the setting with PruningConfig.of({self.method!r}, ...)"
@@ -235,7 +235,7 @@ class PruningConfig:
         """
         words = (*BUDGETS, *CHOICES, "decoder", *ALIASES)
         own = {key: settings.pop(key) for key in words if key in settings}
-        if method not in DECODER_METHODS.entries():
+        if not isinstance(method, str) or method not in DECODER_METHODS.entries():
             return cls.from_dict({"method": method, "options": settings, **own})
         if own.get("decoder") is not None:
             raise PruningError(f"{method!r} is a decoder method itself; leave decoder= out")

@@ -9,9 +9,10 @@ from typing import Any
 from llava.images import open_image
 from llava.pruning import PruningConfig, get_method, list_methods, parse_options
 from llava.pruning.config import CHOICES
+from llava.pruning.decoder.registry import get_decoder_method, list_decoder_methods
 from llava.registry import unknown
-from llava.serve.session import Session, describe, describe_budget
-from llava.serve.turn import Turn
+from llava.serve.session import Session, describe, describe_budget, describe_decoder
+from llava.serve.turn import Turn, describe_bytes
 from llava.utils import UserInputError, user_path
 
 # Rows of a comparison, and the attributes of a `Cost` that they show.
@@ -66,6 +67,15 @@ def set_method(session: Session, argument: str) -> str:
     return setting if note is None else f"{setting}\n({note})"
 
 
+def set_decoder(session: Session, argument: str) -> str:
+    if argument:
+        name, *pairs = argument.split()
+        session.use_decoder(name, parse_options(pairs))
+        return f"[{describe(session.loaded.pruning)}]"
+    config = session.loaded.pruning
+    return f"[{describe_decoder(None if config is None else config.decoder)}]"
+
+
 def set_budget(session: Session, argument: str) -> str:
     session.use_budget(parse_budget(argument))
     config = session.loaded.pruning
@@ -105,7 +115,7 @@ def compare(session: Session, _: str) -> str:
     last = session.last
     if last is None or last.cost is None:
         raise UserInputError("there is no turn to compare yet; ask a question first")
-    if last.cost.after == last.cost.before:
+    if not last.cost.pruned:
         raise UserInputError(
             "the last turn was not pruned; choose /method and /keep, and ask again"
         )
@@ -135,7 +145,9 @@ def side_by_side(turns: Sequence[Turn], width: int) -> str:
         texts = [answer[number] if number < len(answer) else "" for answer in answers]
         lines.append([label, *texts])
     costs = [turn.cost for turn in turns if turn.cost is not None]
-    lines.append(["tokens", *(str(cost.after) for cost in costs)])
+    lines.append(["tokens", *(cost.tokens() for cost in costs)])
+    sizes = [cost.cache_bytes for cost in costs]
+    lines.append(["KV cache", *("-" if size is None else describe_bytes(size) for size in sizes)])
     for label, name in MILLISECONDS.items():
         times = [getattr(cost, name) for cost in costs]
         lines.append([label, *("-" if time is None else f"{time:.1f}" for time in times)])
@@ -153,6 +165,8 @@ def save_overlay(session: Session, argument: str) -> str:
 
 def show_methods(session: Session, _: str) -> str:
     docstrings = {name: get_method(name).__doc__ or "" for name in list_methods()}
+    for name in list_decoder_methods():
+        docstrings[f"/decoder {name}"] = get_decoder_method(name).__doc__ or ""
     return align({name: text.strip().partition("\n")[0] for name, text in docstrings.items()})
 
 
@@ -197,6 +211,12 @@ COMMANDS: dict[str, Command] = {
         set_method,
         "NAME [option=value ...]",
         "prune with another method (none: not at all); alone: say which",
+        optional=True,
+    ),
+    "/decoder": Command(
+        set_decoder,
+        "NAME [keep_tokens=N] [option=value ...]",
+        "drop tokens between layers of the language model too (none: no longer); alone: say how",
         optional=True,
     ),
     "/keep": Command(set_budget, "N|RATIO", "visual tokens to keep, or their share in (0, 1]"),

@@ -24,11 +24,15 @@ from llava.model.call_context import steps_run_by
 from llava.pixels import VIEWER
 from llava.pruning import PruningConfig, PruningError, get_method, prune
 from llava.pruning.config import BUDGETS, CHOICES
+from llava.pruning.decoder.config import DecoderConfig
+from llava.pruning.decoder.registry import DECODER_METHODS
 from llava.pruning.visualize import overlay_tokens
 from llava.registry import unknown
 from llava.sampling import Sampling
-from llava.serve.turn import ClockedStreamer, PipelineClock, Turn
+from llava.serve.turn import ClockedStreamer, PipelineClock, Turn, new_cache
 from llava.utils import UserInputError
+
+NO_DECODER = "none"  # what `/decoder` takes for a method that drops nothing
 
 
 class Session:
@@ -83,6 +87,10 @@ class Session:
         Raises:
             UserInputError: unknown names, or no budget at all.
         """
+        if name in DECODER_METHODS.entries():
+            raise UserInputError(
+                f"{name} prunes inside the language model; type /decoder {name} instead"
+            )
         options = dict(options)
         budget = {key: options.pop(key) for key in BUDGETS if key in options} or self.budget
         chosen = {key: options.pop(key) for key in CHOICES if key in options}
@@ -92,14 +100,34 @@ class Session:
             raise UserInputError(f"{name} needs a budget; set one first: /keep 64, or /keep 0.1")
         before = self.loaded.pruning.choices if self.loaded.pruning is not None else {}
         note = None
+        decoder = None if self.loaded.pruning is None else self.loaded.pruning.decoder
+        own: dict[str, Any] = {**budget, "options": options, "decoder": decoder}
         try:
-            config = PruningConfig(name, **budget, options=options, **(before | chosen))
+            config = PruningConfig(name, **own, **(before | chosen))
         except PruningError as error:  # of what is in use, or of what was typed
-            config = PruningConfig(name, **budget, options=options, **chosen)
+            config = PruningConfig(name, **own, **chosen)
             note = f"no longer {join_settings(before)}: {error}"
         self.loaded.pruning = config
         self.budget = budget_of(config) or self.budget
         return note
+
+    def use_decoder(self, name: str, options: dict[str, Any]) -> None:
+        """Drop tokens between layers with another method, or with `none` no longer.
+
+        Its budget, the mean over layers, is among the options; without one its published schedule
+        counts.
+
+        Raises:
+            UserInputError: unknown names, or values that they cannot have.
+        """
+        decoder = None
+        if name != NO_DECODER:
+            own = dict(options)
+            budget = {key: own.pop(key) for key in BUDGETS if key in own}
+            decoder = DecoderConfig(name, **budget, options=own)
+        elif options:
+            raise UserInputError(f"/decoder {NO_DECODER} takes no options")
+        self.loaded.pruning = replace(self.loaded.pruning or PruningConfig(), decoder=decoder)
 
     def use_choices(self, choices: dict[str, Any]) -> None:
         """Change settings named in CHOICES.
@@ -225,19 +253,23 @@ class Session:
         sampling, room = self.sampling, answer_room(self.loaded.limits, length)
         if room is not None:
             sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
-        clock = PipelineClock(model.device)
-        streamer = ClockedStreamer(tokenizer, model.device, silent)
+        clock, cache = PipelineClock(model.device), new_cache(model)
+        streamer = ClockedStreamer(tokenizer, model.device, silent, cache)
         setting = describe(self.loaded.pruning)
         stopped = False
-        try:
-            with steps_run_by(clock.run), torch.inference_mode():
-                settings = sampling.arguments_for(model, tokenizer)
-                self.loaded.answer([row], [self.picture], [question], streamer=streamer, **settings)
-        except KeyboardInterrupt:
-            stopped = True
-            streamer.end()  # print what is held back, and the end of the line
+        with prune(model, self.loaded.pruning) as run:
+            try:
+                with steps_run_by(clock.run), torch.inference_mode():
+                    settings = sampling.arguments_for(model, tokenizer)
+                    settings |= {} if cache is None else {"past_key_values": cache}
+                    self.loaded.answer(
+                        [row], [self.picture], [question], streamer=streamer, **settings
+                    )
+            except KeyboardInterrupt:
+                stopped = True
+                streamer.end()  # print what is held back, and the end of the line
         answer = tokenizer.decode(streamer.tokens, skip_special_tokens=True).strip()
-        cost = clock.cost(streamer.laps)
+        cost = clock.cost(streamer.laps, run.decoder_trace, streamer.cache_bytes)
         visual = clock.tokens.get("prune")
         full = room is not None and len(streamer.tokens) >= room
         turn = Turn(setting, answer, stopped, not self._warm, cost, visual, full)
@@ -245,7 +277,7 @@ class Session:
         return turn
 
 
-def budget_of(config: PruningConfig | None) -> dict[str, Any]:
+def budget_of(config: PruningConfig | DecoderConfig | None) -> dict[str, Any]:
     """Return the budget of a setting as keyword arguments; empty if it has none."""
     return {
         name: getattr(config, name) for name in BUDGETS if getattr(config, name, None) is not None
@@ -253,13 +285,29 @@ def budget_of(config: PruningConfig | None) -> dict[str, Any]:
 
 
 def describe(config: PruningConfig | None) -> str:
-    """Describe a setting in a few words, such as `zoo, 64 tokens, directions=8, newline=keep`."""
+    """Describe a setting in a few words, such as `zoo, 64 tokens, directions=8, newline=keep`.
+
+    What is dropped between layers follows: `zoo, 192 tokens; fastv, 64 tokens a layer`.
+    """
     if config is None:
         return "unpruned"
     parts = [config.method, describe_budget(budget_of(config)), join_settings(config.options)]
     if config.method == "none":
         parts = ["unpruned"]
-    return ", ".join(part for part in [*parts, join_settings(config.choices)] if part)
+    before = ", ".join(part for part in [*parts, join_settings(config.choices)] if part)
+    if config.decoder is None:
+        return before
+    after = describe_decoder(config.decoder)
+    return after if before == "unpruned" else f"{before}; {after}"
+
+
+def describe_decoder(config: DecoderConfig | None) -> str:
+    """Describe what is dropped between layers, such as `fastv, 64 tokens a layer, k=3`."""
+    if config is None:
+        return "nothing is dropped between layers"
+    budget = describe_budget(budget_of(config))
+    parts = [config.method, budget and f"{budget} a layer", join_settings(config.options)]
+    return ", ".join(part for part in parts if part)
 
 
 def describe_budget(budget: Mapping[str, Any]) -> str:

@@ -1,15 +1,16 @@
 """One turn of a chat: the answer as it streams, and a clock on every step of the pipeline."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import DynamicCache, TextStreamer
 
 from llava.eval.engine.decode import Stopwatch
 from llava.pruning import VisualTokens
+from llava.pruning.decoder.trace import DecoderTrace, measure_cache
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Cost:
         prefill: from the call to the first new token, without encoding and pruning; None if the
             turn was stopped before.
         per_token: mean over the tokens after the first; None if there was none.
+        last, mean: visual tokens that the last layer read, and the mean over layers, where tokens
+            are dropped between layers; None elsewhere.
+        cache_bytes: measured size of the key cache of the prompt; None where it cannot be seen.
     """
 
     before: int
@@ -31,11 +35,29 @@ class Cost:
     select: float
     prefill: float | None
     per_token: float | None
+    last: int | None = None
+    mean: float | None = None
+    cache_bytes: int | None = None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether some layer read fewer tokens than the image has."""
+        return self.after < self.before or (self.last is not None and self.last < self.after)
+
+    def tokens(self) -> str:
+        """Return the tokens that the language model saw, such as `192 -> 21 (mean 63.8)`."""
+        if self.last is None:
+            return str(self.after)
+        return f"{self.after} -> {self.last} (mean {self.mean:.1f})"
 
     def line(self) -> str:
         """Return the status line under an answer."""
+        within = ""
+        if self.last is not None:
+            within = f" -> {self.last} in the last layer (mean over layers {self.mean:.1f})"
+        share = 100 * self.after / self.before
         parts = [
-            f"{self.before} -> {self.after} tokens ({100 * self.after / self.before:.1f} %)",
+            f"{self.before} -> {self.after} tokens ({share:.1f} %){within}",
             f"encode {self.encode:.0f} ms",
             f"score {self.score:.1f}",
             f"select {self.select:.1f}",
@@ -44,7 +66,28 @@ class Cost:
             parts.append(f"prefill {self.prefill:.0f}")
         if self.per_token is not None:
             parts.append(f"{self.per_token:.1f} ms/token")
+        if self.cache_bytes is not None:
+            parts.append(f"KV cache {describe_bytes(self.cache_bytes)}")
         return " | ".join(parts)
+
+
+def describe_bytes(count: int) -> str:
+    """Return `3.9 MB` or `317 kB`."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def new_cache(model: Any) -> DynamicCache | None:
+    """Make the key cache that `generate` makes itself by default, so that it can be measured.
+
+    Returns:
+        None where the model's generation_config or its class wants another one.
+    """
+    config = model.generation_config
+    if config.cache_implementation is not None or config.use_cache is False:
+        return None
+    if not model._supports_default_dynamic_cache():
+        return None
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 @dataclass(frozen=True)
@@ -82,11 +125,20 @@ class ClockedStreamer(TextStreamer):
     Attributes:
         tokens: new ones.
         laps: ms up to the prompt, and up to every new token after that.
+        cache_bytes: size of `cache` with the prompt in it.
     """
 
-    def __init__(self, tokenizer: Any, device: torch.device, silent: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        device: torch.device,
+        silent: bool = False,
+        cache: DynamicCache | None = None,
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.silent = silent
+        self.cache = cache
+        self.cache_bytes: int | None = None
         self.tokens: list[int] = []
         self.laps: list[float] = []
         self._watch = Stopwatch(device)
@@ -94,6 +146,8 @@ class ClockedStreamer(TextStreamer):
     def put(self, value: torch.Tensor) -> None:
         if self.laps:  # the first call brings the prompt
             self.tokens += value.flatten().tolist()
+        if len(self.laps) == 1:  # the first new token is not in the cache yet
+            self.cache_bytes = measure_cache(self.cache)
         self.laps.append(self._watch.lap())
         super().put(value)
 
@@ -117,8 +171,16 @@ class PipelineClock:
         self.milliseconds[name] += watch.lap()
         return self.tokens[name]
 
-    def cost(self, laps: Sequence[float]) -> Cost | None:
-        """Return the cost of the turn whose streamer took these laps."""
+    def cost(
+        self, laps: Sequence[float], dropped: DecoderTrace | None, cache_bytes: int | None
+    ) -> Cost | None:
+        """Return the cost of a turn.
+
+        Args:
+            laps: of its streamer.
+            dropped: what it dropped between layers.
+            cache_bytes: size of the key cache of its prompt.
+        """
         if "prune" not in self.tokens:
             return None
         before, after = (self.tokens[step].embeddings(0).shape[0] for step in ("encode", "prune"))
@@ -128,4 +190,8 @@ class PipelineClock:
         prefill = sum(laps[:2]) - vision if len(laps) > 1 else None
         per_token = fmean(laps[2:]) if len(laps) > 2 else None
         encode = self.milliseconds["encode"]
-        return Cost(before, after, encode, 1000 * score, 1000 * select, prefill, per_token)
+        last = mean = None
+        if dropped is not None:
+            (last,), (mean,) = dropped.tokens_last, dropped.tokens_mean
+        cost = Cost(before, after, encode, 1000 * score, 1000 * select, prefill, per_token)
+        return replace(cost, last=last, mean=mean, cache_bytes=cache_bytes)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("small", [False, True])
 def test_every_command_is_understood(small: bool, tmp_path: Path) -> None:
     found = list(parts(tmp_path, small, "abc"))
-    assert len({part.name for part in found}) == len(found) == 7
+    assert len({part.name for part in found}) == len(found) == 8
     programs = set()
     for _, program, *words in [words for part in found for words in part.commands]:
         programs.add(program)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_llava import exit_code
 from torch import Tensor
 
 from llava import cli
+from llava.eval.prompts import question
 from llava.model.loaded import LoadedModel
+from llava.pruning import PruningConfig, prune
 from llava.pruning.decoder import calibration
 from llava.pruning.decoder.calibration import LayerChanges, PlaceCurve, find_stages
 from llava.pruning.decoder.columns import PlacedImage, VisualColumns
@@ -64,6 +68,7 @@ def test_a_planted_curve_is_found(
     assert found["mu"] == pytest.approx(0.01, abs=1e-9)
     assert (found["kind"], found["host"], found["layer"]) == ("pore-curve", "pyramiddrop", 1)
     about = found["provenance"]
+    assert found["items"] == 5
     assert (about["task"], about["items"], about["seed"]) == ("llava-tiny", 5, 0)
     assert {"checkpoint_sha256", "data_sha256", "versions", "source_sha256"} <= set(about)
     assert len(found["sha256"]) == 64
@@ -124,6 +129,29 @@ def test_stages_come_behind_peaks_of_change() -> None:
     assert find_stages(similarities, 3) == [1, 4, 7]
     assert find_stages(similarities, 4) == [1, 2, 4, 7]
     assert find_stages([0.5], 4) == [1]
+
+
+def test_an_image_that_cannot_be_read_is_left_out(
+    calibrate: Callable, benchmark_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(benchmark_folder, data)
+    item = json.loads((data / "questions.jsonl").read_text().splitlines()[0])
+    (data / "images" / item["image"]).write_bytes(b"broken")
+    out = tmp_path / "stages.json"
+    assert calibrate("btp", out, "--data-root", str(data)) == 0
+    found = json.loads(out.read_text())
+    assert 0 < found["items"] < 5 == found["provenance"]["items"]
+
+
+def test_padding_of_a_picture_reaches_pore(subject: LoadedModel) -> None:
+    """A wide picture keeps its rows alone; the square one has as many tokens as planned."""
+    pictures = [subject.prepare(Image.new("RGB", size, "red")) for size in ((96, 16), (48, 48))]
+    rows = [subject.row(question("What colour is it?", 1))] * 2
+    with prune(subject.model, PruningConfig.of("pore", host_options={"ratio": 0.5})) as run:
+        subject.answer(rows, pictures, ["What colour is it?"] * 2, max_new_tokens=2)
+    assert run.decoder_trace is not None
+    assert run.decoder_trace.per_layer == [[576, 4 * 24], [576, 288]]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,26 @@ def test_arguments_become_the_pruning_setting(plugin: ModuleType) -> None:
     assert model.model.pruning.keep_ratio == 0.25
 
 
+def test_arguments_become_the_setting_between_layers(plugin: ModuleType) -> None:
+    model = load(
+        plugin,
+        pruner="grid",
+        keep_tokens=196,
+        decoder_pruner="fastv",
+        decoder_keep_tokens=64,
+        decoder_pruner_k=1,
+    )
+    assert model.model.pruning.to_dict() == {
+        "method": "grid",
+        "keep_tokens": 196,
+        "decoder": {"method": "fastv", "keep_tokens": 64, "options": {"k": 1}},
+    }
+    answers = model.generate_until(requests(plugin))
+    assert len(answers) == len(DOCS) and all(answers)
+    alone = load(plugin, pruner="fastv", keep_tokens=200).model.pruning
+    assert alone.to_dict() == {"method": "none", "decoder": {"method": "fastv", "keep_tokens": 200}}
+
+
 def test_a_checkpoint_keeps_the_pruning_it_was_saved_with(
     plugin: ModuleType, tmp_path: Path
 ) -> None:
@@ -140,6 +160,9 @@ def test_a_checkpoint_of_another_family_is_asked_in_its_own_template(
     [
         ({"prunner": "zoo"}, "prunner"),
         ({"keep_tokens": 64}, "pruner=METHOD"),
+        ({"decoder_keep_tokens": 64}, "decoder_pruner=METHOD"),
+        ({"decoder_pruner": "fastw"}, "fastv"),
+        ({"decoder_pruner": "fastv", "decoder_pruner_layer": 3}, "layer"),
         ({"pruner": "zoo", "preset": "paper", "keep_tokens": 64}, "leave pruner= out"),
         ({"conv_template": "vicuna"}, "vicuna"),
         ({"pruner": "zooo", "keep_tokens": 64}, "zoo"),

@@ -163,6 +163,21 @@ def test_pruning_flags(
     assert line["text"] == generated(subject, images / row["image"], row["text"], 4, **setting)
 
 
+def test_flags_of_pruning_between_layers(
+    script: Callable[..., int], questions: Path, images: Path, tmp_path: Path, subject: LoadedModel
+) -> None:
+    flags = ["--pruner", "grid", "--keep-tokens", "196", "--decoder-pruner", "fastv"]
+    flags += ["--decoder-keep-tokens", "100", "--batch-size", "3"]
+    assert script("model_vqa_loader", questions, *flags) == 0
+    row, line = lines(questions)[0], lines(tmp_path / "answers.jsonl")[0]
+    within = {"method": "fastv", "keep_tokens": 100}
+    setting = {"method": "grid", "keep_tokens": 196, "decoder": within}
+    assert line["text"] == generated(subject, images / row["image"], row["text"], 4, **setting)
+    (run,) = (tmp_path / ".answers.jsonl.run" / "runs").iterdir()
+    ((name, arm),) = json.loads((run / "run.json").read_text())["arms"].items()
+    assert (name, arm["pruning"]) == ("grid+fastv", setting)
+
+
 def test_it_goes_on_where_it_stopped(
     script: Callable[..., int],
     questions: Path,

@@ -16,7 +16,8 @@ from tiny_llava import exit_code
 
 from llava.eval.__main__ import main
 from llava.eval.commands import paper_table as command
-from llava.eval.engine.request import arm_of
+from llava.eval.commands.paper_table import cut_table
+from llava.eval.engine.request import arm_of, parse_arm
 from llava.eval.report.paper_table import records, to_csv, to_html, to_json, to_latex, to_markdown
 from llava.eval.report.plots import Point, pareto_front, points_of
 from llava.eval.tables import load_table
@@ -24,7 +25,10 @@ from llava.eval.tables.fill import Filled, RunResult, fill, read_run
 from llava.eval.tables.launch import Launch, SharedModel
 from llava.eval.tables.plan import (
     Job,
+    arm_for,
+    arm_name,
     plan,
+    printed_budget,
     published_budget,
     scaled_budgets,
     unavailable,
@@ -32,6 +36,7 @@ from llava.eval.tables.plan import (
 from llava.eval.tables.spec import KINDS, TableError, list_tables
 from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig, list_methods
+from llava.pruning.decoder.registry import list_decoder_methods
 
 MAIN = "table1_llava_v1_5_7b"
 
@@ -191,7 +196,7 @@ def test_a_run_answers_one_task_under_every_arm() -> None:
     words = [arm.name for arm in jobs[0].arms]
     assert words[0] == "none" and len(set(words)) == len(words)
     assert "cen-prune:host=zoo@64" in words and "zoo-exact@192" in words
-    assert not any(word.startswith("fastv") for word in words)
+    assert {"fastv@64", "pyramiddrop:recipe=mean128@128", "pyramiddrop@192"} < set(words)
 
 
 def test_protocols_of_tiled_images_go_to_runs_of_their_own() -> None:
@@ -204,7 +209,9 @@ def test_protocols_of_tiled_images_go_to_runs_of_their_own() -> None:
 def test_rows_without_method_or_model_are_named() -> None:
     table = load_table(MAIN)
     lacking = {unavailable(table, row) for row in table.rows}
-    registered = {row.method for row in table.rows} & set(list_methods())
+    methods = {*list_methods(), *list_decoder_methods()}
+    registered = {row.method for row in table.rows} & methods
+    assert {"fastv", "pyramiddrop"} < registered
     assert lacking == {None} | ({row.method for row in table.rows} - registered)
     qwen = load_table("qwen2_5_vl_7b")
     assert {unavailable(qwen, row) for row in qwen.rows} == {None}
@@ -212,6 +219,111 @@ def test_rows_without_method_or_model_are_named() -> None:
     other = replace(qwen, family="toy_vl")
     assert {unavailable(other, row) for row in other.rows} == {"toy_vl"}
     assert plan(other) == []
+
+
+@pytest.mark.parametrize("name", list_tables())
+def test_every_row_makes_an_arm(name: str) -> None:
+    """Methods between layers reach their budgets in the table's own models of 32 and 40 layers."""
+    table = load_table(name)
+    for row in table.rows:
+        if unavailable(table, row) is not None:
+            assert row.method not in list_methods(), row
+            continue
+        arm = arm_for(row)
+        assert parse_arm(arm.name).pruning == arm.pruning
+        if arm.decoder is None:
+            continue
+        tokens = table.tokens or 576
+        for depth in (32, 40):
+            mean = arm.decoder.plan(tokens, tokens, depth).mean(tokens, depth)
+            named = row.method == "sparsevlm"  # its names count other layers
+            assert mean == pytest.approx(printed_budget(row), rel=0.35 if named else 0.05)
+
+
+def test_settings_of_the_rows_between_layers() -> None:
+    """PyramidDrop has other layers for every budget; SparseVLM runs its released schedules."""
+    rows = {(row.method, row.budget): row for row in load_table(MAIN).rows}
+    assert arm_name(rows["pyramiddrop", 192]) == "pyramiddrop@192"
+    assert arm_name(rows["pyramiddrop", 128]) == "pyramiddrop:recipe=mean128@128"
+    assert arm_name(rows["pyramiddrop", 64]) == "pyramiddrop:recipe=early@64"
+    assert arm_name(rows["sparsevlm", 64]) == "sparsevlm:schedule=official@64"
+    layers = {192: (8, 16, 24), 128: (2, 10, 20), 64: (2, 8, 16)}
+    for budget, cuts in layers.items():
+        decoder = arm_for(rows["pyramiddrop", budget]).decoder
+        assert decoder is not None and decoder.plan(576, 576, 32).layers == cuts
+
+
+FASTV = 'method = "fastv", keep_tokens = 128, options = { k = 3 }'
+WITHIN = f"""
+title = "Within"
+model = "m"
+family = "llava-1.5"
+tokens = 1152
+columns = [{{ key = "pope", title = "POPE", task = "pope", metric = "mean_f1" }}]
+rows = [
+  {{ method = "none", label = "all" }},
+  {{ method = "zoo", label = "ZOO", keep_tokens = 384 }},
+  {{ method = "zoo", label = "both", keep_tokens = 384, decoder = {{ {FASTV} }} }},
+  {{ method = "none", label = "alone", decoder = {{ method = "fastv", keep_ratio = 0.25 }} }},
+  {{ method = "none", label = "unknown", decoder = {{ method = "nobody", keep_tokens = 128 }} }},
+]
+"""
+
+
+def test_a_row_may_prune_before_and_within(tmp_path: Path) -> None:
+    path = tmp_path / "within.toml"
+    path.write_text(WITHIN)
+    table = load_table(path)
+    budgets = scaled_budgets(table, 576)
+    assert [row.methods for row in table.rows] == [
+        "none",
+        "zoo",
+        "zoo+fastv",
+        "fastv",
+        "nobody",
+    ]
+    assert [unavailable(table, row) for row in table.rows] == [None] * 4 + ["nobody"]
+    assert [printed_budget(row) for row in table.rows] == [None, 384, 128, 0.25, 128]
+    (job,) = plan(table, budgets)
+    names = ["none", "zoo@192", "zoo@192+fastv:k=3@64", "fastv@0.25"]
+    assert [arm.name for arm in job.arms] == names
+    assert all(parse_arm(arm.name).pruning == arm.pruning for arm in job.arms)
+    arms = fake_metrics(job)["arms"]
+    within = {"tokens_in": 192.0, "tokens_last": 20.0, "tokens_mean": 63.8, "tokens_per_layer": []}
+    arms[names[2]] |= {"tokens_mean": 192.0, "between_layers": within}
+    arms[names[3]] |= {"metrics": {}, "tokens_mean": None, "unavailable": "too low", "floor": 144}
+    found = fill(table, {job.place: RunResult(arms, [])}, budgets)
+    assert [row.budget for row in found.rows] == [None, 192, 64, 0.25, 64]
+    assert [row.tokens for row in found.rows] == [576.0, 192.0, 63.8, None, None]
+    assert len(found.covered) == 1, "a budget that cannot be reached spoils no average"
+    lines = {
+        line.split("|")[1].strip(): line for line in to_markdown(found).splitlines() if "|" in line
+    }
+    assert "| floor 144 |" in " ".join(lines["alone"].replace("/", "|").split())
+    assert "not available: nobody" in "".join(lines)
+    shown = {record["label"]: (record["method"], record["options"]) for record in records(found)}
+    assert shown["both"] == ("zoo+fastv", "+k=3") and shown["alone"] == ("fastv", "")
+    assert "n/a: alone at 25 %: too low." in to_markdown(found)
+    for cut, kept in (("zoo+fastv", ["all", "both"]), ("zoo", ["all", "ZOO"])):
+        assert [row.label for row in cut_table(table, None, [cut]).rows] == kept
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("keep_ratio = 0.25", "keep_ratio = 2", "alone: decoder: keep_ratio must be a share"),
+        (", keep_ratio = 0.25", "", "alone: decoder needs one budget"),
+        ("keep_ratio = 0.25", "keep = 2", "alone: decoder: unknown key 'keep'"),
+        ('{ method = "fastv", keep_ratio = 0.25 }', "3", "alone: decoder must be a TOML table"),
+        ("options = { k = 3 }", "options = 3", "both: decoder: options must be a table"),
+    ],
+)
+def test_what_a_row_cannot_drop_within(old: str, new: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "within.toml"
+    assert old in WITHIN
+    path.write_text(WITHIN.replace(old, new))
+    with pytest.raises(TableError, match=reason):
+        load_table(path)
 
 
 def test_budgets_of_a_demo_are_the_same_share_of_its_tokens() -> None:
@@ -286,7 +398,7 @@ def test_our_row_is_held_against_the_method_it_computes() -> None:
 def test_missing_cells_print_na_and_absent_methods_say_so() -> None:
     lines = to_markdown(filled()).splitlines()
     fastv = next(line for line in lines if "FastV" in line and "| 64" in " ".join(line.split()))
-    assert "not available: fastv" in fastv or "fastv" in list_methods()
+    assert "not available" not in fastv and "52.7" in fastv
     mme = next(line for line in lines if line.startswith("| ZOO-Prune ") and " 192 " in line)
     assert "n/a / " in mme
 

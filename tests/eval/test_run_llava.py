@@ -113,6 +113,32 @@ def test_the_answer_of_an_upstream_script(
     assert capsys.readouterr().out.strip() == answer
 
 
+def test_the_command_prunes_between_layers(
+    checkpoint: Path,
+    pictures: list[str],
+    loaded: tuple[Any, ...],
+    cached: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--model-path", str(checkpoint), "--image-file", pictures[0], "--query", "What?"]
+    flags += ["--temperature", "0", "--max_new_tokens", "6", "--device", "cpu"]
+    flags += ["--pruner", "grid", "--keep-tokens", "196", "--scope", "prompt"]
+    flags += ["--decoder-pruner", "fastv", "--decoder-keep-ratio", "0.2", "--decoder-option", "k=1"]
+    assert run_llava.main(flags) == 0
+    model = loaded[1]
+    assert model.pruning.to_dict() == {
+        "method": "grid",
+        "keep_tokens": 196,
+        "decoder": {"method": "fastv", "keep_ratio": 0.2, "options": {"k": 1}},
+        "scope": "prompt",
+    }
+    prompt = f"{SYSTEM} USER: <image>\nWhat? ASSISTANT:"
+    with prune(model, model.pruning) as run:
+        expected = by_hand(loaded, prompt, pictures[:1])
+    assert run.decoder_trace is not None and run.decoder_trace.per_layer == [[196, 34]]
+    assert capsys.readouterr().out.strip() == expected
+
+
 def test_the_command_prunes(
     checkpoint: Path,
     pictures: list[str],

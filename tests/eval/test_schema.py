@@ -21,6 +21,7 @@ TYPES = (
     schema.ArmSetting,
     schema.Figure,
     schema.Difference,
+    schema.LayerTokens,
     schema.ArmMetrics,
     schema.Metrics,
     schema.RunInfo,

@@ -89,6 +89,20 @@ def test_the_environment_sets_what_arguments_do_not() -> None:
     assert ("--model-path", "my/llava") in pairs and "--conv-mode" not in words
 
 
+def test_the_environment_names_what_is_dropped_between_layers() -> None:
+    script = Path("scripts/v1_5/eval/pope.sh")
+    within = {"DECODER_PRUNER": "fastv", "DECODER_KEEP_TOKENS": "64", "DECODER_OPTIONS": "k=3"}
+    words = command_of(script, "zoo", "192", **within)
+    pairs = {*pairwise(words)}
+    assert {("--pruner", "zoo"), ("--keep-tokens", "192"), ("--decoder-pruner", "fastv")} < pairs
+    assert {("--decoder-keep-tokens", "64"), ("--decoder-option", "k=3")} < pairs
+    assert words[words.index("--output") + 1].endswith("/zoo-192+fastv-64")
+    alone = command_of(script, DECODER_PRUNER="pyramiddrop")
+    assert ("--pruner", "none") in {*pairwise(alone)}
+    assert alone[alone.index("--output") + 1].endswith("/none+pyramiddrop")
+    assert not any("decoder" in word for word in command_of(script))
+
+
 def test_several_gpus_share_a_run() -> None:
     words = command_of(Path("scripts/v1_5/eval/gqa.sh"), CUDA_VISIBLE_DEVICES="0,1,3")
     assert words[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]

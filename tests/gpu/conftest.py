@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-for suite in ("pruning", "model"):
+for suite in ("pruning", "pruning/decoder", "model"):
     sys.path.append(str(Path(__file__).parents[1] / suite))

@@ -15,8 +15,10 @@ import pruning_checks as checks
 import pytest
 import torch
 
-from llava.pruning import registry, select
+from llava.pruning import PruningError, registry, select
 from llava.pruning.__main__ import main
+from llava.pruning.decoder.config import DecoderConfig
+from llava.pruning.decoder.registry import DECODER_METHODS, list_decoder_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = re.compile(r"^```python\n(.*?)^```", flags=re.M | re.S)
@@ -95,3 +97,19 @@ def lines_of_code(source: str) -> int:
         ):
             code.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(code)
+
+
+def test_the_method_between_layers_keeps_its_budget() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text.partition("## Add a method that prunes between layers")[2]
+    list_decoder_methods()  # built-in methods first
+    before = set(DECODER_METHODS._entries)
+    exec(CODE.search(section)[1], {"__name__": "longest"})
+    (added,) = set(DECODER_METHODS._entries) - before
+    try:
+        config = DecoderConfig(added, keep_tokens=400)
+        assert config.plan(576, 576, 32).mean(576, 32) == pytest.approx(400, abs=0.5)
+        with pytest.raises(PruningError, match="cannot reach"):
+            DecoderConfig(added, keep_tokens=200).plan(576, 576, 32)
+    finally:
+        del DECODER_METHODS._entries[added]

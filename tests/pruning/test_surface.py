@@ -103,6 +103,8 @@ def test_rows_of_decoder_methods() -> None:
     """Means are those that the papers' schedules make, at 32 layers and 576 tokens."""
     rows = {row[0]: dict(zip(DECODER_COLUMNS, row, strict=True)) for row in decoder_table()}
     assert [*rows] == list_decoder_methods()
+    assert rows.keys() >= {"fastv", "sparsevlm", "pyramiddrop", "pore", "btp", "atp"}
+    assert {row["stage"] for row in rows.values()} == {"decoder"}
     assert {name for name in rows if rows[name]["fidelity"] == "golden"} == {
         "fastv",
         "pyramiddrop",
@@ -115,6 +117,9 @@ def test_rows_of_decoder_methods() -> None:
     assert means["atp"] == ("n/a", "n/a"), "it needs a file of heads"
     assert rows["pore"]["options"] == "host=fastv, host_options, curve, padding=released"
     assert rows["atp"]["published %"].endswith("(144 tokens)")
+    assert rows["fastv"]["published %"].startswith("73.7 [5], 75.6 [4], ")
+    assert rows["sparsevlm"]["published %"].startswith("85.9 [5] (schedule=official), ")
+    assert rows["pore"]["published %"] == "n/a", "no report at this budget is known"
 
 
 def cell(table: list[tuple[str, ...]], name: str, column: str) -> str:
@@ -126,7 +131,7 @@ def test_every_method_names_its_signal() -> None:
     for name in list_methods():
         assert llava.pruning.get_method(name).signal, name
     for name in list_decoder_methods():
-        assert get_decoder_method(name).signal, name
+        assert get_decoder_method(name).signal and get_decoder_method(name).paper, name
 
 
 def test_published_figures_belong_to_methods_and_sources() -> None:

@@ -23,7 +23,7 @@ from llava.serve.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 STATUS = re.compile(
     r"^576 -> 64 tokens \(11\.1 %\) \| encode \d+ ms \| score \d+\.\d \| select \d+\.\d \| "
-    r"prefill \d+ \| \d+\.\d ms/token$",
+    r"prefill \d+ \| \d+\.\d ms/token \| KV cache \d+ kB$",
     re.MULTILINE,
 )
 
@@ -129,6 +129,13 @@ def test_without_pruning_all_tokens_are_used(
         (["--pruner", "zoo", "--keep-tokens", "8", "--pruner-option", "steps"], "key=value"),
         (["--keep-tokens", "8"], "--pruner"),
         (["--keep-tokens", "many"], "--keep-tokens"),
+        (["--decoder-pruner", "fastw"], "did you mean 'fastv'"),
+        (["--decoder-pruner", "zoo"], "valid: fastv"),
+        (["--decoder-pruner", "fastv", "--decoder-keep-tokens", "0"], "keep_tokens"),
+        (["--decoder-pruner", "fastv", "--decoder-option", "layer=2"], "valid: k, ratio"),
+        (["--decoder-pruner", "fastv", "--keep-tokens", "8"], "--keep-tokens: give a method too"),
+        (["--decoder-keep-ratio", "0.5"], "give a method too, such as --decoder-pruner fastv"),
+        (["--pruner", "fastv", "--decoder-pruner", "fastv"], "both prune inside"),
         (["--model-path", "/nowhere"], "/nowhere"),
         (["--conv-mode", "nobody"], "--conv-mode"),
         (["--device", "toaster"], "toaster"),

@@ -253,10 +253,60 @@ def test_reset_forgets_the_turns(session: Session) -> None:
 
 def test_lists_are_complete(talk: Callable[..., str]) -> None:
     out = talk("/methods", "/help")
-    for name in list_methods():
+    for name in (*list_methods(), "/decoder fastv", "/decoder pyramiddrop"):
         assert re.search(rf"(?m)^(USER: )?{name} +\S", out)
     for name, command in COMMANDS.items():
         assert command.summary in out and f"{name} {command.argument}".strip() in out
+
+
+def test_tokens_are_dropped_between_layers(session: Session, talk: Callable[..., str]) -> None:
+    out = talk(
+        "/decoder", "Hello?", "/reset",
+        "/decoder fastv keep_tokens=300", "Hello?", "/reset",
+        "/method zoo keep_tokens=192 directions=8", "/decoder fastv keep_tokens=20", "Hello?",
+        "/decoder fastv keep_tokens=100 k=1", "/keep 128", "Hello?", "/compare", "/decoder",
+        "/set newline=keep", "/decoder none",
+    )  # fmt: skip
+    assert [said for said in re.findall(r"\[(.*)\]", out) if "again" not in said] == [
+        "nothing is dropped between layers",
+        "fastv, 300 tokens a layer",
+        "zoo, 192 tokens, directions=8; fastv, 300 tokens a layer",
+        "zoo, 192 tokens, directions=8; fastv, 20 tokens a layer",
+        "zoo, 192 tokens, directions=8; fastv, 100 tokens a layer, k=1",
+        "zoo, 128 tokens, directions=8; fastv, 100 tokens a layer, k=1",
+        "fastv, 100 tokens a layer, k=1",
+        "zoo, 128 tokens, directions=8, newline=keep; fastv, 100 tokens a layer, k=1",
+        "zoo, 128 tokens, directions=8, newline=keep",
+    ]
+    counted = re.findall(r"576 -> (.*?) \| encode.*\| KV cache (\d+) kB", out)
+    within = "tokens ({}) -> {} in the last layer (mean over layers {})"
+    assert [tokens for tokens, _ in counted] == [
+        "576 tokens (100.0 %)",
+        "576 " + within.format("100.0 %", 24, "300.0"),
+        "128 " + within.format("22.2 %", 72, "100.0"),
+    ]
+    (error,) = re.findall(r"(?m)error: (.*)$", out)
+    assert "keep at least 96" in error, "the layer before the cut reads 192"
+    whole, pruned, both = (int(kilobytes) for _, kilobytes in counted)
+    token = 2 * 32 * 4 / 1000  # kB of keys and values in a layer
+    assert whole - pruned == pytest.approx((576 - 24) * token, abs=1)
+    assert whole - both == pytest.approx((576 - 128 + 576 - 72) * token, abs=1)
+    assert re.search(r"(?m)^tokens +128 -> 72 \(mean 100\.0\) +576$", out)
+    assert re.search(rf"(?m)^KV cache +{both} kB +{whole} kB$", out)
+
+
+def test_a_turn_pruned_between_layers_answers_as_generate_does(
+    session: Session, talk: Callable[..., str]
+) -> None:
+    talk("/decoder fastv keep_tokens=290", "What is it?", "And now?")
+    chat = conv_templates["vicuna_v1"].copy()
+    chat.append_message(chat.roles[0], "<image>\nWhat is it?")
+    chat.append_message(chat.roles[1], session.chat.turns[1][0])
+    chat.append_message(chat.roles[0], "And now?")
+    chat.append_message(chat.roles[1], None)
+    assert session.last is not None and session.last.cost is not None
+    assert (session.last.cost.after, session.last.cost.last) == (576, 4)
+    assert session.last.answer == answer_by_hand(session, chat.get_prompt())
 
 
 @pytest.mark.parametrize("leave", ["/quit", "", None])
@@ -268,7 +318,7 @@ def test_ways_to_leave(talk: Callable[..., str], leave: str | None) -> None:
 MISTAKES = [
     ("/mehtod zoo", "did you mean '/method'"),
     ("/keeep 3", "did you mean '/keep'"),
-    ("/xyzzy", "valid: /compare, /help"),
+    ("/xyzzy", "valid: /compare, /decoder, /help"),
     ("/keep", "/keep N|RATIO"),
     ("/keep 0", "keep_tokens"),
     ("/keep -3", "keep_tokens"),
@@ -281,6 +331,12 @@ MISTAKES = [
     ("/method zoo keep_tokens=8 directions=none", "directions"),
     ("/method zoo keep_tokens=8 keep_ratio=0.1", "not both"),
     ("/method zoo 64", "key=value"),
+    ("/method fastv", "type /decoder fastv instead"),
+    ("/decoder fastw", "did you mean 'fastv'"),
+    ("/decoder zoo", "unknown decoder method 'zoo'"),
+    ("/decoder fastv keep_tokens=0", "keep_tokens"),
+    ("/decoder fastv layer=3", "unknown option of 'fastv'"),
+    ("/decoder none k=3", "/decoder none takes no options"),
     ("What is \udcff?", "not a character; write it in UTF-8"),
     ("/set newlines=keep", "did you mean 'newline'"),
     ("/set newline=kept", "did you mean 'keep'"),

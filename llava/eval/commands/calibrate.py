@@ -28,18 +28,18 @@ from llava.families.contract import ModelInputs
 from llava.model.language_model.decoder_layers import TransformersDecoder
 from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig, PruningError, prune
-from llava.pruning.decoder import curves
 from llava.pruning.decoder.calibration import (
-    RELEASED_KEEP,
     LayerChanges,
     PlaceCurve,
     find_stages,
     watching,
 )
+from llava.pruning.decoder.calibration_file import BTP_STAGES, PORE_CURVE
 from llava.pruning.decoder.layers import DecoderLayers
 from llava.pruning.decoder.method import DecoderMethod
 from llava.pruning.decoder.methods.pore import PoRe
 from llava.pruning.decoder.registry import make_decoder_method
+from llava.pruning.decoder.stages import RELEASED
 from llava.sampling import Sampling
 from llava.storage import dump_json, write_atomically
 from llava.utils import UserInputError
@@ -62,7 +62,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--limit", type=natural, default=64, help="items, the first ones; 0 for all")
     add("--batch-size", type=positive, default=8, help="items per batch")
     add("--host", default="fastv", help="of pore: the method whose first cut is debiased")
-    add("--stages", type=positive, default=4, help=f"of btp: at most {len(RELEASED_KEEP)}")
+    add("--stages", type=positive, default=4, help=f"of btp: at most {len(RELEASED.keep)}")
     add("--out", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parser.set_defaults(run=run)
 
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserInputError: a flag that cannot be used, a model without layers to read, or no image.
     """
-    if args.stages > len(RELEASED_KEEP):
-        raise UserInputError(f"--stages must be at most {len(RELEASED_KEEP)}, got {args.stages}")
+    if args.stages > len(RELEASED.keep):
+        raise UserInputError(f"--stages must be at most {len(RELEASED.keep)}, got {args.stages}")
     if args.method == "pore":
         PoRe(host=args.host, padding="none")
     if args.out.suffix != ".json":
@@ -86,12 +86,11 @@ def run(args: argparse.Namespace) -> int:
     decoder = _decoder_of(subject.model)
     measure = _measure_curve if args.method == "pore" else _measure_stages
     found = measure(runner, decoder, args)
-    counts = identity["config"]["items"]
     provenance = {
         "model": request.model.path,
         "task": request.benchmark.name,
         "protocol": request.benchmark.protocol,
-        "items": counts,
+        "items": identity["config"]["items"],
         "seed": request.seed,
         "source": git_state(),
         "command": request.command,
@@ -141,9 +140,10 @@ def _measure_curve(
 ) -> dict[str, Any]:
     layer = scored_layer(make_decoder_method(args.host, {}), len(decoder.layers))
     curve = PlaceCurve(decoder, layer)
-    _observe_items(runner, decoder, curve)
+    count = _observe_items(runner, decoder, curve)
     mu, sigma = curve.fit()
-    return {"kind": curves.KIND, "host": args.host, "sigma": sigma, "mu": mu, "layer": layer}
+    found = {"kind": PORE_CURVE, "host": args.host, "sigma": sigma, "mu": mu, "layer": layer}
+    return {**found, "items": count}
 
 
 def _measure_stages(
@@ -153,15 +153,16 @@ def _measure_stages(
     if depth < 2:
         raise PruningError("a language model of one layer has no place to cut")
     changes = LayerChanges(depth)
-    _observe_items(runner, decoder, changes)
+    count = _observe_items(runner, decoder, changes)
     similarities = changes.similarities()
     layers = find_stages(similarities, args.stages)
-    keep = RELEASED_KEEP[: len(layers)]
+    keep = RELEASED.keep[: len(layers)]
     return {
-        "kind": "btp-stages",
+        "kind": BTP_STAGES,
         "layers": layers,
         "keep": [*keep],
         "similarities": similarities,
+        "items": count,
     }
 
 
@@ -174,14 +175,16 @@ def scored_layer(host: DecoderMethod, depth: int) -> int:
 
 def _observe_items(
     runner: Runner, decoder: DecoderLayers, observer: PlaceCurve | LayerChanges
-) -> None:
-    """Let an observer see the prompts of all items with images that can be read."""
-    subject = runner.subject
+) -> int:
+    """Let an observer see the prompts of all items with images that can be read; count these."""
+    subject, count = runner.subject, 0
     with torch.inference_mode(), prune(subject.model, _WHOLE):
         for inputs in _prompts_of(runner):
             assert inputs.columns is not None
             with watching(decoder, partial(observer.observe, inputs.columns)):
                 subject.generate(inputs, **_one_token(runner))
+            count += len(inputs.mask)
+    return count
 
 
 def _one_token(runner: Runner) -> dict[str, Any]:

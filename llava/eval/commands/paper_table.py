@@ -29,6 +29,7 @@ from llava.eval.tables.plan import (
     arm_for,
     missing_tasks,
     plan,
+    printed_budget,
     published_budget,
     scaled_budgets,
     unavailable,
@@ -177,7 +178,7 @@ def cut_table(table: Table, tasks: Sequence[str] | None, methods: Sequence[str] 
     """
     for kind, wanted, known in (
         ("task", tasks, {column.task for column in table.columns}),
-        ("method", methods, {row.method for row in table.rows}),
+        ("method", methods, {row.methods for row in table.rows}),
     ):
         for word in wanted or ():
             if word not in known:
@@ -186,7 +187,7 @@ def cut_table(table: Table, tasks: Sequence[str] | None, methods: Sequence[str] 
     if len(columns) < len(table.columns):
         table = replace(table, columns=columns, average_no_gap=FEWER_TASKS)
     kept = {*(methods or ()), UNPRUNED}
-    rows = tuple(row for row in table.rows if not methods or row.method in kept)
+    rows = tuple(row for row in table.rows if not methods or row.methods in kept)
     return replace(table, rows=rows)
 
 
@@ -196,7 +197,7 @@ def show_plan(order: Order) -> int:
     for row in order.table.rows:
         lacking = unavailable(order.table, row)
         if lacking is not None:
-            print(f"not available: {lacking} ({row.label} at {row.budget})")
+            print(f"not available: {lacking} ({row.label} at {printed_budget(row)})")
     for task in missing_tasks(order.table):
         print(f"no benchmark is registered for {task}")
     for job in order.jobs():
@@ -268,7 +269,7 @@ def rows_to_draw(filled: Filled) -> list[FilledRow]:
         row
         for row in filled.rows
         if row.unavailable is None
-        and row.row.method != UNPRUNED
+        and row.row.methods != UNPRUNED
         and row.next_protocol == DEFAULT_PROTOCOL
     ]
     smallest = {

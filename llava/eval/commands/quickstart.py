@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llava.command_line import natural, positive
 from llava.eval.engine.metrics import result_rows
-from llava.eval.engine.request import UNPRUNED, Arm, RunRequest
+from llava.eval.engine.request import JOIN, UNPRUNED, Arm, RunRequest, parse_arm
 from llava.eval.engine.run import Answered, mark_unavailable
 from llava.eval.engine.run import run as run_request
 from llava.eval.engine.runner import Runner
@@ -24,7 +24,7 @@ from llava.eval.report.result import render
 from llava.eval.tasks.question_file import QuestionFile
 from llava.model.checkpoint import local_checkpoint
 from llava.model.loaded import ModelSpec
-from llava.pruning import PruningConfig, get_method, list_methods
+from llava.pruning import get_method, list_methods
 from llava.sampling import Sampling
 from llava.shipped import LLAVA_TINY
 from llava.storage import dump_json, write_atomically
@@ -54,7 +54,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         default=list(METHODS),
         metavar="METHOD",
-        help=f"registered names, or {ALL!r} for every method that prunes before the language model",
+        help=f"registered names; {ALL!r} for every method that prunes before the language model; "
+        "zoo@192+fastv for one behind another, the budgets being those of the second",
     )
     add("--budgets", nargs="+", type=positive, default=list(BUDGETS), metavar="TOKENS")
     add("--output", type=Path, default=Path("outputs/quickstart"))
@@ -68,7 +69,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer, tabulate, draw; 1 if some images could not be read."""
     if ALL in args.methods:
-        args.methods = every_method()
+        others = [method for method in args.methods if method != ALL]
+        args.methods = list(dict.fromkeys([*every_method(), *others]))
     check(args)
 
     def report(done: Answered) -> None:
@@ -140,7 +142,7 @@ def plan_arms(methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]
         UserInputError: an option or a budget in the place of a name.
     """
     for method in methods:
-        if ":" in method or "@" in method:
+        if ":" in method or "@" in method.rpartition(JOIN)[2]:
             raise UserInputError(
                 f"--methods takes names only, not {method!r}; `llava run --arm "
                 "METHOD:OPTION=VALUE@BUDGET` sets options"
@@ -150,8 +152,7 @@ def plan_arms(methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]
     arms = [Arm(UNPRUNED, label="none (unpruned)")]
     for method in (*named, CONTROL):
         for budget in sorted(set(budgets), reverse=True):
-            config = PruningConfig.of(method, keep_tokens=budget)
-            arm = Arm(f"{method}@{budget}", config, method)
+            arm = replace(parse_arm(f"{method}@{budget}"), label=method)
             arms.append(replace(arm, control="tokens") if method == CONTROL else arm)
     arms.append(Arm("shuffled-image", label="shuffled image", image="other", control="image"))
     arms.append(Arm("no-image", label="no image", image="absent", control="image"))
@@ -179,7 +180,10 @@ def choose_arms(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
     for arm in mark_unavailable(runner, smaller):
         if arm.pruning is not None:
             with suppress(UserInputError):  # what the model lacks is in `unavailable` already
-                arm = replace(arm, label=runner.label(runner.encode(images, [arm]), arm))
+                label = runner.label(runner.encode(images, [arm]), arm)
+                if arm.decoder is not None:  # `arm` is called by both methods already
+                    label = arm.label + label.removeprefix(arm.pruning.method)
+                arm = replace(arm, label=label)
         if arm.image == "other" and runner.plan.stand_ins is None:
             arm = replace(arm, unavailable="needs questions about two images")
         chosen.append(arm)

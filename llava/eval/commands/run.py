@@ -19,6 +19,8 @@ from llava.eval.engine.request import (
     RunRequest,
     arm_of,
     arm_word,
+    budget_of,
+    join_words,
     make_arm,
     parse_arm,
     read_arms,
@@ -29,9 +31,9 @@ from llava.eval.presets import Preset, get_preset
 from llava.eval.tasks.base import get_benchmark
 from llava.mm_utils import get_model_name_from_path
 from llava.model.loaded import ModelSpec
-from llava.pruning import PruningError, parse_options
+from llava.pruning import PruningConfig, PruningError, parse_options
 from llava.pruning.config import CHOICES
-from llava.pruning.flags import pruning_from
+from llava.pruning.flags import decoder_from, pruning_from
 from llava.sampling import Sampling
 from llava.utils import UserInputError
 
@@ -50,7 +52,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar="METHOD[:KEY=VALUE,...]@BUDGET",
         help="one setting, repeatable; BUDGET is a number of tokens, or a share such as 0.1; "
-        "`none` is the unpruned model",
+        "`none` is the unpruned model; zoo@192+fastv@64 prunes inside the language model too",
     )
     add("--arms", type=Path, metavar="FILE", help="JSON file of settings, as `arms` in run.json")
     add("--preset", help="a named setting of a method, with --keep-tokens or --keep-ratio")
@@ -127,7 +129,10 @@ def request_from(args: argparse.Namespace) -> RunRequest:
 
 
 def arms_from(args: argparse.Namespace, preset: Preset | None = None) -> tuple[Arm, ...]:
-    """Read `--arm`, `--arms`, `--preset` and `--pruner`; empty if none is given.
+    """Read `--arm`, `--arms`, `--preset`, `--pruner` and `--decoder-pruner`.
+
+    Returns:
+        The arms, none if none is given.
 
     Raises:
         UserInputError: a setting does not exist or is given twice.
@@ -143,7 +148,8 @@ def arms_from(args: argparse.Namespace, preset: Preset | None = None) -> tuple[A
     elif args.pruner is not None:
         arms.append(_flag_arm(args, args.pruner, args.pruner, {}, own))
     else:
-        pruning_from(args)  # refuses a budget or options without a method
+        config = pruning_from(args)  # refuses a budget or options without a method
+        arms += [] if config is None else [arm_of(config)]
     names = [arm.name for arm in arms]
     for name in names:
         if names.count(name) > 1:
@@ -158,9 +164,16 @@ def _flag_arm(
     if args.keep_tokens is not None and args.keep_ratio is not None:
         raise PruningError("give --keep-tokens or --keep-ratio, not both")
     budget = args.keep_tokens if args.keep_ratio is None else args.keep_ratio
+    decoder = decoder_from(args)
     if method == UNPRUNED:
+        if decoder is not None:
+            return arm_of(PruningConfig.of(UNPRUNED, decoder=decoder, **own))
         return make_arm(UNPRUNED, method, None, own)
-    return make_arm(arm_word(title, budget, own), method, budget, {**given, **own})
+    name = arm_word(title, budget, own)
+    if decoder is not None:
+        after = arm_word(decoder.method, budget_of(decoder), decoder.options)
+        name = join_words(name, after)
+    return make_arm(name, method, budget, {**given, **own}, decoder)
 
 
 def describe(request: RunRequest) -> str:

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers.generation import BaseStreamer
 
 from llava.families.contract import ModelInputs, VisionLanguageModel
+from llava.pruning.active import PruningRun
+from llava.pruning.decoder.trace import DecoderTrace
 from llava.sampling import Sampling, rows_depend
 from llava.utils import UserInputError
 from llava.value_rules import one_line
@@ -60,6 +62,30 @@ class StepClock(BaseStreamer):
         """Do nothing: every step is noted by then."""
 
 
+@dataclass
+class LayerCounts:
+    """What layers read of the prompts of a batch, where tokens are dropped between layers.
+
+    Attributes:
+        per_layer: for every prompt its visual tokens by layer; empty for one without images.
+        cache_bytes: measured size of the key cache of all prompts.
+        seconds: of scoring, selecting and gathering.
+    """
+
+    per_layer: list[list[int]]
+    cache_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, first: int, prompts: ModelInputs, trace: DecoderTrace) -> None:
+        """Add the record of `prompts`, the first of which is prompt `first` of the batch."""
+        assert prompts.columns is not None  # because something was pruned
+        for row, counts in zip(prompts.columns.rows, trace.per_layer, strict=False):  # of one beam
+            own = self.per_layer[first + row] or [0] * trace.depth
+            self.per_layer[first + row] = [a + b for a, b in zip(own, counts, strict=True)]
+        self.cache_bytes += trace.cache_bytes or 0
+        self.seconds += trace.seconds
+
+
 @dataclass(frozen=True)
 class Decoded:
     """New tokens of each row up to its end token, and the time of the whole batch in ms.
@@ -70,17 +96,25 @@ class Decoded:
     tokens: list[list[int]]
     prefill_ms: float | None = None  # embeddings in, first new token out; None: not measured
     step_ms: float | None = None  # mean time of a later step; None: there was none
+    layers: LayerCounts | None = None  # None: no run was given
 
 
 @torch.inference_mode()
 def decode(
-    subject: VisionLanguageModel, inputs: ModelInputs, *, sampling: Sampling, seeds: Sequence[int]
+    subject: VisionLanguageModel,
+    inputs: ModelInputs,
+    *,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    run: PruningRun | None = None,
 ) -> Decoded:
     """Continue the prompts `inputs`.
 
     Where tokens are drawn, or a setting would let rows depend on each other, each row is continued
     alone, its draws seeded by its entry of `seeds` [B], so that they depend neither on the batch
     nor on what was drawn before; no global generator is moved. Beam search is not timed.
+
+    `run` is that of the block around the call, where its setting drops tokens between layers.
 
     Raises:
         UserInputError: the model's generation_config cannot be used, see `Sampling.arguments_for`.
@@ -90,8 +124,9 @@ def decode(
     ends, special = end_tokens(config), subject.tokenizer.all_special_ids
     arguments["pad_token_id"] = min(ends, default=0)
     clocks: list[StepClock] = []
+    layers = None if run is None else LayerCounts([[] for _ in inputs.lengths])
 
-    def generate(prompts: ModelInputs) -> list[list[int]]:
+    def generate(prompts: ModelInputs, first: int = 0) -> list[list[int]]:
         own = dict(arguments)
         if sampling.num_beams == 1:
             clocks.append(StepClock(device))
@@ -104,16 +139,19 @@ def decode(
             raise UserInputError(
                 f"the model's generation_config cannot be used: {one_line(error)}"
             ) from error
+        if run is not None and layers is not None and run.decoder_trace is not None:
+            layers.add(first, prompts, run.decoder_trace)
+            run.decoder_trace = None
         return [until_end(row, ends, special) for row in output.tolist()]
 
     if sampling.temperature == 0 and not rows_depend(config):
-        return Decoded(generate(inputs), *_times(clocks))
+        return Decoded(generate(inputs), *_times(clocks), layers)
     tokens: list[list[int]] = []
     for row, seed in enumerate(seeds):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            tokens += generate(inputs.row(row))
-    return Decoded(tokens, *_times(clocks))
+            tokens += generate(inputs.row(row), row)
+    return Decoded(tokens, *_times(clocks), layers)
 
 
 def row_seed(seed: int, index: int) -> int:

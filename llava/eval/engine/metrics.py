@@ -60,9 +60,25 @@ def _figures(
         "tokens_mean": fmean(tokens) if tokens else None,
         "tokens_min": min(tokens, default=None),
         "tokens_max": max(tokens, default=None),
+        **between_layers(lines),
         "answered": len(asked),
         "failed_images": count_failed(list(records.values())),
     }
+
+
+def between_layers(lines: Sequence[Record]) -> Record:
+    """Average what layers read of the prompts with images, see `schema.LayerTokens`.
+
+    Returns:
+        The key `between_layers`; nothing if no answer says what layers read.
+    """
+    if not any("tokens_per_layer" in line for line in lines):
+        return {}
+    shown = [line for line in lines if line["shown"]]
+    by_layer = zip(*(line["tokens_per_layer"] for line in shown), strict=True)
+    names = ("tokens_in", "tokens_last", "tokens_mean")
+    means = {name: fmean(line[name] for line in shown) if shown else None for name in names}
+    return {"between_layers": means | {"tokens_per_layer": [fmean(layer) for layer in by_layer]}}
 
 
 def _difference(lines: Sequence[Record], unpruned: Mapping[int, Record]) -> Record:
@@ -137,6 +153,8 @@ def _row(arm: Arm, records: Mapping[int, Record], unpruned: Mapping[int, Record]
         "control": arm.control,
         "unavailable": arm.unavailable,
     }
+    if arm.floor is not None:
+        row["floor"] = arm.floor
     if not lines:
         return row
     families: dict[str, list[Record]] = defaultdict(list)
@@ -147,6 +165,7 @@ def _row(arm: Arm, records: Mapping[int, Record], unpruned: Mapping[int, Record]
     return row | {
         "tokens_min": min(line["tokens_in"] for line in lines),
         "tokens_max": max(line["tokens_in"] for line in lines),
+        **between_layers(lines),
         "accuracy": accuracy["accuracy"],
         "accuracy_se": accuracy["accuracy_se"],
         "relative": accuracy["accuracy"] / reference if reference else None,
@@ -173,4 +192,7 @@ def _times(times: BatchTimes, name: str) -> Record:
         return times.median(name, lambda own, base: own[key] and own[key] / base["prefill_ms"])[0]
 
     found = {key: time(key) for key in ("prune_ms", "prefill_ms", "decode_ms")}
+    bytes_, batches = times.median(name, lambda own, _: own.get("kv_bytes"))
+    if batches:
+        found["kv_bytes"] = bytes_
     return found | {"prune_ratio": ratio("prune_ms"), "prefill_ratio": ratio("prefill_ms")}

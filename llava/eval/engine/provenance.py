@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from llava.eval.engine.request import RunRequest
+from llava.eval.engine.request import Arm, RunRequest
 from llava.model.checkpoint import local_checkpoint, read_config
 from llava.model.multimodal_encoder.builder import resolve_vision_tower
 from llava.pruning.precision import multiplies_bf16_fast
+from llava.utils import user_path
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Everything that can change an answer. Tables, plots and the command line cannot.
@@ -58,6 +59,7 @@ def identify(request: RunRequest) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         # `compute=auto` goes by it.
         "bf16_products": multiplies_bf16(model.device),
+        **hash_option_files(request.arms),
     }
     whole = {
         "config": config,
@@ -96,6 +98,17 @@ def multiplies_bf16(device: str) -> bool:
 def hash_json(value: Any) -> str:
     """Return the SHA-256 (hex) of the canonical JSON form of `value`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_option_files(arms: Iterable[Arm]) -> dict[str, dict[str, str]]:
+    """Hash the files that options of methods between layers name, such as heads and curves.
+
+    Returns:
+        `files_sha256`, the hashes by path; nothing if no option names a file.
+    """
+    files = {user_path(file) for arm in arms if arm.decoder for file in arm.decoder.pruner.files}
+    found = {str(file): hash_files([file], file.parent) for file in files}
+    return {"files_sha256": found} if found else {}
 
 
 def hash_files(files: Iterable[Path], root: Path) -> str:

@@ -73,7 +73,7 @@ def mark_unavailable(runner: Runner, arms: Sequence[Arm]) -> tuple[Arm, ...]:
     """
     images = runner.first_image()
     if images is not None:
-        arms = [replace(arm, unavailable=runner.refusal(images, arm)) for arm in arms]
+        arms = [runner.tried(images, arm) for arm in arms]
     reasons = [arm.unavailable for arm in arms]
     if all(reason is not None for reason in reasons):
         raise UserInputError(str(reasons[0]))

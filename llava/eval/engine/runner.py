@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from llava.eval.engine.batches import Plan
-from llava.eval.engine.decode import Stopwatch, decode, row_seed
+from llava.eval.engine.decode import LayerCounts, Stopwatch, decode, row_seed
 from llava.eval.engine.images import ImageSource, LoadedImages
 from llava.eval.engine.provenance import hash_json
 from llava.eval.engine.request import Arm, RunRequest
@@ -24,7 +26,9 @@ from llava.eval.prompts import count_visual_tokens, image_ranges, question
 from llava.eval.tasks.base import Benchmark, Item
 from llava.families.contract import EncodedImages, VisionLanguageModel
 from llava.families.lengths import prompt_limit
-from llava.pruning import prune
+from llava.pruning import PruningError, prune
+from llava.pruning.active import PruningRun
+from llava.pruning.decoder.schedule import UnreachableBudgetError
 from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import ImageTokens
 from llava.sampling import Sampling
@@ -119,18 +123,32 @@ class Runner:
         """
         return self.subject.reads_question(arm.seeded(self.seed))
 
-    def refusal(self, images: LoadedImages, arm: Arm) -> str | None:
-        """Return why `arm` cannot prune these images, or None if it can."""
+    def tried(self, images: LoadedImages, arm: Arm) -> Arm:
+        """Return `arm`, which says why it cannot prune these images, if it cannot."""
         try:
             visual = self.encode(images, [arm])
-            self.prune_images(visual, arm, self._first_question(visual)).settle()
+            kept = self.prune_images(visual, arm, self._first_question(visual))
+            kept.settle()
+            if arm.decoder is not None:
+                self._try_layers(kept, arm)
         except UserInputError as error:
-            return str(error)
-        return None
+            floor = error.floor if isinstance(error, UnreachableBudgetError) else None
+            return replace(arm, unavailable=str(error), floor=floor)
+        return replace(arm, unavailable=None, floor=None)
+
+    def _try_layers(self, kept: ImageTokens, arm: Arm) -> None:
+        """Read the first question with its image under `arm`, for the errors that this raises."""
+        item = self.plan.items[0]
+        rows, share = self.prompts([item], [kept.num_images]), range(kept.num_images)
+        one = replace(self, sampling=replace(self.sampling, max_new_tokens=1))
+        one._answer(arm, [item], rows, kept, [share])
 
     @torch.inference_mode()
     def label(self, visual: EncodedImages, arm: Arm) -> str:
-        """Return the method's name, with what it cannot read of this model's images."""
+        """Return the method's name, with what it cannot read of this model's images.
+
+        That is the one that prunes before the language model.
+        """
         subject, setting = self.subject, arm.seeded(self.seed)
         if setting is None:
             return arm.method
@@ -140,7 +158,7 @@ class Runner:
                 one = visual.encoded[0] if isinstance(visual, RaggedTokens) else visual
                 return setting.pruner.label(one)
         except UserInputError:  # the arm itself will say so
-            return arm.method
+            return setting.method
 
     def prompts(self, items: Sequence[Item], images: Sequence[int]) -> list[Tensor]:
         """Return the ids [L] of items, asked with so many images each."""
@@ -240,7 +258,7 @@ class Runner:
         needed = [names.index(name) for own in shown for name in own]
         if encoded is None or not needed:
             pruning = dict.fromkeys(("prune_ms", "score_ms", "select_ms"))
-            replies, times = self._answer(items, rows, None, shares)
+            replies, times = self._answer(arm, items, rows, None, shares)
             return replies, pruning | times
         visual = encoded.take_images(needed)
         clock = Stopwatch(self.subject.model.device)
@@ -257,11 +275,12 @@ class Runner:
         if pruned.trace is not None:
             pruning["score_ms"] = 1000 * pruned.trace.score_seconds / prunings
             pruning["select_ms"] = 1000 * pruned.trace.select_seconds / prunings
-        replies, times = self._answer(items, rows, kept, shares)
+        replies, times = self._answer(arm, items, rows, kept, shares)
         return replies, pruning | times
 
     def _answer(
         self,
+        arm: Arm,
         items: Sequence[Item],
         rows: Sequence[Tensor],
         visual: ImageTokens | None,
@@ -269,11 +288,12 @@ class Runner:
     ) -> tuple[list[Record], Record]:
         """Splice `visual` into the prompts, the images of each in its share, and decode."""
         subject = self.subject
-        clock = Stopwatch(subject.model.device)
-        inputs = subject.splice(visual, rows)
-        splice_ms = clock.lap()
         seeds = [row_seed(self.seed, item.index) for item in items]
-        decoded = decode(subject, inputs, sampling=self.sampling, seeds=seeds)
+        with self._between_layers(arm) as run:
+            clock = Stopwatch(subject.model.device)
+            inputs = subject.splice(visual, rows)
+            splice_ms = clock.lap()
+            decoded = decode(subject, inputs, sampling=self.sampling, seeds=seeds, run=run)
         texts = subject.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True)
         replies = []
         for item, text, row, share, length in zip(
@@ -293,8 +313,19 @@ class Runner:
             "prefill_ms": decoded.prefill_ms,
             "decode_ms": decoded.step_ms,
         }
+        if decoded.layers is not None:
+            _add_counts(arm, replies, decoded.layers)
+            batch_ms["between_ms"] = 1000 * decoded.layers.seconds
         times: Record = {key: ms and ms / len(items) for key, ms in batch_ms.items()}
+        if decoded.layers is not None:
+            times["kv_bytes"] = decoded.layers.cache_bytes / len(items)
         return replies, times | {"new_tokens": sum(len(row) for row in decoded.tokens)}
+
+    def _between_layers(self, arm: Arm) -> AbstractContextManager[PruningRun | None]:
+        """Let calls inside drop tokens between layers, where `arm` does."""
+        if arm.decoder is None:
+            return nullcontext()
+        return prune(self.subject.model, arm.seeded(self.seed))
 
     def _heading(self, number: int, arm: Arm, item: Item) -> Record:
         line = {
@@ -308,6 +339,23 @@ class Runner:
             "shown": list(self.plan.shown(item, arm.image)),
         }
         return line | {key: item.data[key] for key in ("category",) if key in item.data}
+
+
+def _add_counts(arm: Arm, replies: Sequence[Record], layers: LayerCounts) -> None:
+    """Add to answers how many visual tokens of their prompts the layers read.
+
+    Raises:
+        PruningError: the model took no notice of what `arm` drops between layers.
+    """
+    for reply, counts in zip(replies, layers.per_layer, strict=True):
+        if reply["tokens_in"] and not counts:
+            raise PruningError(
+                f"{arm.method} drops tokens between layers, and this model does not say what its "
+                "layers read; use a method that prunes before the language model"
+            )
+        reply["tokens_last"] = counts[-1] if counts else 0
+        reply["tokens_mean"] = fmean(counts) if counts else 0.0
+        reply["tokens_per_layer"] = counts
 
 
 def kept_digest(visual: ImageTokens | None, images: Sequence[int]) -> str:

@@ -29,6 +29,7 @@ class ArmSetting(TypedDict):
     label: NotRequired[str]  # what tables print
     control: NotRequired[str]  # an arm that should lose, by its "image" or its "tokens"
     unavailable: NotRequired[str]  # why it was not run
+    floor: NotRequired[int]  # lowest mean of tokens a layer, where the budget is below
 
 
 class Figure(TypedDict):
@@ -48,6 +49,15 @@ class Difference(TypedDict):
     n: int
 
 
+class LayerTokens(TypedDict):
+    """Visual tokens of a prompt, means over the prompts with images."""
+
+    tokens_in: float | None  # that the first layer read; None without any prompt
+    tokens_last: float | None  # that the last one read
+    tokens_mean: float | None  # mean over layers
+    tokens_per_layer: list[float]  # by layer
+
+
 class ArmMetrics(ArmSetting):
     """What an arm reached, from its answers alone."""
 
@@ -56,6 +66,7 @@ class ArmMetrics(ArmSetting):
     tokens_mean: float | None  # visual tokens of a prompt in the language model, ...
     tokens_min: int | None  # ... over the prompts with images; None without any
     tokens_max: int | None
+    between_layers: NotRequired[LayerTokens]  # where tokens are dropped between layers
     answered: int  # items
     failed_images: int  # items left out, because an image of theirs cannot be read
 
@@ -107,7 +118,10 @@ class Answer(TypedDict):
     images: list[str]
     shown: list[str]  # images that this arm showed instead
     category: NotRequired[str]  # where the benchmark has categories
-    tokens_in: int | None  # visual tokens of the prompt in the language model
+    tokens_in: int | None  # visual tokens of the prompt in the language model, its first layer
+    tokens_last: NotRequired[int]  # in its last layer, where tokens are dropped between layers, ...
+    tokens_mean: NotRequired[float]  # ... the mean over layers, ...
+    tokens_per_layer: NotRequired[list[int]]  # ... and by layer; empty without an image
     kept: str | None  # "all", "none", or a hash of the kept indices
     answer: str
     score: float | None  # in [0, 1]; None: no score of its own
@@ -127,6 +141,8 @@ class Timing(TypedDict):
     splice_ms: float | None  # per item, as what follows
     prefill_ms: float | None  # up to the first new token
     decode_ms: float | None  # per later token
+    between_ms: NotRequired[float]  # of prefill_ms, to drop tokens between layers
+    kv_bytes: NotRequired[float]  # measured key cache of a prompt, where they are dropped
     new_tokens: int  # in the batch
 
 
@@ -142,8 +158,11 @@ class ResultRow(TypedDict):
     budget: int | None  # visual tokens of an image; None: no image
     control: str | None
     unavailable: str | None
+    floor: NotRequired[int]  # as of an arm
     tokens_min: int
     tokens_max: int
+    between_layers: NotRequired[LayerTokens]
+    kv_bytes: NotRequired[float | None]  # median over batches
     accuracy: float
     accuracy_se: float | None
     relative: float | None  # accuracy over that of the unpruned arm

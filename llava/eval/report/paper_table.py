@@ -8,11 +8,12 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
-from llava.eval.engine.request import spell_options
+from llava.eval.engine.request import JOIN, spell_options
 from llava.eval.engine.schema import Record
 from llava.eval.report.result import describe_commit
 from llava.eval.tables.fill import Cell, Filled, FilledRow
-from llava.eval.tables.spec import AVERAGE, Column
+from llava.eval.tables.plan import printed_budget
+from llava.eval.tables.spec import AVERAGE, Column, Row
 from llava.markdown import table as markdown_table
 from llava.storage import dump_json
 
@@ -198,9 +199,9 @@ def _record(filled: Filled, row: FilledRow, column: Column) -> Record:
     }
     return {
         "table": filled.table.name,
-        "method": row.row.method,
+        "method": row.row.methods,
         "label": row.row.label,
-        "options": spell_options(row.row.options),
+        "options": _options(row.row),
         "budget": row.budget,
         "protocol": row.next_protocol,
         "column": column.key,
@@ -213,6 +214,14 @@ def _record(filled: Filled, row: FilledRow, column: Column) -> Record:
         "gap": cell.gap,
         "no_gap": cell.no_gap,
     }
+
+
+def _options(row: Row) -> str:
+    """Write the options of a row's methods, joined as in the name of an arm."""
+    own = spell_options(row.options)
+    if row.decoder is None or not row.decoder.options:
+        return own
+    return f"{own}{JOIN}{spell_options(row.decoder.options)}"
 
 
 def notes(filled: Filled) -> list[str]:
@@ -275,7 +284,7 @@ def _grid(filled: Filled, show: Show, published: bool = False) -> Grid:
     body = []
     for row in filled.rows:
         lacking = "" if row.unavailable is None else f" (not available: {row.unavailable})"
-        budget = budget_text(row.row.budget if published else row.budget)
+        budget = budget_text(printed_budget(row.row) if published else row.budget)
         head = [row.row.label + lacking, budget, *([row.next_protocol] if protocols else [])]
         body.append(head + [show(filled, row.cell(column), column) for column in columns])
     return header, body
@@ -289,7 +298,7 @@ def budget_text(budget: int | float | None) -> str:
 
 
 def _full(filled: Filled, cell: Cell, column: Column) -> str:
-    if cell.published is None and cell.measured is None:
+    if cell.published is None and cell.measured is None and cell.floor is None:
         return NONE
     gap = NONE if cell.gap is None else f"{cell.gap:+.{_digits(column)}f}"
     return f"{_theirs(filled, cell, column)} / {_ours(filled, cell, column)} / {gap}"
@@ -305,7 +314,7 @@ def _theirs(filled: Filled, cell: Cell, column: Column) -> str:
 
 def _ours(filled: Filled, cell: Cell, column: Column) -> str:
     if cell.measured is None:
-        return NONE
+        return NONE if cell.floor is None else f"floor {cell.floor}"
     digits, se = _digits(column), cell.measured.se
     return f"{cell.measured.value:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
 

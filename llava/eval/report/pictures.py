@@ -34,8 +34,9 @@ def draw_kept_tokens(runner: Runner, arms: Mapping[str, Arm], path: Path) -> boo
     Args:
         runner: with the loaded model and the questions.
         arms: by the labels of their pictures. One that merges tokens, or refuses this image, is
-            drawn whole and labelled so; and so is one of a
-            model whose tokens do not say what part of the image they show.
+            drawn whole and labelled so; and so is one of a model whose tokens do not say what part
+            of the image they show. One that drops tokens between layers is drawn with what goes
+            into the first of them.
         path: where the picture goes.
 
     Returns:
@@ -49,7 +50,8 @@ def draw_kept_tokens(runner: Runner, arms: Mapping[str, Arm], path: Path) -> boo
     image = runner.benchmark.load_image(name)
     visual = runner.encode(images, arms.values())
     pictures = {f"{name}: all {visual.embeddings(0).shape[0]}": image}
-    for label, arm in arms.items():
+    for title, arm in arms.items():
+        label = title if arm.decoder is None else f"{title}: before its layers"
         try:
             kept = runner.prune_images(visual, arm, [item.question])
             kept.settle()

@@ -24,7 +24,7 @@ LINE_OF_LEGEND = 0.19  # inches
 CURVE: dict[str, Any] = {"linewidth": 1.2, "markersize": 5, "capsize": 2}
 FRONT: dict[str, Any] = {"where": "post", "color": "0.6", "linewidth": 3, "alpha": 0.6, "zorder": 0}
 COSTS = {
-    "tokens": "visual tokens that reach the language model",
+    "tokens": "visual tokens in the language model, mean over layers",
     "ttft_ms": "time to the first token (ms per question, median)",
 }
 
@@ -51,7 +51,7 @@ def draw_accuracy(result: Record) -> Figure:
         [
             Point(
                 row["label"],
-                cost=(row["tokens_min"] + row["tokens_max"]) / 2,
+                cost=_tokens(row),
                 quality=100 * row["accuracy"],
                 error=100 * (row["accuracy_se"] or 0),
                 control=row["control"] is not None,
@@ -63,6 +63,13 @@ def draw_accuracy(result: Record) -> Figure:
         levels={row["label"]: 100 * row["accuracy"] for row in rows if row["method"] == UNPRUNED},
         budgets=sorted({row["budget"] for row in pruned}),
     )
+
+
+def _tokens(row: Record) -> float:
+    """Return the visual tokens of a prompt; where layers drop some, their mean over layers."""
+    if "between_layers" in row:
+        return float(row["between_layers"]["tokens_mean"])
+    return float(row["tokens_min"] + row["tokens_max"]) / 2
 
 
 def plot_table(filled: Filled, cost: str, path: Path) -> bool:

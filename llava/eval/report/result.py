@@ -34,6 +34,11 @@ over batches of ratios taken within a batch, with all arms run one after another
 `least-sensitive` keeps the tokens `zoo-exact` would rank last; `shuffled image` shows the model
 another question's image; `no image` removes the image from the prompt."""
 
+# Where a row drops tokens between layers.
+WITHIN = """\
+Methods that drop tokens between layers of the language model, alone or behind another as in
+`zoo@192+fastv`: their budget and their tokens are means over layers. `floor 144`: the layers before
+the first cut alone read so many in the mean, so that the budget cannot be reached."""
 
 SUMMARY = (
     "Accuracy in per cent ± standard error, by visual tokens of an image; methods in the order of "
@@ -58,7 +63,8 @@ def render(result: Record) -> str:
 
 
 def _settings(result: Record) -> list[str]:
-    return [main_table(result), *notes(result), LEGEND]
+    within = any("between_layers" in row or "floor" in row for row in result["rows"])
+    return [main_table(result), *notes(result), LEGEND, *([WITHIN] if within else [])]
 
 
 def notes(result: Record) -> list[str]:
@@ -77,7 +83,7 @@ def summary_table(result: Record) -> str:
     """Return one line per method and control, in the order of the run: accuracy at each budget."""
     lines: dict[tuple[str, str | None], dict[int | None, str]] = {}
     for row in result["rows"]:
-        shown = "n/a" if row["unavailable"] else _accuracy(row)
+        shown = _absent(row) if row["unavailable"] else _accuracy(row)
         lines.setdefault((row["label"], row["control"]), {})[row["budget"]] = shown
     # 0 is the arm without an image, which has no budget.
     budgets = sorted({budget or 0 for cells in lines.values() for budget in cells}, reverse=True)
@@ -96,18 +102,30 @@ def main_table(result: Record) -> str:
 def _main_line(row: Record) -> list[str]:
     start = [row["label"], _or_dash(row["budget"])]
     if row["unavailable"]:
-        return [*start, *["n/a"] * (len(COLUMNS) - 2)]
-    low, high = row["tokens_min"], row["tokens_max"]
+        return [*start, _absent(row), *["n/a"] * (len(COLUMNS) - 3)]
     difference = _percent(row["difference"], row["difference_se"], sign="+")
     return [
         *start,
-        str(low) if low == high else f"{low}..{high}",
+        _tokens(row),
         _accuracy(row),
         "n/a" if row["relative"] is None else f"{100 * row['relative']:.1f} %",
         "—" if row["arm"] == UNPRUNED else difference,
         _or_dash(row["prune_ratio"], ".2f"),
         _or_dash(row["prefill_ratio"], ".2f"),
     ]
+
+
+def _absent(row: Record) -> str:
+    """Say what stands for the figure of an arm that was not run."""
+    return f"floor {row['floor']}" if row.get("floor") else "n/a"
+
+
+def _tokens(row: Record) -> str:
+    """Write the visual tokens of a prompt; where layers drop some, their mean over layers."""
+    if "between_layers" in row:
+        return f"{row['between_layers']['tokens_mean']:.1f}"
+    low, high = row["tokens_min"], row["tokens_max"]
+    return str(low) if low == high else f"{low}..{high}"
 
 
 def family_table(result: Record) -> str:

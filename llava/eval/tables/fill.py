@@ -9,7 +9,14 @@ from typing import Any
 from llava.eval.engine.metrics import BatchTimes
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.schema import Record, read_lines, read_metrics
-from llava.eval.tables.plan import Budgets, Place, arm_name, next_protocol_of, unavailable
+from llava.eval.tables.plan import (
+    Budgets,
+    Place,
+    arm_name,
+    next_protocol_of,
+    printed_budget,
+    unavailable,
+)
 from llava.eval.tables.spec import AVERAGE, Column, Published, Row, Table, TableError
 from llava.storage import StorageError
 
@@ -30,13 +37,15 @@ class Measured:
 class Cell:
     """One cell. `gap` is measured minus published, None with a reason in `no_gap`.
 
-    `borrowed` marks a published figure of the method that the row is compared with.
+    `borrowed` marks a published figure of the method that the row is compared with. `floor` is the
+    lowest mean of tokens a layer, where that is why nothing is measured.
     """
 
     published: Published | None
     measured: Measured | None
     borrowed: bool = False
     no_gap: str | None = None
+    floor: int | None = None
 
     @property
     def gap(self) -> float | None:
@@ -204,18 +213,20 @@ def _fill_row(
             measured, base = run.figure(arm, column), run.figure(UNPRUNED, column)
             if measured is not None and base is not None and base.value > 0:
                 ratios[column.key] = measured.value / base.value
-        cells[column.key] = _cell(table, row, column.key, measured, no_gap or column.no_gap)
+        cell = _cell(table, row, column.key, measured, no_gap or column.no_gap)
+        own = {} if run is None or lacking is not None else run.arms.get(arm, {})
+        cells[column.key] = replace(cell, floor=own.get("floor"))
     times = [run.time(arm, "ttft_ms") for run in runs.values()]
     arms = [run.arms[arm] for run in runs.values()]
     filled = FilledRow(
         row=row,
-        budget=budgets(row),
+        budget=printed_budget(row, budgets),
         next_protocol=reading,
         cells=cells,
         average=Cell(None, None),
         unavailable=lacking,
         refusal=next((own["unavailable"] for own in arms if own.get("unavailable")), None),
-        tokens=_mean([own.get("tokens_mean") for own in arms]),
+        tokens=_mean([own.get("between_layers", own).get("tokens_mean") for own in arms]),
         ttft_ms=_mean([None if time is None else time.value for time in times]),
     )
     return filled, ratios
@@ -227,7 +238,7 @@ def _cell(table: Table, row: Row, key: str, measured: Measured | None, no_gap: s
         return Cell(row.published.get(key), measured, no_gap=no_gap)
     for other in table.rows:
         same = all(getattr(other, name) == getattr(row, name) for name in SETTING)
-        if other.method == row.against and same and key in other.published:
+        if other.methods == row.against and same and key in other.published:
             return Cell(other.published[key], measured, borrowed=True, no_gap=no_gap)
     return Cell(None, measured, no_gap=no_gap)
 

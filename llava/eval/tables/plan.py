@@ -7,10 +7,19 @@ that differ in it go to different runs, each with its own unpruned arm.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llava.eval.engine.request import UNPRUNED, Arm, arm_of, arm_word, make_arm
-from llava.eval.tables.spec import Row, Table
+from llava.eval.engine.request import (
+    UNPRUNED,
+    Arm,
+    arm_of,
+    arm_word,
+    join_words,
+    make_arm,
+    make_decoder,
+)
+from llava.eval.tables.spec import Row, Table, Within
 from llava.eval.tasks.base import list_benchmarks
 from llava.pruning import list_methods, lookup
+from llava.pruning.decoder.registry import list_decoder_methods
 
 # LLaVA's own; the others are called as in `llava.families`.
 FAMILIES = ("llava-1.5", "llava-1.6")
@@ -40,18 +49,23 @@ class Job:
         return "-".join(part for part in self.place if part and part != DEFAULT_PROTOCOL)
 
 
-Budgets = Callable[[Row], int | float | None]
+Budgets = Callable[[Row | Within], int | float | None]
 
 
-def published_budget(row: Row) -> int | float | None:
-    """Return the budget as the table prints it."""
+def published_budget(row: Row | Within) -> int | float | None:
+    """Return the budget as the table has it."""
     return row.budget
+
+
+def printed_budget(row: Row, budgets: Budgets = published_budget) -> int | float | None:
+    """Return the budget that a table prints: where layers drop tokens too, their mean."""
+    return budgets(row if row.decoder is None else row.decoder)
 
 
 def scaled_budgets(table: Table, tokens: int) -> Budgets:
     """Make budgets for a model of `tokens` visual tokens instead of the table's own number."""
 
-    def scaled(row: Row) -> int | float | None:
+    def scaled(row: Row | Within) -> int | float | None:
         if row.keep_tokens is None or table.tokens is None:
             return row.budget
         return max(1, round(row.keep_tokens * tokens / table.tokens))
@@ -61,7 +75,11 @@ def scaled_budgets(table: Table, tokens: int) -> Budgets:
 
 def arm_name(row: Row, budgets: Budgets = published_budget) -> str:
     """Return the name of the arm that measures a row: `zoo:fusion=sum@64`."""
-    return arm_word(row.method, budgets(row), row.options)
+    word = arm_word(row.method, budgets(row), row.options)
+    if row.decoder is None:
+        return word
+    after = arm_word(row.decoder.method, budgets(row.decoder), row.decoder.options)
+    return join_words(word, after)
 
 
 def arm_for(row: Row, budgets: Budgets = published_budget) -> Arm:
@@ -70,7 +88,10 @@ def arm_for(row: Row, budgets: Budgets = published_budget) -> Arm:
     Raises:
         UserInputError: its setting does not exist.
     """
-    return make_arm(arm_name(row, budgets), row.method, budgets(row), row.options)
+    decoder = None
+    if row.decoder is not None:
+        decoder = make_decoder(row.decoder.method, budgets(row.decoder), row.decoder.options)
+    return make_arm(arm_name(row, budgets), row.method, budgets(row), row.options, decoder)
 
 
 def next_protocol_of(row: Row, native_only: bool = False) -> str:
@@ -82,7 +103,12 @@ def unavailable(table: Table, row: Row) -> str | None:
     """Return the name of what a row needs and this package does not have, or None."""
     if table.family not in (*FAMILIES, *lookup.FAMILIES.entries()):
         return table.family
-    return None if row.method in list_methods() else row.method
+    within = list_decoder_methods()
+    if row.method not in (*list_methods(), *within):
+        return row.method
+    if row.decoder is not None and row.decoder.method not in within:
+        return row.decoder.method
+    return None
 
 
 def missing_tasks(table: Table) -> list[str]:

@@ -13,7 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from llava.eval.engine.request import UNPRUNED
+from llava.eval.engine.request import UNPRUNED, join_words
 from llava.pruning import PruningConfig, PruningError
 from llava.registry import unknown
 from llava.utils import UserInputError, user_path
@@ -76,6 +76,21 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Within:
+    """What a row drops between layers of the language model, besides its method."""
+
+    method: str
+    keep_tokens: int | None = None
+    keep_ratio: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> int | float | None:
+        """Tokens of an image that a layer reads, or their share, as a mean over layers."""
+        return self.keep_tokens if self.keep_ratio is None else float(self.keep_ratio)
+
+
+@dataclass(frozen=True)
 class Row:
     """One setting, and what was published about it by column key.
 
@@ -90,7 +105,13 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     next_protocol: str | None = None
     against: str | None = None
+    decoder: Within | None = None
     published: Mapping[str, Published] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> str:
+        """Names of its methods: `none`, `zoo`, `fastv` or `zoo+fastv`."""
+        return self.method if self.decoder is None else join_words(self.method, self.decoder.method)
 
     @property
     def budget(self) -> int | float | None:
@@ -179,14 +200,32 @@ def _table(name: str, raw: dict[str, Any]) -> Table:
 
 def _row(raw: Any, sources: Mapping[str, Source], columns: set[str]) -> Row:
     what = str(raw.get("label", "a row")) if isinstance(raw, dict) else "a row"
-    entry = _read(Row, raw, what)
-    budgets = [budget for budget in (entry.keep_tokens, entry.keep_ratio) if budget is not None]
-    if len(budgets) != (entry.method != UNPRUNED):
+    decoder = None
+    if isinstance(raw, dict) and "decoder" in raw:
+        raw = dict(raw)
+        within = _read(Within, raw.pop("decoder"), f"{what}: decoder")
+        decoder = _checked(within, f"{what}: decoder", budgets=1)
+    entry = _read(Row, raw, what, decoder=decoder)
+    if entry.method == UNPRUNED and entry.options:
+        raise TableError(f"{what} is not pruned, so it takes no options")
+    checked = _checked(entry, what, budgets=int(entry.method != UNPRUNED))
+    return replace(checked, published=_published(raw, what, sources, columns))
+
+
+Setting = TypeVar("Setting", Row, Within)
+
+
+def _checked(entry: Setting, what: str, budgets: int) -> Setting:
+    """Check numbers and options of a setting that has so many budgets.
+
+    Raises:
+        TableError: it has not, or they cannot be.
+    """
+    given = [budget for budget in (entry.keep_tokens, entry.keep_ratio) if budget is not None]
+    if len(given) != budgets:
         raise TableError(f"{what} needs one budget, or none if it is not pruned")
     if not isinstance(entry.options, Mapping):
         raise TableError(f"{what}: options must be a table of names and values")
-    if entry.method == UNPRUNED and entry.options:
-        raise TableError(f"{what} is not pruned, so it takes no options")
     try:
         json.dumps(entry.options)
     except TypeError as error:  # TOML also has dates and times
@@ -196,12 +235,7 @@ def _row(raw: Any, sources: Mapping[str, Source], columns: set[str]) -> Row:
         checked = PruningConfig(keep_tokens=entry.keep_tokens, keep_ratio=entry.keep_ratio)
     except PruningError as error:
         raise TableError(f"{what}: {error}") from error
-    return replace(
-        entry,
-        keep_tokens=checked.keep_tokens,
-        keep_ratio=checked.keep_ratio,
-        published=_published(raw, what, sources, columns),
-    )
+    return replace(entry, keep_tokens=checked.keep_tokens, keep_ratio=checked.keep_ratio)
 
 
 def _published(

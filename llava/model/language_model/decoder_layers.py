@@ -79,6 +79,7 @@ class TransformersDecoder:
         heads = getattr(attention, f"{which}_proj")(normed).unflatten(2, (-1, attention.head_dim))
         norm = getattr(attention, f"{which}_norm", None)
         heads = (heads if norm is None else norm(heads)).transpose(1, 2)
+        rotary = rotary[0].to(heads.device), rotary[1].to(heads.device)  # layers on other devices
         rotated: Tensor = apply_rotary_pos_emb(heads, heads, *rotary)[0]
         return rotated
 

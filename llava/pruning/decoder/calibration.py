@@ -14,8 +14,6 @@ from llava.pruning.decoder.columns import VisualColumns
 from llava.pruning.decoder.layers import DecoderLayers, Rotary, attention_rows
 from llava.pruning.errors import PruningError
 
-# BTP's released shares of 576 tokens, one a stage.
-RELEASED_KEEP = (288 / 576, 144 / 576, 48 / 576, 0.0)
 _BINS = 576
 
 Observe = Callable[[int, Tensor, Rotary], None]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava.pruning.decoder.calibration_file import PORE_CURVE, read_calibration
 from llava.pruning.errors import PruningError
 
-KIND = "pore-curve"
 NO_CURVE, CUBIC = "none", "fastv"
 
 # Host -> benchmark -> b of the released weights exp(-b i / N).
@@ -77,31 +74,13 @@ def growth(curve: str) -> float:
     """
     if curve in RELEASED:
         return RELEASED[curve]
-    path = Path(curve)
-    if path.suffix != ".json":
+    if not curve.endswith(".json"):
         names = ", ".join([NO_CURVE, CUBIC, *RELEASED])
         raise PruningError(
             f"there is no curve {curve!r}; use one of {names}, or a .json file of "
             "llava calibrate pore"
         )
-    value = read_calibration(path, KIND).get("sigma")
+    value = read_calibration(curve, PORE_CURVE).get("sigma")
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise PruningError(f"sigma in {path} must be a number, got {value!r}; write it again")
+        raise PruningError(f"sigma in {curve} must be a number, got {value!r}; write it again")
     return float(value)
-
-
-def read_calibration(path: Path, kind: str) -> dict[str, Any]:
-    """Read a file of `llava calibrate`.
-
-    Raises:
-        PruningError: it cannot be read, or is of another kind.
-    """
-    remedy = f"write it with llava calibrate {kind.split('-')[0]} --out {path}"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PruningError(f"{path} cannot be read ({error}); {remedy}") from error
-    if not isinstance(data, dict) or data.get("kind") != kind:
-        found = data.get("kind") if isinstance(data, dict) else type(data).__name__
-        raise PruningError(f"{path} holds {found!r}, not {kind!r}; {remedy}")
-    return data

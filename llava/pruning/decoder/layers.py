@@ -89,7 +89,7 @@ def attention_rows(
     kind = torch.promote_types(hidden.dtype, torch.float32)
     own = decoder.queries(layer, take_columns(hidden, queries), (cos, sin)).to(kind)
     keys = decoder.keys(layer, hidden, rotary).to(kind)
-    logits = own @ keys.transpose(2, 3) * decoder.scaling(layer)
+    logits = (own @ keys.transpose(2, 3) * decoder.scaling(layer)).to(hidden.device)
     columns = torch.arange(hidden.shape[1], device=hidden.device)
     seen = (columns <= queries[..., None]) & valid[:, None]
     return logits.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)

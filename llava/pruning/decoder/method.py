@@ -131,6 +131,11 @@ class DecoderMethod:
     def __post_init__(self) -> None:
         check_options(self)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files that options name and that are read: their contents are part of a setting."""
+        return ()
+
     def check_budget(self, given: bool) -> None:
         """Refuse a budget beside options that say the same, or options that need one.
 

@@ -16,7 +16,7 @@ from llava.pruning.decoder.layers import DecoderLayers, Rotary, take_columns
 from llava.pruning.decoder.method import Made, Stage
 from llava.pruning.decoder.schedule import Schedule
 from llava.pruning.decoder.segments import Segment
-from llava.pruning.decoder.trace import DecoderTrace
+from llava.pruning.decoder.trace import DecoderTrace, mark
 from llava.pruning.indices import constant, raster_order
 from llava.pruning.late_checks import LateChecks, collecting
 
@@ -98,7 +98,7 @@ class Prefill:
         self.trace = DecoderTrace(config.method, depth, tuple(self._layers))
 
     def _cuts(self) -> list[int]:
-        """Return the layers before which an image loses tokens."""
+        """Return the layers before which an image loses tokens, or gets others for them."""
         left, cuts = [*self._left], []
         for layer in sorted({layer for plan in self._plans for layer in plan.layers}):
             if not self.method.fixed_count:
@@ -108,7 +108,8 @@ class Prefill:
                 plan.left(plan.layers.index(layer)) if layer in plan.layers else own
                 for plan, own in zip(self._plans, left, strict=True)
             ]
-            if after != left:
+            made = any(plan.makes(layer) for plan in self._plans)
+            if made or after != left:
                 cuts.append(layer)
             left = after
         return cuts
@@ -118,6 +119,7 @@ class Prefill:
     ) -> tuple[Tensor, dict[str, Any]] | None:
         """Return what a layer gets instead of its hidden states and inputs; None for the same."""
         start = time.perf_counter()
+        mark()
         with collecting() as checks:
             if layer == 0 and self._layers:
                 self._memory = self.method.begin(self._stage(layer, hidden))
@@ -127,6 +129,7 @@ class Prefill:
                 self._scores = self._score(layer, hidden)
         self._checks += checks
         self.trace.per_layer.append([*self._left])
+        mark()
         self.trace.seconds += time.perf_counter() - start
         return None if self._inputs is None else (hidden, {**inputs, **self._inputs})
 

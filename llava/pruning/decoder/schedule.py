@@ -43,6 +43,10 @@ class Schedule:
         assert self.keep is not None
         return self.keep[cut] + (self.made[cut] if self.made else 0)
 
+    def makes(self, layer: int) -> bool:
+        """Return whether tokens are made before a layer."""
+        return bool(self.made) and layer in self.layers and self.made[self.layers.index(layer)] > 0
+
     def per_layer(self, tokens: int, depth: int) -> list[int]:
         """Count what every one of `depth` layers reads of an image that enters with `tokens`."""
         counts, left = [], tokens
@@ -126,8 +130,7 @@ def solve(
         raise UnreachableBudgetError(
             f"{name} cannot reach a mean of {budget:g} visual tokens a layer: its first cut is "
             f"before layer {least.layers[0]} of {depth}, and the layers until its last cut alone "
-            f"make {floor:g}; keep at least {lowest}, cut earlier, or prune before the language "
-            "model too",
+            f"make {floor:g}; keep at least {lowest}, or prune before the language model too",
             lowest,
         )
     low, high = 0.0, 1.0

@@ -51,7 +51,8 @@ class Segment:
         What was dropped has the state of the last token before it that was not.
         """
         wanted = torch.arange(width, device=hidden.device).expand(len(hidden), -1).contiguous()
-        at = torch.searchsorted(self.columns.contiguous(), wanted, right=True) - 1
+        own = self.columns.to(hidden.device).contiguous()
+        at = torch.searchsorted(own, wanted, right=True) - 1
         at = at.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2])
         return hidden.gather(1, at)
 
@@ -75,11 +76,12 @@ def segments_of(cache: Any) -> list[Segment] | None:
     if not any(lengths):  # emptied for another prompt
         delattr(cache, _MARK)
         return None
-    if any(length < own.width for length, own in zip(lengths, segments, strict=True)):
+    after = {length - own.width for length, own in zip(lengths, segments, strict=True)}
+    if min(after) < 0 or len(after) > 1:
         raise PruningError(
-            f"the cache was cut to {lengths[0]} of the {segments[0].width} tokens of a prompt that "
-            "was pruned between layers; leave past_key_values out, and the whole prompt is read "
-            "again"
+            f"the cache was cut to {lengths[0]} tokens: not every layer holds its share of the "
+            f"prompt of {segments[0].width} that was pruned between layers; leave past_key_values "
+            "out, and the whole prompt is read again"
         )
     return segments
 
@@ -110,7 +112,17 @@ class Steps:
     def before_layer(
         self, layer: int, hidden: Tensor, inputs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]] | None:
-        """Return what a layer gets instead of its hidden states and inputs; None for the same."""
+        """Return what a layer gets instead of its hidden states and inputs; None for the same.
+
+        Raises:
+            PruningError: rows are not of these prompts.
+        """
+        prompts = len(self._segments[0].columns)
+        if len(hidden) % prompts:
+            raise PruningError(
+                f"the cache holds {prompts} prompts that were pruned between layers, but "
+                f"{len(hidden)} rows go on from it; give one row for each"
+            )
         segment = max((s for s in self._segments if s.first <= layer), key=lambda s: s.first)
         if segment.first == 0:
             return None

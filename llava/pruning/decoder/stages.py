@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from llava.pruning.decoder.calibration_file import BTP_STAGES, read_calibration
 from llava.pruning.errors import PruningError
-
-KIND = "btp-stages"
 
 
 class Stages(NamedTuple):
@@ -17,24 +15,19 @@ class Stages(NamedTuple):
     keep: tuple[float, ...]
 
 
+# Of a model with 32 layers.
+RELEASED = Stages((3, 6, 14, 22), (288 / 576, 144 / 576, 48 / 576, 0.0))
+
+
 def read_stages(path: str) -> Stages:
     """Read `{"kind": "btp-stages", "layers": [...], "keep": [...], "provenance": {...}}`.
 
     Raises:
         PruningError: the file cannot be read or holds anything else.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-    except (OSError, ValueError) as error:
-        raise PruningError(f"cannot read stages from {path}: {error}") from error
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if kind != KIND:
-        raise PruningError(
-            f"{path} holds no stages of btp (its kind is {kind!r}, not {KIND!r}); make it with "
-            "llava calibrate"
-        )
-    layers, keep = data.get("layers"), data.get("keep")
+    data = read_calibration(path, BTP_STAGES)
+    layers: Any = data.get("layers")
+    keep: Any = data.get("keep")
     if not _are_numbers(layers, (int,)) or layers != sorted({*layers}) or layers[0] < 1:
         raise PruningError(f"{path}: layers must be ascending whole numbers from 1, got {layers!r}")
     if not _are_numbers(keep, (int, float)) or not all(0 <= share <= 1 for share in keep):
@@ -44,7 +37,7 @@ def read_stages(path: str) -> Stages:
     return Stages(tuple(layers), tuple(float(share) for share in keep))
 
 
-def _are_numbers(values: object, kinds: tuple[type, ...]) -> bool:
+def _are_numbers(values: Any, kinds: tuple[type, ...]) -> bool:
     return (
         isinstance(values, list)
         and bool(values)

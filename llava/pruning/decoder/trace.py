@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_marks: ContextVar[list[Any] | None] = ContextVar("decoder_marks", default=None)
+
+
+@contextmanager
+def marking(marks: list[Any] | None) -> Iterator[None]:
+    """Let passes inside add a CUDA event before and one after what they do between layers.
+
+    The host enqueues work and goes on, so its clock does not know how long a GPU takes.
+    """
+    token = _marks.set(marks)
+    try:
+        yield
+    finally:
+        _marks.reset(token)
+
+
+def mark() -> None:
+    """Add an event to the list of `marking`, if the caller is inside."""
+    marks = _marks.get()
+    if marks is not None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        marks.append(event)
 
 
 @dataclass

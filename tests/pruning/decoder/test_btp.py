@@ -122,7 +122,10 @@ def test_stages_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "pore-curve"}, "its kind is 'pore-curve', not 'btp-stages'"),
+        (
+            {"kind": "pore-curve"},
+            "holds 'pore-curve', not 'btp-stages'; write it with",
+        ),
         ({"layers": [3, 1]}, "layers must be ascending"),
         ({"layers": "1, 3"}, "layers must be ascending"),
         ({"layers": [0, 2]}, "layers must be ascending"),
@@ -140,10 +143,10 @@ def test_broken_stages_are_refused(tmp_path: Path, change: dict[str, Any], messa
 
 def test_missing_stages_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "stages.json"
-    with pytest.raises(PruningError, match="cannot read stages"):
+    with pytest.raises(PruningError, match="cannot be read"):
         BTP(stages=str(path))
     path.write_text("{")
-    with pytest.raises(PruningError, match="cannot read stages"):
+    with pytest.raises(PruningError, match="cannot be read"):
         BTP(stages=str(path))
     with pytest.raises(PruningError, match="stages must be text or None, got 3"):
         DecoderConfig("btp", options={"stages": 3})

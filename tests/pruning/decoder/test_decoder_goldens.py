@@ -54,7 +54,12 @@ def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
     if case["method"] == "pyramiddrop":
         return {"layers": case["layer_list"], "ratios": case["ratios"]}
     layers = [layer + 1 for layer in case["pruning_layers"]]
-    return {"version": case["version"], "layers": layers, "keep": case["keep"], "noise": 0.0}
+    return {
+        "version": f"v{case['version'][0]}",
+        "layers": layers,
+        "keep": case["keep"],
+        "noise": 0.0,
+    }
 
 
 @pytest.fixture

@@ -15,15 +15,25 @@ from llava.pruning.decoder.config import DecoderConfig
 from llava.pruning.decoder.registry import list_decoder_methods
 from llava.pruning.decoder.schedule import UnreachableBudgetError
 
-# Methods that need a file of heads or a curve are tested with what they come with.
-OWN_TESTS = {"atp", "pore"}
-METHODS = [name for name in list_decoder_methods() if name not in OWN_TESTS]
+# `atp` needs a file of heads, which decide how many tokens stay: test_atp.py.
+METHODS = [name for name in list_decoder_methods() if name != "atp"]
+# What padding is there is not known of images without a size.
+NEEDED: dict[str, dict[str, Any]] = {"pore": {"padding": "none"}}
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in METHODS),
+    *((name, NEEDED.get(name, {})) for name in METHODS),
     ("fastv", {"span": "script"}),
-    ("sparsevlm", {"version": "2.0", "heads": 2}),
+    ("sparsevlm", {"version": "v2", "heads": 2}),
     ("btp", {"split": "half"}),
     ("pyramiddrop", {"recipe": "early"}),
+    ("pore", {"host": "pyramiddrop", "padding": "none"}),
+    ("pore", {"host": "sparsevlm", "padding": "none"}),
+    ("pore", {"host": "btp", "padding": "none"}),
+]
+# These make tokens, or take a token of text for one of the image.
+NOT_SETS = [
+    ("sparsevlm", {}),
+    ("pore", {"host": "sparsevlm", "padding": "none"}),
+    ("fastv", {"span": "script"}),
 ]
 each_setting = pytest.mark.parametrize(
     ("method", "options"), SETTINGS, ids=lambda value: str(value) if value else "-"
@@ -61,7 +71,7 @@ def run(
 
 
 def test_all_methods_are_held_to_it() -> None:
-    assert {"fastv", "sparsevlm", "pyramiddrop", "btp"} <= {*METHODS}
+    assert {"fastv", "sparsevlm", "pyramiddrop", "btp", "pore"} <= {*METHODS}
 
 
 @pytest.mark.parametrize("tokens", [64, 100, 576, 2880])
@@ -134,11 +144,7 @@ def recomputed(model: Any, prompt: Read, compact: bool) -> Tensor:
     return model.norm(tokens)[-1 - len(steps_of(1)) :]
 
 
-# Without those that make tokens, or take a token of text for one of the image.
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [own for own in SETTINGS if own not in [("sparsevlm", {}), ("fastv", {"span": "script"})]],
-)
+@pytest.mark.parametrize(("method", "options"), [own for own in SETTINGS if own not in NOT_SETS])
 def test_decoding_equals_recomputing(model: Any, method: str, options: dict[str, Any]) -> None:
     config = config_of(method, options)
     prompt, steps = run(model, config, PROMPT)
@@ -269,8 +275,8 @@ def test_published_counts_of_pyramiddrop() -> None:
 @pytest.mark.parametrize(
     ("version", "means"),
     [
-        ("1.0", {192: 206.5, 128: 145.4, 96: 114.1, 64: 82.2}),
-        ("2.0", {192: 206.8, 128: 144.1, 96: 113.9, 64: 81.8}),
+        ("v1", {192: 206.5, 128: 145.4, 96: 114.1, 64: 82.2}),
+        ("v2", {192: 206.8, 128: 144.1, 96: 113.9, 64: 81.8}),
     ],
 )
 def test_published_counts_of_sparsevlm(version: str, means: dict[int, float]) -> None:
@@ -292,8 +298,8 @@ def test_options_of_sparsevlm_are_checked(model: Any) -> None:
     with pytest.raises(PruningError, match=r"2 layers .* for 3 counts"):
         DecoderConfig("sparsevlm", keep_tokens=20, options={"layers": [1, 2]})
     with pytest.raises(PruningError, match=r"averages 14 heads, .* has 4; give heads=2"):
-        run(model, config_of("sparsevlm", {"version": "2.0"}), PROMPT)
-    with pytest.raises(PruningError, match=r"option of version='2.0'"):
+        run(model, config_of("sparsevlm", {"version": "v2"}), PROMPT)
+    with pytest.raises(PruningError, match=r"option of version='v2'"):
         config_of("sparsevlm", {"heads": 2})
     with pytest.raises(PruningError, match="text behind the last image"):
         run(model, config_of("sparsevlm", {}), (5, 36))
@@ -316,3 +322,15 @@ def test_released_duplicates_of_btp(model: Any) -> None:
         return prompt.trace.tokens_last[0]
 
     assert left(True) == 50 and 40 < left(False) < 50
+
+
+def test_split_of_btp_counts_in_the_third_cut(model: Any) -> None:
+    def picks(split: str) -> list[list[int]]:
+        options = {"split": split, "layers": [1, 2, 3], "ratios": [1 / 2, 1 / 4, 1 / 12]}
+        prompt, _ = run(model, DecoderConfig("btp", options=options), (5, 400, 7))
+        assert prompt.trace is not None
+        return [cut[0].tolist() for cut in prompt.trace.picks]
+
+    released, half = picks("k"), picks("half")
+    assert released[:2] == half[:2]
+    assert released[2] != half[2] and len(released[2]) == len(half[2]) == 33

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import test_decoder_methods as checks
 
+from llava.pruning import PruningError
 from llava.pruning.catalogue import decoder_table
 from llava.pruning.decoder.config import DecoderConfig
 from llava.pruning.decoder.registry import DECODER_METHODS, list_decoder_methods
@@ -24,7 +25,7 @@ model = checks.model
 
 @pytest.fixture
 def name(tmp_path: Path) -> Iterator[str]:
-    code = CODE.search(PAGE.read_text().partition("### Between layers")[2])
+    code = CODE.search(PAGE.read_text().partition("## Add a method that prunes between layers")[2])
     assert code is not None
     file = tmp_path / "longest.py"
     file.write_text(code[1])
@@ -55,8 +56,9 @@ def test_it_keeps_the_promises(model: Any, name: str) -> None:
 
 
 def test_it_does_what_it_says(name: str) -> None:
-    assert DecoderConfig(name).plan(576, 576, 32).mean(576, 32) == 288
-    with pytest.raises(UnreachableBudgetError, match="keep at least 144"):
+    with pytest.raises(PruningError, match="needs keep_tokens"):
+        DecoderConfig(name)
+    with pytest.raises(UnreachableBudgetError, match="keep at least 288"):
         DecoderConfig(name, keep_tokens=64).plan(576, 576, 32)
     (row,) = [row for row in decoder_table() if row[0] == name]
-    assert row[2:7] == ("norm of the hidden state", "own", "-", "288", "144")
+    assert row[2:7] == ("norm of hidden states", "own", "-", "n/a", "288")

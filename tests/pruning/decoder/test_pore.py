@@ -229,3 +229,40 @@ def test_a_model_reads_what_is_left_of_each_image() -> None:
         picks = [place for place in both.picks[0][row].tolist() if place >= 0]
         assert alone.picks[0][0].tolist() == picks
         torch.testing.assert_close(own[0], last[row], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "budget"),
+    [
+        ("fastv", {"span": "script"}, 60),
+        ("pyramiddrop", {"recipe": "mean128"}, None),
+        ("sparsevlm", {}, 90),
+        ("btp", {}, None),
+    ],
+)
+def test_without_curve_and_padding_it_is_the_host(
+    host: str, options: dict, budget: int | None
+) -> None:
+    torch.manual_seed(6)
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=8, **settings)).eval()
+    columns = columns_of(padded((100, 30), 12), padded((40, 40), 12), text=9)
+    embeds = torch.randn(2, columns.width, 32)
+
+    def run(name: str, own: dict) -> tuple[DecoderTrace, Tensor]:
+        traces: list[DecoderTrace] = []
+        config = DecoderConfig(name, keep_tokens=budget, options=own)
+        decoder = TransformersDecoder(model)
+        with (
+            torch.no_grad(),
+            decoding(decoder, config, columns, generating=True, done=traces.append),
+        ):
+            out = model(inputs_embeds=embeds, past_key_values=DynamicCache())
+        return traces[0], out.last_hidden_state
+
+    wrapped = {"host": host, "host_options": options, "curve": "none", "padding": "none"}
+    (plain, states), (same, own) = run(host, options), run("pore", wrapped)
+    assert (same.layers, same.per_layer) == (plain.layers, plain.per_layer)
+    assert own.equal(states)
+    changed, _ = run("pore", {"host": host, "host_options": options})
+    assert any(not a.equal(b) for a, b in zip(changed.picks, plain.picks, strict=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from llava.pruning.decoder.schedule import check_layers
 from llava.pruning.errors import PruningError
 from llava.pruning.importance.normalise import min_max
 from llava.pruning.indices import constant, raster_slots
+from llava.utils import user_path
 
 
 @register
@@ -73,7 +73,11 @@ class ATP(DecoderMethod):
 
     @cached_property
     def _modules(self) -> dict[int, ThresholdHeads]:
-        return read_heads(Path(str(self.heads)))
+        return read_heads(user_path(str(self.heads)))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (str(self.heads),)
 
     def check_budget(self, given: bool) -> None:
         if given:

@@ -20,16 +20,13 @@ from llava.pruning.decoder.method import (
 )
 from llava.pruning.decoder.schedule import at_depth, between, check_layers, merged_stages, solve
 from llava.pruning.decoder.spread import cells_of, farthest, spread_over
-from llava.pruning.decoder.stages import Stages, read_stages
+from llava.pruning.decoder.stages import RELEASED, Stages, read_stages
 from llava.pruning.errors import PruningError
 from llava.pruning.late_checks import refuse_if
 from llava.pruning.options import varies
 from llava.pruning.precision import widen
 from llava.pruning.selection.max_min import cosine, max_min
 from llava.pruning.selection.rows import ranking
-
-# Of a model with 32 layers: before which tokens are dropped, and the shares that stay.
-_RELEASED = Stages((3, 6, 14, 22), (1 / 2, 1 / 4, 1 / 12, 0.0))
 
 
 class Composition(NamedTuple):
@@ -95,7 +92,7 @@ class BTP(DecoderMethod):
     layers: tuple[int, ...] | None = option(None, at_least=1)
     ratios: tuple[float, ...] | None = option(None, at_least=0, at_most=1)
     stages: str | None = option(None)
-    _stages: Stages = field(init=False, repr=False, compare=False, default=_RELEASED)
+    _stages: Stages = field(init=False, repr=False, compare=False, default=RELEASED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +104,10 @@ class BTP(DecoderMethod):
     @varies(True)
     def fixed_count(self) -> bool:
         return self.dedupe
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return () if self.stages is None else (self.stages,)
 
     def check_budget(self, given: bool) -> None:
         if given and self.ratios is not None:

@@ -95,6 +95,11 @@ class PoRe(DecoderMethod):
     def fixed_count(self) -> bool:
         return self._host.fixed_count
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        own = self.curve is not None and self.curve.endswith(".json")
+        return (*self._host.files, *((str(self.curve),) if own else ()))
+
     def check_budget(self, given: bool) -> None:
         self._host.check_budget(given)
 
@@ -103,7 +108,7 @@ class PoRe(DecoderMethod):
 
     def adapt(self, schedule: Schedule, columns: VisualColumns, image: int) -> Schedule:
         schedule = self._host.adapt(schedule, columns, image)
-        if self.host != "fastv" or self._rule == "none" or schedule.keep is None:
+        if self.host != "fastv" or self._rule == "none" or not schedule.keep:
             return schedule
         shown = shown_tokens(columns.images[image], self._rule)
         left = int(shown[columns.place[columns.image == image]].sum())

@@ -28,8 +28,8 @@ from llava.pruning.selection.rows import ranking
 
 # Tokens of 576 that stay at the three cuts, by the name of the budget.
 _LISTS: dict[str, dict[int, tuple[int, int, int]]] = {
-    "1.0": {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)},
-    "2.0": {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)},
+    "v1": {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)},
+    "v2": {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)},
 }
 _TOKENS = 576
 # The released program prunes what layers 2, 6 and 15 of 32 put out.
@@ -56,10 +56,10 @@ class SparseVLM(DecoderMethod):
         s_j = mean over heads and raters of A[t, j] in the last layer before the cut
         the k tokens with the highest s stay
 
-    Version 1.0 recycles: of the n tokens dropped the int(.3 n) + 1 = m best are merged to
+    Version v1 recycles: of the n tokens dropped the int(.3 n) + 1 = m best are merged to
     int(m / 10) + 1 clusters (see `merge_clusters`), which stand behind the tokens that stay;
     positions start again from 0 without gaps. The density noise of the released program is drawn
-    from `seed` and m alone. Version 2.0 merges nothing and keeps positions; it divides A by its
+    from `seed` and m alone. Version v2 merges nothing and keeps positions; it divides A by its
     "gravity", the product of the rotated all-ones query and key over sqrt(d), sign and all, and
     averages the 14 heads whose sums are highest.
 
@@ -73,7 +73,7 @@ class SparseVLM(DecoderMethod):
     or fewer are there, none is dropped; the released program would always drop one.
 
     Options: version; schedule; layers, before which tokens are dropped: one more than those that
-    the released program names; keep, how many stay at each, in place of a budget; heads of 2.0;
+    the released program names; keep, how many stay at each, in place of a budget; heads of v2;
     noise and seed of the clusters.
     """
 
@@ -82,7 +82,7 @@ class SparseVLM(DecoderMethod):
     paper = "arXiv 2410.04417, ICML 2025"
     fidelity = "golden"
 
-    version: str = option("1.0", choices=tuple(_LISTS))
+    version: str = option("v1", choices=tuple(_LISTS))
     schedule: str = option("solved", choices=("solved", "official"))
     layers: tuple[int, ...] | None = option(None, at_least=1)
     keep: tuple[int, ...] | None = option(None, at_least=0)
@@ -92,7 +92,7 @@ class SparseVLM(DecoderMethod):
 
     @varies("compact")
     def positions(self) -> str:
-        return "compact" if self.version == "1.0" else "original"
+        return "compact" if self.version == "v1" else "original"
 
     @varies(True)
     def budgeted(self) -> bool:
@@ -107,8 +107,8 @@ class SparseVLM(DecoderMethod):
             raise PruningError(
                 f"{len(layers)} layers {[*layers]} for {cuts} counts of tokens; give as many"
             )
-        if self.heads is not None and self.version == "1.0":
-            raise PruningError("heads is an option of version='2.0'; version 1.0 averages all")
+        if self.heads is not None and self.version == "v1":
+            raise PruningError("heads is an option of version='v2'; version v1 averages all")
 
     def plan(self, tokens: int, depth: int, budget: float | None) -> Schedule:
         layers = at_depth(_LAYERS, depth)
@@ -139,7 +139,7 @@ class SparseVLM(DecoderMethod):
                 continue
             cuts.append(layer)
             kept.append(count)
-            made.append(0 if self.version == "2.0" else _recycled(left - count)[1])
+            made.append(0 if self.version == "v2" else _recycled(left - count)[1])
             left = count + made[-1]
         return Schedule(tuple(cuts), tuple(kept), tuple(made))
 
@@ -172,13 +172,13 @@ class SparseVLM(DecoderMethod):
         texts = stage.text.byte().argsort(dim=1, descending=True, stable=True)
         queries = texts.gather(1, raters.numbers)
         attention = stage.attention(queries)
-        if self.version == "2.0":
+        if self.version == "v2":
             attention = attention / gravity(stage.rotary, queries)[:, None]
         own = stage.of_images(attention.permute(0, 3, 1, 2))  # [I, N, H, Q]
         present = raters.present[stage.rows][:, None, None]
         rated = own.masked_fill(~(present & stage.present[..., None, None]), 0).sum(dim=3)
         rated = rated / present.sum(dim=3)
-        if self.version == "2.0":
+        if self.version == "v2":
             best = self._best_heads(rated.sum(dim=1))
             rated = rated.gather(2, best[:, None].expand(-1, rated.shape[1], -1))
         return rated.mean(dim=2)
@@ -188,13 +188,13 @@ class SparseVLM(DecoderMethod):
         heads = _HEADS if self.heads is None else self.heads
         if heads > sums.shape[1]:
             raise PruningError(
-                f"sparsevlm version='2.0' averages {heads} heads, and this language model has "
+                f"sparsevlm version='v2' averages {heads} heads, and this language model has "
                 f"{sums.shape[1]}; give heads={max(1, sums.shape[1] // 2)}"
             )
         return ranking(sums)[:, :heads]
 
     def make(self, stage: Stage, scores: Tensor, kept: Tensor) -> Made | None:
-        if self.version == "2.0":
+        if self.version == "v2":
             return None
         dropped = [left - own for left, own in zip(stage.counts, kept.sum(1).tolist(), strict=True)]
         order = ranking(scores, stage.present & ~kept)
@@ -249,7 +249,7 @@ def _name_of(budget: float, tokens: int) -> int:
     Raises:
         PruningError: there is no such name.
     """
-    names = {round(name * tokens / _TOKENS): name for name in _LISTS["1.0"]}
+    names = {round(name * tokens / _TOKENS): name for name in _LISTS["v1"]}
     if round(budget) not in names:
         raise PruningError(
             f"sparsevlm's published schedules keep {', '.join(map(str, names))} of {tokens} "
