@@ -32,6 +32,7 @@ from llava.families.dialogue import IMAGE, Dialogue
 from llava.model.language_model.decoder_layers import TransformersDecoder
 from llava.pruning import PruningError, attach, detach, prune
 from llava.pruning.decoder.layers import attention_rows
+from llava.pruning.lookup import FAMILIES
 
 KINDS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaModel, LlamaConfig(**TEXT)),
@@ -153,8 +154,9 @@ def test_frames_of_a_video_are_images() -> None:
     model, frames = shared_model("llava_onevision"), 2
     numbers = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, frames, 3, 28, 28, generator=numbers)
-    with torch.no_grad():
-        count = model.model.get_video_features(pixels, return_dict=True).pooler_output.shape[-2]
+    family = FAMILIES.get("llava_onevision")()
+    layouts = family.frames(model, {"pixel_values_videos": pixels})
+    count = sum(len(layout.sequence) for layout in layouts)
     ids = torch.tensor([[5, 6, *[151] * count, 7, 8]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with prune(model, **SETTINGS["fastv"]) as run:
