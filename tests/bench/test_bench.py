@@ -207,9 +207,9 @@ def test_nothing_of_the_stage_is_alive_in_the_language_model(
 
     forward, alive = bench._forward, []
 
-    def watching(embeds: Any) -> Any:
+    def watching(embeds: Any, between: Any) -> Any:
         alive.append(made[-1]() is not None)
-        return forward(embeds)
+        return forward(embeds, between)
 
     monkeypatch.setattr(measure, "_Phases", Watched)
     monkeypatch.setattr(bench, "_forward", watching)

@@ -41,6 +41,10 @@ class Drawing(DecoderMethod):
     text: str = option("a")
     share: float = option(0.5, at_least=0)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.text,) if self.text.endswith(".json") else ()
+
     def plan(self, tokens: int, depth: int, budget: float | None) -> Schedule:
         return Schedule((1,), (tokens // 2,))
 

@@ -130,7 +130,7 @@ def test_without_pruning_all_tokens_are_used(
         (["--keep-tokens", "8"], "--pruner"),
         (["--keep-tokens", "many"], "--keep-tokens"),
         (["--decoder-pruner", "fastw"], "did you mean 'fastv'"),
-        (["--decoder-pruner", "zoo"], "valid: fastv"),
+        (["--decoder-pruner", "zoo"], "prunes before the language model"),
         (["--decoder-pruner", "fastv", "--decoder-keep-tokens", "0"], "keep_tokens"),
         (["--decoder-pruner", "fastv", "--decoder-option", "layer=2"], "valid: k, ratio"),
         (["--decoder-pruner", "fastv", "--keep-tokens", "8"], "--keep-tokens: give a method too"),

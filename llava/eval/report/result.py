@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.schema import Record, read_result
-from llava.markdown import fill_sections, find_drift, table
+from llava.markdown import fill_sections, find_drift, markers, table
 from llava.storage import write_atomically
 
 # Rows of the README's table: baselines, the paper's method and its relatives, one of every family.
@@ -201,7 +201,11 @@ def update(file: Path, result: Path) -> None:
 
 
 def _sections(file: Path, result: Path) -> dict[str, str]:
+    """Make the sections that are called like the result; without one, those of llava-tiny."""
     makers = {"llava-tiny": full_section, "llava-tiny-short": short_section}
+    own = result.stem
+    if own not in makers and all(mark in file.read_text() for mark in markers(own)):
+        makers = {own: full_section}
     fill_sections(file, dict.fromkeys(makers, ""))  # refuses a file without them first
     content = read_result(result)
     return {name: make(content) for name, make in makers.items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava.pruning.errors import PruningError
+from llava.pruning.registry import METHODS
 from llava.registry import Registry, unknown
 
 if TYPE_CHECKING:
@@ -41,8 +42,14 @@ def make_decoder_method(name: str, options: Mapping[str, Any]) -> DecoderMethod:
     """Make the method `name` with `options`.
 
     Raises:
-        PruningError: the method does not have an option, or does not take its value.
+        PruningError: there is no such method, it does not have an option, or does not take its
+            value.
     """
+    if name in METHODS.entries() and name not in DECODER_METHODS.entries():
+        raise PruningError(
+            f"{name!r} prunes before the language model, not between its layers: give it as method, "
+            "--pruner, or in front of the + of an arm such as zoo@192+fastv@64"
+        )
     cls = get_decoder_method(name)
     known = [field.name for field in fields(cls) if field.init]
     for option in options:
