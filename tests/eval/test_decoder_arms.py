@@ -116,7 +116,7 @@ def test_the_text_holds_every_setting(drawing: None) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("zoo@192+zoo@64", "unknown decoder method 'zoo'"),
+        ("zoo@192+zoo@64", "prunes before the language model"),
         ("fastv@192+pyramiddrop@64", "'fastv' is a decoder method itself"),
         ("zoo@192+fastv@64+fastv@32", "one method before"),
         ("zoo+fastv@64", "'zoo' needs keep_tokens"),

@@ -47,8 +47,8 @@ def make_decoder_method(name: str, options: Mapping[str, Any]) -> DecoderMethod:
     """
     if name in METHODS.entries() and name not in DECODER_METHODS.entries():
         raise PruningError(
-            f"{name!r} prunes before the language model, not between its layers: give it as method, "
-            "--pruner, or in front of the + of an arm such as zoo@192+fastv@64"
+            f"{name!r} prunes before the language model, not between its layers: give it as "
+            "method, --pruner, or in front of the + of an arm such as zoo@192+fastv@64"
         )
     cls = get_decoder_method(name)
     known = [field.name for field in fields(cls) if field.init]
