@@ -6,6 +6,7 @@ Their layers compute alike: a norm, projections, in Qwen3 a norm of every head, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -56,10 +57,9 @@ class TransformersDecoder:
             )
         self.module: Any = module
 
-    @property
+    @cached_property
     def layers(self) -> Sequence[nn.Module]:
-        own: Sequence[nn.Module] = self.module.layers[: self.module.config.num_hidden_layers]
-        return own
+        return tuple(self.module.layers[: self.module.config.num_hidden_layers])
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> Rotary:
         made: Rotary = self.module.rotary_emb(hidden, position_ids=positions)

@@ -45,6 +45,7 @@ class DecoderCall:
     _pass: Prefill | Steps | None = None
     _waiting: bool = False
     _prompts_read: bool = False
+    _ran: bool = False
     _all_count: bool = False
 
     def begin(self, inputs: dict[str, Any]) -> None:
@@ -69,13 +70,13 @@ class DecoderCall:
     def _check(self, inputs: dict[str, Any], cache: Any) -> None:
         assert self.columns is not None and self.config is not None
         embeds = inputs.get("inputs_embeds")
-        width = (inputs["input_ids"] if embeds is None else embeds).shape[1]
+        rows, width = (inputs["input_ids"] if embeds is None else embeds).shape[:2]
         seen = 0 if cache is None else int(cache.get_seq_length())
-        if seen or width != self.columns.width:
+        if seen or width != self.columns.width or rows % len(self.columns.image):
             raise PruningError(
-                f"the language model reads {width} tokens after {seen} in its cache where "
-                f"{self.config.method!r} prunes prompts of {self.columns.width} at once; leave "
-                "past_key_values and prefill_chunk_size out"
+                f"the language model reads {rows} x {width} tokens after {seen} in its cache where "
+                f"{self.config.method!r} prunes {len(self.columns.image)} prompts of "
+                f"{self.columns.width} at once; leave past_key_values and prefill_chunk_size out"
             )
         if self.generating and cache is None:
             raise PruningError(_NEEDS_CACHE)
@@ -95,6 +96,7 @@ class DecoderCall:
             self._waiting, self._prompts_read = False, True
         if self._pass is None:
             return None
+        self._ran = True
         changed = self._pass.before_layer(layer, args[0], inputs)
         if changed is None:
             return None
@@ -125,6 +127,20 @@ class DecoderCall:
         output.last_hidden_state = hidden
         return output
 
+    def check_ran(self) -> None:
+        """Refuse to pass for pruned what was not: no layer has asked.
+
+        Raises:
+            PruningError: the model was compiled before, so that its layers ask no hooks.
+        """
+        if self.config is not None and not self._ran:
+            raise PruningError(
+                f"{self.config.method!r} could drop nothing: the layers of "
+                f"{type(self.decoder.module).__name__} did not run, or ignore hooks because they "
+                "were compiled without them; call torch._dynamo.reset() first, or prune an "
+                "uncompiled model"
+            )
+
 
 _NEEDS_CACHE = (
     "pruning between layers needs the key cache: without it every new token would read the whole "
@@ -154,15 +170,20 @@ def decoding(
     Args:
         decoder, config, columns, generating, done: see `DecoderCall`. Without images in `columns`
             nothing is pruned.
+
+    Raises:
+        PruningError: at its end, if the layers ignored the setting.
     """
     if config is None or columns is None or not any(columns.counts):
         config = columns = None
-    token = _call.set(DecoderCall(decoder, config, columns, generating, done))
+    call = DecoderCall(decoder, config, columns, generating, done)
+    token = _call.set(call)
     try:
         with _lock:
             hooks = _hooks.setdefault(decoder.module, _LayerHooks())
         with hooks.used(decoder):
             yield
+        call.check_ran()
     finally:
         _call.reset(token)
 

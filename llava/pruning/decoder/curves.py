@@ -47,11 +47,11 @@ RELEASED = {host: sum(values.values()) / len(values) for host, values in _PER_BE
 }
 
 
-def curve_weights(curve: str, place: Tensor, total: Tensor | int) -> Tensor:
+def curve_weights(curve: str | float, place: Tensor, total: Tensor | int) -> Tensor:
     """Return what scores are multiplied with: one over the curve, float64, as large as `place`.
 
     Args:
-        curve: a name, or a file that `llava calibrate pore` wrote.
+        curve: a name, a file that `llava calibrate pore` wrote, or b of exp(b i / N).
         place: of tokens in the unpruned sequence of their image, from 0.
         total: tokens of that sequence; a tensor is broadcast.
 
@@ -63,7 +63,7 @@ def curve_weights(curve: str, place: Tensor, total: Tensor | int) -> Tensor:
         return torch.ones_like(x)
     if curve == CUBIC:
         return 1 / (1 + 1.7367538 * x - 4.8432356 * x**2 + 4.9096523 * x**3)
-    return torch.exp(-growth(curve) * x)
+    return torch.exp(-(growth(curve) if isinstance(curve, str) else curve) * x)
 
 
 def growth(curve: str) -> float:

@@ -29,7 +29,8 @@ class Stage:
     Attributes:
         decoder: the layers.
         layer: the one that these are the inputs of.
-        number: of the cut that is prepared, from 0.
+        cuts: of every image, which cut of its own schedule is prepared, from 0; None where it loses
+            nothing at this one, or none is prepared.
         hidden: [B, S, D], inputs of the layer.
         rotary: of all columns.
         valid: BoolTensor [B, S], False for padding.
@@ -46,7 +47,7 @@ class Stage:
 
     decoder: DecoderLayers
     layer: int
-    number: int
+    cuts: list[int | None]
     hidden: Tensor
     rotary: Rotary
     valid: Tensor

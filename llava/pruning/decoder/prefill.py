@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ class Prefill:
         padded = bool((columns.image == PADDING).any())
         self.segments = [Segment(0, places, positions, None, padded)]
         self.cache = inputs.get("past_key_values")
+        self._changed = [0] * len(hidden)
         self._inputs: dict[str, Any] | None = None
         self._scores: Tensor | None = None
         self._checks = LateChecks()
@@ -122,11 +123,11 @@ class Prefill:
         mark()
         with collecting() as checks:
             if layer == 0 and self._layers:
-                self._memory = self.method.begin(self._stage(layer, hidden))
+                self._memory = self.method.begin(self._stage(layer, hidden, cut=0))
             if layer in self._layers:
                 hidden = self._cut(layer, hidden)
             if self.method.scored_by == "previous" and layer + 1 in self._layers:
-                self._scores = self._score(layer, hidden)
+                self._scores = self._score(layer, hidden, cut=layer + 1)
         self._checks += checks
         self.trace.per_layer.append([*self._left])
         mark()
@@ -150,8 +151,9 @@ class Prefill:
         self.trace.cache_bytes = cache_bytes
         return self.trace
 
-    def _stage(self, layer: int, hidden: Tensor) -> Stage:
-        """Return the prompts as a method sees them before a layer."""
+    def _stage(self, layer: int, hidden: Tensor, cut: int) -> Stage:
+        """Return the prompts as a method sees them before a layer, to prepare a cut."""
+        self._follow(hidden.device)
         rows = constant(tuple(self._columns.rows), hidden.device)
         own = self._tokens.image[rows]
         mine = own == torch.arange(len(rows), device=hidden.device)[:, None]
@@ -163,10 +165,10 @@ class Prefill:
         return Stage(
             decoder=self.decoder,
             layer=layer,
-            number=sum(cut < layer for cut in self._layers),
+            cuts=[plan.layers.index(cut) if cut in plan.layers else None for plan in self._plans],
             hidden=hidden,
             rotary=self._rotary,
-            valid=self.segments[-1].valid,
+            valid=self._tokens.columns >= 0,
             columns=columns,
             present=present,
             rows=rows,
@@ -177,16 +179,24 @@ class Prefill:
             memory=self._memory,
         )
 
+    def _follow(self, device: torch.device) -> None:
+        """Go to the device of the layer that comes, where layers lie on several."""
+        if self._tokens.image.device != device:
+            parts = (getattr(self._tokens, field.name) for field in fields(self._tokens))
+            self._tokens = _Tokens(*(part.to(device) for part in parts))
+            self._rotary = self._rotary[0].to(device), self._rotary[1].to(device)
+
     @torch.no_grad()
-    def _score(self, layer: int, hidden: Tensor) -> Tensor:
-        stage = self._stage(layer, hidden)
+    def _score(self, layer: int, hidden: Tensor, cut: int) -> Tensor:
+        stage = self._stage(layer, hidden, cut)
         scores = self.method.score(stage)
         return scores.masked_fill(~stage.present, -torch.inf)
 
     def _cut(self, layer: int, hidden: Tensor) -> Tensor:
         """Drop tokens before a layer; return what is left of its inputs."""
-        stage = self._stage(layer, hidden)
-        scores = self._score(layer, hidden) if self._scores is None else self._scores
+        stage = self._stage(layer, hidden, cut=layer)
+        scores = self._scores
+        scores = self._score(layer, hidden, layer) if scores is None else scores.to(hidden.device)
         self._scores = None
         asked = [
             self._asked(plan, layer, left)
@@ -199,9 +209,13 @@ class Prefill:
         made = self.method.make(stage, scores, kept)
         if not self.method.fixed_count:
             asked = kept.sum(dim=1).tolist()
-        self._left = [
-            count + (0 if made is None else made.counts[image]) for image, count in enumerate(asked)
-        ]
+        counts = [0] * len(asked) if made is None else made.counts
+        for row, left, count, new in zip(
+            self._columns.rows, self._left, asked, counts, strict=True
+        ):
+            if count != left or new:
+                self._changed[row] = 1
+        self._left = [count + new for count, new in zip(asked, counts, strict=True)]
         self.trace.picks.append(picks)
         return self._gather(layer, hidden, stage, kept, made)
 
@@ -255,13 +269,13 @@ class Prefill:
             if not count:
                 continue
             row, own = self._columns.rows[image], slice(first + start, first + start + count)
-            last = stage.columns[image, stage.counts[image] - 1]
-            hidden[row, own] = made.hidden[image, :count].to(hidden.dtype)
+            # One number as a tensor [1]: as a scalar index the host would wait for it.
+            last = stage.columns[image, stage.counts[image] - 1 : stage.counts[image]]
+            hidden[row, own] = made.hidden[image, :count].to(hidden)
             order[row, own] = 2 * last + 1
             tokens.image[row, own] = image
-            tokens.columns[row, own] = tokens.columns[row, last]
-            tokens.place[row, own] = tokens.place[row, last]
-            tokens.positions[row, own] = tokens.positions[row, last]
+            for values in (tokens.columns, tokens.place, tokens.positions):
+                values[row, own] = values[row].index_select(0, last)
         return hidden, tokens, order
 
     def _number(
@@ -271,9 +285,12 @@ class Prefill:
         tokens, shift = self._tokens, None
         if self.method.positions == "compact":
             own = (valid.long().cumsum(dim=1) - 1).clamp(min=0)
+            # Rows that lost nothing yet keep their numbers, as they do alone.
+            changed = constant(tuple(self._changed), hidden.device)[:, None].bool()
+            own = torch.where(changed, own, tokens.positions)
             before = self.segments[0]
             last = before.positions.masked_fill(~before.valid, 0).amax(dim=1)
-            shift = last - own[:, -1]
+            shift = last.to(own.device) - own[:, -1]
             tokens.positions = own
             self._rotary = self.decoder.rotary(hidden, own)
         else:

@@ -66,7 +66,12 @@ def at_depth(published: Sequence[int], depth: int) -> tuple[int, ...]:
 
     None comes before layer 1, because what layer 0 reads cannot be scored yet. Numbers may fall
     together in shallow models.
+
+    Raises:
+        PruningError: the model has a single layer.
     """
+    if depth < 2:
+        raise PruningError("a language model of one layer has no place between layers")
     layers = (round(layer * depth / PUBLISHED_DEPTH) for layer in published)
     return tuple(min(max(1, layer), depth - 1) for layer in layers)
 

@@ -141,14 +141,14 @@ class Steps:
             more = self._more
             if more is None or more.shape[1] != seen - segment.width + count:
                 more = segment.valid.new_ones(rows, seen - segment.width + count)
-            valid = segment.valid.repeat_interleave(times, 0)
-            mask = torch.cat([valid, more.to(valid.device)], dim=1)
+            valid = segment.valid.repeat_interleave(times, 0).to(hidden.device)
+            mask = torch.cat([valid, more.to(hidden.device)], dim=1)
         own = {
             "attention_mask": self._decoder.attention_mask(hidden, mask, seen),
             "position_ids": None,
         }
         if segment.shift is not None:
             shift = segment.shift.repeat_interleave(times, 0)[:, None]
-            positions = inputs["position_ids"] - shift
+            positions = inputs["position_ids"].to(hidden.device) - shift.to(hidden.device)
             own["position_embeddings"] = self._decoder.rotary(hidden, positions)
         return own

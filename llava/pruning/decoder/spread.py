@@ -30,7 +30,7 @@ def farthest(distances: Tensor, taken: Tensor, count: int) -> Tensor:
     for _ in range(count):
         pick = first_argmax(far[None])
         picks.append(pick)
-        far = torch.minimum(far, distances[pick[0]]).index_fill(0, pick, -1)
+        far = torch.minimum(far, distances.index_select(0, pick)[0]).index_fill(0, pick, -1)
     return torch.cat(picks) if picks else taken.new_empty(0, dtype=torch.long)
 
 

@@ -90,7 +90,7 @@ def stage_of(model: LlamaModel, left: list[int], text: int = 3) -> Stage:
     return Stage(
         decoder=decoder,
         layer=1,
-        number=0,
+        cuts=[0],
         hidden=hidden,
         rotary=decoder.rotary(hidden, torch.arange(width)[None]),
         valid=torch.ones(1, width, dtype=torch.bool),

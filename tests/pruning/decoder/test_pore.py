@@ -54,7 +54,7 @@ def stage_of(image: PlacedImage, number: int = 0) -> Stage:
     return Stage(
         decoder=None,  # type: ignore[arg-type]
         layer=1,
-        number=number,
+        cuts=[number],
         hidden=nothing[..., None],
         rotary=(nothing, nothing),
         valid=nothing == 0,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.pruning.decoder.columns import VisualColumns
-from llava.pruning.decoder.curves import curve_weights
+from llava.pruning.decoder.curves import curve_weights, growth
 from llava.pruning.decoder.method import DecoderMethod, Made, Schedule, Stage, option, register
 from llava.pruning.decoder.padding import RULES, shown_tokens
 from llava.pruning.decoder.registry import make_decoder_method
@@ -75,6 +75,12 @@ class PoRe(DecoderMethod):
     def _host(self) -> DecoderMethod:
         return make_decoder_method(self.host, self.host_options)
 
+    @cached_property
+    def _curve(self) -> str | float:
+        """The curve: a name, or what a file holds, which is read once."""
+        curve = _HOSTS[self.host][0] if self.curve is None else self.curve
+        return growth(curve) if curve.endswith(".json") else curve
+
     @property
     def _rule(self) -> str:
         return _HOSTS[self.host][1] if self.padding == "released" else self.padding
@@ -122,7 +128,7 @@ class PoRe(DecoderMethod):
 
     def score(self, stage: Stage) -> Tensor:
         scores = self._host.score(stage)
-        if stage.number > 0:
+        if 0 not in stage.cuts:
             return scores
         device = scores.device
         totals = constant(tuple(image.total for image in stage.images), device)[:, None]
@@ -131,12 +137,12 @@ class PoRe(DecoderMethod):
             flags = [shown_tokens(image, self._rule) for image in stage.images]
             shown = pad_sequence(flags, batch_first=True).to(device, non_blocking=True)
             weights = weights * shown.gather(1, stage.place)
-        return scores * weights.to(scores.dtype)
+        first = constant(tuple(int(cut == 0) for cut in stage.cuts), device)[:, None].bool()
+        return scores * torch.where(first, weights, 1).to(scores.dtype)
 
     def weights(self, place: Tensor, total: Tensor | int) -> Tensor:
         """Return one over the curve at places of an image with `total` tokens, float64."""
-        curve = _HOSTS[self.host][0] if self.curve is None else self.curve
-        return curve_weights(curve, place, total)
+        return curve_weights(self._curve, place, total)
 
     def select(self, stage: Stage, scores: Tensor, counts: Sequence[int]) -> Tensor:
         return self._host.select(stage, scores, counts)

@@ -167,7 +167,7 @@ class SparseVLM(DecoderMethod):
         return _Raters(padded.clamp(min=0), padded >= 0)
 
     def score(self, stage: Stage) -> Tensor:
-        raters: _Raters = stage.memory
+        raters = _Raters(*(part.to(stage.hidden.device) for part in stage.memory))
         # Text is never dropped, so its tokens keep their numbers.
         texts = stage.text.byte().argsort(dim=1, descending=True, stable=True)
         queries = texts.gather(1, raters.numbers)
