@@ -64,7 +64,37 @@ def between_layers(
         layers.columns,
         generating=generating,
         done=partial(record_decoder, target),
+        marked=partial(_lease, target),
     )
+
+
+class _Lease:
+    """Keeps hooks on a model as long as a cache of its pruned prompts lives, or a copy of it.
+
+    Calls that go on from the cache outside any block read it right only through these hooks.
+    """
+
+    def __init__(self, target: Attachment) -> None:
+        self._target = target
+        target.hold()
+
+    def __del__(self) -> None:
+        if self._target.model is not None:
+            self._target.release()
+
+    def __deepcopy__(self, memo: Any) -> _Lease:
+        return _Lease(self._target)
+
+    def __copy__(self) -> _Lease:
+        return _Lease(self._target)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def _lease(target: Attachment, cache: Any) -> None:
+    if hasattr(cache, "get_seq_length"):
+        cache._pruning_lease = _Lease(target)
 
 
 def visual_columns(

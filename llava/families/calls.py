@@ -26,6 +26,7 @@ from llava.families.generate_settings import (
     assisted,
     check_settings,
     check_settings_between_layers,
+    inferred_mask,
 )
 from llava.families.prompts import PER_TOKEN, ImageColumns, Prompts, PrunedPrompts, prune_prompts
 from llava.families.splicing import splice
@@ -65,6 +66,9 @@ def generate(
     ids = call.pop("inputs", None)
     ids = call.pop("input_ids", None) if ids is None else ids
     questions = call.pop("questions", None)
+    mask = None if ids is None else inferred_mask(model, call, ids)
+    if mask is not None:
+        call["attention_mask"] = mask
     with nullcontext() if questions is None else asking(questions), torch.no_grad():
         pruned, layers = _read_prompts(target, ids, call)
     if layers is not None:

@@ -23,6 +23,19 @@ def assisted(model: Any, call: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def inferred_mask(model: Any, call: Mapping[str, Any], ids: Tensor) -> Tensor | None:
+    """Return the mask [B, L] that `generate` infers where the caller gives none; None for none.
+
+    As transformers does: padding is what has the padding token, unless that also ends answers.
+    """
+    padding, ends = (_setting(model, call, f"{name}_token_id") for name in ("pad", "eos"))
+    if call.get("attention_mask") is not None or padding is None:
+        return None
+    ends = ends if isinstance(ends, list | tuple) else [ends]
+    mask = ids != int(padding)
+    return None if int(padding) in ends or bool(mask.all()) else mask.long()
+
+
 def check_settings(model: Any, call: Mapping[str, Any], ids: Tensor) -> None:
     """Refuse settings that pruned prompts cannot have.
 

@@ -297,7 +297,7 @@ def test_a_model_that_drops_nothing_is_no_arm(
     """No answer of the unpruned model is taken for one of the arm."""
     for name in (
         "loaded.generating_between_layers",
-        "language_model.llava_causal_lm.check_embeddings",
+        "language_model.llava_causal_lm.embeddings_between_layers",
     ):
         monkeypatch.setattr(f"llava.model.{name}", lambda *given, **named: nullcontext())
     none, fastv = mark_unavailable(make_runner(), [parse_arm("none"), parse_arm("fastv@300")])

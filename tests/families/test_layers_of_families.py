@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable
 from itertools import count
 from threading import Barrier, Thread
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from decoder_checks import PYRAMID, READABLE, SETTINGS, Layered
-from family_checks import GREEDY, NAMES, ROWS, STEPS, error, inputs_of, shared_model
+from family_checks import GREEDY, NAMES, ROWS, STEPS, error, inputs_of, shared_model, tiny
 from test_generate_options import Listener
 
 from llava.pruning import PruningError, prune
@@ -309,3 +311,36 @@ def test_a_call_inside_generate_is_a_call_of_its_own(name: str) -> None:
     assert all(torch.equal(one, alone) and torch.equal(other, shown) for one, other in seen)
     assert torch.equal(found.sequences, wanted.sequences)
     assert error(found.logits, wanted.logits) <= 1e-6
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_cache_is_read_right_after_its_block(copied: bool) -> None:
+    """The model keeps its hooks as long as the cache lives, and no longer."""
+    model, inputs = tiny("llava").build(), inputs_of("llava", ROWS[:1])
+    said = torch.tensor([[7, 8, 9]])
+    with torch.no_grad(), prune(model, **SETTINGS["pyramiddrop"]):
+        caches = [model(**inputs, use_cache=True).past_key_values for _ in range(2)]
+        inside = model(input_ids=said, past_key_values=caches[0], use_cache=True).logits
+    if copied:
+        caches = [copy.deepcopy(cache) for cache in caches]
+    with torch.no_grad():
+        outside = model(input_ids=said, past_key_values=caches[1], use_cache=True).logits
+    assert torch.equal(inside, outside)
+    assert "generate" in vars(model)
+    del caches
+    gc.collect()
+    assert "generate" not in vars(model) and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("setting", ["fastv", "zoo+pyramiddrop"])
+def test_padding_without_a_mask_is_that_of_the_stock_model(setting: str) -> None:
+    """`generate` infers the mask from padding tokens."""
+    inputs = dict(inputs_of("llava"))
+    assert (inputs["attention_mask"] == 0).any()
+    padding = int(inputs["input_ids"][inputs["attention_mask"] == 0].unique())
+    assert torch.equal(inputs["input_ids"] != padding, inputs["attention_mask"].bool())
+    _, given = generated("llava", setting, inputs, pad_token_id=padding)
+    del inputs["attention_mask"]
+    _, inferred = generated("llava", setting, inputs, pad_token_id=padding)
+    assert torch.equal(given.sequences, inferred.sequences)
+    assert all(torch.equal(*pair) for pair in zip(given.logits, inferred.logits, strict=True))

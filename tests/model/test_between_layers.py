@@ -19,6 +19,7 @@ from llava.model.language_model.decoder_layers import TransformersDecoder
 from llava.pruning import PruningConfig, PruningError, prune
 from llava.pruning.decoder.columns import VisualColumns
 from llava.pruning.decoder.layers import attention_rows
+from llava.pruning.decoder.segments import Steps
 from llava.utils import UserInputError
 
 SIDE, TOKENS = 112, 64  # pixels and patches of an image
@@ -306,3 +307,79 @@ def test_other_refusals(deep: Callable, pixels: Callable) -> None:
         model.train()
         with pytest.raises(PruningError, match="at inference only"):
             model(ONE, images=images)
+
+
+def test_embeddings_go_on_from_a_pruned_cache(deep: Callable, pixels: Callable) -> None:
+    model, images, caches = deep(), pixels(1, SIDE), [DynamicCache(), DynamicCache()]
+    later = torch.tensor([[9, 10]])
+    with torch.no_grad(), prune(model, "pyramiddrop", **SETTINGS["pyramiddrop"]):
+        for cache in caches:
+            model(ONE, images=images, past_key_values=cache, use_cache=True)
+    ids = model(later, past_key_values=caches[0], use_cache=True).logits
+    embeds = model.model.embed_tokens(later)
+    given = model(inputs_embeds=embeds, past_key_values=caches[1], use_cache=True).logits
+    assert torch.equal(ids, given)
+
+
+def test_another_image_behind_a_pruned_cache_is_refused(deep: Callable, pixels: Callable) -> None:
+    model, images = deep(), pixels(2, SIDE)
+    ids = torch.tensor([[1, 5, IMAGE, 6, 7, 8, IMAGE, 9]])
+    for inside in (True, False):
+        cache = DynamicCache()
+        with torch.no_grad(), prune(model, "pyramiddrop", **SETTINGS["pyramiddrop"]):
+            model(ONE, images=images[:1], past_key_values=cache, use_cache=True)
+            if inside:
+                with pytest.raises(UserInputError, match="goes on with another image"):
+                    answer(model, ids, images, past_key_values=cache)
+        with pytest.raises(UserInputError, match="goes on with another image"):
+            answer(model, ids, images, past_key_values=cache)
+        with pytest.raises(UserInputError, match="goes on with another image"):
+            model(ids[:, 6:], images=images[1:], past_key_values=cache, use_cache=True)
+
+
+def test_rows_that_lose_nothing_keep_their_positions(deep: Callable, pixels: Callable) -> None:
+    """With gaps from a method before: alone they are not renumbered either."""
+    model, images = deep(), pixels(3, SIDE)
+    ids = torch.tensor([[1, 5, IMAGE, 6, 7, IMAGE, 8], [1, IMAGE, 9, 0, 0, 0, 0]])
+    mask = (ids != 0).long()
+    setting = {"method": "divprune", "keep_tokens": 20, "scope": "prompt", "positions": "original"}
+    decoder = {"method": "pyramiddrop", "keep_tokens": 15, "options": {"layers": [1, 3]}}
+    with prune(model, PruningConfig.from_dict({**setting, "decoder": decoder})) as run:
+        logits = {"output_logits": True, "return_dict_in_generate": True}
+        both = answer(model, ids, images, attention_mask=mask, **logits)
+        trace = run.decoder_trace
+        assert trace is not None and trace.tokens_in == [10, 10, 20]
+        assert trace.tokens_last[:2] == [10, 10] and trace.tokens_last[2] < 20
+        alone = answer(model, ids[:1], images[:2], **logits)
+    for together, own in zip(both.logits, alone.logits, strict=True):
+        torch.testing.assert_close(together[:1], own, rtol=0, atol=1e-5)
+
+
+def test_layers_that_ignore_hooks_are_no_pruned_model(
+    deep: Callable, pixels: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a model that was compiled before."""
+    model, images = deep(), pixels(1, SIDE)
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer, "_call_impl", layer.forward)
+    answer(model, ONE, images)
+    with (
+        prune(model, "fastv", **SETTINGS["fastv"]),
+        pytest.raises(PruningError, match="could drop nothing"),
+    ):
+        answer(model, ONE, images)
+
+
+def test_masks_of_steps_are_read_once(
+    deep: Callable, pixels: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator the host waits at every look."""
+    model, images, looks = deep(), pixels(2, SIDE), []
+    ids = torch.tensor([[1, 5, IMAGE, 6, 7, 8], [1, IMAGE, 9, 0, 0, 0]])
+    make = Steps.__init__
+    monkeypatch.setattr(
+        Steps, "__init__", lambda own, *given: (looks.append(given[3]), make(own, *given))[1]
+    )
+    with prune(model, "fastv", **SETTINGS["fastv"]):
+        answer(model, ids, images, attention_mask=(ids != 0).long())
+    assert len(looks) == 7 and sum(mask is not None for mask in looks) == 1

@@ -10,8 +10,8 @@ import torch
 from transformers import LogitsProcessorList, PretrainedConfig, PreTrainedModel
 
 from llava.model.between_layers import (
-    check_embeddings,
     decoder_setting,
+    embeddings_between_layers,
     generating_between_layers,
     passing_between_layers,
     reading_columns,
@@ -213,13 +213,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
         """
         layers: AbstractContextManager[None] = nullcontext()
         if inputs_embeds is not None:
-            if past_key_values is None or past_key_values.get_seq_length() == 0:
-                check_embeddings(self)
+            layers = embeddings_between_layers(self, past_key_values)
         else:
             columns: list[VisualColumns] = []
             with holding(self):
                 setting = None if images is None else decoder_setting(self)
-                with reading_columns(setting, columns):
+                with reading_columns(setting, columns, past_key_values):
                     merged = self.prepare_inputs_labels_for_multimodal(
                         input_ids,
                         position_ids,
@@ -299,7 +298,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, _Transformers):
         columns: list[VisualColumns] = []
         with holding(self), padding_side("left"), asking(questions):
             setting = decoder_setting(self)
-            with reading_columns(setting, columns):
+            with reading_columns(setting, columns, kwargs.get("past_key_values")):
                 _, positions, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
                     input_ids, position_ids, attention_mask, None, None, images, image_sizes
                 )

@@ -35,6 +35,7 @@ class DecoderCall:
         generating: whether the call is `generate`. Its prompts end in logits of one token; a single
             pass returns hidden states of all tokens, see `Segment.restored`.
         done: takes the record of the prompts.
+        marked: takes a cache that now holds pruned prompts.
     """
 
     decoder: DecoderLayers
@@ -42,6 +43,7 @@ class DecoderCall:
     columns: VisualColumns | None
     generating: bool
     done: Callable[[DecoderTrace], None]
+    marked: Callable[[Any], None] = lambda cache: None
     _pass: Prefill | Steps | None = None
     _waiting: bool = False
     _prompts_read: bool = False
@@ -119,6 +121,7 @@ class DecoderCall:
         if len(own.segments) == 1:
             return None
         remember(own.cache, own.segments)
+        self.marked(own.cache)
         if self.generating:
             return None
         hidden = own.segments[-1].restored(output[0], own.segments[0].width)
@@ -164,19 +167,20 @@ def decoding(
     *,
     generating: bool,
     done: Callable[[DecoderTrace], None] = lambda trace: None,
+    marked: Callable[[Any], None] = lambda cache: None,
 ) -> Iterator[None]:
     """Let passes through `decoder` inside prune their prompts, and go on from pruned ones.
 
     Args:
-        decoder, config, columns, generating, done: see `DecoderCall`. Without images in `columns`
-            nothing is pruned.
+        decoder, config, columns, generating, done, marked: see `DecoderCall`. Without images in
+            `columns` nothing is pruned.
 
     Raises:
         PruningError: at its end, if the layers ignored the setting.
     """
     if config is None or columns is None or not any(columns.counts):
         config = columns = None
-    call = DecoderCall(decoder, config, columns, generating, done)
+    call = DecoderCall(decoder, config, columns, generating, done, marked)
     token = _call.set(call)
     try:
         with _lock:

@@ -65,8 +65,8 @@ FAULTS: dict[str, tuple[Any, str, str, str]] = {
     ),
     "positions of steps off by one": (
         *(Steps, "_inputs_of"),
-        'inputs["position_ids"] - shift',
-        'inputs["position_ids"] - shift + 1',
+        "- shift.to(hidden.device)",
+        "- shift.to(hidden.device) + 1",
     ),
     "shift of another row": (
         *(Steps, "_inputs_of"),
@@ -95,8 +95,8 @@ FAULTS: dict[str, tuple[Any, str, str, str]] = {
     ),
     "scores of another image": (
         *(Prefill, "_cut"),
-        "self._score(layer, hidden) if self._scores is None else self._scores",
-        "(self._score(layer, hidden) if self._scores is None else self._scores).roll(1, 0)",
+        "self._score(layer, hidden, layer) if scores is None else scores.to(hidden.device)",
+        "(self._score(layer, hidden, layer) if scores is None else scores).roll(1, 0)",
     ),
     "scores of the token before the last": (
         *(method.Stage, "attention"),

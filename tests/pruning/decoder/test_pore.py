@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import decoder_models as models
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -266,3 +267,41 @@ def test_without_curve_and_padding_it_is_the_host(
     assert own.equal(states)
     changed, _ = run("pore", {"host": host, "host_options": options})
     assert any(not a.equal(b) for a, b in zip(changed.picks, plain.picks, strict=True))
+
+
+def read_with(options: dict, *prompts: models.Parts) -> models.Read:
+    config = DecoderConfig("pore", options={**options, "padding": "none"})
+    rows = [models.embeddings_of(prompt, seed=sum(prompt)) for prompt in prompts]
+    return models.read(models.llama(5).double(), config, models.columns_of(prompts), rows)[0]
+
+
+@pytest.mark.parametrize("layers", [(2, 3), (2, 4)])
+def test_only_the_first_cut_is_debiased(
+    layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the second follows at once, and its scores come from the layer between."""
+    seen, score = [], PoRe.score
+
+    def watched(method: PoRe, stage: Stage) -> Tensor:
+        seen.append(stage.cuts)
+        return score(method, stage)
+
+    monkeypatch.setattr(PoRe, "score", watched)
+    read_with(
+        {"host": "btp", "host_options": {"layers": layers, "ratios": (0.5, 0.25)}}, (5, 64, 7)
+    )
+    assert seen == [[0], [1]]
+
+
+def test_a_later_first_cut_is_debiased_beside_an_earlier_one() -> None:
+    """Prompts of a batch whose images begin to lose tokens at different cuts."""
+    own = {"version": "v2", "heads": 2, "layers": [2, 4], "keep": [20, 8]}
+    options = {"host": "sparsevlm", "host_options": own, "curve": "sparsevlm-pope"}
+    prompts = [(5, 36, 7), (5, 21, 7)]
+    together = read_with(options, *prompts)
+    assert together.trace is not None
+    for row, prompt in enumerate(prompts):
+        alone = read_with(options, prompt)
+        assert (together.hidden[row, -1] - alone.hidden[0, -1]).abs().max() < 1e-9
+        assert alone.trace is not None
+        assert together.trace.per_layer[row] == alone.trace.per_layer[0]

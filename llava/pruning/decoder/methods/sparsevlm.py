@@ -70,7 +70,8 @@ class SparseVLM(DecoderMethod):
     lists so that the mean over layers, recycled tokens counted, is what was asked for.
 
     A prompt with several images has the same raters for all; each is cut for itself. Where k tokens
-    or fewer are there, none is dropped; the released program would always drop one.
+    or fewer are there, "solved" drops none; "official" and `keep` drop one, as the released program
+    does.
 
     Options: version; schedule; layers, before which tokens are dropped: one more than those that
     the released program names; keep, how many stay at each, in place of a budget; heads of v2;
@@ -89,6 +90,11 @@ class SparseVLM(DecoderMethod):
     heads: int | None = option(None, at_least=1)
     noise: float = option(1e-6, at_least=0)
     seed: int = option(0, at_least=0, below=2**32)
+
+    @property
+    def _as_released(self) -> bool:
+        """Whether every cut drops a token at least."""
+        return self.keep is not None or self.schedule == "official"
 
     @varies("compact")
     def positions(self) -> str:
@@ -135,6 +141,7 @@ class SparseVLM(DecoderMethod):
         """Return the cuts that drop anything; of several at one layer the last counts."""
         cuts, kept, made, left = [], [], [], tokens
         for layer, count in dict(zip(layers, keep, strict=True)).items():
+            count = min(count, max(left - 1, 0)) if self._as_released else count
             if count >= left:
                 continue
             cuts.append(layer)
