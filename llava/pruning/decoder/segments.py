@@ -1,4 +1,8 @@
-"""What later steps must know of the layers between two cuts: it is kept with the cache."""
+"""What later steps must know of the layers between two cuts: it is kept with the cache.
+
+Rows of the cache may change places among the answers to one prompt, as beams do, and not among
+prompts.
+"""
 
 from __future__ import annotations
 
