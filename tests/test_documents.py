@@ -95,7 +95,7 @@ def test_commands_are_understood(file: Path) -> None:
 
 
 def test_commands_are_found_at_all() -> None:
-    assert len(commands(ROOT / "README.md")) == 4
+    assert len(commands(ROOT / "README.md")) == 5
     found = {name: len(commands(ROOT / f"docs/{name}.md")) for name in ("serving", "evaluation")}
     assert found == {"serving": 2, "evaluation": 4}
     with pytest.raises(SystemExit):

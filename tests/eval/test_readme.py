@@ -15,6 +15,7 @@ from llava.pruning import get_method, list_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "playground" / "results" / "llava-tiny.json"
+DECODER = RESULT.with_name("llava-tiny-decoder.json")
 SPEED = ROOT / "playground" / "results" / "stage-h200.json"
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
 PERCENT = r"\d+\.\d %"
@@ -23,7 +24,7 @@ PERCENT = r"\d+\.\d %"
 def without_tables(file: Path) -> str:
     """Text of a file without its generated sections."""
     text = file.read_text()
-    for name in ("llava-tiny", "llava-tiny-short"):
+    for name in ("llava-tiny", "llava-tiny-short", "llava-tiny-decoder"):
         begin, end = markers(name)
         before, start, rest = text.partition(begin)
         if start:
@@ -36,19 +37,24 @@ def accuracy() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("file", "section"),
-    [(README, "llava-tiny-short"), (RESULTS, "llava-tiny")],
-    ids=["README", "results"],
+    ("file", "section", "result"),
+    [
+        (README, "llava-tiny-short", RESULT),
+        (RESULTS, "llava-tiny", RESULT),
+        (RESULTS, "llava-tiny-decoder", DECODER),
+    ],
+    ids=["README", "results", "between layers"],
 )
-def test_tables_are_those_of_the_tracked_result(file: Path, section: str) -> None:
+def test_tables_are_those_of_the_tracked_result(file: Path, section: str, result: Path) -> None:
     begin, end = markers(section)
     content = file.read_text().partition(begin)[2].partition(end)[0]
     assert content.count("\n| ") > 10
-    assert drift(file, RESULT) is None
+    assert drift(file, result) is None
 
 
-def test_the_tracked_result_is_a_full_run() -> None:
-    result = read_result(RESULT)
+@pytest.mark.parametrize("file", [RESULT, DECODER], ids=["all", "between layers"])
+def test_the_tracked_result_is_a_full_run(file: Path) -> None:
+    result = read_result(file)
     assert result["run"]["status"] == "done"
     assert result["config"]["limit"] == 0
     assert result["questions"] >= 2000

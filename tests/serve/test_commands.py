@@ -333,7 +333,7 @@ MISTAKES = [
     ("/method zoo 64", "key=value"),
     ("/method fastv", "type /decoder fastv instead"),
     ("/decoder fastw", "did you mean 'fastv'"),
-    ("/decoder zoo", "unknown decoder method 'zoo'"),
+    ("/decoder zoo", "prunes before the language model"),
     ("/decoder fastv keep_tokens=0", "keep_tokens"),
     ("/decoder fastv layer=3", "unknown option of 'fastv'"),
     ("/decoder none k=3", "/decoder none takes no options"),

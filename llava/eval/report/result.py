@@ -1,11 +1,13 @@
 """Markdown tables of a result file, as quickstart prints them and as README and docs show them."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from llava.eval.engine.request import UNPRUNED
 from llava.eval.engine.schema import Record, read_result
-from llava.markdown import fill_sections, find_drift, markers, table
+from llava.markdown import fill_sections, find_drift, table
 from llava.storage import write_atomically
+from llava.utils import UserInputError
 
 # Rows of the README's table: baselines, the paper's method and its relatives, one of every family.
 SHORT = (
@@ -203,9 +205,10 @@ def update(file: Path, result: Path) -> None:
 def _sections(file: Path, result: Path) -> dict[str, str]:
     """Make the sections that are called like the result; without one, those of llava-tiny."""
     makers = {"llava-tiny": full_section, "llava-tiny-short": short_section}
-    own = result.stem
-    if own not in makers and all(mark in file.read_text() for mark in markers(own)):
-        makers = {own: full_section}
+    if result.stem not in makers:
+        with suppress(UserInputError):  # it has none; the sections of llava-tiny are asked for
+            fill_sections(file, {result.stem: ""})
+            makers = {result.stem: full_section}
     fill_sections(file, dict.fromkeys(makers, ""))  # refuses a file without them first
     content = read_result(result)
     return {name: make(content) for name, make in makers.items()}
