@@ -49,7 +49,7 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
         [min-deps]="tests/families tests/model tests/train tests/serve tests/eval/test_generation.py
             tests/eval/test_model_vqa.py tests/eval/test_run_llava.py tests/eval/test_runner.py
             tests/eval/test_run.py tests/pruning/test_divprune_end_to_end.py
-            tests/pruning/test_visionzip.py"
+            tests/pruning/test_visionzip.py tests/pruning/decoder"
         [lmms-eval]="tests/eval/test_lmms_eval_plugin.py"
         [triton]="tests/kernel_parity"
         [real]="tests/real"
