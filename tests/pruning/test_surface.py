@@ -117,7 +117,7 @@ def test_rows_of_decoder_methods() -> None:
     assert means["atp"] == ("n/a", "n/a"), "it needs a file of heads"
     assert rows["pore"]["options"] == "host=fastv, host_options, curve, padding=released"
     assert rows["atp"]["published %"].endswith("(144 tokens)")
-    assert rows["fastv"]["published %"].startswith("73.7 [5], 75.6 [4], ")
+    assert rows["fastv"]["published %"].startswith("73.7 [5] (layers not stated), 75.6 [4] ")
     assert rows["sparsevlm"]["published %"].startswith("85.9 [5] (schedule=official), ")
     assert rows["pore"]["published %"] == "n/a", "no report at this budget is known"
 

@@ -129,8 +129,8 @@ def _decoder_of(model: Any) -> DecoderLayers:
     """
     if not hasattr(model, "get_model"):
         raise PruningError(
-            f"calibration reads LLaVA's own checkpoints, not {type(model).__name__}; convert it "
-            "with llava convert"
+            f"calibration reads LLaVA's own checkpoints only, not {type(model).__name__}; use a "
+            "LLaVA-1.5 or 1.6 checkpoint"
         )
     return TransformersDecoder(model.get_model())
 
