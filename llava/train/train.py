@@ -8,12 +8,9 @@ checkpoint in `--output_dir` continues from it.
 import sys
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
 
 from llava.command_line import CORRECTABLE, explain
 from llava.conversation import conv_templates
@@ -29,9 +26,10 @@ from llava.train.arguments import (
     TrainingArguments,
     parse_arguments,
 )
+from llava.train.checkpoints import find_checkpoint
 from llava.train.data import Collator, SupervisedDataset
 from llava.train.trainer import LlavaTrainer
-from llava.utils import UserInputError, user_path
+from llava.utils import UserInputError
 from llava.value_rules import one_line
 
 # Settings of a LLaVA that is made from a language model, where no argument says otherwise.
@@ -94,29 +92,6 @@ def configure(model: LlavaCausalLM, data: DataArguments, training: TrainingArgum
         )
 
 
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """Return the checkpoint that is asked for, else the newest complete one in `--output_dir`.
-
-    Raises:
-        UserInputError: the one that is asked for cannot be used.
-    """
-    asked = args.resume_from_checkpoint
-    folders = [user_path(asked)] if asked else list(Path(args.output_dir).glob("checkpoint-*"))
-    # The trainer writes its state last.
-    complete = [folder for folder in folders if (folder / TRAINER_STATE_NAME).is_file()]
-    if asked and not complete:
-        raise UserInputError(
-            f"--resume_from_checkpoint {asked} is not a checkpoint of a training run; give a "
-            "folder that holds trainer_state.json, or leave it out to continue from the newest one"
-        )
-    return max(map(str, complete), key=_step, default=None)
-
-
-def _step(folder: str) -> int:
-    number = folder.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
-
-
 def train() -> None:
     """Parse the command line, train, save to `--output_dir`.
 
@@ -141,7 +116,8 @@ def train() -> None:
     )
     trainer = LlavaTrainer(
         model=model,
-        tokenizer_folder=folder,
+        base=folder,
+        projector_only=model_args.tune_mm_mlp_adapter,
         args=args,
         train_dataset=dataset,
         data_collator=Collator(
@@ -153,17 +129,9 @@ def train() -> None:
             f"the {len(dataset)} samples do not fill a batch; give more, or a smaller batch, "
             "or leave out --dataloader_drop_last"
         )
-    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    trainer.train(find_checkpoint(args.output_dir, args.resume_from_checkpoint))
+    trainer.save_model()
     trainer.save_state()
-    trainer.save_model(args.output_dir)
-    if model_args.tune_mm_mlp_adapter and trainer.is_world_process_zero():
-        save_projector(model.get_model().mm_projector, Path(args.output_dir) / "mm_projector.bin")
-
-
-def save_projector(projector: nn.Module, file: Path) -> None:
-    """Write a projector alone, as `--pretrain_mm_mlp_adapter` reads it."""
-    state = projector.state_dict()
-    torch.save({f"model.mm_projector.{name}": value.cpu() for name, value in state.items()}, file)
 
 
 def _check_generation(model: LlavaCausalLM) -> None:

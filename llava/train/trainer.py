@@ -1,42 +1,35 @@
 """Train on batches of text and images; saved models keep what was not trained."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate.utils import extract_model_from_parallel as unwrap_model
 from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
 
 from llava.constants import IGNORE_INDEX
 from llava.model.call_context import padding_side
+from llava.train.checkpoints import CheckpointTrainer
 from llava.train.data import turn_mask
+from llava.train.saving import Saver
 from llava.utils import UserInputError
 
-_TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
-
-class LlavaTrainer(transformers.Trainer):
+class LlavaTrainer(CheckpointTrainer):
     """A Trainer whose optimizer may give the projector a learning rate of its own.
 
     Args:
         model: a LLaVA.
-        tokenizer_folder: where its tokenizer was read. The files are copied next to every model
-            that is saved: writing the tokenizer again would lose some of its settings.
+        base: folder of the model that the run starts from, with its tokenizer.
+        projector_only: save the projector alone.
         **kwargs: as transformers' Trainer.
     """
 
-    def __init__(self, model: nn.Module, tokenizer_folder: Path, **kwargs: Any) -> None:
-        self._tokenizer_folder, self._use_cache = tokenizer_folder, model.config.use_cache
-        super().__init__(model=model, **kwargs)
+    def __init__(
+        self, model: nn.Module, base: Path, projector_only: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(saver=Saver.of(model, base, projector_only), **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -70,19 +63,6 @@ class LlavaTrainer(transformers.Trainer):
                 "remove the sample"
             )
         return super().compute_loss(model, merged, *args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        config, running = self.model.config, self.model.config.use_cache
-        config.use_cache = self._use_cache  # the Trainer has its own while it runs
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            config.use_cache = running
-        folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save and folder.resolve() != self._tokenizer_folder.resolve():
-            for name in _TOKENIZER_FILES:
-                if (self._tokenizer_folder / name).is_file():
-                    shutil.copyfile(self._tokenizer_folder / name, folder / name)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Group parameters by weight decay and rate; the projector has a rate of its own."""
