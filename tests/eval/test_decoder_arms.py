@@ -326,7 +326,10 @@ def test_files_name_what_layers_read(finished: Path) -> None:
         "tokens_mean": 300,
         "tokens_per_layer": [576, 24],
     }
-    assert arms["fastv@300"]["tokens_mean"] == 576, "what enters, as in every arm"
+    assert [arms["fastv@300"][f"tokens_{name}"] for name in ("in", "mean")] == [576, 300]
+    assert [arms["grid@100"][f"tokens_{name}"] for name in ("in", "mean")] == [100, 100]
+    lines = [line for line in read_lines(finished / "answers.jsonl") if line["arm"] == "fastv@300"]
+    assert arms["fastv@300"]["tokens_mean"] == fmean(line["tokens_mean"] for line in lines)
     assert arms["grid@196+fastv@100"]["between_layers"]["tokens_per_layer"] == [196, 4]
     assert arms["fastv@100"]["floor"] == 288
     for name in ("none", "shuffled-image"):

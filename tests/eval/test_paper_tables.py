@@ -300,7 +300,7 @@ def test_a_row_may_prune_before_and_within(tmp_path: Path) -> None:
     assert all(parse_arm(arm.name).pruning == arm.pruning for arm in job.arms)
     arms = fake_metrics(job)["arms"]
     within = {"tokens_in": 192.0, "tokens_last": 20.0, "tokens_mean": 63.8, "tokens_per_layer": []}
-    arms[names[2]] |= {"tokens_mean": 192.0, "between_layers": within}
+    arms[names[2]] |= {"tokens_in": 192.0, "tokens_mean": 63.8, "between_layers": within}
     arms[names[3]] |= {"metrics": {}, "tokens_mean": None, "unavailable": "too low", "floor": 144}
     found = fill(table, {job.place: RunResult(arms, [])}, budgets)
     assert [row.budget for row in found.rows] == [None, 192, 64, 0.25, 64]
@@ -464,8 +464,7 @@ def test_a_measured_mean_stands_beside_a_budget_that_it_is_not() -> None:
     arm, results = arm_name(row), {}
     for job in plan(table):
         arms = fake_metrics(job)["arms"]
-        within = {"tokens_in": 576.0, "tokens_last": 64.0, "tokens_mean": 254.25}
-        arms[arm] |= {"tokens_mean": 576.0, "between_layers": within | {"tokens_per_layer": []}}
+        arms[arm] |= {"tokens_in": 576.0, "tokens_mean": 254.25}
         results[job.place] = RunResult(arms, [])
     found = fill(table, results, published_budget)
     for text in (to_markdown(found), to_latex(found), to_html(found, CONDITIONS, {})):

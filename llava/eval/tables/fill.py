@@ -228,7 +228,7 @@ def _fill_row(
         average=Cell(None, None),
         unavailable=lacking,
         refusal=next((own["unavailable"] for own in arms if own.get("unavailable")), None),
-        tokens=_mean([own.get("between_layers", own).get("tokens_mean") for own in arms]),
+        tokens=_mean([own.get("tokens_mean") for own in arms]),
         ttft_ms=_mean([None if time is None else time.value for time in times]),
         arm=arm,
     )
