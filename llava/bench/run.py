@@ -1,7 +1,7 @@
 """Carry out a bench: build the model, run the arms of a repeat one after another, keep times."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from llava.bench.measure import DECODE_STEPS, Bench, Subject, Times
 from llava.bench.rates import measure_rates
 from llava.bench.schema import SCHEMA_VERSION, THIS, ArmResult, BenchResult, Conditions
 from llava.model.loaded import ModelSpec
+from llava.pruning import PruningError
 from llava.storage import dump_json, write_atomically
 from llava.utils import UserInputError
 
@@ -61,6 +62,9 @@ class Source(Protocol):
     def begin_repeat(self) -> None: ...
     def describe(self, number: int, size: int) -> dict[str, Any]: ...
     def measure(self, number: int, size: int) -> Times: ...
+
+
+Run = tuple[str, Source, int, int]  # a source with its name, number of an arm, batch size
 
 
 def open_subject(plan: Plan) -> Subject:
@@ -147,10 +151,7 @@ def run_bench(
             for name, source in sources.items()
         ]
         say(f"warming up {len(runs)} arms")
-        for name, source, number, size in runs:
-            described: Any = {"source": name, **source.describe(number, size), "times": {}}
-            source.measure(number, size)
-            result["arms"].append(described)
+        runs = _warm_up(runs, arms, result, say)
         for repeat in range(plan.repeats):
             say(f"repeat {repeat + 1} of {plan.repeats}")
             measure_once(runs, result["arms"], sources, backwards=repeat % 2 == 1)
@@ -160,6 +161,38 @@ def run_bench(
         result["complete"] = True
         save()
     return result
+
+
+def _warm_up(
+    runs: Sequence[Run], arms: Sequence[BenchArm], result: BenchResult, say: Callable[[str], None]
+) -> list[Run]:
+    """Run every arm once and describe it in `result`.
+
+    Returns:
+        The runs without those of arms that cannot reach their budget between layers, which are in
+        `floors` of the result.
+    """
+    floors: dict[str, int] = {}
+    measured = []
+    for name, source, number, size in runs:
+        arm = arms[number].name
+        if arm in floors:
+            continue
+        try:
+            described: Any = {"source": name, **source.describe(number, size), "times": {}}
+        except PruningError as error:
+            floor = getattr(error, "floor", None)  # of an error that older checkouts do not know
+            if floor is None:
+                raise
+            floors[arm] = floor
+            say(f"{arm}: floor {floor}; {error}")
+            continue
+        source.measure(number, size)
+        result["arms"].append(described)
+        measured.append((name, source, number, size))
+    if floors:
+        result["floors"] = floors
+    return measured
 
 
 def _open_other(
@@ -181,7 +214,7 @@ def _open_other(
 
 
 def measure_once(
-    runs: list[tuple[str, Source, int, int]],
+    runs: list[Run],
     records: list[ArmResult],
     sources: Mapping[str, Source],
     backwards: bool = False,

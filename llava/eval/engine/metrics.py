@@ -55,7 +55,7 @@ def _figures(
     scored = benchmark.score(asked, [line["answer"] for line in lines]) if asked else {}
     shown = [line for line in lines if line["shown"]]
     tokens = [line["tokens_in"] for line in shown]
-    means = [line.get("tokens_mean", line["tokens_in"]) for line in shown]
+    means = [line["tokens_mean" if "tokens_mean" in line else "tokens_in"] for line in shown]
     return {
         "metrics": {key: asdict(metric) for key, metric in scored.items()},
         **_difference(lines, unpruned),
