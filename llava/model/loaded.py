@@ -37,6 +37,7 @@ from llava.model.between_layers import (
 from llava.model.builder import load_pretrained_model
 from llava.model.call_context import asking, padding_side
 from llava.model.checkpoint import checkpoint_here, local_checkpoint, read_config
+from llava.model.language_model.decoder_layers import TransformersDecoder
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.model.prompt_inputs import add_prompts, needed_of_question
 from llava.model.prompting import prompt_pieces, render
@@ -44,6 +45,7 @@ from llava.model.types import Images
 from llava.model.vision_inputs import count_visual_tokens
 from llava.pruning.config import PruningConfig
 from llava.pruning.decoder.columns import VisualColumns
+from llava.pruning.decoder.layers import DecoderLayers
 from llava.pruning.flags import pruning_from
 from llava.pruning.tokens import ImageTokens, VisualTokens
 from llava.utils import UserInputError
@@ -119,6 +121,9 @@ class LoadedModel:
         self, pictures: Sequence[Picture], needs: Iterable[str] | None = None
     ) -> VisualTokens:
         return self.model.encode_visual_tokens(_batch(pictures), _sizes(pictures), needs)
+
+    def decoder_layers(self) -> DecoderLayers:
+        return TransformersDecoder(self.model.get_model())
 
     def reads_question(self, config: PruningConfig | None) -> bool:
         tower = self.model.get_vision_tower()

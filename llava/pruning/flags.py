@@ -48,6 +48,14 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", choices=values, help=f"{summary}; default {values[0]}")
 
 
+def given_flags(args: argparse.Namespace) -> list[str]:
+    """Return those of the flags of `add_pruning_flags` that were given, as users write them."""
+    names = ("pruner", *_OF_PRUNER, "decoder_pruner", *_OF_DECODER, *CHOICES)
+    return [
+        f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])
+    ]
+
+
 def pruning_from(args: argparse.Namespace) -> PruningConfig | None:
     """Return the setting of the flags; None leaves the model's own in place.
 
