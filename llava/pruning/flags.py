@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from llava.pruning.budgets import check_count, check_share
 from llava.pruning.config import CHOICES, PruningConfig, parse_options
 from llava.pruning.decoder.config import DecoderConfig
 from llava.pruning.decoder.registry import DECODER_METHODS
@@ -123,6 +124,12 @@ def decoder_from(args: argparse.Namespace) -> DecoderConfig | None:
         return None
     options = parse_options(args.decoder_option)
     tokens, ratio = args.decoder_keep_tokens, args.decoder_keep_ratio
+    if tokens is not None and ratio is not None:
+        raise PruningError("give --decoder-keep-tokens or --decoder-keep-ratio, not both")
+    if tokens is not None:
+        check_count(tokens, "--decoder-keep-tokens")
+    if ratio is not None:
+        check_share("--decoder-keep-ratio", ratio)
     return DecoderConfig(args.decoder_pruner, tokens, ratio, options)
 
 

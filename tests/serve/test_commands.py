@@ -295,6 +295,16 @@ def test_tokens_are_dropped_between_layers(session: Session, talk: Callable[...,
     assert re.search(rf"(?m)^KV cache +{both} kB +{whole} kB$", out)
 
 
+def test_commands_of_the_stage_say_what_they_leave_alone(talk: Callable[..., str]) -> None:
+    out = talk("/decoder fastv keep_tokens=300", "/keep 128", "/method zoo", "/method none")
+    assert "[noted: 128 tokens for the method that you choose with /method" in out
+    assert "(not for fastv: /decoder fastv keep_tokens=N)" in out
+    assert "[zoo, 128 tokens; fastv, 300 tokens a layer]" in out
+    assert "(fastv still drops tokens between layers; /decoder none ends that)" in out
+    alone = talk("/decoder none", "/keep 64", "/method none")
+    assert "not for" not in alone and "still drops" not in alone
+
+
 def test_a_turn_pruned_between_layers_answers_as_generate_does(
     session: Session, talk: Callable[..., str]
 ) -> None:

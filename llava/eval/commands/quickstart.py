@@ -144,8 +144,9 @@ def plan_arms(methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]
     for method in methods:
         if ":" in method or "@" in method.rpartition(JOIN)[2]:
             raise UserInputError(
-                f"--methods takes names only, not {method!r}; `llava run --arm "
-                "METHOD:OPTION=VALUE@BUDGET` sets options"
+                f"--methods takes names, and a budget only in front of a {JOIN} as in "
+                f"zoo@192{JOIN}fastv, not {method!r}; `llava run --arm METHOD:OPTION=VALUE@BUDGET` "
+                "sets options"
             )
     # The unpruned arm and the control are in every plan already.
     named = [method for method in dict.fromkeys(methods) if method not in (UNPRUNED, CONTROL)]
