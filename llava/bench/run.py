@@ -15,7 +15,6 @@ from llava.bench.configs import DEEP, build_random, shape_of
 from llava.bench.measure import DECODE_STEPS, Bench, Subject, Times
 from llava.bench.rates import measure_rates
 from llava.bench.schema import SCHEMA_VERSION, THIS, ArmResult, BenchResult, Conditions
-from llava.model.loaded import ModelSpec
 from llava.pruning import PruningError
 from llava.storage import dump_json, write_atomically
 from llava.utils import UserInputError
@@ -67,6 +66,15 @@ class Source(Protocol):
 Run = tuple[str, Source, int, int]  # a source with its name, number of an arm, batch size
 
 
+def _model_spec() -> Any:
+    """Find `ModelSpec`, which older checkouts have in another place."""
+    try:
+        from llava.families.spec import ModelSpec
+    except ImportError:
+        from llava.model.loaded import ModelSpec  # type: ignore[attr-defined,no-redef]
+    return ModelSpec
+
+
 def open_subject(plan: Plan) -> Subject:
     """Build or load the model.
 
@@ -77,7 +85,7 @@ def open_subject(plan: Plan) -> Subject:
     device, steps = torch.device(plan.device), plan.steps
     dtype = getattr(torch, plan.dtype)
     if plan.config is None:
-        spec = ModelSpec(str(plan.model_path), device=plan.device, dtype=plan.dtype).located()
+        spec = _model_spec()(str(plan.model_path), device=plan.device, dtype=plan.dtype).located()
         if spec.family is not None:
             raise UserInputError(
                 f"{spec.path} is a {spec.family.name}, and only LLaVA's own stages are timed here; "

@@ -34,7 +34,7 @@ from llava.eval.tables.plan import (
     unavailable,
 )
 from llava.eval.tables.spec import KINDS, TableError, list_tables
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 from llava.pruning import PruningConfig, list_methods
 from llava.pruning.decoder.registry import list_decoder_methods
 

@@ -474,7 +474,7 @@ def test_ctrl_c_while_loading_ends_quietly(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", interrupted)
+    monkeypatch.setattr("llava.families.spec.load_pretrained_model", interrupted)
     assert cli.main(["--image-file", str(picture)]) == 130
     assert capsys.readouterr().err == ""
 
@@ -486,7 +486,7 @@ def test_loading_flags_reach_the_loader(picture: Path, monkeypatch: pytest.Monke
         calls.append((args, kwargs))
         return None, None, None, 2048
 
-    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", load)
+    monkeypatch.setattr("llava.families.spec.load_pretrained_model", load)
     flags = ["--model-path", "a/llava-v1.5-7b-lora", "--model-base", "vicuna", "--load-4bit"]
     with pytest.raises(SystemExit):  # this loader returns no vision model
         cli.main([*flags, "--image-file", str(picture), "--device", "cpu"])

@@ -25,7 +25,7 @@ from llava.eval.engine.request import RunRequest, arm_of
 from llava.eval.engine.runner import Runner
 from llava.eval.tasks.base import Item, get_benchmark
 from llava.families.contract import ModelInputs
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 from llava.pruning import PruningConfig, PruningError, prune
 from llava.pruning.decoder.calibration import (
     LayerChanges,

@@ -22,8 +22,8 @@ from llava.eval.report.pictures import save_overlays
 from llava.eval.report.plots import draw_accuracy
 from llava.eval.report.result import render
 from llava.eval.tasks.question_file import QuestionFile
+from llava.families.spec import ModelSpec
 from llava.model.checkpoint import local_checkpoint
-from llava.model.loaded import ModelSpec
 from llava.pruning import get_method, list_methods
 from llava.sampling import Sampling
 from llava.shipped import LLAVA_TINY

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from llava.eval.engine.batches import Plan, chunk_of
 from llava.eval.engine.schema import read_object
 from llava.eval.tasks.base import Benchmark, Item
+from llava.families.spec import ModelSpec
 from llava.model.checkpoint import local_checkpoint, read_config
-from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig, PruningError, parse_options
 from llava.pruning.decoder.config import DecoderConfig
 from llava.pruning.decoder.method import DecoderMethod
