@@ -12,9 +12,10 @@ import torch
 from llava.bench.arms import BenchArm
 from llava.bench.beside import Beside
 from llava.bench.configs import DEEP, build_random, shape_of
-from llava.bench.measure import DECODE_STEPS, Bench, Subject, Times
+from llava.bench.measure import Bench, Times
 from llava.bench.rates import measure_rates
 from llava.bench.schema import SCHEMA_VERSION, THIS, ArmResult, BenchResult, Conditions
+from llava.bench.subject import DECODE_STEPS, Subject
 from llava.pruning import PruningError
 from llava.storage import dump_json, write_atomically
 from llava.utils import UserInputError

@@ -14,10 +14,11 @@ from llava.bench.arms import BenchArm, make_arms
 from llava.bench.command import main
 from llava.bench.configs import DEEP, build_random, shape_of
 from llava.bench.counts import forward_work, kv_cache_bytes, layers_work
-from llava.bench.measure import Bench, Subject
+from llava.bench.measure import Bench
 from llava.bench.ratios import render_ratios
 from llava.bench.report import render
 from llava.bench.schema import read_bench
+from llava.bench.subject import Subject
 from llava.bench.summary import figures_of
 from llava.pruning import PruningConfig
 from llava.pruning.decoder.config import DecoderConfig
