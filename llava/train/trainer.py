@@ -12,6 +12,9 @@ from transformers.trainer_callback import ProgressCallback
 
 from llava.constants import IGNORE_INDEX
 from llava.model.call_context import padding_side
+from llava.model.language_model.llava_causal_lm import LlavaCausalLM
+from llava.pruning import forget, prune
+from llava.train.budgets import TrainingPruning
 from llava.train.data import turn_mask
 from llava.utils import UserInputError
 
@@ -25,18 +28,29 @@ _TOKENIZER_FILES = (
 
 
 class LlavaTrainer(transformers.Trainer):
-    """A Trainer whose optimizer may give the projector a learning rate of its own.
+    """A Trainer whose optimiser may give projector and tower learning rates of their own.
 
     Args:
-        model: a LLaVA.
+        model: a LLaVA, or a PEFT model around one.
+        llava: the LLaVA in it.
+        pruning: how the images of its batches are pruned; None leaves the model's own setting.
         tokenizer_folder: where its tokenizer was read. The files are copied next to every model
             that is saved: writing the tokenizer again would lose some of its settings.
         **kwargs: as transformers' Trainer.
     """
 
-    def __init__(self, model: nn.Module, tokenizer_folder: Path, **kwargs: Any) -> None:
-        self._tokenizer_folder, self._use_cache = tokenizer_folder, model.config.use_cache
+    def __init__(
+        self,
+        model: nn.Module,
+        llava: LlavaCausalLM,
+        tokenizer_folder: Path,
+        pruning: TrainingPruning | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._tokenizer_folder, self._use_cache = tokenizer_folder, llava.config.use_cache
+        self._llava, self._pruning, self._step, self._part = llava, pruning, -1, 0
         super().__init__(model=model, **kwargs)
+        self.add_callback(_ForgetWeights(llava.get_model().mm_projector))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -48,10 +62,24 @@ class LlavaTrainer(transformers.Trainer):
                     callback.training_bar.close()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.args.mm_projector_lr is not None:
+        rates = {
+            "mm_projector": self.args.mm_projector_lr,
+            "vision_tower": self.args.mm_vision_tower_lr,
+        }
+        own = {part: rate for part, rate in rates.items() if rate is not None}
+        if self.optimizer is None and own:
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(self._parameter_groups(), **settings)
+            self.optimizer = cls(self._parameter_groups(own), **settings)
         return super().create_optimizer()
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one batch, pruned as the run asks for it."""
+        self._part = self._part + 1 if self._step == self.state.global_step else 0
+        self._step = self.state.global_step
+        if self._pruning is None:
+            return super().training_step(model, *args, **kwargs)
+        with prune(self._llava, self._pruning.of_batch(self._step, self._part)):
+            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         """Return the model's loss on the merged batch.
@@ -84,22 +112,39 @@ class LlavaTrainer(transformers.Trainer):
                 if (self._tokenizer_folder / name).is_file():
                     shutil.copyfile(self._tokenizer_folder / name, folder / name)
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Group parameters by weight decay and rate; the projector has a rate of its own."""
+    def _parameter_groups(self, rates: dict[str, float]) -> list[dict[str, Any]]:
+        """Group parameters by weight decay and rate.
+
+        Args:
+            rates: of parts that have their own, by a word in the names of their parameters.
+        """
         decayed = set(self.get_decay_parameter_names(self.model))
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                key = ("mm_projector" in name, name in decayed)
-                groups.setdefault(key, []).append(parameter)
+                part = next((word for word in rates if word in name), None)
+                groups.setdefault((part, name in decayed), []).append(parameter)
         return [
             {
                 "params": parameters,
                 "weight_decay": self.args.weight_decay if decay else 0.0,
-                **({"lr": self.args.mm_projector_lr} if projector else {}),
+                **({"lr": rates[part]} if part else {}),
             }
-            for (projector, decay), parameters in groups.items()
+            for (part, decay), parameters in groups.items()
         ]
+
+
+class _ForgetWeights(transformers.TrainerCallback):
+    """Drop what pruning computed from the projector's weights once an optimiser changed them.
+
+    DeepSpeed's write through `.data`, which cannot be noticed on an accelerator.
+    """
+
+    def __init__(self, projector: nn.Module) -> None:
+        self.projector = projector
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        forget(self.projector)
 
 
 def merge(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from llava.model.builder import load_tokenizer
 from llava.train.arguments import ModelArguments
 from llava.train.conversations import tokenize_sample, tokenize_turns
 from llava.train.data import Collator
+from llava.train.parts import load_start
 from llava.train.samples import Sample
-from llava.train.train import build_model
 from llava.train.trainer import merge
 
 TEXTS = ("What color?", "red", "How many stars?", "two", "Where is it?", "upper left")
@@ -64,7 +64,7 @@ def model(work: Path, tower: Path) -> Any:
     args = ModelArguments(
         str(work / "init"), vision_tower=str(tower), mm_patch_merge_type="spatial_unpad"
     )
-    return build_model(args, torch.float32).eval()
+    return load_start(args, torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
