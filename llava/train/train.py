@@ -79,6 +79,11 @@ def train() -> None:
         llava=llava,
         tokenizer_folder=local_checkpoint(arguments.model.model_name_or_path),
         pruning=arguments.pruning,
+        merge_options={
+            "packing": arguments.data.pack_samples,
+            "cached": arguments.data.feature_file is not None,
+            "skipping": arguments.data.skip_bad_samples,
+        },
         args=args,
         train_dataset=dataset,
         data_collator=Collator(
