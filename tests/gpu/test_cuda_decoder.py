@@ -11,8 +11,9 @@ from transformers import DynamicCache
 
 from llava.bench.arms import BenchArm
 from llava.bench.configs import build_random, shape_of
-from llava.bench.measure import Bench, Subject
+from llava.bench.measure import Bench
 from llava.bench.stage import waits
+from llava.bench.subject import Subject
 from llava.model.language_model.decoder_layers import TransformersDecoder
 from llava.pruning import PruningConfig, prune
 from llava.pruning.decoder.call import decoding
