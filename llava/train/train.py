@@ -23,6 +23,7 @@ from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.train.arguments import TrainingArguments, parse_arguments, renamed
 from llava.train.data import Collator, SupervisedDataset
 from llava.train.parts import build_model
+from llava.train.plan import plan
 from llava.train.trainer import LlavaTrainer
 from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line
@@ -64,6 +65,9 @@ def train() -> None:
         print(f"note: {notice}", file=sys.stderr)
     if args.cache_dir is not None:
         use_cache_dir(args.cache_dir)
+    if args.dry_run:
+        print(plan(arguments))
+        return
     transformers.set_seed(args.seed)
     model, llava, tokenizer = build_model(arguments)
     _check_generation(llava)
