@@ -11,8 +11,8 @@
 #
 # May be set in the environment, with the published values as defaults: MODEL, DATA, IMAGES, TOWER,
 # PROJECTOR, OUTPUT (files and folders; MODEL and TOWER may be names on the hub), BATCH (samples on
-# a GPU at once), GLOBAL_BATCH (samples in an optimiser step), ZERO (a DeepSpeed config; empty for
-# none), REPORT_TO. One node: GPUS. Several: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT on each, or
+# a GPU at once), GLOBAL_BATCH (samples in an optimiser step), ZERO (a DeepSpeed config), REPORT_TO.
+# An empty TOWER or PROJECTOR means the model's own, an empty ZERO no DeepSpeed. One node: GPUS. Several: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT on each, or
 # HOSTFILE (DeepSpeed's) on the first. DEVICE is cuda or cpu, LAUNCHER deepspeed or torchrun, PYTHON
 # the interpreter.
 set -euo pipefail
@@ -33,6 +33,7 @@ usage() {
 stage=$1
 shift
 demo='' dry='' extra=()
+demo_command="bash ${script#"$PWD"/} $*"
 for word; do
     case $word in
     -h | --help) usage && exit ;;
@@ -94,7 +95,7 @@ count_batches() {
     [ $((GLOBAL_BATCH % at_once)) -eq 0 ] || fail "GLOBAL_BATCH $GLOBAL_BATCH is not a multiple of" \
         "GPUs x BATCH = $world x $BATCH; set BATCH or GLOBAL_BATCH to one that fits"
     accumulation=$((GLOBAL_BATCH / at_once))
-    echo "batch: $world GPUs x $BATCH x $accumulation accumulated = $GLOBAL_BATCH" >&2
+    echo "global batch $GLOBAL_BATCH: $BATCH on each GPU, GPUs: $world, accumulated: $accumulation" >&2
 }
 
 # Set command, the whole command line.
@@ -171,7 +172,8 @@ missing_files() {
     for name in DATA IMAGES PROJECTOR; do
         [ -n "${!name:-}" ] || continue
         [ -e "${!name}" ] && continue
-        case $stage-$name in
+        case $demo$stage-$name in
+        1*) advice="the demo draws or makes it when it runs" ;;
         pretrain-DATA) advice="blip_laion_cc_sbu_558k.json of the data set liuhaotian/LLaVA-Pretrain" ;;
         pretrain-IMAGES) advice="images.zip of the data set liuhaotian/LLaVA-Pretrain, unpacked" ;;
         *-DATA) advice="llava_v1_5_mix665k.json of the data set liuhaotian/LLaVA-Instruct-150K" ;;
@@ -207,6 +209,7 @@ launch() {
     count_batches
     write_command
     if [ -n "$dry" ]; then dry_run; fi
+    if [ -n "$demo" ]; then draw_demo; fi
     local missing
     missing=$(missing_files | head -n 1)
     [ -z "$missing" ] || fail "$missing"

@@ -191,9 +191,9 @@ def estimate(
     """Compute what a GPU holds at the worst moment of a step of mixed bfloat16 training.
 
     A trained weight needs 2 bytes, 2 for its gradient and 12 for AdamW: a float32 copy and two
-    moments (ZeRO, arXiv 1910.02054, 3.1). ZeRO-2 divides gradients and AdamW's 12 bytes by N, ZeRO-3
-    the weights too, and offload moves them to the CPU. Without DeepSpeed, weights and moments are
-    bfloat16: 2 + 2 + 4 bytes, and nothing is divided.
+    moments (ZeRO, arXiv 1910.02054, 3.1). ZeRO-2 divides gradients and AdamW's 12 bytes by N,
+    ZeRO-3 the weights too, and offload moves them to the CPU. Without DeepSpeed, weights and
+    moments are bfloat16: 2 + 2 + 4 bytes, and nothing is divided.
 
     Args:
         shape: of the model.

@@ -133,7 +133,8 @@ def _steps(args: Arguments, samples: int, gpus: int) -> dict[str, str]:
         steps = math.ceil(training.num_train_epochs * epoch)
     warm = training.get_warmup_steps(steps)
     return {
-        "batch": f"{gpus} GPUs x {at_once} x {parts} accumulated = {gpus * at_once * parts}",
+        "batch": f"{gpus * at_once * parts}: {at_once} on each GPU, GPUs: {gpus}, accumulated: "
+        f"{parts}",
         "steps": f"{steps} ({epoch} an epoch), the first {warm} to warm up, rate "
         f"{training.learning_rate:g}",
     }
@@ -162,4 +163,4 @@ def _memory(args: Arguments, config: dict[str, Any], gpus: int) -> str:
         if possible(stage, zero)
     }
     told = ", ".join(f"{ZEROS[zero]} {size / GIB:.1f}" for zero, size in figures.items())
-    return f"GiB on each of {gpus} GPUs, computed for rows of {limit} tokens: {told}"
+    return f"GiB on each GPU, computed for rows of {limit} tokens: {told}"

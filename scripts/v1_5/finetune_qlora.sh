@@ -4,11 +4,13 @@
 . "$(dirname "${BASH_SOURCE[0]}")/../train.sh" finetune_qlora "$@"
 
 global_batch=128 batch=16 zero=scripts/zero2.json
+: "${TOWER=openai/clip-vit-large-patch14-336}"
+: "${PROJECTOR=./checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin}"
 recipe=(
     --bits 4 --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5
     --model_name_or_path "${MODEL:=lmsys/vicuna-7b-v1.5}" --version v1
-    --vision_tower "${TOWER:=openai/clip-vit-large-patch14-336}"
-    --pretrain_mm_mlp_adapter "${PROJECTOR:=./checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin}"
+    ${TOWER:+--vision_tower "$TOWER"}
+    ${PROJECTOR:+--pretrain_mm_mlp_adapter "$PROJECTOR"}
     --data_path "${DATA:=./playground/data/llava_v1_5_mix665k.json}"
     --image_folder "${IMAGES:=./playground/data}"
     --image_aspect_ratio pad --model_max_length 2048 --group_by_modality_length True

@@ -3,9 +3,10 @@
 . "$(dirname "${BASH_SOURCE[0]}")/../train.sh" pretrain "$@"
 
 global_batch=256 batch=32 zero=scripts/zero2.json
+: "${TOWER=openai/clip-vit-large-patch14-336}"
 recipe=(
     --model_name_or_path "${MODEL:=lmsys/vicuna-7b-v1.5}" --version plain
-    --vision_tower "${TOWER:=openai/clip-vit-large-patch14-336}"
+    ${TOWER:+--vision_tower "$TOWER"}
     --tune_mm_mlp_adapter True
     --data_path "${DATA:=./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}"
     --image_folder "${IMAGES:=./playground/data/LLaVA-Pretrain/images}"
