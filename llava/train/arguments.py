@@ -4,7 +4,6 @@ What LLaVA has and this trainer cannot honour is refused by name rather than ign
 """
 
 import argparse
-import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,8 +22,6 @@ from llava.registry import unknown
 from llava.train.budgets import TrainingPruning, training_pruning
 from llava.utils import UserInputError
 from llava.value_rules import number, one_line, read_values, whole
-
-logger = logging.getLogger(__name__)
 
 # Arguments that this trainer cannot honour, and what to do instead.
 _REFUSED = {
@@ -172,6 +169,9 @@ class TrainingArguments(transformers.TrainingArguments):
                     "below 1, and no --warmup_steps with it"
                 )
             self.warmup_steps = self.warmup_ratio
+        # The later name of transformers 5.23; the earlier one alone brings a warning there.
+        if getattr(self, "activation_checkpointing", True) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
 
 
@@ -198,7 +198,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> Arguments:
         UserInputError: unknown or malformed arguments, values that cannot be used, and what cannot
             be honoured.
     """
-    parser = _Parser((ModelArguments, DataArguments, TrainingArguments))
+    kinds: Any = (ModelArguments, DataArguments, TrainingArguments)
+    parser = _Parser(kinds)
     add_pruning_flags(parser)
     parser.add_argument(
         "--keep-tokens-range",
@@ -266,7 +267,7 @@ def _check_names(model: ModelArguments, data: DataArguments, training: TrainingA
         if value not in allowed:
             names = ", ".join(str(name) for name in allowed if name is not None)
             raise UserInputError(f"--{flag} is {value!r}; use one of {names}")
-    missing = set(training.report_to) - set(get_available_reporting_integrations())
+    missing = set(training.report_to or ()) - set(get_available_reporting_integrations())
     if missing:
         raise UserInputError(
             f"--report_to {min(missing)} needs a package that is not installed; install it, or use "

@@ -1,5 +1,6 @@
 """A LoRA on the language model of a LLaVA, made by PEFT."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -30,8 +31,8 @@ def add_lora(model: LlavaCausalLM, args: Arguments) -> nn.Module:
     if training.bits != 16:
         dtype = next(model.get_model().mm_projector.parameters()).dtype
         model = prepare_model_for_kbit_training(model, training.gradient_checkpointing or False)
-        for part in (model.get_model().mm_projector, model.get_vision_tower()):
-            part.to(dtype)
+        model.get_model().mm_projector.to(dtype)
+        model.get_model().vision_tower.to(dtype)
     config = LoraConfig(
         r=training.lora_r,
         lora_alpha=training.lora_alpha,  # type: ignore[arg-type]
@@ -49,7 +50,7 @@ def add_lora(model: LlavaCausalLM, args: Arguments) -> nn.Module:
             )
         own = read_adapter_config(folder)
         config.r, config.lora_alpha = own["r"], own["lora_alpha"]
-    lora = get_peft_model(model, config)  # type: ignore[arg-type]
+    lora = get_peft_model(model, config)
     # PEFT has frozen the rest, or, with --lora_bias all, trains every bias there is.
     for name, weight in model.named_parameters():
         if name.startswith(TOWER_PREFIX) and "lora_" not in name:
@@ -65,16 +66,20 @@ def add_lora(model: LlavaCausalLM, args: Arguments) -> nn.Module:
 
 def _lora_targets(model: LlavaCausalLM, with_tower: bool) -> str:
     """Return a pattern of the full names of the linear layers that get a LoRA."""
-    within = {
-        name.split(".", 3)[3]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("model.layers.")
-    }
-    pattern = rf"model\.layers\.\d+\.({'|'.join(sorted(within)).replace('.', chr(92) + '.')})"
-    if not with_tower:
+    pattern = rf"model\.layers\.\d+\.({_linear(model.get_model().layers[0])})"
+    tower = model.get_vision_tower()
+    if not with_tower or tower is None:
         return pattern
-    start = f"{TOWER_PREFIX}encoder.layers.".replace(".", r"\.")
-    return rf"{pattern}|{start}\d+\..*"
+    start = re.escape(f"{TOWER_PREFIX}encoder.layers.")
+    blocks = tower.vision_tower.encoder.layers[: tower.num_layers_used]  # later ones do not run
+    numbers = "|".join(str(number) for number in range(len(blocks)))
+    return rf"{pattern}|{start}({numbers})\.({_linear(blocks[0])})"
+
+
+def _linear(block: nn.Module) -> str:
+    """Return a pattern of the names of all linear layers in a block."""
+    names = [name for name, part in block.named_modules() if isinstance(part, nn.Linear)]
+    return "|".join(re.escape(name) for name in names)
 
 
 @torch.no_grad()
