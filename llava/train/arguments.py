@@ -20,6 +20,7 @@ from llava.pixels import PIXELS, PIXELS_HELP, VIEWER
 from llava.pruning.flags import add_pruning_flags
 from llava.registry import unknown
 from llava.train.budgets import TrainingPruning, training_pruning
+from llava.train.zero import check_agreement, prepare_deepspeed
 from llava.utils import UserInputError
 from llava.value_rules import number, one_line, read_values, whole
 
@@ -172,7 +173,10 @@ class TrainingArguments(transformers.TrainingArguments):
         # The later name of transformers 5.23; the earlier one alone brings a warning there.
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.deepspeed:
+            prepare_deepspeed(self.deepspeed, on_cpu=self.use_cpu)
         super().__post_init__()
+        check_agreement(self)
 
 
 class Arguments(NamedTuple):
@@ -313,7 +317,6 @@ def _check_quantized(training: TrainingArguments) -> None:
     for asked, flag, package in (
         (training.lora_enable, "--lora_enable True", "peft"),
         (training.bits != 16, f"--bits {training.bits}", "bitsandbytes"),
-        (training.deepspeed, "--deepspeed", "deepspeed"),
     ):
         if asked and find_spec(package) is None:
             raise UserInputError(

@@ -22,6 +22,7 @@ from llava.model.checkpoint import local_checkpoint
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.train.arguments import TrainingArguments, parse_arguments, renamed
 from llava.train.data import Collator, SupervisedDataset
+from llava.train.launch import wait_to_be_ended
 from llava.train.parts import build_model
 from llava.train.plan import plan
 from llava.train.trainer import LlavaTrainer
@@ -83,6 +84,11 @@ def train() -> None:
         llava=llava,
         tokenizer_folder=local_checkpoint(arguments.model.model_name_or_path),
         pruning=arguments.pruning,
+        merge_options={
+            "packing": arguments.data.pack_samples,
+            "cached": arguments.data.feature_file is not None,
+            "skipping": arguments.data.skip_bad_samples,
+        },
         args=args,
         train_dataset=dataset,
         data_collator=Collator(
@@ -132,8 +138,12 @@ def main() -> None:
     except CORRECTABLE as error:
         # A worker of the data loader puts its whole traceback before the message.
         message = explain(error).rpartition(f"{UserInputError.__name__}: ")[2]
+        wait_to_be_ended(first_says=True)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        wait_to_be_ended(first_says=False)
+        raise
 
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
 """Train on batches of text and images; saved models keep what was not trained."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import extract_model_from_parallel as unwrap_model
 from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
 
-from llava.constants import IGNORE_INDEX
-from llava.model.call_context import padding_side
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.pruning import forget, prune
 from llava.train.budgets import TrainingPruning
-from llava.train.data import turn_mask
-from llava.utils import UserInputError
+from llava.train.merge import merging
 
 _TOKENIZER_FILES = (
     "tokenizer.model",
@@ -34,6 +31,7 @@ class LlavaTrainer(transformers.Trainer):
         model: a LLaVA, or a PEFT model around one.
         llava: the LLaVA in it.
         pruning: how the images of its batches are pruned; None leaves the model's own setting.
+        merge_options: keyword arguments of `llava.train.merge.merging`.
         tokenizer_folder: where its tokenizer was read. The files are copied next to every model
             that is saved: writing the tokenizer again would lose some of its settings.
         **kwargs: as transformers' Trainer.
@@ -45,8 +43,10 @@ class LlavaTrainer(transformers.Trainer):
         llava: LlavaCausalLM,
         tokenizer_folder: Path,
         pruning: TrainingPruning | None = None,
+        merge_options: Mapping[str, bool] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._merging = dict(merge_options or {})
         self._tokenizer_folder, self._use_cache = tokenizer_folder, llava.config.use_cache
         self._llava, self._pruning, self._step, self._part = llava, pruning, -1, 0
         super().__init__(model=model, **kwargs)
@@ -81,23 +81,12 @@ class LlavaTrainer(transformers.Trainer):
         with prune(self._llava, self._pruning.of_batch(self._step, self._part)):
             return super().training_step(model, *args, **kwargs)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
-        """Return the model's loss on the merged batch.
-
-        Raises:
-            UserInputError: a sample of which the length limit leaves no answer.
-        """
-        merged = merge(model, inputs)
-        unlearnt = (merged["labels"] == IGNORE_INDEX).all(dim=1)
-        if bool(unlearnt.any()):
-            name = inputs["names"][int(unlearnt.nonzero()[0])]
-            limit = unwrap_model(model).config.tokenizer_model_max_length
-            raise UserInputError(
-                f"{name}: its first answer begins behind the length limit of {limit} tokens, so "
-                "nothing of it would be learnt; give a larger --model_max_length, or shorten or "
-                "remove the sample"
-            )
-        return super().compute_loss(model, merged, *args, **kwargs)
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return the model's loss; text and images merge inside its forward pass."""
+        with merging(model, **self._merging):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         config, running = self.model.config, self.model.config.use_cache
@@ -145,42 +134,3 @@ class _ForgetWeights(transformers.TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         forget(self.projector)
-
-
-def merge(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """Put the images of a `Collator`'s batch in their places in the text.
-
-    Args:
-        model: a LLaVA, perhaps wrapped.
-        batch: `input_ids`, `labels`, `turns` and `attention_mask` `[B, L]`; `images`
-            and `image_sizes` where a row has an image mark.
-
-    Returns:
-        Keyword arguments of the model, with `labels` of the merged length.
-    """
-    ids, labels, turns = batch["input_ids"], batch["labels"], batch["turns"]
-    if batch.get("images") is None:
-        # Attention is causal and padding stands on the right, where no token can see it.
-        return {"input_ids": ids, "labels": labels}
-    # The places of tokens travel as labels, so that the splice itself says which token came from
-    # where: images of any length, and cuts, need no arithmetic here.
-    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    with padding_side("right"):
-        parts = unwrap_model(model).prepare_inputs_labels_for_multimodal(
-            ids, None, batch["attention_mask"], None, places, batch["images"], batch["image_sizes"]
-        )
-    _, positions, _, _, embeds, places = parts
-    # Image marks belong to turn 0.
-    turns = _at(turns, places, 0)
-    return {
-        "inputs_embeds": embeds,
-        "attention_mask": turn_mask(turns, embeds.dtype) if bool(turns.any()) else None,
-        "position_ids": positions,
-        "labels": _at(labels, places, IGNORE_INDEX),
-    }
-
-
-def _at(values: Tensor, places: Tensor, fill: int) -> Tensor:
-    """Return `values` `[B, L]` at `places` `[B, L']`, `fill` where a place is not in the text."""
-    of_text = places != IGNORE_INDEX
-    return torch.where(of_text, values.gather(1, places.clamp(min=0)), fill)
