@@ -1,6 +1,7 @@
 # Sourced by scripts/train.sh for --demo: llava-tiny instead of a released model, drawn scenes instead
 # of LLaVA's data, and settings that do something in minutes. What is set in the environment stays.
-# WORK is the folder of the demo. A second run continues what was cut off.
+# WORK is the folder of the demo, LIMIT the number of questions asked before and after. A second run
+# continues what was cut off.
 WORK=${WORK:-outputs/demo}
 DATA=${DATA:-$WORK/data/conversations.json}
 IMAGES=${IMAGES:-$WORK/data/images}
@@ -43,6 +44,7 @@ score_demo() {
     local words=(losses "$OUTPUT")
     if [ "$stage" != pretrain ]; then
         words=(score --after "$OUTPUT" --folder "$WORK/$stage-score" --run "$demo_command")
+        words+=(--limit "${LIMIT:-720}")
         case $stage in
         *lora) words+=(--model-base "$MODEL") ;;
         esac
