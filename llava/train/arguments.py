@@ -46,6 +46,7 @@ _NUMBERS = {
     "--model_max_length": _ABOVE_ZERO,
     "--num_train_epochs": _ABOVE_ZERO,
     "--save_steps": _ABOVE_ZERO,
+    "--dry_run_gpus": whole(1, 2**20),
     "--lora_r": whole(1, 2**16),
     "--lora_alpha": _ABOVE_ZERO,
     "--lora_dropout": number(0, 1),
@@ -159,6 +160,9 @@ class TrainingArguments(transformers.TrainingArguments):
     quant_type: str = _argument("nf4", "of 4 bits: nf4 or fp4")
     double_quant: bool = _argument(True, "of 4 bits: quantize the scales as well")
     dry_run: bool = _argument(False, "check everything, print the plan, train nothing")
+    dry_run_gpus: int | None = _argument(
+        None, "GPUs that the plan is for; by default those of this run"
+    )
 
     def __post_init__(self) -> None:
         if self.warmup_ratio is not None:

@@ -21,6 +21,7 @@ from llava.train.checkpoints import find_checkpoint
 from llava.train.data import Collator, SupervisedDataset
 from llava.train.launch import wait_to_be_ended
 from llava.train.parts import build_model
+from llava.train.plan import plan
 from llava.train.trainer import LlavaTrainer
 from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line
@@ -39,6 +40,9 @@ def train() -> None:
         print(f"note: {notice}", file=sys.stderr)
     if args.cache_dir is not None:
         use_cache_dir(args.cache_dir)
+    if args.dry_run:
+        print(plan(arguments))
+        return
     transformers.set_seed(args.seed)
     model, llava, tokenizer = build_model(arguments)
     tower = llava.get_vision_tower()
