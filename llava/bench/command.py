@@ -18,7 +18,7 @@ import torch
 
 from llava.bench.arms import make_arms, split_method
 from llava.bench.configs import NAMES, SHAPES, shape_of
-from llava.bench.gpu_report import find_part, render_gpu
+from llava.bench.gpu_report import find_part, render_gpu, render_stage
 from llava.bench.plots import check_plot, draw_bench, draw_scaling
 from llava.bench.ratios import render_ratios
 from llava.bench.report import render
@@ -312,6 +312,8 @@ def _show(args: argparse.Namespace, result: Any) -> None:
     """Print the tables of a result, and write what the flags ask for."""
     if args.plot and result["kind"] == "gpu":
         raise UserInputError(f"{args.source} has several pictures; choose one with --part")
+    if args.plot and result["kind"] == "stage":
+        raise UserInputError(f"--part {args.part!r} is a table without a picture; leave out --plot")
     show: Callable[[Any], str] = _TABLES[result["kind"]]
     text = show(result)
     print(text)
@@ -331,4 +333,5 @@ _TABLES: dict[str, Callable[[Any], str]] = {
     "bench": render,
     "scaling": render_scaling,
     "gpu": render_gpu,
+    "stage": render_stage,
 }
