@@ -43,6 +43,16 @@ COMMANDS = {
         "llava.model.convert.command",
         within=False,
     ),
+    "merge-lora": Command(
+        "merge a LoRA into the model it was trained on",
+        "llava.train.merge_lora",
+        within=False,
+    ),
+    "extract-projector": Command(
+        "write the projector of a LLaVA to a file of its own",
+        "llava.train.extract_projector",
+        within=False,
+    ),
     "methods": Command("list the pruning methods", "llava.pruning.__main__"),
 }
 

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 _PROJECTOR = "mm_projector"
 _PROJECTOR_PREFIX = f"model.{_PROJECTOR}."
+# Words in the keys of a projector's file -> how the names in memory begin.
+_PARTS = {
+    f"{_PROJECTOR}.": _PROJECTOR_PREFIX,
+    "embed_tokens.": "model.embed_tokens.",
+    "image_newline": "model.image_newline",
+    "lm_head.": "lm_head.",
+}
 _REST = "non_lora_trainables"
 CONFIG_FILE = "adapter_config.json"
 _STEM = "adapter_model"
@@ -203,7 +210,7 @@ def _ask_for_base(folder: Path, is_lora: bool, complete: bool) -> str:
     )
 
 
-def _rest(folder: Path) -> dict[str, torch.Tensor]:
+def read_rest(folder: Path) -> dict[str, torch.Tensor]:
     """Read weights that were trained with the adapter; none if the projector was not."""
     weights = read_weights(folder, _REST) or {}
     weights = {key.removeprefix("base_model."): value for key, value in weights.items()}
@@ -213,11 +220,11 @@ def _rest(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _projector(folder: Path) -> dict[str, torch.Tensor]:
-    """Read `model.mm_projector.*`, whatever its prefix, and a table of embeddings if any."""
+    """Read `model.mm_projector.*`, whatever its prefix, a newline and tables of tokens if any."""
     weights: dict[str, torch.Tensor] = {}
     for key, value in (read_weights(folder, _PROJECTOR) or {}).items():
-        part = next((p for p in (f"{_PROJECTOR}.", "embed_tokens.") if p in key), None)
-        name = None if part is None else f"model.{part}{key.split(part, 1)[1]}"
+        part = next((part for part in _PARTS if part in key), None)
+        name = None if part is None else _PARTS[part] + key.split(part, 1)[1]
         if name is None or name in weights:
             fault = "a weight it has twice" if name else "which is not a weight of a projector"
             raise UserInputError(
@@ -266,7 +273,7 @@ def _read_adapter(folder: Path) -> PartialCheckpoint:
     if not scales:
         raise _damaged(folder, "has no factors (lora_A, lora_B), so it changes nothing")
     factors = {name: (a, sides["B"][name], scales[name]) for name, a in sides["A"].items()}
-    return PartialCheckpoint(folder, {**_rest(folder), **whole}, factors, _target_names(config))
+    return PartialCheckpoint(folder, {**read_rest(folder), **whole}, factors, _target_names(config))
 
 
 def _damaged(folder: Path, fault: str) -> UserInputError:

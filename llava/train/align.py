@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 from llava.command_line import OneLineParser, one_line_errors
 from llava.model.builder import load_tokenizer
 from llava.train.patch_labels import CLASSES, IGNORE, NEIGHBOURS, SIGN, patch_labels
-from llava.train.train import save_projector
+from llava.train.saving import save_projector
 from llava.world import scene
 from llava.world.font import ALPHABET
 from llava.world.shapes import COLORS, PLURALS, SHAPES

@@ -7,11 +7,13 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import transformers
+from packaging.version import Version
 from transformers.integrations import get_available_reporting_integrations
 
 from llava.conversation import conv_templates
@@ -227,7 +229,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> Arguments:
     _check_names(model, data, training)
     read_values({flag: getattr(training, flag.removeprefix("--")) for flag in _NUMBERS}, _NUMBERS)
     _check_parts(model, training)
-    _check_quantized(training)
+    _check_packages(training)
     pruning = training_pruning(flags, training.seed)
     check_writable(training.output_dir)
     return Arguments(model, data, training, pruning)
@@ -312,16 +314,17 @@ def _check_parts(model: ModelArguments, training: TrainingArguments) -> None:
             raise UserInputError(f"--{flag} needs --{needed}; add it, or leave --{flag} out")
 
 
-def _check_quantized(training: TrainingArguments) -> None:
-    """Refuse packages that are missing and combinations that cannot work."""
-    for asked, flag, package in (
-        (training.lora_enable, "--lora_enable True", "peft"),
-        (training.bits != 16, f"--bits {training.bits}", "bitsandbytes"),
+def _check_packages(training: TrainingArguments) -> None:
+    """Refuse packages that are missing or too old, and quantized weights under ZeRO-3."""
+    for asked, flag, package, least in (
+        # Before 0.21 a LoRA calls the model so that hooks on it do not run.
+        (training.lora_enable, "--lora_enable True", "peft", "0.21"),
+        (training.bits != 16, f"--bits {training.bits}", "bitsandbytes", "0.46"),
     ):
-        if asked and find_spec(package) is None:
+        if asked and (find_spec(package) is None or Version(version(package)) < Version(least)):
             raise UserInputError(
-                f"{flag} needs the package {package}, which is not installed; "
-                f"run pip install {package}"
+                f"{flag} needs the package {package}, {least} or newer; run "
+                f"pip install -U '{package}>={least}'"
             )
     zero = getattr(training, "hf_deepspeed_config", None)
     if training.bits != 16 and zero is not None and zero.is_zero3():

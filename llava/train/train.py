@@ -8,19 +8,16 @@ checkpoint in `--output_dir` continues from it.
 import os
 import sys
 import tempfile
-from pathlib import Path
 
 import huggingface_hub
-import torch
 import transformers
-from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
 
 from llava.command_line import CORRECTABLE, explain
 from llava.conversation import conv_templates
 from llava.model.checkpoint import local_checkpoint
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
-from llava.train.arguments import TrainingArguments, parse_arguments, renamed
+from llava.train.arguments import parse_arguments, renamed
+from llava.train.checkpoints import find_checkpoint
 from llava.train.data import Collator, SupervisedDataset
 from llava.train.launch import wait_to_be_ended
 from llava.train.parts import build_model
@@ -28,29 +25,6 @@ from llava.train.plan import plan
 from llava.train.trainer import LlavaTrainer
 from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line
-
-
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """Return the checkpoint that is asked for, else the newest complete one in `--output_dir`.
-
-    Raises:
-        UserInputError: the one that is asked for cannot be used.
-    """
-    asked = args.resume_from_checkpoint
-    folders = [user_path(asked)] if asked else list(Path(args.output_dir).glob("checkpoint-*"))
-    # The trainer writes its state last.
-    complete = [folder for folder in folders if (folder / TRAINER_STATE_NAME).is_file()]
-    if asked and not complete:
-        raise UserInputError(
-            f"--resume_from_checkpoint {asked} is not a checkpoint of a training run; give a "
-            "folder that holds trainer_state.json, or leave it out to continue from the newest one"
-        )
-    return max(map(str, complete), key=_step, default=None)
-
-
-def _step(folder: str) -> int:
-    number = folder.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
 
 
 def train() -> None:
@@ -71,18 +45,20 @@ def train() -> None:
         return
     transformers.set_seed(args.seed)
     model, llava, tokenizer = build_model(arguments)
+    tower = llava.get_vision_tower()
+    assert tower is not None and args.output_dir is not None
     _check_generation(llava)
     dataset = SupervisedDataset(
         arguments.data,
         tokenizer,
         conv_templates[arguments.model.version],
-        llava.get_vision_tower().image_processor,
+        tower.image_processor,
         llava.config,
     )
     trainer = LlavaTrainer(
         model=model,
-        llava=llava,
-        tokenizer_folder=local_checkpoint(arguments.model.model_name_or_path),
+        base=local_checkpoint(arguments.model.model_name_or_path),
+        projector_only=arguments.model.tune_mm_mlp_adapter,
         pruning=arguments.pruning,
         merge_options={
             "packing": arguments.data.pack_samples,
@@ -100,22 +76,14 @@ def train() -> None:
             f"the {len(dataset)} samples do not fill a batch; give more, or a smaller batch, "
             "or leave out --dataloader_drop_last"
         )
-    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    trainer.train(find_checkpoint(args.output_dir, args.resume_from_checkpoint))
+    trainer.save_model()
     trainer.save_state()
-    trainer.save_model(args.output_dir)
-    if arguments.model.tune_mm_mlp_adapter and trainer.is_world_process_zero():
-        save_projector(llava.get_model().mm_projector, Path(args.output_dir) / "mm_projector.bin")
 
 
 def use_cache_dir(folder: str) -> None:
     """Keep models of the hub in another folder, in this process and those it starts."""
     os.environ["HF_HUB_CACHE"] = huggingface_hub.constants.HF_HUB_CACHE = str(user_path(folder))
-
-
-def save_projector(projector: nn.Module, file: Path) -> None:
-    """Write a projector alone, as `--pretrain_mm_mlp_adapter` reads it."""
-    state = projector.state_dict()
-    torch.save({f"model.mm_projector.{name}": value.cpu() for name, value in state.items()}, file)
 
 
 def _check_generation(model: LlavaCausalLM) -> None:
