@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -68,6 +68,22 @@ def test_a_layer_keeps_what_autograd_saves(groups: int) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(states, position_embeddings=angles)
     assert sum(kept.values()) == 2 * 32 * layer_bytes(Shape.of(config.to_dict()))
+
+
+def test_logits_and_their_loss_are_what_a_step_peaks_at() -> None:
+    trackers = pytest.importorskip("torch.distributed._tools.mem_tracker")
+    config = LlamaConfig(**{**SMALL, "vocab_size": 20_000})
+    model = LlamaForCausalLM(config).bfloat16()
+    model.gradient_checkpointing_enable()
+    ids = torch.randint(0, 20_000, (2, 128), generator=torch.Generator().manual_seed(0))
+    tracker = trackers.MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    peak = max(next(iter(tracker.get_tracker_snapshot("peak").values())).values())
+    weights = 2 * sum(weight.numel() for weight in model.parameters())
+    computed = activation_bytes(Shape.of(config.to_dict()), "finetune", ids.numel())
+    assert 0.97 < computed / (peak - weights) < 1.03
 
 
 def test_the_estimate_follows_its_formula() -> None:
