@@ -14,16 +14,17 @@ from llava.utils import UserInputError, once
 T = TypeVar("T")
 
 
-def unknown(kind: str, word: Any, known: Iterable[str]) -> str:
+def unknown(kind: str, word: Any, known: Iterable[str], also: Iterable[str] = ()) -> str:
     """Say that a name is unknown, with the nearest valid ones, or all of them.
 
     Args:
         kind: what the name should be, such as `pruning method`.
         word: what was given.
         known: valid names.
+        also: names of something else that may have been meant.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(word), names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(word), sorted({*names, *also}), n=3, cutoff=0.5)
     if near:
         hint = "did you mean " + " or ".join(repr(name) for name in near) + "?"
     else:

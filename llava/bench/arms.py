@@ -1,6 +1,7 @@
 """The arms of a bench: the unpruned model, a pruner that costs nothing, and methods x budgets."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from llava.eval.engine.request import UNPRUNED, arm_word, split_word
 from llava.pruning import PruningConfig, PruningError
 
 FREE = "free"
+_BUDGET = re.compile(r"@[\d.e+-]+$")  # at the end of an arm's name
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class BenchArm:
     @property
     def method(self) -> str:
         """The name without the budget."""
-        return self.name.rpartition("@")[0] or self.name
+        return _BUDGET.sub("", self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, which `from_dict` reads."""
@@ -69,16 +71,18 @@ def make_arms(
     budgets: Sequence[int],
     choices: Mapping[str, Any],
     between: Sequence[Any] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[BenchArm]:
     """Return all arms in the order in which they are run.
 
     Args:
-        methods: `zoo` or `zoo:directions=32`.
+        methods: `zoo` or `zoo:directions=32`; `none` for what `between` does alone.
         budgets: tokens to keep of an image.
         choices: settings of the stage for every method, such as `allocation`.
         between: what is dropped between layers behind every method that prunes before them, each a
-            DecoderConfig with `keep_tokens`, in arms of their own. Those that keep no fewer than
-            the method itself are left out, because they would drop nothing.
+            DecoderConfig, in arms of their own. Those with as many tokens as the method keeps are
+            left out, because they would drop nothing.
+        say: takes one line that names arms which are left out.
 
     Raises:
         PruningError: a method or an option that does not exist, a budget among the words, or
@@ -90,22 +94,39 @@ def make_arms(
         arms.append(
             BenchArm(f"{FREE}@{budget}", PruningConfig.of("grid", keep_tokens=budget, **free), True)
         )
+    idle: list[str] = []
     for word in dict.fromkeys(methods):
+        if word == UNPRUNED:
+            arms += [BenchArm(_word(own), PruningConfig(decoder=own, **choices)) for own in between]
+            continue
         method, options = split_method(word)
         for budget in budgets:
             config = PruningConfig.of(method, keep_tokens=budget, **options, **choices)
             arms.append(BenchArm(f"{word}@{budget}", config))
             if config.decoder is None:
-                arms += _behind(arms[-1], between)
-    return arms
+                arms += _behind(arms[-1], between, idle)
+    if idle:
+        say(f"left out, because they would drop nothing between layers: {', '.join(idle)}")
+    return list({arm.name: arm for arm in arms}.values())
 
 
-def _behind(arm: BenchArm, between: Sequence[Any]) -> list[BenchArm]:
-    """Return an arm with settings between layers behind it: `zoo@192+fastv@64`."""
+def _behind(arm: BenchArm, between: Sequence[Any], idle: list[str]) -> list[BenchArm]:
+    """Return an arm with settings between layers behind it: `zoo@192+fastv@64`.
+
+    Names of those that would drop nothing go to `idle` instead.
+    """
     assert arm.pruning is not None and arm.budget is not None
     made = []
     for decoder in between:
-        if decoder.keep_tokens < arm.budget:
-            name = f"{arm.name}+{arm_word(decoder.method, decoder.keep_tokens, decoder.options)}"
+        name = f"{arm.name}+{_word(decoder)}"
+        if decoder.keep_tokens is not None and decoder.keep_tokens >= arm.budget:
+            idle.append(name)
+        else:
             made.append(BenchArm(name, replace(arm.pruning, decoder=decoder)))
     return made
+
+
+def _word(decoder: Any) -> str:
+    """Return the text of a setting between layers: `fastv`, `fastv@64` or `fastv@0.25`."""
+    budget = decoder.keep_tokens if decoder.keep_ratio is None else decoder.keep_ratio
+    return arm_word(decoder.method, budget, decoder.options)

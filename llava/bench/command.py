@@ -18,7 +18,7 @@ import torch
 
 from llava.bench.arms import make_arms, split_method
 from llava.bench.configs import NAMES, SHAPES, shape_of
-from llava.bench.gpu_report import find_part, render_gpu
+from llava.bench.gpu_report import find_part, render_gpu, render_stage
 from llava.bench.plots import check_plot, draw_bench, draw_scaling
 from llava.bench.ratios import render_ratios
 from llava.bench.report import render
@@ -45,6 +45,7 @@ _OF_A_RUN = (
     "keep_tokens",
     "decoder_pruner",
     "decoder_keep_tokens",
+    "decoder_keep_ratio",
     "compare_with",
     "batch",
     "answer",
@@ -109,9 +110,21 @@ def build_parser(prog: str = "llava bench") -> OneLineParser:
         "--decoder-pruner",
         type=_words,
         metavar="METHOD,...",
-        help="methods between layers, behind every other one: zoo@192+fastv@64",
+        help="methods between layers, behind every other one: zoo@192+fastv@64; alone with "
+        "--pruner none",
     )
-    add("--decoder-keep-tokens", type=_numbers, metavar="N,...", help="their means over layers")
+    add(
+        "--decoder-keep-tokens",
+        type=_numbers,
+        metavar="N,...",
+        help="their budgets, means over layers; default: their published schedules",
+    )
+    add(
+        "--decoder-keep-ratio",
+        type=_shares,
+        metavar="R,...",
+        help="or shares of an image's tokens, in (0, 1]",
+    )
     for name, (values, summary) in CHOICES.items():
         if name not in _WITHOUT:
             add(f"--{name}", choices=values, help=f"{summary}; default {values[0]}")
@@ -159,14 +172,22 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
 
 
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not R,... such as 0.25,0.5") from error
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse flags that do not go together, before anything is built."""
     if args.model_path and args.config:
         raise UserInputError("give --model-path or --config, not both")
     if args.layers and args.model_path:
         raise UserInputError("--layers needs --config: a checkpoint runs with all its layers")
-    if bool(args.decoder_pruner) != bool(args.decoder_keep_tokens):
-        raise UserInputError("give --decoder-pruner and --decoder-keep-tokens together")
+    for flag in ("decoder_keep_tokens", "decoder_keep_ratio"):
+        if getattr(args, flag) and not args.decoder_pruner:
+            raise UserInputError(f"--{flag.replace('_', '-')}: give --decoder-pruner too")
     if args.update and not (args.output or args.source):
         raise UserInputError(
             "--update needs --output or --from: its section is named like the file"
@@ -243,12 +264,7 @@ def _bench(args: argparse.Namespace, facts: dict[str, Any]) -> Any:
         for name in CHOICES
         if name not in _WITHOUT and getattr(args, name) is not None
     }
-    between = []
-    for word in args.decoder_pruner or ():
-        method, options = split_method(word)
-        for budget in args.decoder_keep_tokens:
-            between.append(DecoderConfig(method, keep_tokens=budget, options=options))
-    arms = make_arms(args.pruner or PRUNERS, budgets, choices, between)
+    arms = make_arms(args.pruner or PRUNERS, budgets, choices, _between(args), _say)
     plan = Plan(
         config,
         args.model_path,
@@ -262,6 +278,17 @@ def _bench(args: argparse.Namespace, facts: dict[str, Any]) -> Any:
         args.repeats or 10,
     )
     return run_bench(plan, facts, args.output, args.compare_with, say=_say)
+
+
+def _between(args: argparse.Namespace) -> list[DecoderConfig]:
+    """Return what the flags drop between layers: every method at every budget."""
+    budgets: list[dict[str, Any]] = [{"keep_tokens": own} for own in args.decoder_keep_tokens or ()]
+    budgets += [{"keep_ratio": own} for own in args.decoder_keep_ratio or ()]
+    found = []
+    for word in args.decoder_pruner or ():
+        method, options = split_method(word)
+        found += [DecoderConfig(method, **own, options=options) for own in budgets or [{}]]
+    return found
 
 
 def _scale(args: argparse.Namespace, facts: dict[str, Any]) -> Any:
@@ -285,6 +312,8 @@ def _show(args: argparse.Namespace, result: Any) -> None:
     """Print the tables of a result, and write what the flags ask for."""
     if args.plot and result["kind"] == "gpu":
         raise UserInputError(f"{args.source} has several pictures; choose one with --part")
+    if args.plot and result["kind"] == "stage":
+        raise UserInputError(f"--part {args.part!r} is a table without a picture; leave out --plot")
     show: Callable[[Any], str] = _TABLES[result["kind"]]
     text = show(result)
     print(text)
@@ -304,4 +333,5 @@ _TABLES: dict[str, Callable[[Any], str]] = {
     "bench": render,
     "scaling": render_scaling,
     "gpu": render_gpu,
+    "stage": render_stage,
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from llava.bench.report import NONE, against, arm_name, describe, pays, tokens_of
+from llava.bench.report import NONE, against, arm_name, describe, floor_lines, pays, tokens_of
 from llava.bench.schema import BenchResult
 from llava.bench.summary import Figures, figures_of
 from llava.eval.engine.request import UNPRUNED
@@ -17,7 +17,7 @@ def render_ratios(result: BenchResult) -> str:
         repeats = len(own[0].arm["times"]["encode"])
         parts += [
             f"**Batch {batch}**: medians of {repeats}",
-            _ratios(own),
+            _ratios(result, own),
             *against(own, times=False),
         ]
     return "\n\n".join(parts)
@@ -37,7 +37,7 @@ def _inside(own: Figures, unpruned: Figures) -> list[str]:
     return [*cells, f"{100 * cache:.1f} %"]
 
 
-def _ratios(figures: Sequence[Figures]) -> str:
+def _ratios(result: BenchResult, figures: Sequence[Figures]) -> str:
     unpruned = {f.arm["source"]: f for f in figures if f.arm["method"] == UNPRUNED}
     deep = any("layer_tokens" in f.arm for f in figures)
     inside = ("between", "decode", "KV cache") if deep else ()
@@ -61,4 +61,5 @@ def _ratios(figures: Sequence[Figures]) -> str:
             beside = own.of_free_prefill.median, own.allowed or 0.0
             line += [*(f"{100 * share:.1f} %" for share in beside), pays(own.pays_up_to)]
         lines.append(line)
-    return table([*header, "of free", "allowed", "pays up to"], lines)
+    header += ["of free", "allowed", "pays up to"]
+    return table(header, lines + floor_lines(result, len(header)))

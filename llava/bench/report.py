@@ -107,7 +107,8 @@ LEGEND = """\
 rest of the stage after scoring, gather included. *splice*: all else between pixels and
 embeddings. *between*: scoring, selecting and gathering between layers of the language model, on
 CUDA by events; *prefill* is without it. The tokens of such arms are the mean over layers, then
-what the first and the last one read; their KV cache is measured. *total n*: from pixels to the n-th
+what the first and the last one read; their KV cache is measured. *floor n*: not measured, because
+n is the lowest mean that the schedule reaches on this model. *total n*: from pixels to the n-th
 token of an answer; a decoding step is the mean of the first ones (at most 8), also where answers
 are longer. *x prefill*: from features to the first token (stage, splice, between, prefill), the
 unpruned model's time over that of the arm; *x total
@@ -159,7 +160,14 @@ def _times(result: BenchResult, figures: Sequence[Figures]) -> str:
             shares = own.of_free_prefill.median, own.allowed or 0.0, own.of_free[shortest].median
             line += [*(f"{100 * share:.1f} %" for share in shares), pays(own.pays_up_to)]
         lines.append(line)
-    return table([*header, "pays up to"], lines)
+    header.append("pays up to")
+    return table(header, lines + floor_lines(result, len(header)))
+
+
+def floor_lines(result: BenchResult, columns: int) -> list[list[str]]:
+    """Return lines of arms that were not measured: `fastv@64 | floor 288`."""
+    floors = result.get("floors", {})
+    return [[arm, f"floor {floor}", *[NONE] * (columns - 2)] for arm, floor in floors.items()]
 
 
 def tokens_of(figures: Figures) -> str:

@@ -1,7 +1,7 @@
 """Carry out a bench: build the model, run the arms of a repeat one after another, keep times."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +12,11 @@ import torch
 from llava.bench.arms import BenchArm
 from llava.bench.beside import Beside
 from llava.bench.configs import DEEP, build_random, shape_of
-from llava.bench.measure import DECODE_STEPS, Bench, Subject, Times
+from llava.bench.measure import Bench, Times
 from llava.bench.rates import measure_rates
 from llava.bench.schema import SCHEMA_VERSION, THIS, ArmResult, BenchResult, Conditions
-from llava.model.loaded import ModelSpec
+from llava.bench.subject import DECODE_STEPS, Subject
+from llava.pruning import PruningError
 from llava.storage import dump_json, write_atomically
 from llava.utils import UserInputError
 
@@ -63,6 +64,18 @@ class Source(Protocol):
     def measure(self, number: int, size: int) -> Times: ...
 
 
+Run = tuple[str, Source, int, int]  # a source with its name, number of an arm, batch size
+
+
+def _model_spec() -> Any:
+    """Find `ModelSpec`, which older checkouts have in another place."""
+    try:
+        from llava.families.spec import ModelSpec
+    except ImportError:
+        from llava.model.loaded import ModelSpec  # type: ignore[attr-defined,no-redef]
+    return ModelSpec
+
+
 def open_subject(plan: Plan) -> Subject:
     """Build or load the model.
 
@@ -73,7 +86,7 @@ def open_subject(plan: Plan) -> Subject:
     device, steps = torch.device(plan.device), plan.steps
     dtype = getattr(torch, plan.dtype)
     if plan.config is None:
-        spec = ModelSpec(str(plan.model_path), device=plan.device, dtype=plan.dtype).located()
+        spec = _model_spec()(str(plan.model_path), device=plan.device, dtype=plan.dtype).located()
         if spec.family is not None:
             raise UserInputError(
                 f"{spec.path} is a {spec.family.name}, and only LLaVA's own stages are timed here; "
@@ -147,10 +160,7 @@ def run_bench(
             for name, source in sources.items()
         ]
         say(f"warming up {len(runs)} arms")
-        for name, source, number, size in runs:
-            described: Any = {"source": name, **source.describe(number, size), "times": {}}
-            source.measure(number, size)
-            result["arms"].append(described)
+        runs = _warm_up(runs, arms, result, say)
         for repeat in range(plan.repeats):
             say(f"repeat {repeat + 1} of {plan.repeats}")
             measure_once(runs, result["arms"], sources, backwards=repeat % 2 == 1)
@@ -160,6 +170,38 @@ def run_bench(
         result["complete"] = True
         save()
     return result
+
+
+def _warm_up(
+    runs: Sequence[Run], arms: Sequence[BenchArm], result: BenchResult, say: Callable[[str], None]
+) -> list[Run]:
+    """Run every arm once and describe it in `result`.
+
+    Returns:
+        The runs without those of arms that cannot reach their budget between layers, which are in
+        `floors` of the result.
+    """
+    floors: dict[str, int] = {}
+    measured = []
+    for name, source, number, size in runs:
+        arm = arms[number].name
+        if arm in floors:
+            continue
+        try:
+            described: Any = {"source": name, **source.describe(number, size), "times": {}}
+        except PruningError as error:
+            floor = getattr(error, "floor", None)  # of an error that older checkouts do not know
+            if floor is None:
+                raise
+            floors[arm] = floor
+            say(f"{arm}: floor {floor}; {error}")
+            continue
+        source.measure(number, size)
+        result["arms"].append(described)
+        measured.append((name, source, number, size))
+    if floors:
+        result["floors"] = floors
+    return measured
 
 
 def _open_other(
@@ -181,7 +223,7 @@ def _open_other(
 
 
 def measure_once(
-    runs: list[tuple[str, Source, int, int]],
+    runs: list[Run],
     records: list[ArmResult],
     sources: Mapping[str, Source],
     backwards: bool = False,

@@ -69,6 +69,7 @@ class BenchResult(TypedDict):
     compared_with: NotRequired[dict[str, dict[str, Any] | None]]  # its `commit`, by its name
     complete: bool  # False: the run was interrupted, or goes on
     arms: list[ArmResult]
+    floors: NotRequired[dict[str, int]]  # arms not measured: lowest mean of tokens a layer they can
 
 
 class Point(TypedDict):

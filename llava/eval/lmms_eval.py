@@ -30,7 +30,7 @@ from llava.eval.lmms_inputs import (
     read_messages,
 )
 from llava.eval.presets import get_preset
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 from llava.pruning.decoder.config import DecoderConfig
 from llava.pruning.flags import make_pruning
 from llava.sampling import Sampling, rows_depend

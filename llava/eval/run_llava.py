@@ -18,8 +18,8 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.families.contract import Picture, VisionLanguageModel
 from llava.families.dialogue import IMAGE, Dialogue, turn_of
 from llava.families.lengths import describe_overflow, exceeded_limits
+from llava.families.spec import load_from_flags
 from llava.images import load_image
-from llava.model.loaded import load_from_flags
 from llava.pixels import VIEWER
 from llava.sampling import Sampling
 from llava.utils import UserInputError

@@ -30,7 +30,7 @@ def load(
         device: auto, cpu, cuda, cuda:1, mps, ...
         dtype: float16, bfloat16 or float32; by default as in
             `llava.families.checkpoints.load_checkpoint`.
-        **more: other fields of `llava.model.loaded.ModelSpec`, such as `load_4bit`.
+        **more: other fields of `llava.families.spec.ModelSpec`, such as `load_4bit`.
 
     Returns:
         The model with its tokenizer, image processor and template. Its `own_pruning` is the setting
@@ -39,6 +39,6 @@ def load(
     Raises:
         UserInputError: what cannot be loaded, or asked about a picture.
     """
-    from llava.model.loaded import ModelSpec  # which itself imports this package
+    from llava.families.spec import ModelSpec  # `llava.model` imports this package
 
     return ModelSpec(path, device=device, dtype=dtype, **more).load()

@@ -20,6 +20,7 @@ from llava.families.dialogue import Dialogue
 from llava.families.lengths import Limit, PromptLength
 from llava.pruning.config import PruningConfig
 from llava.pruning.decoder.columns import VisualColumns
+from llava.pruning.decoder.layers import DecoderLayers
 from llava.pruning.ragged import RaggedTokens
 from llava.pruning.tokens import ImageTokens, VisualTokens
 
@@ -128,6 +129,13 @@ class VisionLanguageModel(Protocol):
             pictures: at least one.
             needs: names of what to collect beyond embeddings, see `VisualTokens.extras`; None for
                 what the setting that counts asks for.
+        """
+
+    def decoder_layers(self) -> DecoderLayers:
+        """Return the layers of the language model, between which tokens can be dropped.
+
+        Raises:
+            PruningError: they cannot be dropped there.
         """
 
     def reads_question(self, config: PruningConfig | None) -> bool:

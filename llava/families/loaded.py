@@ -39,6 +39,7 @@ from llava.model.splice import share_images
 from llava.pruning.active import attach, detach, holding, record
 from llava.pruning.config import PruningConfig
 from llava.pruning.decoder.config import DecoderConfig
+from llava.pruning.decoder.layers import DecoderLayers
 from llava.pruning.ragged import RaggedTokens
 from llava.pruning.stage import prune_visual_tokens
 from llava.pruning.tokens import ImageTokens, VisualTokens
@@ -148,6 +149,9 @@ class FamilyModel:
         layouts = zip(visual.layouts, sizes, strict=True)
         located = tuple(self.family.located(self.model, own, size) for own, size in layouts)
         return replace(visual, layouts=located)
+
+    def decoder_layers(self) -> DecoderLayers:
+        return self.family.decoder_layers(self.model)
 
     def reads_question(self, config: PruningConfig | None) -> bool:
         return bool(needed_of_question(self.family, self.model, config))

@@ -105,7 +105,7 @@ def load_pretrained_model(
     if tokenizer is None and part is not None:
         tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
-        _attach_tokenizer(model, tokenizer)
+        attach_tokenizer(model, tokenizer)
     tower = model.get_vision_tower()
     image_processor = None if tower is None else tower.image_processor
     context_len = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
@@ -308,7 +308,7 @@ def load_tokenizer(folder: Path) -> Any:
         return LlamaTokenizer.from_pretrained(str(folder), use_fast=False, **bos)
 
 
-def _attach_tokenizer(model: LlavaCausalLM, tokenizer: Any) -> None:
+def attach_tokenizer(model: LlavaCausalLM, tokenizer: Any) -> None:
     """Add the image tokens the config asks for and give every token a row of embeddings."""
     model.text_tokenizer = tokenizer
     if getattr(model.config, "mm_use_im_patch_token", True):

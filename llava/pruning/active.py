@@ -41,7 +41,10 @@ class PruningRun:
 
     @property
     def trace(self) -> PruningTrace | None:
-        """What the stage did in the last call that pruned; None before, and if nothing was cut."""
+        """What the stage did in the last call that pruned; None before, and if it cut nothing.
+
+        That is so with a decoder method alone: what it dropped is in `decoder_trace`.
+        """
         return None if self.tokens is None else self.tokens.trace
 
     def overlay(self, image: Image.Image, index: int = 0, *, dim: float = 0.25) -> Image.Image:

@@ -89,11 +89,6 @@ class PruningConfig:
     pruner: PruningMethod = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.method, str) and self.method in DECODER_METHODS.entries():
-            raise PruningError(
-                f"{self.method!r} prunes inside the language model: give it as decoder=, as "
-                f"--decoder-pruner, or make the setting with PruningConfig.of({self.method!r}, ...)"
-            )
         cls = get_method(self.method)
         object.__setattr__(self, "decoder", DecoderConfig.read(self.decoder))
         object.__setattr__(self, "options", _mapping("options", self.options))

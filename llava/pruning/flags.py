@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from llava.pruning.budgets import check_count, check_share
 from llava.pruning.config import CHOICES, PruningConfig, parse_options
 from llava.pruning.decoder.config import DecoderConfig
 from llava.pruning.decoder.registry import DECODER_METHODS
@@ -46,6 +47,14 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
     add("--decoder-option", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
     for name, (values, summary) in CHOICES.items():
         add(f"--{name}", choices=values, help=f"{summary}; default {values[0]}")
+
+
+def given_flags(args: argparse.Namespace) -> list[str]:
+    """Return those of the flags of `add_pruning_flags` that were given, as users write them."""
+    names = ("pruner", *_OF_PRUNER, "decoder_pruner", *_OF_DECODER, *CHOICES)
+    return [
+        f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])
+    ]
 
 
 def pruning_from(args: argparse.Namespace) -> PruningConfig | None:
@@ -115,6 +124,12 @@ def decoder_from(args: argparse.Namespace) -> DecoderConfig | None:
         return None
     options = parse_options(args.decoder_option)
     tokens, ratio = args.decoder_keep_tokens, args.decoder_keep_ratio
+    if tokens is not None and ratio is not None:
+        raise PruningError("give --decoder-keep-tokens or --decoder-keep-ratio, not both")
+    if tokens is not None:
+        check_count(tokens, "--decoder-keep-tokens")
+    if ratio is not None:
+        check_share("--decoder-keep-ratio", ratio)
     return DecoderConfig(args.decoder_pruner, tokens, ratio, options)
 
 

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from llava.command_line import OneLineParser, add_model_flags, one_line_errors
+from llava.families.spec import load_from_flags
 from llava.images import open_image
-from llava.model.loaded import load_from_flags
 from llava.pixels import VIEWER
 from llava.sampling import Sampling
 from llava.serve.commands import Leave, run_command

@@ -9,6 +9,7 @@ from typing import Any
 from llava.images import open_image
 from llava.pruning import PruningConfig, get_method, list_methods, parse_options
 from llava.pruning.config import CHOICES
+from llava.pruning.decoder.config import DecoderConfig
 from llava.pruning.decoder.registry import get_decoder_method, list_decoder_methods
 from llava.registry import unknown
 from llava.serve.session import Session, describe, describe_budget, describe_decoder
@@ -16,6 +17,7 @@ from llava.serve.turn import Turn, describe_bytes
 from llava.utils import UserInputError, user_path
 
 # Rows of a comparison, and the attributes of a `Cost` that they show.
+UNPRUNED = "none"
 MILLISECONDS = {
     "encode ms": "encode",
     "score ms": "score",
@@ -63,6 +65,9 @@ def set_method(session: Session, argument: str) -> str:
     if argument:
         name, *pairs = argument.split()
         note = session.use_method(name, parse_options(pairs))
+        decoder = _decoder_of(session)
+        if name == UNPRUNED and decoder is not None:
+            note = f"{decoder.method} still drops tokens between layers; /decoder none ends that"
     setting = f"[{describe(session.loaded.pruning)}]"
     return setting if note is None else f"{setting}\n({note})"
 
@@ -72,8 +77,7 @@ def set_decoder(session: Session, argument: str) -> str:
         name, *pairs = argument.split()
         session.use_decoder(name, parse_options(pairs))
         return f"[{describe(session.loaded.pruning)}]"
-    config = session.loaded.pruning
-    return f"[{describe_decoder(None if config is None else config.decoder)}]"
+    return f"[{describe_decoder(_decoder_of(session))}]"
 
 
 def set_budget(session: Session, argument: str) -> str:
@@ -81,9 +85,17 @@ def set_budget(session: Session, argument: str) -> str:
     config = session.loaded.pruning
     if config is None or not config.pruner.budgeted:
         names = ", ".join(name for name in list_methods() if get_method(name).budgeted)
-        budget = describe_budget(session.budget)
-        return f"[noted: {budget} for the method that you choose with /method NAME: {names}]"
+        budget, decoder = describe_budget(session.budget), _decoder_of(session)
+        said = f"[noted: {budget} for the method that you choose with /method NAME: {names}]"
+        if decoder is None:
+            return said
+        return f"{said}\n(not for {decoder.method}: /decoder {decoder.method} keep_tokens=N)"
     return f"[{describe(config)}]"
+
+
+def _decoder_of(session: Session) -> DecoderConfig | None:
+    config = session.loaded.pruning
+    return None if config is None else config.decoder
 
 
 def set_choices(session: Session, argument: str) -> str:
@@ -219,7 +231,9 @@ COMMANDS: dict[str, Command] = {
         "drop tokens between layers of the language model too (none: no longer); alone: say how",
         optional=True,
     ),
-    "/keep": Command(set_budget, "N|RATIO", "visual tokens to keep, or their share in (0, 1]"),
+    "/keep": Command(
+        set_budget, "N|RATIO", "visual tokens for /method to keep, or a share in (0, 1]"
+    ),
     "/set": Command(
         set_choices,
         "NAME=VALUE ...",

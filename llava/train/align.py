@@ -14,7 +14,9 @@ rate of the language model then moves all tokens together and undoes the rest (c
 at step 250); train it with a small `--mm_projector_lr`.
 """
 
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,10 +85,11 @@ def effects(values: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def predict(found: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
     """Sum the effects `[P, D]` that the labels of each patch bring."""
-    return sum(
+    parts = (
         rows[labels[name].clamp(min=0)] * (labels[name] != IGNORE)[:, None]
         for name, rows in found.items()
     )
+    return reduce(torch.add, parts)
 
 
 def make_projector(features: Tensor, labels: dict[str, Tensor], hidden: int) -> nn.Sequential:
@@ -138,7 +141,7 @@ def _span(rows: Tensor) -> Tensor:
     return vectors[values > 0.05 * values[0]]
 
 
-def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image: Tensor) -> None:
+def wire_lookup(layer: Any, bases: dict[str, Tensor], text: Tensor, image: Tensor) -> None:
     """Let a word attend to the image tokens of its class in a layer, and take what they hold.
 
     `text` and `image` `[D]` are the unit directions that mark the two kinds of token. Matches
@@ -174,7 +177,7 @@ def wire_lookup(layer: nn.Module, bases: dict[str, Tensor], text: Tensor, image:
 def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
     """Rewrite the language model in `folder` and add `mm_projector.bin`."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM.from_pretrained(folder)
+    model: Any = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     features, labels = read_patches(data, scenes)
     projector = make_projector(features, labels, model.config.hidden_size)
@@ -189,7 +192,8 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
         token = tokenizer(word)["input_ids"][-1]
         table[token] = length * nn.functional.normalize(found[label][index], dim=0)
     table.add_(0.5 * length * text)
-    projector[2].bias.add_(0.5 * length * image)
+    last: Any = projector[2]
+    last.bias.add_(0.5 * length * image)
     wire_lookup(model.model.layers[0], bases, text, image)
     model.save_pretrained(folder)
     save_projector(projector, folder / "mm_projector.bin")

@@ -123,19 +123,6 @@ class Collator:
         return batch
 
 
-def turn_mask(turns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Make the additive mask `[B, 1, L, L]` of turns `[B, L]` that do not see one another.
-
-    A token sees what is before it in its own turn and in turn 0, which is common to all.
-    """
-    length = turns.shape[1]
-    key = turns[:, None, :]
-    seen = (key == 0) | (key == turns[:, :, None])
-    seen &= torch.ones(length, length, dtype=torch.bool, device=turns.device).tril()
-    mask = torch.zeros(seen.shape, dtype=dtype, device=turns.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-
-
 def _read_features(path: str | None, config: Any) -> np.ndarray | None:
     """Map cached features `[images, N, Dv]`; None without a file."""
     if path is None:

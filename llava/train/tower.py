@@ -12,6 +12,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,9 @@ class SceneDataset(Dataset):
 class DenseTower(nn.Module):
     """A CLIP tower with one linear head a label on its penultimate patch features."""
 
+    image_mean: Tensor
+    image_std: Tensor
+
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         self.clip = CLIPVisionModel(config)
@@ -91,7 +95,7 @@ class DenseTower(nn.Module):
         embeddings.patch_embedding.weight.normal_(std=0.04)
         embeddings.patch_embedding.weight[: 2 * quarter] = 0
         for block in self.clip.encoder.layers:
-            attention = block.self_attn
+            attention: Any = block.self_attn
             span = width // attention.num_heads
             for head in range(attention.num_heads):
                 rows = slice(head * span, (head + 1) * span)
@@ -112,7 +116,7 @@ class DenseTower(nn.Module):
         return logits, self.whole(self.clip.post_layernorm(self._read_out(last, states)))
 
     @staticmethod
-    def _read_out(block: nn.Module, states: Tensor) -> Tensor:
+    def _read_out(block: Any, states: Tensor) -> Tensor:
         """Run the last block for the CLS token only `[B, D]`: its patch outputs are never read."""
         batch, _, width = states.shape
         attention = block.self_attn
@@ -224,7 +228,7 @@ def build(args: argparse.Namespace) -> tuple[DenseTower, Optimizer, LambdaLR]:
 def train(args: argparse.Namespace) -> None:
     """Run to `args.steps`, from the checkpoint in `args.output` if there is one."""
     model, optimizer, scheduler = build(args)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     args.output.mkdir(parents=True, exist_ok=True)
     state_file = args.output / "checkpoint.pt"
     step, spent = 0, 0.0

@@ -5,91 +5,26 @@ argument names stays as the model to start from has it, also in what is saved. A
 checkpoint in `--output_dir` continues from it.
 """
 
+import os
 import sys
 import tempfile
-from dataclasses import replace
 
-import torch
+import huggingface_hub
 import transformers
 
 from llava.command_line import CORRECTABLE, explain
 from llava.conversation import conv_templates
-from llava.model.builder import load_tokenizer, model_class
-from llava.model.checkpoint import local_checkpoint, read_config
-from llava.model.checks import check_config
-from llava.model.hugging_face import native_form
+from llava.model.checkpoint import local_checkpoint
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
-from llava.model.prompt_inputs import needed_of_question
-from llava.train.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    parse_arguments,
-)
+from llava.train.arguments import parse_arguments, renamed
 from llava.train.checkpoints import find_checkpoint
 from llava.train.data import Collator, SupervisedDataset
+from llava.train.launch import wait_to_be_ended
+from llava.train.parts import build_model
+from llava.train.plan import plan
 from llava.train.trainer import LlavaTrainer
-from llava.utils import UserInputError
+from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line
-
-# Settings of a LLaVA that is made from a language model, where no argument says otherwise.
-_NEW_PROJECTOR = "mlp2x_gelu"
-_NEW_SETTINGS = {
-    "image_aspect_ratio": "pad",
-    "mm_use_im_start_end": False,
-    "mm_use_im_patch_token": False,
-    "tokenizer_padding_side": "right",
-}
-_MAX_LENGTH = 2048
-
-
-def build_model(args: ModelArguments, dtype: torch.dtype) -> LlavaCausalLM:
-    """Load the model with a frozen tower, and mark the parts that train.
-
-    Raises:
-        UserInputError: no such model, or parts that do not fit together.
-    """
-    folder = local_checkpoint(args.model_name_or_path)
-    cls = model_class(native_form(read_config(folder), str(folder)))
-    model = cls.from_pretrained(folder, dtype=dtype)
-    own_tower = getattr(model.config, "mm_vision_tower", None)
-    if args.vision_tower is None and own_tower is None:
-        raise UserInputError("the model has no vision tower; give --vision_tower")
-    if own_tower is None:
-        args = replace(args, mm_projector_type=args.mm_projector_type or _NEW_PROJECTOR)
-        model.config.update(_NEW_SETTINGS)
-    inner = model.get_model()
-    inner.initialize_vision_modules(args)
-    if args.freeze_backbone or args.tune_mm_mlp_adapter:
-        model.requires_grad_(False)
-    inner.mm_projector.requires_grad_(not args.freeze_mm_mlp_adapter)
-    inner.get_vision_tower().requires_grad_(False)
-    return model
-
-
-def configure(model: LlavaCausalLM, data: DataArguments, training: TrainingArguments) -> None:
-    """Write into the config what arguments ask for, and what a new LLaVA needs.
-
-    Raises:
-        UserInputError: settings that LLaVA does not have, or that training lacks.
-    """
-    config = model.config
-    if data.image_aspect_ratio is not None:
-        config.image_aspect_ratio = data.image_aspect_ratio
-    limit = training.model_max_length or getattr(config, "tokenizer_model_max_length", None)
-    config.tokenizer_model_max_length = limit or _MAX_LENGTH
-    if getattr(config, "mm_use_im_start_end", False):
-        raise UserInputError(
-            "this model puts marks around images (mm_use_im_start_end in its config.json), which "
-            "is not built yet in training; start from another model"
-        )
-    check_config(model)
-    if needed_of_question(model.pruning, model.get_vision_tower()):
-        raise UserInputError(
-            f"this model prunes with {model.pruning.method!r} (mm_token_pruning in its "
-            "config.json), which reads the question, and that is not built yet in training; remove "
-            "mm_token_pruning, or save another method there"
-        )
 
 
 def train() -> None:
@@ -98,30 +33,42 @@ def train() -> None:
     Raises:
         UserInputError: arguments or data that cannot be used.
     """
-    model_args, data_args, args = parse_arguments()
+    arguments = parse_arguments()
+    args = arguments.training
+    notice = renamed(sys.argv[1:])
+    if notice and args.process_index == 0:
+        print(f"note: {notice}", file=sys.stderr)
+    if args.cache_dir is not None:
+        use_cache_dir(args.cache_dir)
+    if args.dry_run:
+        print(plan(arguments))
+        return
     transformers.set_seed(args.seed)
-    model = build_model(model_args, torch.bfloat16 if args.bf16 else torch.float32)
-    configure(model, data_args, args)
-    _check_generation(model)
-    folder = local_checkpoint(model_args.model_name_or_path)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise UserInputError(f"{model_args.model_name_or_path!r} has no tokenizer to train with")
+    model, llava, tokenizer = build_model(arguments)
+    tower = llava.get_vision_tower()
+    assert tower is not None and args.output_dir is not None
+    _check_generation(llava)
     dataset = SupervisedDataset(
-        data_args,
+        arguments.data,
         tokenizer,
-        conv_templates[model_args.version],
-        model.get_vision_tower().image_processor,
-        model.config,
+        conv_templates[arguments.model.version],
+        tower.image_processor,
+        llava.config,
     )
     trainer = LlavaTrainer(
         model=model,
-        base=folder,
-        projector_only=model_args.tune_mm_mlp_adapter,
+        base=local_checkpoint(arguments.model.model_name_or_path),
+        projector_only=arguments.model.tune_mm_mlp_adapter,
+        pruning=arguments.pruning,
+        merge_options={
+            "packing": arguments.data.pack_samples,
+            "cached": arguments.data.feature_file is not None,
+            "skipping": arguments.data.skip_bad_samples,
+        },
         args=args,
         train_dataset=dataset,
         data_collator=Collator(
-            tokenizer.pad_token_id or 0, model.config.tokenizer_model_max_length
+            tokenizer.pad_token_id or 0, llava.config.tokenizer_model_max_length
         ),
     )
     if len(trainer.get_train_dataloader()) == 0:
@@ -132,6 +79,11 @@ def train() -> None:
     trainer.train(find_checkpoint(args.output_dir, args.resume_from_checkpoint))
     trainer.save_model()
     trainer.save_state()
+
+
+def use_cache_dir(folder: str) -> None:
+    """Keep models of the hub in another folder, in this process and those it starts."""
+    os.environ["HF_HUB_CACHE"] = huggingface_hub.constants.HF_HUB_CACHE = str(user_path(folder))
 
 
 def _check_generation(model: LlavaCausalLM) -> None:
@@ -154,8 +106,12 @@ def main() -> None:
     except CORRECTABLE as error:
         # A worker of the data loader puts its whole traceback before the message.
         message = explain(error).rpartition(f"{UserInputError.__name__}: ")[2]
+        wait_to_be_ended(first_says=True)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        wait_to_be_ended(first_says=False)
+        raise
 
 
 if __name__ == "__main__":

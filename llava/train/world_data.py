@@ -42,7 +42,7 @@ def conversation(
             break
         question, answer = ask(rng, made, families[attempt % len(families)], TRAINING_FAMILIES)
         pairs.setdefault(question, answer)
-    messages = []
+    messages: list[dict[str, str]] = []
     for index in rng.permutation(len(pairs)):
         question, answer = list(pairs.items())[index]
         messages += [
@@ -91,8 +91,9 @@ def write_features(output: Path, tower_folder: Path, split: str, scenes: int, wo
     store = np.lib.format.open_memmap(
         path, mode="r+" if done else "w+", dtype=np.float16, shape=None if done else shape
     )
-    loader = DataLoader(
-        [f"{split}/{index:06d}" for index in range(done, scenes)],
+    names: Any = [f"{split}/{index:06d}" for index in range(done, scenes)]
+    loader: DataLoader[torch.Tensor] = DataLoader(
+        names,
         batch_size=16,
         num_workers=workers,
         collate_fn=partial(draw_pixels, tower.image_processor),

@@ -34,7 +34,7 @@ def unique_items(scene: Scene) -> list[Item]:
     return [item for item in scene.items if counts[item.shape] == 1]
 
 
-def existence(rng: np.random.RandomState, scene: Scene) -> tuple[str, str] | None:
+def existence(rng: np.random.RandomState, scene: Scene) -> tuple[str, str]:
     """POPE: half yes; of the no, half swap the colour of something that is there."""
     present = {(item.color, item.shape) for item in scene.items}
     if rng.randint(2):

@@ -182,7 +182,7 @@ def test_pictures(
 ) -> None:
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(
-        "llava.model.loaded.load_pretrained_model", lambda *_, **__: pytest.fail("too late")
+        "llava.families.spec.load_pretrained_model", lambda *_, **__: pytest.fail("too late")
     )
     make, pattern = PICTURES[name]
     flags = ["--model-path", str(world.checkpoint), "--image-file", make(world)]

@@ -14,10 +14,11 @@ from llava.bench.arms import BenchArm, make_arms
 from llava.bench.command import main
 from llava.bench.configs import DEEP, build_random, shape_of
 from llava.bench.counts import forward_work, kv_cache_bytes, layers_work
-from llava.bench.measure import Bench, Subject
+from llava.bench.measure import Bench
 from llava.bench.ratios import render_ratios
 from llava.bench.report import render
 from llava.bench.schema import read_bench
+from llava.bench.subject import Subject
 from llava.bench.summary import figures_of
 from llava.pruning import PruningConfig
 from llava.pruning.decoder.config import DecoderConfig
@@ -47,6 +48,60 @@ def test_arms_behind_others_leave_out_what_drops_nothing() -> None:
     (both,) = [arm for arm in arms if "+" in arm.name]
     assert both.pruning == PruningConfig.of("zoo", keep_tokens=128, decoder=between[0])
     assert BenchArm.from_dict(json.loads(json.dumps(both.to_dict()))) == both
+
+
+def test_a_schedule_without_budget_a_share_and_methods_alone() -> None:
+    between = [DecoderConfig("fastv"), DecoderConfig("fastv", keep_ratio=0.5)]
+    arms = make_arms(["none", "norm", "fastv"], [288], {"scope": "prompt"}, between)
+    assert [(arm.name, arm.method) for arm in arms][2:] == [
+        ("fastv", "fastv"),
+        ("fastv@0.5", "fastv"),
+        ("norm@288", "norm"),
+        ("norm@288+fastv", "norm@288+fastv"),
+        ("norm@288+fastv@0.5", "norm@288+fastv"),
+        ("fastv@288", "fastv"),
+    ]
+    assert arms[2].pruning == PruningConfig(decoder=between[0], scope="prompt")
+    twice = [DecoderConfig("fastv", keep_tokens=288)]
+    assert [arm.name for arm in make_arms(["none", "fastv"], [288], {}, twice)][2:] == ["fastv@288"]
+
+
+def test_arms_that_drop_nothing_are_named() -> None:
+    said: list[str] = []
+    between = [DecoderConfig("fastv", keep_tokens=64), DecoderConfig("fastv", keep_tokens=128)]
+    make_arms(["zoo", "norm"], [192], {}, between, said.append)
+    assert said == []
+    make_arms(["zoo", "norm"], [64, 128], {}, between, said.append)
+    left = ["zoo@64+fastv@64", "zoo@64+fastv@128", "zoo@128+fastv@128"]
+    (line,) = said
+    assert "drop nothing" in line
+    assert line.partition(": ")[2].split(", ") == left + [
+        own.replace("zoo", "norm") for own in left
+    ]
+
+
+def test_an_arm_below_its_floor_is_named_and_the_others_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "floor.json"
+    words = ["--config", "llava-tiny", "--repeats", "1", "--answer", "1", "--device", "cpu"]
+    words += ["--pruner", "none,fastv", "--keep-tokens", "64,288", "--batch", "1,2"]
+    words += ["--decoder-pruner", "fastv", "--decoder-keep-ratio", "0.5"]
+    assert main([*words, "--output", str(file)]) == 0
+    result = read_bench(file)
+    assert result["complete"] and result["floors"] == {"fastv@64": 144}
+    ran = [(arm["arm"], arm["batch"]) for arm in result["arms"]]
+    names = ["none", "free@64", "free@288", "fastv@0.5", "fastv@288"]
+    assert ran == [(name, batch) for batch in (1, 2) for name in names]
+    layers = {arm["arm"]: arm.get("layer_tokens") for arm in result["arms"]}
+    assert layers["fastv@0.5"] == layers["fastv@288"] == [576, 192, 192, 192]
+    said = capsys.readouterr()
+    assert said.err.count("fastv@64: floor 144; ") == 1
+    for text in (said.out, render_ratios(result)):
+        lines = [line for line in text.splitlines() if "| floor 144 |" in " ".join(line.split())]
+        assert len(lines) == 2 and all("fastv@64" in line for line in lines)
+        header = next(line for line in text.splitlines() if line.startswith("| arm"))
+        assert {line.count("|") for line in lines} == {header.count("|")}
 
 
 def test_layers_cache_and_work_are_those_of_the_schedule(bench_of_two: Path) -> None:
@@ -112,9 +167,12 @@ def test_decoding_is_measured_at_the_lengths_of_the_schedule(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--pruner", "fastv", "--keep-tokens", "64"], "cannot reach a mean of 64"),
         (["--pruner", "fastv", "--keep-tokens", "288", "--layers", "2"], f"--config {DEEP}"),
-        (["--decoder-pruner", "fastv"], "--decoder-keep-tokens together"),
+        (["--decoder-keep-tokens", "9"], "--decoder-keep-tokens: give --decoder-pruner too"),
+        (["--decoder-keep-ratio", "0.5"], "--decoder-keep-ratio: give --decoder-pruner too"),
+        (["--decoder-pruner", "fastv", "--decoder-keep-ratio", "x"], "is not R,..."),
+        (["--decoder-pruner", "fastv", "--decoder-keep-ratio", "2"], "keep_ratio must be a share"),
+        (["--decoder-pruner", "sparsevlm"], "'sparsevlm' needs"),
         (["--decoder-pruner", "zoo", "--decoder-keep-tokens", "9"], "'zoo'"),
     ],
 )

@@ -123,7 +123,9 @@ def test_answers_are_compared_by_arm(tmp_path: Path) -> None:
 def test_a_gpu_file_is_shown_as_a_whole_and_by_part(
     tmp_path: Path, bench_result: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"method": "zoo-exact", "median_ms": 0.25}]
+    row = {"method": "zoo-exact", "tokens": 576, "first_ms": 9, "p5_ms": 0.2, "p95_ms": 0.36}
+    row |= {"median_ms": 0.25, "waits": 0, "peak_bytes": 3 * 2**19}
+    rows = [{**row, "keep": 64, "graph_ms": 0.125}, {**row, "keep": 128, "waits": None}]
     part = {"status": "done", "seconds": 1.5, "line": "fine"}
     result = {
         **{key: bench_result[key] for key in ("schema_version", "command", "commit", "versions")},
@@ -151,9 +153,21 @@ def test_a_gpu_file_is_shown_as_a_whole_and_by_part(
     file.write_text(json.dumps(result))
     assert bench([*one, "--update", str(page)]) == 0
     assert render(bench_result) in page.read_text()
+    page.write_text("<!-- stage-alone:begin -->\n<!-- stage-alone:end -->\n")
     capsys.readouterr()
+    assert bench(["--from", str(file), "--part", "stage alone", "--update", str(page)]) == 0
+    text = capsys.readouterr().out
+    assert text.strip() in page.read_text() and "Card 1; torch" in text
+    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    assert ["576 → 64", "0.25", "0.20 to 0.36", "0.12", "0.3", "0", "1.5", "9.0"] in [
+        line[2:-1] for line in cells
+    ]
+    assert ["576 → 128", "0.25", "0.20 to 0.36", "—", "—", "—", "1.5", "9.0"] in [
+        line[2:-1] for line in cells
+    ]
     for words, said in (
-        (["--part", "stage alone"], "'bench llava-tiny'"),
+        (["--part", "tests on CUDA"], "shown alone: 'bench llava-tiny', 'stage alone'"),
+        (["--part", "stage alone", "--plot", str(tmp_path / "q.png")], "leave out --plot"),
         (["--plot", str(tmp_path / "q.png")], "choose one with --part"),
     ):
         with pytest.raises(SystemExit):

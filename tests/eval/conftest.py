@@ -13,7 +13,8 @@ from llava.eval.__main__ import main
 from llava.eval.engine.batches import Plan
 from llava.eval.engine.runner import Runner
 from llava.eval.tasks.question_file import QuestionFile
-from llava.model.loaded import LoadedModel, ModelSpec
+from llava.families.spec import ModelSpec
+from llava.model.loaded import LoadedModel
 from llava.sampling import Sampling
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "families"))
+
+from saved import save_checkpoint
 from tiny_llava import exit_code
 from torch import Tensor
 
@@ -131,6 +136,27 @@ def test_stages_come_behind_peaks_of_change() -> None:
     assert find_stages([0.5], 4) == [1]
 
 
+@pytest.mark.parametrize("kind", ["llava_next-qwen2", "internvl"])
+def test_models_of_other_families(
+    kind: str, calibrate: Callable, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(save_checkpoint(kind, tmp_path / kind))
+    for method, key in (("pore", "sigma"), ("btp", "layers")):
+        out = tmp_path / "new" / f"{method}.json"
+        assert calibrate(method, out, "--model-path", folder) == 0
+        found = json.loads(out.read_text())
+        assert found[key] and found["items"] == 5 and found["provenance"]["model"] == folder
+
+
+def test_a_model_without_such_layers_is_one_line(
+    calibrate: Callable, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(save_checkpoint("qwen2_5_vl", tmp_path / "qwen"))
+    assert calibrate("pore", tmp_path / "x.json", "--model-path", folder) == 2
+    assert "cannot be dropped between the layers" in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_an_image_that_cannot_be_read_is_left_out(
     calibrate: Callable, benchmark_folder: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +186,11 @@ def test_padding_of_a_picture_reaches_pore(subject: LoadedModel) -> None:
         ("pore", ("--host", "zoo"), "host must be one of fastv"),
         ("btp", ("--stages", "9"), "--stages must be at most 4"),
         ("fastv", (), "invalid choice"),
+        ("pore", ("--stages", "2"), "--stages is of btp, not of pore"),
+        ("btp", ("--host", "fastv"), "--host is of pore, not of btp"),
+        ("pore", ("--pruner", "zoo", "--keep-tokens", "9"), "leave --pruner out"),
+        ("pore", ("--positions", "original"), "leave --positions out"),
+        ("btp", ("--decoder-option", "k=2"), "leave --decoder-option out"),
     ],
 )
 def test_bad_flags_are_one_line(

@@ -89,6 +89,11 @@ def test_text_of_an_arm(text: str, method: str, budget: Any, label: str) -> None
     assert again == arm.pruning
 
 
+def test_one_setting_has_one_name() -> None:
+    for text in ("fastv@192", "fastv", "fastv:k=3@0.25"):
+        assert parse_arm(f"none+{text}") == parse_arm(text)
+
+
 def test_the_text_holds_every_setting(drawing: None) -> None:
     """Whatever a setting is made of, its name reads as the same setting."""
     texts = ["b+c", "1e+3", "+", "a,b", "x@y", '"', "[", "+x", "drawing@3+fastv@4", "null", "é+é"]
@@ -122,6 +127,9 @@ def test_the_text_holds_every_setting(drawing: None) -> None:
         ("zoo+fastv@64", "'zoo' needs keep_tokens"),
         ("none@64+fastv@64", "takes no options and no budget"),
         ("zoo@192+fastv@many", "'many' is not a budget"),
+        ("fastv@64.5", "'64.5' is not a budget; give a number of tokens such as 64"),
+        ("fastvv@64", "did you mean 'fastv'"),
+        ("zoo@192+sparsevlm", "--decoder-keep-tokens or --decoder-keep-ratio"),
         ("zoo@192+fastv:layer=3@64", "unknown option of 'fastv'"),
         ("zoo@192+fastv:scope=prompt@64", "unknown option of 'fastv'"),
         ("fastv:ratio=0.5@64", "not both"),
@@ -266,7 +274,8 @@ def test_a_budget_below_the_floor_is_found_before_the_run(
     }
     assert by_name["fastv@288"].unavailable is None
     assert "keep at least 288" in str(by_name["fastv@64"].unavailable)
-    assert "k=2 is no layer" in str(by_name["fastv:k=2@300"].unavailable)
+    why = "k must be less than the 2 layers of the language model, got 2"
+    assert why in str(by_name["fastv:k=2@300"].unavailable)
     assert by_name["fastv@64"].to_dict()["floor"] == 288
     assert Arm("a", **by_name["fastv@64"].to_dict()).floor == 288
     with pytest.raises(UserInputError, match="keep at least 288"):
@@ -326,7 +335,10 @@ def test_files_name_what_layers_read(finished: Path) -> None:
         "tokens_mean": 300,
         "tokens_per_layer": [576, 24],
     }
-    assert arms["fastv@300"]["tokens_mean"] == 576, "what enters, as in every arm"
+    assert [arms["fastv@300"][f"tokens_{name}"] for name in ("in", "mean")] == [576, 300]
+    assert [arms["grid@100"][f"tokens_{name}"] for name in ("in", "mean")] == [100, 100]
+    lines = [line for line in read_lines(finished / "answers.jsonl") if line["arm"] == "fastv@300"]
+    assert arms["fastv@300"]["tokens_mean"] == fmean(line["tokens_mean"] for line in lines)
     assert arms["grid@196+fastv@100"]["between_layers"]["tokens_per_layer"] == [196, 4]
     assert arms["fastv@100"]["floor"] == 288
     for name in ("none", "shuffled-image"):

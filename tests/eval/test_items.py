@@ -21,8 +21,9 @@ from llava.eval.engine.request import Arm, parse_arm
 from llava.eval.engine.runner import Runner
 from llava.eval.prompts import question
 from llava.eval.tasks.base import Benchmark, Item, TaskError
+from llava.families.spec import ModelSpec
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.loaded import LoadedModel, ModelSpec
+from llava.model.loaded import LoadedModel
 from llava.model.prompting import render
 from llava.pruning import prune
 from llava.sampling import Sampling

@@ -15,9 +15,10 @@ from tiny_llava import exit_code, write_lines
 from llava.eval.engine import run as execution
 from llava.eval.llava_scripts.vqa import MMBenchTable
 from llava.eval.prompts import question
+from llava.families.spec import ModelSpec
 from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.loaded import LoadedModel, ModelSpec
+from llava.model.loaded import LoadedModel
 from llava.model.prompting import render
 from llava.pruning import prune
 

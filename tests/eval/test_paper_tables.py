@@ -34,7 +34,7 @@ from llava.eval.tables.plan import (
     unavailable,
 )
 from llava.eval.tables.spec import KINDS, TableError, list_tables
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 from llava.pruning import PruningConfig, list_methods
 from llava.pruning.decoder.registry import list_decoder_methods
 
@@ -71,6 +71,16 @@ SPOT_CHECKS = [
     ("efficiency_llava_v1_5_7b", "divprune", 32, {}, {"ttft": 69.38, "total": 111.22}),
     ("efficiency_llava_next_7b", "zoo", 160, {}, {"ttft_x": 2.59, "total_x": 2.30}),
 ]
+
+
+CONDITIONS = {
+    "command": "python -m llava.eval paper-table <x>",
+    "model": "m",
+    "data_root": "d",
+    "git": None,
+    "versions": {"torch": "2"},
+    "machine": {"device": "cpu"},
+}
 
 
 def fake_metrics(job: Job) -> dict:
@@ -290,7 +300,7 @@ def test_a_row_may_prune_before_and_within(tmp_path: Path) -> None:
     assert all(parse_arm(arm.name).pruning == arm.pruning for arm in job.arms)
     arms = fake_metrics(job)["arms"]
     within = {"tokens_in": 192.0, "tokens_last": 20.0, "tokens_mean": 63.8, "tokens_per_layer": []}
-    arms[names[2]] |= {"tokens_mean": 192.0, "between_layers": within}
+    arms[names[2]] |= {"tokens_in": 192.0, "tokens_mean": 63.8, "between_layers": within}
     arms[names[3]] |= {"metrics": {}, "tokens_mean": None, "unavailable": "too low", "floor": 144}
     found = fill(table, {job.place: RunResult(arms, [])}, budgets)
     assert [row.budget for row in found.rows] == [None, 192, 64, 0.25, 64]
@@ -304,6 +314,13 @@ def test_a_row_may_prune_before_and_within(tmp_path: Path) -> None:
     shown = {record["label"]: (record["method"], record["options"]) for record in records(found)}
     assert shown["both"] == ("zoo+fastv", "+k=3") and shown["alone"] == ("fastv", "")
     assert "n/a: alone at 25 %: too low." in to_markdown(found)
+    cells = {row["label"]: row for row in csv.DictReader(io.StringIO(to_csv(found)))}
+    names_of = [
+        (cells[label]["arm"], cells[label]["decoder"]) for label in ("ZOO", "both", "alone")
+    ]
+    assert names_of == list(zip(names[1:], ("", "fastv", "fastv"), strict=True))
+    floors = [row["floor"] for row in csv.DictReader(io.StringIO(to_csv(found)))]
+    assert floors.count("144") == len(table.columns) and {*floors} == {"", "144"}
     for cut, kept in (("zoo+fastv", ["all", "both"]), ("zoo", ["all", "ZOO"])):
         assert [row.label for row in cut_table(table, None, [cut]).rows] == kept
 
@@ -440,6 +457,27 @@ def test_every_cell_is_in_csv_and_json() -> None:
     assert content["samples"]["pope"] == 40 and len(content["average_covers"]) == 9
 
 
+def test_a_measured_mean_stands_beside_a_budget_that_it_is_not() -> None:
+    table = load_table(MAIN)
+    (row,) = [r for r in table.rows if r.method == "sparsevlm" and r.keep_tokens == 192]
+    table = replace(table, rows=(table.rows[0], row))
+    arm, results = arm_name(row), {}
+    for job in plan(table):
+        arms = fake_metrics(job)["arms"]
+        arms[arm] |= {"tokens_in": 576.0, "tokens_mean": 254.25}
+        results[job.place] = RunResult(arms, [])
+    found = fill(table, results, published_budget)
+    for text in (to_markdown(found), to_latex(found), to_html(found, CONDITIONS, {})):
+        assert "192 (measured 254.2)" in text and "measured: visual tokens" in text
+    cells = [c for c in csv.DictReader(io.StringIO(to_csv(found))) if c["arm"] == arm]
+    assert {(c["budget"], c["tokens_mean"], c["decoder"]) for c in cells} == {
+        ("192", "254.25", "sparsevlm")
+    }
+    assert {record["tokens_mean"] for record in records(found)} == {254.25, 576.0}
+    exact = to_markdown(filled())
+    assert "(measured" not in exact and "measured:" not in exact
+
+
 def test_latex_is_a_table_with_its_signs_escaped() -> None:
     text = to_latex(filled())
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
@@ -457,15 +495,7 @@ def test_the_pareto_front_holds_what_nothing_else_beats() -> None:
 def test_the_report_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     picture = tmp_path / "plot.png"
     Image.new("RGB", (2, 2)).save(picture)
-    conditions = {
-        "command": "python -m llava.eval paper-table <x>",
-        "model": "m",
-        "data_root": "d",
-        "git": None,
-        "versions": {"torch": "2"},
-        "machine": {"device": "cpu"},
-    }
-    page = to_html(filled(), conditions, {"kept tokens": picture})
+    page = to_html(filled(), CONDITIONS, {"kept tokens": picture})
     assert "data:image/png;base64," in page and "&lt;x&gt;" in page
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)|@import|url\(|<script", page)
 

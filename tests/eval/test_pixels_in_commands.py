@@ -75,7 +75,7 @@ def said(
 def ready(subject: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let chat and `run_llava` use the model that is loaded already."""
     loaded = (subject.tokenizer, subject.model, subject.image_processor, 2048)
-    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", lambda *_, **__: loaded)
+    monkeypatch.setattr("llava.families.spec.load_pretrained_model", lambda *_, **__: loaded)
 
 
 def test_the_readings_are_told_apart(subject: LoadedModel, folder: Path) -> None:

@@ -223,7 +223,10 @@ def test_sources_that_make_answers_are_hashed() -> None:
     ("extra", "message"),
     [
         (["--methods", "zoom"], "did you mean"),
-        (["--methods", "zoo:directions=8"], "--methods takes names only"),
+        (
+            ["--methods", "zoo:directions=8"],
+            "--methods takes names, and a budget",
+        ),
         (["--budgets", "0"], "--budgets"),
         (["--batch-size", "0"], "--batch-size"),
         (["--model-path", "/nowhere"], "/nowhere"),

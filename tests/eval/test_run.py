@@ -16,7 +16,7 @@ from llava.eval.__main__ import main
 from llava.eval.engine import run as execution
 from llava.eval.engine.run import FILES
 from llava.eval.stats import mcnemar, mean_estimate, paired_bootstrap
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 from llava.model.multimodal_encoder.readings import TowerReader
 from llava.storage import exclusive
 from llava.utils import UserInputError

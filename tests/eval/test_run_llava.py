@@ -55,7 +55,7 @@ def cached(loaded: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> list[tup
         calls.append((args, kwargs))
         return loaded
 
-    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", load)
+    monkeypatch.setattr("llava.families.spec.load_pretrained_model", load)
     return calls
 
 

@@ -101,6 +101,21 @@ def test_schema_1_is_read_as_schema_2(kind: str) -> None:
             assert arm["metrics"]["accuracy"]["n"] == len(lines)
 
 
+def test_tokens_of_older_files_are_told_apart(finished: Path, tmp_path: Path) -> None:
+    """There `tokens_mean` said what enters, also of arms that drop tokens between layers."""
+    metrics = json.loads((finished / "metrics.json").read_text("utf-8"))
+    grid, none = metrics["arms"]["grid@31"], metrics["arms"]["none"]
+    for arm in (grid, none):
+        del arm["tokens_in"]
+    within = {"tokens_in": 576.0, "tokens_last": 24.0, "tokens_mean": 300.0}
+    grid |= {"tokens_mean": 576.0, "between_layers": within | {"tokens_per_layer": [576.0, 24.0]}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics), "utf-8")
+    arms = read_metrics(tmp_path)["arms"]
+    assert (arms["grid@31"]["tokens_in"], arms["grid@31"]["tokens_mean"]) == (576.0, 300.0)
+    assert arms["none"]["tokens_in"] == arms["none"]["tokens_mean"] == none["tokens_mean"]
+    assert read_metrics(OLD / "run")["arms"]["pool@31"]["tokens_in"] is None
+
+
 def test_budgets_of_schema_1_are_told_apart_by_their_type() -> None:
     arms = read_info(OLD / "run")["arms"]
     assert arms["none"]["pruning"] is None

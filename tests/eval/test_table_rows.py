@@ -30,8 +30,7 @@ from llava.eval.tables.launch import Launch
 from llava.eval.tables.plan import arm_for, arm_name, plan, published_budget, unavailable
 from llava.eval.tables.spec import Row, Table, TableError, list_tables
 from llava.eval.tasks.base import get_benchmark
-from llava.model import loaded
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 from llava.pruning import PruningConfig
 from llava.storage import dump_json
 
@@ -120,7 +119,7 @@ def test_a_run_gets_every_row_as_written(
     assert configs(launch.arguments(order.request(job))[1:]) == expected()
     asked: list[RunRequest] = []
     monkeypatch.setattr(launch, "run", lambda request, load: asked.append(request) or 0)
-    monkeypatch.setattr(loaded, "local_checkpoint", Path)
+    monkeypatch.setattr("llava.families.spec.local_checkpoint", Path)
     assert launch.run_job(order, job) == 0
     assert {arm.name: arm.seeded(0) for arm in asked[0].arms} == expected()
     calls: list[list[str]] = []

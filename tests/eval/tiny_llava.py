@@ -17,8 +17,8 @@ from llava.eval.engine.batches import Plan
 from llava.eval.engine.request import UNPRUNED, Arm
 from llava.eval.engine.runner import Runner
 from llava.eval.tasks.question_file import QuestionFile
+from llava.families.spec import ModelSpec
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.loaded import ModelSpec
 from llava.sampling import Sampling
 
 WIDTH = 32

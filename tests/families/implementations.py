@@ -12,7 +12,7 @@ from tiny_llava import build_checkpoint
 
 from llava.families import load
 from llava.families.contract import VisionLanguageModel
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 
 
 def llava_15(folder: Path) -> VisionLanguageModel:

@@ -25,8 +25,9 @@ from llava.families import load
 from llava.families.checkpoints import family_of_config
 from llava.families.dialogue import IMAGE, Dialogue
 from llava.families.loaded import FamilyModel
+from llava.families.spec import ModelSpec
 from llava.model.checkpoint import read_config
-from llava.model.loaded import LoadedModel, ModelSpec
+from llava.model.loaded import LoadedModel
 from llava.pruning import attach, prune
 from llava.utils import UserInputError
 

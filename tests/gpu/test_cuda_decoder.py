@@ -11,8 +11,9 @@ from transformers import DynamicCache
 
 from llava.bench.arms import BenchArm
 from llava.bench.configs import build_random, shape_of
-from llava.bench.measure import Bench, Subject
+from llava.bench.measure import Bench
 from llava.bench.stage import waits
+from llava.bench.subject import Subject
 from llava.model.language_model.decoder_layers import TransformersDecoder
 from llava.pruning import PruningConfig, prune
 from llava.pruning.decoder.call import decoding
@@ -49,14 +50,18 @@ def read_on(
 
 @each_method
 def test_the_gpu_keeps_what_the_cpu_keeps(name: str) -> None:
-    """In float64, where rounding decides nothing."""
+    """In float64, where rounding decides nothing about what is kept.
+
+    Hidden states are nearer to float32: transformers computes RMSNorm and rotary angles in that
+    whatever the model's type, which differed by 6e-6 on an H200.
+    """
     config = DecoderConfig(name, keep_ratio=0.6)
     (there, _, kept), (here, cache, trace) = read_on("cpu", config), read_on("cuda", config)
     assert kept is not None and trace is not None
     assert trace.per_layer == kept.per_layer
     for ours, theirs in zip(trace.picks, kept.picks, strict=True):
         assert torch.equal(ours.cpu(), theirs)
-    torch.testing.assert_close(here.cpu(), there, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(here.cpu(), there, atol=1e-4, rtol=1e-4)
     lengths = [cache.get_seq_length(layer) for layer in range(DEPTH)]
     assert lengths == [TEXT + own for own in trace.per_layer[0]]
 

@@ -69,6 +69,7 @@ def test_decoding_equals_a_reference_that_recomputes(
         embeds, columns = embeddings(model, ONE, images)
     trace = run.decoder_trace
     assert trace is not None and trace.tokens_last[0] < trace.tokens_in[0]
+    assert (run.trace is None) == (before is None), "the trace of the stage alone"
     visual = (columns.image[0] == 0).nonzero()[:, 0].tolist()
     cuts = dict(zip(trace.layers, kept_columns(visual, trace.picks, 0), strict=True))
     with torch.no_grad():

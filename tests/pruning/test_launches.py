@@ -122,7 +122,15 @@ COMPUTE = {"compute": "bf16"}
 
 @pytest.mark.parametrize(
     ("method", "tiles", "most"),
-    [("zoo-exact", 1, 22), ("zoo-exact", 5, 40), ("divprune", 1, 26), ("divprune", 5, 46)],
+    [
+        ("zoo-exact", 1, 22),
+        ("zoo-exact", 5, 40),
+        ("divprune", 1, 26),
+        ("divprune", 5, 46),
+        # 2 * 576 * 64 activations and their products, in chunks that memory allows.
+        ("zoo", 1, 230),
+        ("zoo", 5, 1040),
+    ],
 )
 def test_launches(counted: Launches, method: str, tiles: int, most: int) -> None:
     names = launches_of(counted, method, 64 * tiles, tiles, hidden=True)

@@ -20,7 +20,7 @@ from llava.pruning.importance.triangular import (
     squared_norms,
     triangular_factor,
 )
-from llava.pruning.importance.two_layer import _differences, blocks
+from llava.pruning.importance.two_layer import _differences, blocks, plan
 from llava.pruning.importance.weight_cache import WeightCache
 from llava.pruning.late_checks import collecting
 from llava.pruning.precision import multiplies_bf16_fast, product_precision
@@ -201,12 +201,40 @@ def test_pre_activations_are_reused(estimator) -> None:
         sensitivity(projector, x, estimator=estimator, hidden=hidden[:, :-1])
 
 
-def test_differences_do_not_depend_on_pieces(monkeypatch) -> None:
-    at, nudges = draw(5, 33), draw(7, 33, seed=1) * 0.01
-    (whole,) = _differences(nn.GELU(), at, nudges, "float32", None)
-    monkeypatch.setattr("llava.pruning.importance.two_layer.PIECE_BYTES", 1)
-    (pieces,) = _differences(nn.GELU(), at, nudges, "float32", None)
-    torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-14)
+@pytest.mark.parametrize("precision", ["float32", "split", "bf16"])
+def test_differences_do_not_depend_on_pieces(precision) -> None:
+    at, nudges = draw(5, 33).float(), draw(7, 33, seed=1).float() * 0.01
+    centres = None if precision == "float32" else draw(7, 33, seed=2).float() * 0.001
+    whole = _differences(nn.GELU(), at, nudges, precision, centres, 1000)
+    want = nn.functional.gelu(at[:, None] + nudges) - nn.functional.gelu(at[:, None] - nudges)
+    want = (want if centres is None else want - centres).flatten(0, 1)
+    assert [part.dtype for part in whole] == [part.dtype for part in split_parts(want, precision)]
+    error = (sum(part.float() for part in whole) - want).abs().max() / want.abs().max()
+    assert error < {"float32": 1e-6, "split": 2**-16, "bf16": 2**-8}[precision]
+    for rows in (1, 15):
+        pieces = _differences(nn.GELU(), at, nudges, precision, centres, rows)
+        for got, part in zip(pieces, whole, strict=True):
+            torch.testing.assert_close(got, part, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("compute", ["float32", "split", "bf16"])
+def test_chunks_of_an_accelerator_score_as_those_of_a_cpu(compute, monkeypatch) -> None:
+    """Pieces of chunks, and chunks, that end within the tokens and within the directions."""
+    projector, x = mlp(d=600), draw(2, 15, 24, seed=5).float()
+    want = sensitivity(projector, x, directions=7, compute=compute)
+    plans: list[tuple[int, int]] = []
+    sizes = [2**16, 2**18, 2**28]
+
+    def of_an_accelerator(device, factor, precision, chunk_bytes) -> tuple[int, int]:
+        plans.append(plan(torch.device("meta"), factor, precision, sizes.pop()))
+        return plans[-1]
+
+    monkeypatch.setattr("llava.pruning.importance.two_layer.plan", of_an_accelerator)
+    while sizes:
+        got = sensitivity(projector, x, directions=7, compute=compute)
+        torch.testing.assert_close(got, want, rtol=2e-6 if compute == "float32" else 1e-4, atol=0)
+    every = 15 * 7
+    assert plans[0][1] > every and plans[1][0] > 7 > plans[1][0] % 7 > 0 and plans[2][1] < 7
 
 
 # --- cached weights -------------------------------------------------------------------------------

@@ -119,6 +119,10 @@ def test_rows_of_decoder_methods() -> None:
     assert rows["atp"]["published %"].endswith("(144 tokens)")
     assert rows["fastv"]["published %"].startswith("73.7 [5] (layers not stated), 75.6 [4] ")
     assert rows["sparsevlm"]["published %"].startswith("85.9 [5] (schedule=official), ")
+    assert rows["btp"]["published %"].endswith("(own schedule, mean 129, 128 tokens)")
+    for name in rows:
+        if "layers not stated" in rows[name]["published %"]:
+            assert "do not state" in " ".join(str(get_decoder_method(name).__doc__).split())
     assert rows["pore"]["published %"] == "n/a", "no report at this budget is known"
 
 

@@ -295,6 +295,16 @@ def test_tokens_are_dropped_between_layers(session: Session, talk: Callable[...,
     assert re.search(rf"(?m)^KV cache +{both} kB +{whole} kB$", out)
 
 
+def test_commands_of_the_stage_say_what_they_leave_alone(talk: Callable[..., str]) -> None:
+    out = talk("/decoder fastv keep_tokens=300", "/keep 128", "/method zoo", "/method none")
+    assert "[noted: 128 tokens for the method that you choose with /method" in out
+    assert "(not for fastv: /decoder fastv keep_tokens=N)" in out
+    assert "[zoo, 128 tokens; fastv, 300 tokens a layer]" in out
+    assert "(fastv still drops tokens between layers; /decoder none ends that)" in out
+    alone = talk("/decoder none", "/keep 64", "/method none")
+    assert "not for" not in alone and "still drops" not in alone
+
+
 def test_a_turn_pruned_between_layers_answers_as_generate_does(
     session: Session, talk: Callable[..., str]
 ) -> None:
@@ -464,7 +474,7 @@ def test_ctrl_c_while_loading_ends_quietly(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", interrupted)
+    monkeypatch.setattr("llava.families.spec.load_pretrained_model", interrupted)
     assert cli.main(["--image-file", str(picture)]) == 130
     assert capsys.readouterr().err == ""
 
@@ -476,7 +486,7 @@ def test_loading_flags_reach_the_loader(picture: Path, monkeypatch: pytest.Monke
         calls.append((args, kwargs))
         return None, None, None, 2048
 
-    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", load)
+    monkeypatch.setattr("llava.families.spec.load_pretrained_model", load)
     flags = ["--model-path", "a/llava-v1.5-7b-lora", "--model-base", "vicuna", "--load-4bit"]
     with pytest.raises(SystemExit):  # this loader returns no vision model
         cli.main([*flags, "--image-file", str(picture), "--device", "cpu"])

@@ -267,7 +267,7 @@ def test_a_pipe_ends_with_its_reason(
 ) -> None:
     session(tokenizer_model_max_length=800)
     parts = (loaded.tokenizer, loaded.model, loaded.image_processor, 2048)
-    monkeypatch.setattr("llava.model.loaded.load_pretrained_model", lambda *_, **__: parts)
+    monkeypatch.setattr("llava.families.spec.load_pretrained_model", lambda *_, **__: parts)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n" * 30))
     flags = ["--model-path", str(checkpoint), "--image-file", str(picture)]
     with pytest.raises(SystemExit) as stop:

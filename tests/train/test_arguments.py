@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.train.arguments import parse_arguments
+from llava.pruning.config import PruningConfig
+from llava.train.arguments import parse_arguments, renamed
 from llava.utils import UserInputError
 
 # The flags of LLaVA's pre-training and fine-tuning scripts that ask for what is built here, or for
@@ -34,7 +35,8 @@ def parse(tmp_path: Path) -> Callable:
 
 
 def test_a_script_of_llava_is_read(parse: Callable) -> None:
-    model, data, training = parse()
+    model, data, training, pruning = parse()
+    assert pruning is None
     assert model.tune_mm_mlp_adapter and model.mm_vision_select_layer == -2
     assert data.image_aspect_ratio == "pad"
     assert training.get_warmup_steps(1000) == 30
@@ -55,24 +57,7 @@ def test_every_flag_may_also_be_left_out(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--lora_enable True", "LoRA"),
-        ("--lora_enable", "LoRA"),
-        ("--lora_r 128 --lora_alpha 256", "LoRA"),
-        ("--lora_dropout 0.1", "LoRA"),
-        ("--lora_weight_path a", "LoRA"),
-        ("--lora_bias all", "LoRA"),
-        ("--bits 4", "4-bit or 8-bit"),
-        ("--bits 8", "4-bit or 8-bit"),
-        ("--double_quant True", "4-bit or 8-bit"),
-        ("--quant_type nf4", "4-bit or 8-bit"),
-        ("--group_by_modality_length True", "batches of one modality"),
-        ("--mm_use_im_start_end True", "marks around images"),
-        ("--mm_use_im_patch_token True", "a token for patches"),
         ("--mpt_attn_impl triton", "MPT"),
-        ("--cache_dir a", "HF_HOME"),
-        ("--lazy_preprocess False", "prepared ahead"),
-        ("--is_multimodal False", "without images"),
-        ("--deepspeed zero3.json", "DeepSpeed"),
         ("--fsdp full_shard", "FSDP"),
         ("--label_smoothing_factor 0.1", "label smoothing"),
         ("--evaluation_strategy steps", "evaluation"),
@@ -80,19 +65,45 @@ def test_every_flag_may_also_be_left_out(name: str, tmp_path: Path) -> None:
         ("--do_eval True", "evaluation"),
         ("--do_predict True", "prediction"),
         ("--load_best_model_at_end True", "evaluation"),
-        ("--remove_unused_columns True", "dropping columns"),
+        ("--remove_unused_columns True", "columns"),
     ],
 )
-def test_what_is_not_built_is_named(words: str, named: str, parse: Callable) -> None:
-    with pytest.raises(UserInputError, match=f"^not built yet: .*{named}") as caught:
+def test_what_cannot_be_honoured_is_named(words: str, named: str, parse: Callable) -> None:
+    with pytest.raises(UserInputError, match=f"^cannot be honoured: .*{named}") as caught:
         parse(*words.split())
     for flag in re.findall(r"--\w+", words.replace("evaluation_strategy", "eval_strategy")):
         assert flag in str(caught.value)
 
 
-def test_all_that_is_not_built_is_named_at_once(parse: Callable) -> None:
-    with pytest.raises(UserInputError, match=r"--lora_enable .*--deepspeed "):
-        parse("--deepspeed", "zero2.json", "--lora_enable", "True")
+def test_all_that_cannot_be_honoured_is_named_at_once(parse: Callable) -> None:
+    with pytest.raises(UserInputError, match=r"--do_eval .*--mpt_attn_impl "):
+        parse("--mpt_attn_impl", "triton", "--do_eval", "True")
+
+
+def test_arguments_of_lora_are_read(parse: Callable) -> None:
+    words = "--lora_enable True --tune_mm_mlp_adapter False --lora_r 128 --lora_alpha 256"
+    training = parse(*words.split()).training
+    assert (training.lora_enable, training.lora_r, training.lora_alpha) == (True, 128, 256)
+    assert (training.lora_dropout, training.lora_bias, training.bits) == (0.05, "none", 16)
+
+
+def test_renamed_arguments_are_one_notice() -> None:
+    assert renamed(SCRIPT.split()) == (
+        "--evaluation_strategy is now --eval_strategy; --warmup_ratio is now --warmup_steps"
+    )
+    assert renamed(["--warmup-ratio=0.03"]) == "--warmup_ratio is now --warmup_steps"
+    assert renamed(["--eval_strategy", "no"]) is None
+
+
+def test_pruning_of_training_is_read(parse: Callable) -> None:
+    fixed = parse("--pruner", "zoo", "--keep-tokens", "64").pruning
+    assert fixed.of_batch(3, 0) == PruningConfig("zoo", keep_tokens=64)
+    drawn = parse("--pruner", "zoo", "--keep-tokens-range", "32", "40").pruning
+    budgets = [drawn.of_batch(step, part).keep_tokens for step in range(50) for part in (0, 1)]
+    assert set(budgets) == set(range(32, 41))
+    assert budgets[7] == drawn.of_batch(3, 1).keep_tokens
+    other = parse("--pruner", "zoo", "--keep-tokens-range", "32", "40", "--seed", "1").pruning
+    assert budgets[::2] != [other.of_batch(step, 0).keep_tokens for step in range(50)]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +141,23 @@ def test_all_that_is_not_built_is_named_at_once(parse: Callable) -> None:
         ("--no_cuda", "unknown argument '--no_cuda'"),
         ("--freeze_mm_mlp_adapter True", "contradict each other"),
         ("--bf16 maybe", "bf16"),
+        ("--bits 5", "--bits is 5; use one of 4, 8, 16"),
+        ("--bits 4", "--bits needs --lora_enable True"),
+        ("--lora_bias some", "--lora_bias is 'some'"),
+        ("--lora_r 0", "--lora_r is 0"),
+        ("--lora_dropout 2", "--lora_dropout is 2"),
+        ("--quant_type int4", "--quant_type is 'int4'"),
+        ("--lora_enable True", "--tune_mm_mlp_adapter and --lora_enable contradict each other"),
+        ("--unfreeze_mm_vision_tower True", "contradict each other"),
+        ("--lora_weight_path a", "--lora_weight_path needs --lora_enable True"),
+        ("--mm_vision_tower_lr 1e-6", "--mm_vision_tower_lr needs --unfreeze_mm_vision_tower"),
+        ("--keep-tokens 64", "give a method too"),
+        ("--keep-tokens-range 8 16", "needs a method, such as --pruner zoo"),
+        ("--pruner zoo --keep-tokens-range 16 8", "--keep-tokens-range 16 8: give the lowest"),
+        ("--pruner zoo --keep-tokens-range 0 8", "--keep-tokens-range 0 8: give the lowest"),
+        ("--pruner zoo --keep-tokens 8 --keep-tokens-range 4 8", "are two budgets"),
+        ("--pruner zooo --keep-tokens 64", "did you mean 'zoo'"),
+        ("--decoder-pruner fastv --decoder-keep-tokens 64", "works at inference only"),
         ("--lr_scheduler_kwargs {", "these arguments cannot be used: Expecting property"),
     ],
 )

@@ -18,8 +18,8 @@ from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model, load_tokenizer
 from llava.train.arguments import ModelArguments
 from llava.train.conversations import tokenize_sample
+from llava.train.parts import load_start
 from llava.train.samples import parse_sample
-from llava.train.train import build_model
 
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat color?"}, {"from": "gpt", "value": "red"}
 TEXT = {"id": "t", "conversations": [{"from": "human", "value": "Who?"}, GPT]}
@@ -32,7 +32,7 @@ def base(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained LLaVA whose settings all differ from what training would choose."""
     folder = tmp_path_factory.mktemp("base")
     args = ModelArguments(str(work / "init"), vision_tower=str(work / "tower"))
-    model = build_model(args, torch.float32)
+    model = load_start(args, torch.float32)
     model.config.update(KEPT)
     model.get_model().add_newline()
     model.generation_config.update(temperature=0.3, do_sample=True, eos_token_id=[7, 8])
@@ -151,18 +151,17 @@ def test_parts_that_do_not_fit_are_one_line(
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"mm_use_im_start_end": True}, "puts marks around images"),
-        ({"mm_token_pruning": {"method": "mmtok", "keep_tokens": 9}}, "prunes with 'mmtok'"),
+        ({"method": "mmtok", "keep_tokens": 9}, "'mmtok' (mm_token_pruning in its config.json)"),
+        ({"decoder": {"method": "fastv"}}, "between layers with 'fastv'"),
     ],
 )
 def test_models_that_training_cannot_feed_are_refused(
     settings: dict[str, Any], fault: str, base: Path, tmp_path: Path, run_train: Callable
 ) -> None:
     shutil.copytree(base, tmp_path / "other")
-    config = json.loads((base / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config | settings))
-    line = run_train([SHOWN], base=tmp_path / "other", tower=False).refused()
-    assert fault in line and "not built yet in training" in line
+    config = json.loads((base / "config.json").read_text()) | {"mm_token_pruning": settings}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    assert fault in run_train([SHOWN], base=tmp_path / "other", tower=False).refused()
 
 
 def test_a_tower_of_another_width_is_refused(

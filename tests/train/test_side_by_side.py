@@ -5,20 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from small_llava import make_item, make_llava, save_tower
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import conv_templates
-from llava.mm_utils import process_images
 from llava.model.builder import load_tokenizer
-from llava.train.arguments import ModelArguments
-from llava.train.conversations import tokenize_sample, tokenize_turns
 from llava.train.data import Collator
-from llava.train.samples import Sample
-from llava.train.train import build_model
-from llava.train.trainer import merge
+from llava.train.merge import merge
 
 TEXTS = ("What color?", "red", "How many stars?", "two", "Where is it?", "upper left")
 NARROW, WIDE, SMALL = (30, 90), (64, 32), (40, 40)
@@ -42,29 +34,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tower")
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        image_size=56,
-        patch_size=14,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    CLIPVisionModel(config).save_pretrained(folder)
-    CLIPImageProcessorPil(
-        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
-    ).save_pretrained(folder)
+    save_tower(folder)
     return folder
 
 
 @pytest.fixture
-def model(work: Path, tower: Path) -> Any:
-    torch.manual_seed(0)
-    args = ModelArguments(
-        str(work / "init"), vision_tower=str(tower), mm_patch_merge_type="spatial_unpad"
-    )
-    return build_model(args, torch.float32).eval()
+def model(tokenizer: Any, tower: Path) -> Any:
+    return make_llava(tokenizer, tower)
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +50,7 @@ def tokenizer(work: Path) -> Any:
 
 def item(model: Any, tokenizer: Any, texts: tuple[str, ...], *sizes: tuple[int, int]) -> dict:
     """What the dataset would give for a sample about random pictures of these sizes."""
-    marks = "<image>\n" * len(sizes)
-    sample = Sample("x", (marks + texts[0], *texts[1:]), ("a",) * len(sizes))
-    tokenize = tokenize_turns if sizes else tokenize_sample
-    ids, labels, turns = tokenize(sample, conv_templates["v1"], tokenizer)
-    noise = torch.Generator().manual_seed(0)
-    images = [
-        Image.frombytes("RGB", (w, h), bytes(torch.randint(256, (w * h * 3,), generator=noise)))
-        for w, h in sizes
-    ]
-    processor = model.get_vision_tower().image_processor
-    pixels = [process_images([image], processor, model.config)[0] for image in images]
-    texts = {"name": "x", "input_ids": ids, "labels": labels, "turns": turns}
-    return texts | {"images": pixels, "image_sizes": list(sizes)}
+    return make_item(model, tokenizer, texts, *sizes, turns=True)
 
 
 @pytest.mark.parametrize("limit", [4096, 90], ids=["whole", "cut"])

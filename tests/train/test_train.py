@@ -15,9 +15,9 @@ from transformers import CLIPVisionConfig
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import ModelArguments
 from llava.train.package import package
+from llava.train.parts import load_start
 from llava.train.patch_labels import CLASSES, IGNORE, patch_labels
 from llava.train.tower import DenseTower, SceneDataset, tower_loss
-from llava.train.train import build_model
 from llava.train.world_data import write_conversations
 from llava.world import render, scene
 
@@ -136,7 +136,7 @@ def test_neighbour_labels_show_the_partner_and_skip_the_thing_itself() -> None:
 
 def test_a_trained_model_takes_another_tower(work: Path, trained: Path) -> None:
     shutil.copytree(work / "tower", work / "other-tower")
-    model = build_model(
+    model = load_start(
         ModelArguments(str(trained), vision_tower=str(work / "other-tower")), torch.float32
     )
     assert model.get_vision_tower().vision_tower_name == str(work / "other-tower")

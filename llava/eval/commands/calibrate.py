@@ -25,8 +25,7 @@ from llava.eval.engine.request import RunRequest, arm_of
 from llava.eval.engine.runner import Runner
 from llava.eval.tasks.base import Item, get_benchmark
 from llava.families.contract import ModelInputs
-from llava.model.language_model.decoder_layers import TransformersDecoder
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 from llava.pruning import PruningConfig, PruningError, prune
 from llava.pruning.decoder.calibration import (
     LayerChanges,
@@ -40,10 +39,12 @@ from llava.pruning.decoder.method import DecoderMethod
 from llava.pruning.decoder.methods.pore import PoRe
 from llava.pruning.decoder.registry import make_decoder_method
 from llava.pruning.decoder.stages import RELEASED
+from llava.pruning.flags import given_flags
 from llava.sampling import Sampling
 from llava.storage import dump_json, write_atomically
 from llava.utils import UserInputError
 
+HOST = "fastv"
 # Drops nothing, but makes splicing say where visual tokens stand.
 _WHOLE = PruningConfig.of("fastv", keep_ratio=1.0)
 
@@ -61,8 +62,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--data-root", type=Path, help="LLaVA's data layout; by default playground/data/eval")
     add("--limit", type=natural, default=64, help="items, the first ones; 0 for all")
     add("--batch-size", type=positive, default=8, help="items per batch")
-    add("--host", default="fastv", help="of pore: the method whose first cut is debiased")
-    add("--stages", type=positive, default=4, help=f"of btp: at most {len(RELEASED.keep)}")
+    add("--host", help=f"of pore: the method whose first cut is debiased; default {HOST}")
+    most = len(RELEASED.keep)
+    add("--stages", type=positive, help=f"of btp: at most {most}, which is the default")
     add("--out", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parser.set_defaults(run=run)
 
@@ -73,17 +75,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserInputError: a flag that cannot be used, a model without layers to read, or no image.
     """
-    if args.stages > len(RELEASED.keep):
-        raise UserInputError(f"--stages must be at most {len(RELEASED.keep)}, got {args.stages}")
-    if args.method == "pore":
-        PoRe(host=args.host, padding="none")
+    _check_flags(args)
     if args.out.suffix != ".json":
         raise UserInputError(f"--out must end in .json, got {args.out}")
     request = _request(args)
     identity = identify(request)
     subject = request.prompted_model.load()
     runner = Runner.of(request, subject, request.plan())
-    decoder = _decoder_of(subject.model)
+    decoder = subject.decoder_layers()
     measure = _measure_curve if args.method == "pore" else _measure_stages
     found = measure(runner, decoder, args)
     provenance = {
@@ -103,6 +102,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that would change nothing, and set the defaults of those that count."""
+    for flag in given_flags(args):
+        raise UserInputError(f"calibrate measures the unpruned model; leave {flag} out")
+    other = "stages" if args.method == "pore" else "host"
+    if getattr(args, other) is not None:
+        owner = "btp" if args.method == "pore" else "pore"
+        raise UserInputError(f"--{other} is of {owner}, not of {args.method}; leave it out")
+    most = len(RELEASED.keep)
+    args.host, args.stages = args.host or HOST, args.stages or most
+    if args.stages > most:
+        raise UserInputError(f"--stages must be at most {most}, got {args.stages}")
+    if args.method == "pore":
+        PoRe(host=args.host, padding="none")
+
+
 def _request(args: argparse.Namespace) -> RunRequest:
     cls = get_benchmark(args.task)
     benchmark = cls(args.data_root or cls.default_root, args.protocol)
@@ -119,20 +134,6 @@ def _request(args: argparse.Namespace) -> RunRequest:
         workers=args.workers,
         command=args.command_line,
     )
-
-
-def _decoder_of(model: Any) -> DecoderLayers:
-    """Return the layers of a model.
-
-    Raises:
-        PruningError: they cannot be read.
-    """
-    if not hasattr(model, "get_model"):
-        raise PruningError(
-            f"calibration reads LLaVA's own checkpoints only, not {type(model).__name__}; use a "
-            "LLaVA-1.5 or 1.6 checkpoint"
-        )
-    return TransformersDecoder(model.get_model())
 
 
 def _measure_curve(

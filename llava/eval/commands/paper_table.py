@@ -36,7 +36,7 @@ from llava.eval.tables.plan import (
 )
 from llava.eval.tables.spec import Table, TableError, list_tables, load_table
 from llava.eval.tasks.base import Benchmark
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 from llava.pixels import ORIGINAL, PIXELS, PIXELS_HELP
 from llava.registry import unknown
 from llava.shipped import LLAVA_TINY

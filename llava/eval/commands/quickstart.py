@@ -22,8 +22,8 @@ from llava.eval.report.pictures import save_overlays
 from llava.eval.report.plots import draw_accuracy
 from llava.eval.report.result import render
 from llava.eval.tasks.question_file import QuestionFile
+from llava.families.spec import ModelSpec
 from llava.model.checkpoint import local_checkpoint
-from llava.model.loaded import ModelSpec
 from llava.pruning import get_method, list_methods
 from llava.sampling import Sampling
 from llava.shipped import LLAVA_TINY
@@ -144,8 +144,9 @@ def plan_arms(methods: Sequence[str], budgets: Sequence[int]) -> tuple[Arm, ...]
     for method in methods:
         if ":" in method or "@" in method.rpartition(JOIN)[2]:
             raise UserInputError(
-                f"--methods takes names only, not {method!r}; `llava run --arm "
-                "METHOD:OPTION=VALUE@BUDGET` sets options"
+                f"--methods takes names, and a budget only in front of a {JOIN} as in "
+                f"zoo@192{JOIN}fastv, not {method!r}; `llava run --arm METHOD:OPTION=VALUE@BUDGET` "
+                "sets options"
             )
     # The unpruned arm and the control are in every plan already.
     named = [method for method in dict.fromkeys(methods) if method not in (UNPRUNED, CONTROL)]

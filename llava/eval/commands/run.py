@@ -29,8 +29,8 @@ from llava.eval.engine.request import (
 from llava.eval.engine.run import run as run_request
 from llava.eval.presets import Preset, get_preset
 from llava.eval.tasks.base import get_benchmark
+from llava.families.spec import ModelSpec
 from llava.mm_utils import get_model_name_from_path
-from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig, PruningError, parse_options
 from llava.pruning.config import CHOICES
 from llava.pruning.flags import decoder_from, pruning_from

@@ -53,11 +53,14 @@ def _figures(
     asked = [item for item in items if "error" not in records.get(item.index, {"error": ""})]
     lines = [records[item.index] for item in asked]
     scored = benchmark.score(asked, [line["answer"] for line in lines]) if asked else {}
-    tokens = [line["tokens_in"] for line in lines if line["shown"]]
+    shown = [line for line in lines if line["shown"]]
+    tokens = [line["tokens_in"] for line in shown]
+    means = [line["tokens_mean" if "tokens_mean" in line else "tokens_in"] for line in shown]
     return {
         "metrics": {key: asdict(metric) for key, metric in scored.items()},
         **_difference(lines, unpruned),
-        "tokens_mean": fmean(tokens) if tokens else None,
+        "tokens_in": fmean(tokens) if tokens else None,
+        "tokens_mean": fmean(means) if means else None,
         "tokens_min": min(tokens, default=None),
         "tokens_max": max(tokens, default=None),
         **between_layers(lines),

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from llava.eval.engine.batches import Plan, chunk_of
 from llava.eval.engine.schema import read_object
 from llava.eval.tasks.base import Benchmark, Item
+from llava.families.spec import ModelSpec
 from llava.model.checkpoint import local_checkpoint, read_config
-from llava.model.loaded import ModelSpec
 from llava.pruning import PruningConfig, PruningError, parse_options
 from llava.pruning.decoder.config import DecoderConfig
 from llava.pruning.decoder.method import DecoderMethod
@@ -150,6 +150,8 @@ def parse_arm(word: str) -> Arm:
         PruningError: a setting that is not written so, or does not exist.
     """
     before, *after = _split(word, _JOINT)
+    if before == UNPRUNED and len(after) == 1:
+        word = after[0]  # one setting has one name
     if len(after) > 1:
         raise PruningError(
             f"arm {word!r} has {len(after)} parts behind a {JOIN}; write one method before the "
@@ -214,6 +216,8 @@ def split_word(word: str) -> tuple[str, int | float | None, dict[str, Any]]:
     pairs = _split(options, ",") if options else []
     try:
         number = None if not budget else int(budget) if budget.isdecimal() else float(budget)
+        if isinstance(number, float) and number > 1:
+            raise ValueError("neither a whole number nor a share")
     except ValueError as error:
         raise PruningError(
             f"arm {word!r}: {budget!r} is not a budget; give a number of tokens such as 64, or a "

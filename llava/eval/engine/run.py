@@ -20,7 +20,7 @@ from llava.eval.engine.run_folder import RunFolder
 from llava.eval.engine.runner import Runner
 from llava.eval.engine.schema import SCHEMA_VERSION, Record
 from llava.families.contract import VisionLanguageModel
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 from llava.storage import exclusive
 from llava.utils import UserInputError
 

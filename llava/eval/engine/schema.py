@@ -63,9 +63,10 @@ class ArmMetrics(ArmSetting):
 
     metrics: dict[str, Figure]  # by name; empty where a server or a grader has to score
     difference: NotRequired[Difference]  # where items have scores and `none` was run too
-    tokens_mean: float | None  # visual tokens of a prompt in the language model, ...
+    tokens_in: float | None  # visual tokens of a prompt that enter the language model, ...
     tokens_min: int | None  # ... over the prompts with images; None without any
     tokens_max: int | None
+    tokens_mean: float | None  # mean over layers; the same as `tokens_in` where all read the same
     between_layers: NotRequired[LayerTokens]  # where tokens are dropped between layers
     answered: int  # items
     failed_images: int  # items left out, because an image of theirs cannot be read
@@ -227,7 +228,16 @@ def read_metrics(folder: Path) -> Record:
             | _setting_of_1(arm)
             for name, arm in metrics["arms"].items()
         }
+    for arm in metrics["arms"].values():
+        _tell_tokens_apart(arm)
     return metrics
+
+
+def _tell_tokens_apart(arm: Record) -> None:
+    """Give an arm of an older file `tokens_in`, which `tokens_mean` said in every arm."""
+    if "tokens_mean" in arm and "tokens_in" not in arm:
+        arm["tokens_in"] = arm["tokens_mean"]
+        arm["tokens_mean"] = arm.get("between_layers", arm)["tokens_mean"]
 
 
 def read_lines(path: Path) -> list[Record]:

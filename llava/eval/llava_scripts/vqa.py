@@ -40,9 +40,9 @@ from llava.eval.tasks.files import (
 from llava.eval.tasks.mmbench import LETTERS, images_of, options_of, question_of, read_questions
 from llava.eval.tasks.scienceqa import first_turn
 from llava.eval.tasks.tsv import Table
+from llava.families.spec import ModelSpec
 from llava.images import decode_base64, open_image
 from llava.mm_utils import get_model_name_from_path
-from llava.model.loaded import ModelSpec
 from llava.pixels import VIEWER
 from llava.pruning.flags import pruning_from
 from llava.sampling import Sampling

@@ -15,6 +15,7 @@ from llava.eval.tables.fill import Cell, Filled, FilledRow
 from llava.eval.tables.plan import printed_budget
 from llava.eval.tables.spec import AVERAGE, Column, Row
 from llava.markdown import table as markdown_table
+from llava.pruning.decoder.registry import DECODER_METHODS
 from llava.storage import dump_json
 
 NONE = "n/a"
@@ -25,6 +26,10 @@ DEMO = (
 )
 CELLS = "Cells: published / ours ± standard error / gap (ours minus published)."
 PUBLISHED = "Published figures of the real table, not comparable with the demo's:"
+MEASURED = (
+    "measured: visual tokens of a prompt, the mean over questions and over the layers of the "
+    "language model, where it is not the budget."
+)
 BORROWED = "†"
 MARKS = "¹²³⁴⁵⁶⁷⁸⁹"  # of sources, by their place in the table
 AVERAGE_COLUMN = Column(AVERAGE, "Average %", task="", metric="retention")
@@ -213,6 +218,10 @@ def _record(filled: Filled, row: FilledRow, column: Column) -> Record:
         "ours": cell.measured and asdict(cell.measured),
         "gap": cell.gap,
         "no_gap": cell.no_gap,
+        "arm": row.arm,
+        "decoder": _decoder(row.row),
+        "tokens_mean": row.tokens,
+        "floor": cell.floor,
     }
 
 
@@ -222,6 +231,13 @@ def _options(row: Row) -> str:
     if row.decoder is None or not row.decoder.options:
         return own
     return f"{own}{JOIN}{spell_options(row.decoder.options)}"
+
+
+def _decoder(row: Row) -> str | None:
+    """Name the method of a row that drops tokens between layers."""
+    if row.decoder is not None:
+        return row.decoder.method
+    return row.method if row.method in DECODER_METHODS.entries() else None
 
 
 def notes(filled: Filled) -> list[str]:
@@ -234,6 +250,8 @@ def notes(filled: Filled) -> list[str]:
         for row in filled.rows
         if row.refusal is not None
     ]
+    if any(_off_budget(row) for row in filled.rows):
+        found.append(MEASURED)
     if any(cell.borrowed for row in filled.rows for cell in (*row.cells.values(), row.average)):
         found.append(
             f"{BORROWED} No figures of this row's method were published: these are of the method "
@@ -284,10 +302,23 @@ def _grid(filled: Filled, show: Show, published: bool = False) -> Grid:
     body = []
     for row in filled.rows:
         lacking = "" if row.unavailable is None else f" (not available: {row.unavailable})"
-        budget = budget_text(printed_budget(row.row) if published else row.budget)
+        budget = budget_text(printed_budget(row.row)) if published else _budget(row)
         head = [row.row.label + lacking, budget, *([row.next_protocol] if protocols else [])]
         body.append(head + [show(filled, row.cell(column), column) for column in columns])
     return header, body
+
+
+def _budget(row: FilledRow) -> str:
+    """Return the budget that ran, and the mean that was measured where it is another."""
+    nominal = budget_text(row.budget)
+    return f"{nominal} (measured {row.tokens:.1f})" if _off_budget(row) else nominal
+
+
+def _off_budget(row: FilledRow) -> bool:
+    """Return whether a row did not keep the number of tokens that it names, to half a token."""
+    if not isinstance(row.budget, int) or row.tokens is None:
+        return False
+    return abs(row.tokens - row.budget) > 0.5
 
 
 def budget_text(budget: int | float | None) -> str:

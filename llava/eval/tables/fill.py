@@ -59,7 +59,8 @@ class FilledRow:
     """A row with its cells by column key; `unavailable` names what is missing to measure it.
 
     `refusal` is why the method would not prune as asked (a budget it cannot meet). `budget` is the
-    budget that ran. `tokens` and `ttft_ms` are means over the table's runs, for the plots.
+    budget that ran, `arm` the name of the arm that had it. `tokens` and `ttft_ms` are means over
+    the table's runs.
     """
 
     row: Row
@@ -71,6 +72,7 @@ class FilledRow:
     refusal: str | None = None
     tokens: float | None = None
     ttft_ms: float | None = None
+    arm: str = UNPRUNED
 
     @property
     def complete(self) -> bool:
@@ -226,8 +228,9 @@ def _fill_row(
         average=Cell(None, None),
         unavailable=lacking,
         refusal=next((own["unavailable"] for own in arms if own.get("unavailable")), None),
-        tokens=_mean([own.get("between_layers", own).get("tokens_mean") for own in arms]),
+        tokens=_mean([own.get("tokens_mean") for own in arms]),
         ttft_ms=_mean([None if time is None else time.value for time in times]),
+        arm=arm,
     )
     return filled, ratios
 

@@ -13,7 +13,7 @@ from llava.eval.engine.run import run
 from llava.eval.tables.plan import DEFAULT_PROTOCOL, Job
 from llava.eval.tasks.base import get_benchmark
 from llava.families.contract import VisionLanguageModel
-from llava.model.loaded import ModelSpec
+from llava.families.spec import ModelSpec
 from llava.pixels import ORIGINAL
 from llava.sampling import Sampling
 from llava.storage import dump_json, write_atomically

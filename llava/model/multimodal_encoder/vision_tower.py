@@ -121,10 +121,23 @@ class VisionTower(nn.Module):
         self.is_loaded = True
 
     def train(self, mode: bool = True) -> "VisionTower":
-        # The tower is a fixed feature extractor, also while the model around it trains.
-        return super().train(False)
+        # Frozen, the tower is a fixed feature extractor, also while the model around it trains.
+        return super().train(mode and self.trains)
 
-    @torch.no_grad()
+    @property
+    def trains(self) -> bool:
+        """Whether any weight of the tower is to be trained; a tower is loaded frozen."""
+        return any(weight.requires_grad for weight in self.parameters())
+
+    def unfreeze(self) -> None:
+        """Mark for training what the features depend on: no later block, and nothing behind it."""
+        self.requires_grad_(False)
+        inner, used = self.vision_tower, self.num_layers_used
+        for name, part in inner.named_children():
+            part.requires_grad_(name == "embeddings" or name.startswith("pre_"))
+        for layer in inner.encoder.layers[:used]:
+            layer.requires_grad_(True)
+
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> Any:
         """Compute the features of the selected layer.
 
@@ -143,9 +156,10 @@ class VisionTower(nn.Module):
                 "the vision tower has no weights yet; call model.get_vision_tower().load_model() "
                 "or load the model with load_pretrained_model"
             )
-        if isinstance(images, list):
-            return [self._features(image.unsqueeze(0)) for image in images]
-        return self._features(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
+            if isinstance(images, list):
+                return [self._features(image.unsqueeze(0)) for image in images]
+            return self._features(images)
 
     # Run as it is by a compiled tower, whose blocks are compiled: a compiler would not notice that
     # another call has another reader.

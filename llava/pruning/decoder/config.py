@@ -50,7 +50,10 @@ class DecoderConfig:
         if len(given) == 2:
             raise PruningError("give keep_tokens or keep_ratio, not both")
         if not given and self.pruner.budgeted:
-            raise PruningError(f"{self.method!r} needs keep_tokens= or keep_ratio=")
+            raise PruningError(
+                f"{self.method!r} needs keep_tokens= or keep_ratio= (--decoder-keep-tokens or "
+                "--decoder-keep-ratio)"
+            )
         if self.keep_tokens is not None:
             object.__setattr__(self, "keep_tokens", check_count(self.keep_tokens))
         if self.keep_ratio is not None:

@@ -34,8 +34,11 @@ from llava.registry import unknown
 
 ESTIMATORS = ("zeroth_order", "exact")
 PRECISIONS = ("float32", "model")
-# What the intermediates of a score may take.
+# What the intermediates of a score may take. An accelerator needs few and large steps to be busy;
+# what it may take there is less than the unpruned prefill needs for one image (378 MiB beyond the
+# weights of LLaVA-1.5-7B).
 CHUNK_BYTES = 64 * 2**20
+ACCELERATOR_CHUNK_BYTES = 240 * 2**20
 
 Function = Callable[[Tensor], Tensor]
 
@@ -95,7 +98,7 @@ def sensitivity(
         tiles = [*features.detach().reshape(-1, *features.shape[-2:])]
         parts = two_layer(projector)
         if precision == "model":
-            score = as_released(projector, bank, step, dtype, CHUNK_BYTES)
+            score = as_released(projector, bank, step, dtype, _chunk_bytes(bank.device))
         elif parts is not None:
             _check_width(parts.first.in_features, bank)
             if hidden is not None:
@@ -221,9 +224,11 @@ def _closed_form(
     owner = weights_of(projector)
     if estimator == "exact":
         return lambda hidden: closed_forms.exact(owner, parts, hidden, products)
-    return lambda hidden: closed_forms.zeroth_order(
-        owner, parts, hidden, bank, step, products, CHUNK_BYTES
-    )
+    return closed_forms.zeroth_order(owner, parts, bank, step, products, _chunk_bytes(bank.device))
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    return CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
 
 
 def _kernel_for(act: nn.Module) -> str | None:
@@ -275,9 +280,10 @@ def _normed_form(
     """Return how tokens [N, G * C] of a normed merger are scored."""
     owner = weights_of(projector)
     layers = normed.in_type(merger, bank.dtype)
+    chunk_bytes = _chunk_bytes(bank.device)
     if estimator == "exact":
-        return lambda x: normed.exact(owner, layers, x, products, CHUNK_BYTES)
-    return lambda x: normed.zeroth_order(owner, layers, x, bank, step, products, CHUNK_BYTES)
+        return lambda x: normed.exact(owner, layers, x, products, chunk_bytes)
+    return lambda x: normed.zeroth_order(owner, layers, x, bank, step, products, chunk_bytes)
 
 
 # --- any other projector --------------------------------------------------------------------------
@@ -295,5 +301,5 @@ def _scorer(
         constant = norms.mean() if estimator == "zeroth_order" else root
         return lambda x: constant.expand(x.shape[0])
     if estimator == "zeroth_order":
-        return black_box(projector, bank, step, dtype, CHUNK_BYTES)
-    return forward_mode(projector, bank, step, dtype, CHUNK_BYTES)
+        return black_box(projector, bank, step, dtype, _chunk_bytes(bank.device))
+    return forward_mode(projector, bank, step, dtype, _chunk_bytes(bank.device))

@@ -3,7 +3,7 @@
 Both ways start from the pre-activations W1 x + b1, which the projector has computed already.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llava.pruning.importance.derivatives import derivative
 from llava.pruning.importance.projectors import TwoLayer
 from llava.pruning.importance.triangular import (
+    ACCELERATOR_BLOCK,
     factor_type,
     fold,
     quadratic_form,
@@ -110,13 +111,12 @@ def _form(
 def zeroth_order(
     projector: nn.Module,
     parts: TwoLayer,
-    hidden: Tensor,
     bank: Tensor,
     step: float,
     precision: str,
     chunk_bytes: int,
-) -> Tensor:
-    """Return eq. 4 of every token, [N], with one bank of directions for all tokens.
+) -> Callable[[Tensor], Tensor]:
+    """Return how pre-activations [N, H] are scored by eq. 4, [N], with one bank for all tokens.
 
     W1 (x + h u) + b1 = (W1 x + b1) + h W1 u, so the first layer runs once per token and once per
     direction; b2 cancels, so the second layer runs once, on the difference d of activations; and
@@ -124,12 +124,12 @@ def zeroth_order(
     take only what d differs by from its value at x = 0.
 
     Args:
-        projector, parts, hidden, precision: as in `exact`.
-        bank: [m, Dv] directions in the type of `hidden`.
+        projector, parts, precision: as in `exact`.
+        bank: [m, Dv] directions in the type of the scores.
         step: h.
-        chunk_bytes: the most that intermediates may take.
+        chunk_bytes: the most that intermediates may take, see `plan`.
     """
-    dtype, count = hidden.dtype, len(bank)
+    dtype, count = bank.dtype, len(bank)
     factor, narrow = triangular_factors(projector, parts.second.weight, dtype, precision)
     nudges = step * (bank @ parts.first.weight.to(dtype).T)  # [m, H]
     centres = added = None
@@ -137,16 +137,48 @@ def zeroth_order(
         origin = _origin(parts, dtype)
         centres = parts.act(origin + nudges) - parts.act(origin - nudges)
         added = centres @ factor.T
-    squares = hidden.new_empty(len(hidden), count)
-    # Of every row: two points, two activations, the parts of their difference, a product.
-    rows = chunk_bytes // (6 * max(factor.shape) * hidden.element_size())
-    for tokens, lanes in blocks(len(hidden), count, rows):
-        moved = _differences(
-            parts.act, hidden[tokens], nudges[lanes], precision, _some(centres, lanes)
-        )
-        norms = squared_norms(moved, narrow, dtype, _some(added, lanes))
-        squares[tokens, lanes] = norms.view_as(squares[tokens, lanes])
-    return squares.sqrt_().mean(dim=1).div_(2 * step)
+    rows, piece = plan(bank.device, factor, precision, chunk_bytes)
+
+    def score(hidden: Tensor) -> Tensor:
+        squares = hidden.new_empty(len(hidden), count)
+        for tokens, lanes in blocks(len(hidden), count, rows):
+            at, own = hidden[tokens], _some(centres, lanes)
+            norms = squared_norms(
+                _differences(parts.act, at, nudges[lanes], precision, own, piece),
+                narrow,
+                dtype,
+                _some(added, lanes),
+            )
+            squares[tokens, lanes] = norms.view_as(squares[tokens, lanes])
+        return squares.sqrt_().mean(dim=1).div_(2 * step)
+
+    return score
+
+
+def plan(device: torch.device, factor: Tensor, precision: str, chunk_bytes: int) -> tuple[int, int]:
+    """Return how many differences of activations are multiplied, and are computed, at a time.
+
+    A CPU computes them in pieces that stay in its caches. On an accelerator every step is a launch
+    that takes the host longer than a small one takes the device. So there one half of the bytes
+    holds differences, of which there are as many as that allows, and the other half what they are
+    computed with, and later their products.
+
+    Args:
+        device: that computes.
+        factor: R [r, H] in the type of the scores.
+        precision: see `product_precision`.
+        chunk_bytes: the most that intermediates may take.
+    """
+    width, size = factor.shape[1], factor.element_size()
+    if device.type == "cpu":
+        # Of every row: two points, two activations, the parts of their difference, a product.
+        return chunk_bytes // (6 * max(factor.shape) * size), PIECE_BYTES // (width * size)
+    operands = split_parts(factor[:0], precision)
+    held = width * sum(part.element_size() for part in operands)
+    # Products of a block of R with every operand, beside that of the block before.
+    products = (len(operands) + 1) * min(ACCELERATOR_BLOCK, len(factor)) * size
+    # An activation, a point, and two intermediates of the activation there.
+    return chunk_bytes // 2 // max(held, products), chunk_bytes // 2 // (4 * width * size)
 
 
 def triangular_factors(
@@ -161,27 +193,49 @@ def triangular_factors(
 
 
 def _differences(
-    act: nn.Module, at: Tensor, nudges: Tensor, precision: str, centres: Tensor | None
+    act: nn.Module,
+    at: Tensor,
+    nudges: Tensor,
+    precision: str,
+    centres: Tensor | None,
+    piece: int,
 ) -> tuple[Tensor, ...]:
     """Return act(at_i + nudge_j) - act(at_i - nudge_j) - centre_j, see `split_parts`: [t * l, H].
 
-    Computed in the type of `at`; only the result is rounded.
+    Computed `piece` rows at a time in the type of `at`; only the result is rounded.
     """
     count, lanes, width = len(at), len(nudges), at.shape[1]
     wanted = split_parts(at[:0], precision)  # as many, of these types
     parts = tuple(part.new_empty(count, lanes, width) for part in wanted)
-    rows = count * lanes
-    if at.device.type == "cpu":
-        rows = PIECE_BYTES // (width * at.element_size())
-    for tokens, some in blocks(count, lanes, rows):
-        centre, nudge = at[tokens, None], nudges[some]
-        moved = act(centre + nudge)
-        moved = moved.sub_(act(centre - nudge))
-        if centres is not None:
-            moved = moved.sub_(centres[some])
-        for part, piece in zip(parts, split_parts(moved, precision), strict=True):
-            part[tokens, some] = piece
+    for tokens, some in blocks(count, lanes, piece):
+        _write_differences(
+            act,
+            at[tokens, None],
+            nudges[some],
+            precision,
+            _some(centres, some),
+            [part[tokens, some] for part in parts],
+        )
     return tuple(part.view(count * lanes, width) for part in parts)
+
+
+def _write_differences(
+    act: nn.Module,
+    at: Tensor,
+    nudges: Tensor,
+    precision: str,
+    centres: Tensor | None,
+    out: list[Tensor],
+) -> None:
+    """Write the differences of at [t, 1, H] and nudges [l, H] into their parts [t, l, H]."""
+    moved = act(at + nudges)
+    moved = moved.sub_(act(at - nudges))
+    if centres is not None and len(out) == 1:
+        torch.sub(moved, centres, out=out[0])  # one pass, rounded once
+        return
+    moved = moved if centres is None else moved.sub_(centres)
+    for target, part in zip(out, split_parts(moved, precision), strict=True):
+        target.copy_(part)
 
 
 def _some(values: Tensor | None, rows: slice) -> Tensor | None:

@@ -25,7 +25,7 @@ from llava.pruning.decoder.methods.fastv import FastV
 from llava.pruning.decoder.methods.pore import PoRe
 from llava.pruning.decoder.methods.pyramiddrop import PyramidDrop
 from llava.pruning.decoder.padding import shown_tokens
-from llava.pruning.decoder.schedule import Schedule
+from llava.pruning.decoder.schedule import Schedule, UnreachableBudgetError
 from llava.pruning.decoder.trace import DecoderTrace
 
 GOLDEN = Path(__file__).parents[2] / "goldens" / "pruners" / "pore" / "n576"
@@ -291,6 +291,14 @@ def test_only_the_first_cut_is_debiased(
         {"host": "btp", "host_options": {"layers": layers, "ratios": (0.5, 0.25)}}, (5, 64, 7)
     )
     assert seen == [[0], [1]]
+
+
+def test_a_floor_is_that_of_pore_with_its_host() -> None:
+    with pytest.raises(UnreachableBudgetError, match=r"^pore with host fastv cannot reach") as stop:
+        DecoderConfig("pore", keep_tokens=20).plan(576, 576, 32)
+    with pytest.raises(UnreachableBudgetError, match=r"^fastv cannot reach") as host:
+        DecoderConfig("fastv", keep_tokens=20).plan(576, 576, 32)
+    assert stop.value.floor == host.value.floor == 36
 
 
 def test_a_later_first_cut_is_debiased_beside_an_earlier_one() -> None:

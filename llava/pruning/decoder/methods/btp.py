@@ -71,7 +71,8 @@ class BTP(DecoderMethod):
     than k are chosen, the last ones for diversity are not.
 
     Released schedule: 288, 144, 48 and 0 of 576 tokens before layers 3, 6, 14 and 22 of 32 (from
-    0), a mean of 129. With a budget all counts move between none, these, and all. For other models
+    0), a mean of 129; the 98 % that the paper reports "at 128 tokens" is of this schedule, not of a
+    budget of 128. With a budget all counts move between none, these, and all. For other models
     `llava calibrate` finds layers and shares, given as `stages`.
 
     `dedupe=False` keeps the set that the released program keeps at the second cut: it does not

@@ -32,6 +32,9 @@ class FastV(DecoderMethod):
     where LLaVA has 35, so the first image token always stays and the first token of text behind the
     image may go.
 
+    Figures that others publish of FastV "at 64 tokens" do not state the layers: those that keep 64
+    from layer 2 on have a mean of 96 over 32 layers, not 64.
+
     Options: k, the layer before which tokens are dropped; ratio R, the share dropped; span.
     """
 
@@ -51,7 +54,9 @@ class FastV(DecoderMethod):
     def plan(self, tokens: int, depth: int, budget: float | None) -> Schedule:
         layers = at_depth((2,), depth) if self.k is None else (self.k,)
         if layers[0] >= depth:
-            raise PruningError(f"k={self.k} is no layer after the first of {depth}; give a lower k")
+            raise PruningError(
+                f"k must be less than the {depth} layers of the language model, got {self.k}"
+            )
         if budget is None:
             dropped = 0.5 if self.ratio is None else self.ratio
             return merged_stages(layers, (round(tokens * (1 - dropped)),))

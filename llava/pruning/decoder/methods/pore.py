@@ -16,6 +16,7 @@ from llava.pruning.decoder.curves import curve_weights, growth
 from llava.pruning.decoder.method import DecoderMethod, Made, Schedule, Stage, option, register
 from llava.pruning.decoder.padding import RULES, shown_tokens
 from llava.pruning.decoder.registry import make_decoder_method
+from llava.pruning.decoder.schedule import UnreachableBudgetError
 from llava.pruning.errors import PruningError
 from llava.pruning.indices import constant
 from llava.pruning.options import varies
@@ -110,7 +111,10 @@ class PoRe(DecoderMethod):
         self._host.check_budget(given)
 
     def plan(self, tokens: int, depth: int, budget: float | None) -> Schedule:
-        return self._host.plan(tokens, depth, budget)
+        try:
+            return self._host.plan(tokens, depth, budget)
+        except UnreachableBudgetError as error:
+            raise UnreachableBudgetError(f"{self.name} with host {error}", error.floor) from error
 
     def adapt(self, schedule: Schedule, columns: VisualColumns, image: int) -> Schedule:
         schedule = self._host.adapt(schedule, columns, image)

@@ -38,6 +38,9 @@ class PyramidDrop(DecoderMethod):
     (.32, .16, .08), a mean of 128. With a budget the shares are lambda, lambda^2, lambda^3 at the
     recipe's layers, lambda solved for the mean.
 
+    Figures that others publish of PyramidDrop "at 64 tokens" do not state layers or shares, so it
+    is not known which schedule they are of.
+
     Options: recipe; layers and ratios in its place, layers being those of the model itself.
     """
 
