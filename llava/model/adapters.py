@@ -232,6 +232,11 @@ def _projector(folder: Path) -> dict[str, torch.Tensor]:
                 "again"
             )
         weights[name] = value
+    if weights and not any(name.startswith(_PROJECTOR_PREFIX) for name in weights):
+        raise UserInputError(
+            f"{_PROJECTOR}.bin in {str(folder)!r} holds {next(iter(weights))!r} and no weight of a "
+            "projector; save the projector again"
+        )
     return weights
 
 

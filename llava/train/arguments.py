@@ -33,6 +33,7 @@ _REFUSED = {
     "do_eval": "there is no evaluation during training; run `llava run` on a checkpoint",
     "do_predict": "there is no prediction here; run `llava run` on a checkpoint",
     "eval_strategy": "there is no evaluation during training; run `llava run` on a checkpoint",
+    "push_to_hub": "nothing is pushed to the hub; upload what was saved",
     "load_best_model_at_end": "there is no evaluation during training",
     "remove_unused_columns": "columns of the data cannot be dropped",
     "mpt_attn_impl": "MPT language models are not supported; use a Llama or a Mistral",

@@ -69,12 +69,9 @@ class Shape:
             raise UserInputError(
                 f"config.json has no {missing[0]}; start from a LLaVA, a Llama or a Mistral"
             )
-        heads = config["num_attention_heads"]
-        return cls(
-            *(config[name] for name in names),
-            config.get("num_key_value_heads") or heads,
-            config["vocab_size"],
-        )
+        hidden, intermediate, layers, heads = (config[name] for name in names)
+        heads_kv = config.get("num_key_value_heads") or heads
+        return cls(hidden, intermediate, layers, heads, heads_kv, config["vocab_size"])
 
     @property
     def head(self) -> int:

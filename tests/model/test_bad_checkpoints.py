@@ -390,8 +390,12 @@ PROJECTORS: dict[str, tuple[Damage, str]] = {
         "3 missing weights, for example 'model.mm_projector.0.weight'",
     ),
     "something else": (
+        lambda folder: torch.save({"model.norm.weight": torch.ones(3)}, _file(folder)),
+        "holds 'model.norm.weight', which is not a weight of a projector",
+    ),
+    "a table alone": (
         lambda folder: torch.save({"lm_head.weight": torch.ones(3)}, _file(folder)),
-        "holds 'lm_head.weight', which is not a weight of a projector",
+        "holds 'lm_head.weight' and no weight of a projector",
     ),
     "other width": (
         lambda folder: torch.save(
@@ -454,7 +458,10 @@ def test_a_part_of_a_projector_over_a_whole_llava(kept: int, saved: Path, tmp_pa
     if not kept:
         weights["model.embed_tokens.weight"] = torch.ones(64, 32)
     torch.save(weights, _file(folder))
-    assert f"holds {kept} of the 4 weights of the projector" in _refusal(folder, saved)
+    fault = f"holds {kept} of the 4 weights of the projector"
+    if not kept:
+        fault = "holds 'model.embed_tokens.weight' and no weight of a projector"
+    assert fault in _refusal(folder, saved)
 
 
 ARGUMENTS: dict[str, tuple[dict[str, object], str]] = {

@@ -64,6 +64,7 @@ def test_every_flag_may_also_be_left_out(name: str, tmp_path: Path) -> None:
         ("--eval_strategy epoch", "evaluation"),
         ("--do_eval True", "evaluation"),
         ("--do_predict True", "prediction"),
+        ("--push_to_hub True", "upload"),
         ("--load_best_model_at_end True", "evaluation"),
         ("--remove_unused_columns True", "columns"),
     ],
