@@ -74,7 +74,7 @@ def test_the_tracked_result_is_a_full_run(file: Path) -> None:
 )
 def test_prose_about_accuracy_repeats_its_cells(file: Path, arms: tuple[str, ...]) -> None:
     figures = accuracy()
-    text = without_tables(file).partition("## Time of the pruning stage")[0]
+    text = without_tables(file).partition("## Speed on a GPU")[0]
     assert re.findall(PERCENT, text) == [figures[arm] for arm in arms]
 
 
