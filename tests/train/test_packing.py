@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_llava import make_item, make_llava, save_tower
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from llava.constants import IGNORE_INDEX
 from llava.model.builder import load_tokenizer
@@ -43,11 +44,11 @@ def model(tokenizer: Any, tower: Path) -> Any:
     return make_llava(tokenizer, tower, torch.float64)
 
 
-def batch_of(model: Any, tokenizer: Any, *, turns: bool, first: str = "What color?") -> dict:
+def batch_of(model: Any, tokenizer: Any, *, turns: bool) -> dict:
     """One long sample and short ones, with and without images."""
     items = [
         make_item(model, tokenizer, TEXTS * 3, WIDE, NARROW, turns=turns),
-        make_item(model, tokenizer, (first, "red")),
+        make_item(model, tokenizer, TEXTS[:2]),
         make_item(model, tokenizer, TEXTS[2:6], SMALL, turns=turns),
         make_item(model, tokenizer, TEXTS[4:6]),
     ]
@@ -60,11 +61,15 @@ def batch_of(model: Any, tokenizer: Any, *, turns: bool, first: str = "What colo
 
 
 def loss_and_gradients(model: Any, batch: dict[str, Any], packing: bool) -> tuple[Tensor, dict]:
-    with merging(model, packing=packing):
-        loss = model(**batch).loss
+    """Return the loss in float64, which transformers computes in float32, and its gradients."""
+    merged = merge(model, batch, packing=packing)
+    logits, labels = model(**merged).logits[:, :-1], merged["labels"][:, 1:]
+    loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
+    with merging(model, packing=packing):
+        assert abs(model(**batch).loss - loss) < 1e-5
     return loss.detach(), found
 
 
@@ -96,10 +101,10 @@ def test_a_packed_batch_is_the_padded_one(
 @torch.no_grad()
 def test_a_sample_says_nothing_to_its_neighbours(model: Any, tokenizer: Any) -> None:
     """The words of one change; what stands before and behind it in its row stays as it was."""
-    merged = [
-        merge(model, batch_of(model, tokenizer, turns=True, first=first), packing=True)
-        for first in ("What color?", "Is a thing?")
-    ]
+    batch = batch_of(model, tokenizer, turns=True)
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][1, 3:9] = batch["input_ids"][1, 2:8]
+    merged = [merge(model, one, packing=True) for one in (batch, other)]
     assert torch.equal(merged[0]["attention_mask"], merged[1]["attention_mask"])
     changed = (merged[0]["inputs_embeds"] != merged[1]["inputs_embeds"]).any(-1)
     assert changed.any()
