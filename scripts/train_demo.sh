@@ -24,7 +24,7 @@ pretrain) # from a projector of random weights between the tower and the languag
     demo_arguments+=(--max_steps 100)
     ;;
 finetune | finetune_task) # the model's projector moves slowly, as when llava-tiny was made
-    demo_arguments+=(--max_steps 150 --learning_rate 3e-4 "${rates[@]}" "${pruned[@]}")
+    demo_arguments+=(--max_steps 240 --learning_rate 3e-4 "${rates[@]}" "${pruned[@]}")
     ;;
 finetune_lora | finetune_task_lora)
     demo_arguments+=(--max_steps 100 --learning_rate 1e-3 "${rates[@]}" "${pruned[@]}")

@@ -19,7 +19,7 @@ from llava.eval.commands import table as table_command
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("chat", "run", "quickstart", "compare", "table", "paper-table", "prepare", "bench"),
-    *("convert", "methods", "calibrate"),
+    *("convert", "methods", "calibrate", "merge-lora", "extract-projector"),
 )
 
 

@@ -54,7 +54,11 @@ class CheckpointTrainer(transformers.Trainer):
         self.saver = saver
         self._staging: Path | None = None
         super().__init__(model=saver.model, **kwargs)
-        _check_places(Path(self.args.output_dir), saver)
+        _check_places(self._output, saver)
+
+    @property
+    def _output(self) -> Path:
+        return Path(str(self.args.output_dir))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from the checkpoint that is given.
@@ -62,7 +66,7 @@ class CheckpointTrainer(transformers.Trainer):
         Raises:
             UserInputError: a checkpoint of another run, or no room to save one.
         """
-        partial = Path(self.args.output_dir) / _PARTIAL
+        partial = self._output / _PARTIAL
         if self.args.should_save and partial.exists():
             shutil.rmtree(partial)  # of a run that was killed
         self.accelerator.wait_for_everyone()
@@ -91,7 +95,7 @@ class CheckpointTrainer(transformers.Trainer):
         if _internal_call and output_dir is not None:  # into a checkpoint, which is hidden as yet
             self._write(Path(output_dir), weights)
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self._output)
         with writing_errors(folder):
             partial = folder / _PARTIAL / "model"
             self._write(partial, weights)
@@ -107,7 +111,7 @@ class CheckpointTrainer(transformers.Trainer):
     def save_state(self) -> None:
         """Write the log of the run next to the saved model."""
         if self.args.should_save:
-            folder = Path(self.args.output_dir)
+            folder = self._output
             with writing_errors(folder):
                 partial = folder / f".{TRAINER_STATE_NAME}"
                 self.state.save_to_json(str(partial))
@@ -122,7 +126,7 @@ class CheckpointTrainer(transformers.Trainer):
         Raises:
             UserInputError: it cannot be written.
         """
-        folder = Path(self.args.output_dir)
+        folder = self._output
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with writing_errors(folder):
             self._staging = folder / _PARTIAL
@@ -145,7 +149,8 @@ class CheckpointTrainer(transformers.Trainer):
         if not self._leaves_out_frozen:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        engine, save = self.model_wrapped, self.model_wrapped.save_checkpoint
+        engine: Any = self.model_wrapped
+        save = engine.save_checkpoint
         engine.save_checkpoint = lambda *args, **kwargs: save(
             *args, **kwargs, exclude_frozen_parameters=True
         )

@@ -77,7 +77,7 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
             else read_weights(folder, "mm_projector") or {}
         )
         return {name: value for name, value in found.items() if is_projector(name)}
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for file, held in weights_by_file(folder).items():
         keys = [key for key in held if is_projector(name_in_memory(key))]
         if keys:

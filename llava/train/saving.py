@@ -174,7 +174,7 @@ class Saver:
                     torch.save(tensors, folder / f"{stem}{suffix}")
         self._partial_config().save_pretrained(folder)
         if self.kind == "lora":
-            adapter = copy.copy(self.model.peft_config[_ADAPTER_NAME])  # type: ignore[union-attr, index]
+            adapter: Any = copy.copy(_lora(self.model))
             adapter.inference_mode = True
             adapter.save_pretrained(str(folder))
 
@@ -250,7 +250,7 @@ class Saver:
 
     def _check_lora(self, folder: Path) -> None:
         saved = read_json_object(folder / CONFIG_FILE)
-        own = self.model.peft_config[_ADAPTER_NAME]  # type: ignore[union-attr, index]
+        own = _lora(self.model)
         for name in ("r", *_LORA_SETTINGS):
             if name in saved and saved[name] != getattr(own, name):
                 raise UserInputError(
@@ -306,6 +306,10 @@ def copy_tokenizer(source: Path, folder: Path) -> bool:
     for file in files:
         shutil.copyfile(file, folder / file.name)
     return bool(files)
+
+
+def _lora(model: Any) -> Any:
+    return model.peft_config[_ADAPTER_NAME]
 
 
 def _llava(model: Any) -> LlavaCausalLM:

@@ -43,10 +43,12 @@ def gathered(
     """
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed  # `deepspeed.zero` is an attribute, not a module
 
     split = [p for p in parameters if hasattr(p, "ds_id")]
-    return GatheredParameters(split, modifier_rank=0 if write else None) if split else nullcontext()
+    if not split:
+        return nullcontext()
+    return deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None)
 
 
 def prepare_deepspeed(given: str | dict[str, Any], on_cpu: bool) -> None:
