@@ -9,15 +9,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.images import open_image
 from llava.mm_utils import process_images
 from llava.pixels import check_pixels
 from llava.train.arguments import DataArguments
 from llava.train.conversations import tokenize_sample, tokenize_turns
-from llava.train.samples import read_samples
+from llava.train.samples import Sample, read_samples
+from llava.train.skipped import SkippedSamples
 from llava.utils import UserInputError, user_path
+
+_IMAGE_WORDS = 576  # patches of a tile of LLaVA-1.5's tower; only the order of samples needs it
 
 
 class SupervisedDataset(Dataset):
@@ -27,9 +30,14 @@ class SupervisedDataset(Dataset):
     order: in `images` its pixels `[3, H, W]`, tiles `[T, 3, H, W]` or cached features `[N, Dv]`, in
     `image_sizes` (width, height), None for features.
 
+    With `skip_bad_samples`, samples whose JSON cannot be used are left out, and one whose text or
+    image turns out not to be usable when it is asked for is replaced by the next one that can be
+    used and has images too, or has none either. So what stands for a sample depends on the data
+    alone, not on workers, processes or a resume, and no batch becomes smaller.
+
     Raises:
         UserInputError: data that cannot be used; `parallel_turns` is not a share; an unknown
-            `pixels`.
+            `pixels`; a tokenizer that is not the model's.
     """
 
     def __init__(
@@ -43,7 +51,9 @@ class SupervisedDataset(Dataset):
         check_pixels(args.pixels)
         if not 0 <= args.parallel_turns <= 1:
             raise UserInputError(f"--parallel_turns is {args.parallel_turns}; give a share, 0 to 1")
-        self.samples = read_samples(args.data_path)
+        faults: dict[str, str] = {}
+        self.samples = read_samples(args.data_path, faults if args.skip_bad_samples else None)
+        self._skipped = SkippedSamples(faults, len(self.samples))
         self.args, self.tokenizer, self.template = args, tokenizer, template
         self.image_processor, self.model_config = image_processor, model_config
         self.features = _read_features(args.feature_file, model_config)
@@ -58,13 +68,77 @@ class SupervisedDataset(Dataset):
                     f"--image_folder {args.image_folder} is not a folder; check the path"
                 )
 
+        self._start_end = bool(getattr(model_config, "mm_use_im_start_end", False))
+        self._check_tokenizer()
+
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def modality_lengths(self) -> list[int]:
+        """How long samples are, negative without an image; no image is opened for it."""
+        lengths = []
+        for sample in self.samples:
+            words = max(1, sum(len(text.split()) for text in sample.turns))
+            images = len(sample.images)
+            lengths.append(words + images * _IMAGE_WORDS if images else -words)
+        return lengths
+
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not self.args.skip_bad_samples:
+            return self._item(index)
+        count, shown = len(self.samples), bool(self.samples[index].images)
+        fault = ""
+        for place in ((index + step) % count for step in range(count)):
+            if bool(self.samples[place].images) != shown:
+                continue
+            try:
+                return self._item(place)
+            except UserInputError as error:
+                fault = str(error)
+                self._skipped.add(place, fault)
+        kind = "with" if shown else "without"
+        raise UserInputError(f"no sample {kind} images can be used; the last: {fault}")
+
+    def skipped(self) -> dict[str, str]:
+        """Return what is wrong with each sample that was skipped, by name.
+
+        All processes that train together have to call it.
+        """
+        faults = dict(self._skipped.faults)
+        for index in self._skipped.found():
+            try:
+                self._item(index)
+            except UserInputError as error:
+                faults[self.samples[index].name] = str(error)
+        return faults
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a tokenizer of another model before anything is trained.
+
+        Raises:
+            UserInputError: it has ids that the model has no embedding for, or makes no labels.
+        """
+        size = self.model_config.vocab_size
+        beyond = {
+            token: index
+            for token, index in self.tokenizer.get_vocab().items()
+            if index >= size and index != self.tokenizer.pad_token_id
+        }
+        if beyond:
+            token = min(beyond, key=lambda token: beyond[token])
+            raise UserInputError(
+                f"the tokenizer's token {token!r} has the id {beyond[token]}, but the model has "
+                f"{size} embeddings; use the tokenizer that was made for the model"
+            )
+        if self.args.skip_bad_samples:  # else the first sample says so
+            every = Sample("every sample", (f"{DEFAULT_IMAGE_TOKEN}\nWhat?", "This."), ("",))
+            tokenize_sample(every, self.template, self.tokenizer, self._start_end)
+
+    def _item(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
         make = tokenize_turns if sample.images and self._parallel(index) else tokenize_sample
-        ids, labels, turns = make(sample, self.template, self.tokenizer)
+        ids, labels, turns = make(sample, self.template, self.tokenizer, self._start_end)
         try:
             shown = [self._image(name) for name in sample.images]
         except UserInputError as error:

@@ -24,8 +24,13 @@ class Sample(NamedTuple):
     images: tuple[str, ...] = ()
 
 
-def read_samples(path: str) -> list[Sample]:
+def read_samples(path: str, faults: dict[str, str] | None = None) -> list[Sample]:
     """Read all samples of a file.
+
+    Args:
+        path: of the file.
+        faults: gets what is wrong with each sample that cannot be used, by its name; these are
+            left out. None makes the first of them an error.
 
     Raises:
         UserInputError: the file is missing, or not a JSON array of LLaVA's samples; see
@@ -53,7 +58,27 @@ def read_samples(path: str) -> list[Sample]:
             f"--data_path {path} holds {held}; give a JSON array of samples: "
             '[{"id": ..., "image": ..., "conversations": [...]}, ...]'
         )
-    return [parse_sample(sample, number) for number, sample in enumerate(samples)]
+    read = []
+    for number, sample in enumerate(samples):
+        try:
+            read.append(parse_sample(sample, number))
+        except UserInputError as error:
+            if faults is None:
+                raise
+            faults[name_of(sample, number)] = str(error)
+    if not read:
+        raise UserInputError(
+            f"--data_path {path} has no sample that can be used; the first: "
+            f"{next(iter((faults or {}).values()))}"
+        )
+    return read
+
+
+def name_of(sample: Any, number: int) -> str:
+    """Return what errors call a sample in its JSON form, `number` being its place from 0."""
+    if isinstance(sample, dict) and "id" in sample:
+        return f"sample {sample['id']!r} (number {number + 1})"
+    return f"sample number {number + 1}"
 
 
 def parse_sample(sample: Any, number: int = 0) -> Sample:
@@ -69,11 +94,9 @@ def parse_sample(sample: Any, number: int = 0) -> Sample:
     Raises:
         UserInputError: names the sample, what is wrong with it and what would be right.
     """
-    name = f"sample number {number + 1}"
+    name = name_of(sample, number)
     if not isinstance(sample, dict):
         raise UserInputError(f"{name} is {_kind(sample)}; give an object with 'conversations'")
-    if "id" in sample:
-        name = f"sample {sample['id']!r} (number {number + 1})"
     turns = _turns(sample.get("conversations"), name)
     images = _images(sample.get("image"), name)
     marks = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in turns)
