@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, MistralConfig, MistralForCausalLM
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model, load_tokenizer
@@ -20,6 +21,7 @@ from llava.train.arguments import ModelArguments
 from llava.train.conversations import tokenize_sample
 from llava.train.parts import load_start
 from llava.train.samples import parse_sample
+from llava.train.trainer import LlavaTrainer
 
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat color?"}, {"from": "gpt", "value": "red"}
 TEXT = {"id": "t", "conversations": [{"from": "human", "value": "Who?"}, GPT]}
@@ -162,6 +164,40 @@ def test_models_that_training_cannot_feed_are_refused(
     config = json.loads((base / "config.json").read_text()) | {"mm_token_pruning": settings}
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     assert fault in run_train([SHOWN], base=tmp_path / "other", tower=False).refused()
+
+
+def test_training_without_images_refuses_samples_with_images(run_train: Callable) -> None:
+    assert (
+        "--is_multimodal False, but samples have images"
+        in run_train([SHOWN], "--is_multimodal", "False").refused()
+    )
+    assert run_train([TEXT], "--is_multimodal", "False").code == 0
+
+
+def test_bad_samples_are_skipped_and_listed(run_train: Callable) -> None:
+    lost = SHOWN | {"id": "lost", "image": "no/such.png"}
+    run = run_train([SHOWN, lost, TEXT, {"id": "empty"}], "--skip_bad_samples", "True")
+    assert run.code == 0, run.errors
+    listed = json.loads((run.folder / "skipped.json").read_text())
+    assert len(listed) == 2 and any("lost" in name for name in listed)
+    assert "lost" in run_train([SHOWN, lost]).refused()
+
+
+def test_batches_of_one_modality(run_train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[bool]] = []
+    merge = LlavaTrainer.compute_loss
+
+    def look(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        marks = (inputs["input_ids"] == IMAGE_TOKEN_INDEX).any(dim=1)
+        seen.append(marks.tolist())
+        return merge(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LlavaTrainer, "compute_loss", look)
+    samples = [SHOWN, TEXT] * 6
+    words = "--group_by_modality_length True --max_steps 6 --num_train_epochs 1"
+    assert run_train(samples, *words.split()).code == 0
+    assert all(len(set(batch)) == 1 for batch in seen) and len(seen) == 6
+    assert {batch[0] for batch in seen} == {True, False}
 
 
 def test_a_tower_of_another_width_is_refused(
