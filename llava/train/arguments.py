@@ -175,6 +175,8 @@ class TrainingArguments(transformers.TrainingArguments):
         # The later name of transformers 5.23; the earlier one alone brings a warning there.
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every batch reaches all that train
         if self.deepspeed:
             prepare_deepspeed(self.deepspeed, on_cpu=self.use_cpu)
         super().__post_init__()

@@ -186,10 +186,10 @@ def _at(values: Tensor, places: Tensor, fill: int) -> Tensor:
 def _touch_vision(llava: Any, has_images: bool, cached: bool) -> list[Tensor]:
     """Return zeros whose gradients reach all parts of the vision side that the batch leaves out.
 
-    Processes that train together wait for one another's gradients, and under ZeRO-3 for one another
-    to ask for the shards of a parameter, frozen or not. So a batch without images runs one zero
-    image through tower and projector, and every batch takes hold of the newline, which images of
-    one tile do without. LLaVA gives a zero image to each sample without one instead.
+    Processes that train together wait for one another's gradients, and optimisers count a gradient
+    of zero as a step, so one process does alike. Under ZeRO-3 processes also wait for one another
+    to ask for the shards of a parameter, frozen or not: there a batch without images runs one zero
+    image through tower and projector, as LLaVA gives one to each sample without an image.
 
     Args:
         llava: the model.
@@ -197,34 +197,28 @@ def _touch_vision(llava: Any, has_images: bool, cached: bool) -> list[Tensor]:
         cached: images are features of the tower, so no batch runs the tower.
 
     Returns:
-        Scalars; none where nobody waits.
+        Scalars; none where nothing waits.
     """
     inner, tower = llava.get_model(), llava.get_vision_tower()
     sharded = is_deepspeed_zero3_enabled()
-    if _processes() == 1 or not (sharded or torch.is_grad_enabled()):
+    if not (sharded or torch.is_grad_enabled()):
         return []
-    zeros = []
     newline = getattr(inner, "image_newline", None)
-    if newline is not None and (sharded or newline.requires_grad):
-        zeros.append((newline * 0).sum())
-    parts = [inner.mm_projector] if cached else [tower, inner.mm_projector]
-    trains = any(p.requires_grad for part in parts for p in part.parameters())
-    if not has_images and (sharded or trains):
-        if cached:
-            blank = torch.zeros(1, tower.num_tokens, llava.config.mm_hidden_size)
-            projected = inner.mm_projector(for_projector(inner.mm_projector, blank))
-        else:
-            side = tower.config.image_size
-            projected = llava.encode_images(torch.zeros(1, 3, side, side))
-        zeros.append((projected * 0).sum())
-    return zeros
-
-
-def _processes() -> int:
-    """Return how many processes train together."""
-    distributed = torch.distributed
-    joined = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if joined else 1
+    used = newline is not None and (sharded or newline.requires_grad)
+    zeros = [(newline * 0).sum()] if used else []
+    if has_images:
+        return zeros
+    if not sharded:
+        parts = [inner.mm_projector] if cached else [tower, inner.mm_projector]
+        trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+        return zeros + [(parameter * 0).sum() for parameter in trained]
+    if cached:
+        blank = torch.zeros(1, tower.num_tokens, llava.config.mm_hidden_size)
+        projected = inner.mm_projector(for_projector(inner.mm_projector, blank))
+    else:
+        side = tower.config.image_size
+        projected = llava.encode_images(torch.zeros(1, 3, side, side))
+    return [*zeros, (projected * 0).sum()]
 
 
 def _check_learnt(
