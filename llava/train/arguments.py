@@ -22,7 +22,7 @@ from llava.pixels import PIXELS, PIXELS_HELP, VIEWER
 from llava.pruning.flags import add_pruning_flags
 from llava.registry import unknown
 from llava.train.budgets import TrainingPruning, training_pruning
-from llava.train.zero import check_agreement, prepare_deepspeed
+from llava.train.zero import check_agreement, join_deepspeed, prepare_deepspeed
 from llava.utils import UserInputError
 from llava.value_rules import number, one_line, read_values, whole
 
@@ -181,6 +181,8 @@ class TrainingArguments(transformers.TrainingArguments):
             prepare_deepspeed(self.deepspeed, on_cpu=self.use_cpu)
         super().__post_init__()
         check_agreement(self)
+        if self.deepspeed:
+            join_deepspeed()
 
 
 class Arguments(NamedTuple):
