@@ -4,7 +4,7 @@ DDP, ZeRO-3 and PEFT wrap the model and must see all of its work, the projector'
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,9 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava.constants import IGNORE_INDEX
-from llava.model.call_context import padding_side
+from llava.model.call_context import padding_side, steps_run_by
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.vision_inputs import for_projector
+from llava.train.zero import gathered
 from llava.utils import UserInputError
 
 logger = logging.getLogger(__name__)
@@ -163,9 +164,10 @@ def splice_batch(llava: Any, batch: dict[str, Any], cached: bool) -> Rows:
             parts = llava.splice_visual_tokens(None, ids, None, mask, places)
             positions, mask, embeds, places = parts
         else:
-            parts = llava.prepare_inputs_labels_for_multimodal(
-                ids, None, mask, None, places, images, batch["image_sizes"]
-            )
+            with steps_run_by(partial(_run_step, llava)):
+                parts = llava.prepare_inputs_labels_for_multimodal(
+                    ids, None, mask, None, places, images, batch["image_sizes"]
+                )
             _, positions, mask, _, embeds, places = parts
     for zero in zeros:
         embeds = embeds + zero.to(embeds)
@@ -175,6 +177,16 @@ def splice_batch(llava: Any, batch: dict[str, Any], cached: bool) -> Rows:
     # Image marks belong to turn 0.
     labels, turns = (_at(batch["labels"], places, IGNORE_INDEX), _at(batch["turns"], places, 0))
     return Rows(embeds, labels, turns, positions, mask.sum(1))
+
+
+def _run_step(llava: Any, name: str, step: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a step of `prepare_inputs_labels_for_multimodal`.
+
+    Methods read the projector's weights without calling it, so pruning needs them whole.
+    """
+    whole = llava.get_model().mm_projector.parameters() if name == "prune" else ()
+    with gathered(whole):
+        return step(*arguments)
 
 
 def _at(values: Tensor, places: Tensor, fill: int) -> Tensor:
