@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Set up .venv and run every check: lint, types, tests.
 #
-#   bash scripts/test.sh [--slow] [--min-deps | --lmms-eval | --triton | --real] [-- pytest arguments]
+#   bash scripts/test.sh [--slow] [--min-deps | --lmms-eval | --triton | --real | --deepspeed] [-- pytest arguments]
 #
 #   --slow      also the checks that take minutes
 #   --min-deps  the tests of what stands on transformers, with the oldest one that is supported
 #   --lmms-eval the tests of the plug-in, with lmms-eval
 #   --triton    the tests of the kernels, in Triton's interpreter where there is no GPU
+#   --deepspeed the tests of training with DeepSpeed, two processes on the CPU
 #   --real      the tests on a trained tower and a trained language model, which are downloaded
 #
-# The last four use an environment of their own over .venv and run only what its packages can change.
+# The last five use an environment of their own over .venv and run only what its packages can change.
 # Safe to run twice. Any failing check fails the run; so does a run that lost tests, and a default
 # run that takes longer than 15 minutes after installation.
 set -euo pipefail
@@ -21,11 +22,11 @@ group=default overlay= pytest_args=() selection=()
 while [ $# -gt 0 ]; do
     case $1 in
     --slow) group=slow && pytest_args+=(--slow) ;;
-    --min-deps | --lmms-eval | --triton | --real) overlay=${1#--} ;;
+    --min-deps | --lmms-eval | --triton | --real | --deepspeed) overlay=${1#--} ;;
     --) shift && selection=("$@") && break ;;
     *)
         echo "error: unknown option $1" \
-            "(known: --slow --min-deps --lmms-eval --triton --real -- ...)" >&2 && exit 2
+            "(known: --slow --min-deps --lmms-eval --triton --real --deepspeed -- ...)" >&2 && exit 2
         ;;
     esac
     shift
@@ -41,10 +42,11 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
         [min-deps]="transformers==5.17.0"
         [lmms-eval]="lmms-eval==0.7.3 loguru pytz" # of its many requirements, what the tests import
         [triton]="triton==3.9.0"
+        [deepspeed]="deepspeed==0.19.8 bitsandbytes==0.50.2"
         [real]="gguf==0.19.0 onnx==1.23.2" # the extra `parts`
     )
     declare -A place=([min-deps]=.venv-min [lmms-eval]=.venv-lmms [triton]=.venv-triton
-        [real]=.venv-real)
+        [real]=.venv-real [deepspeed]=.venv-deepspeed)
     declare -A tests=(
         [min-deps]="tests/families tests/model tests/train tests/serve tests/eval/test_generation.py
             tests/eval/test_model_vqa.py tests/eval/test_run_llava.py tests/eval/test_runner.py
@@ -52,6 +54,7 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
             tests/pruning/test_visionzip.py tests/pruning/decoder"
         [lmms-eval]="tests/eval/test_lmms_eval_plugin.py"
         [triton]="tests/kernel_parity"
+        [deepspeed]="tests/train/distributed/test_deepspeed.py"
         [real]="tests/real"
     )
     group=$overlay second=${place[$overlay]}
@@ -62,7 +65,8 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
         >"$second/lib/$(ls "$second/lib" | head -n 1)/site-packages/base.pth"
     read -r -a packages <<<"${added[$overlay]}"
     quiet=(--quiet --disable-pip-version-check)
-    [ "$overlay" = real ] || quiet+=(--ignore-installed)
+    [ "$overlay" = real ] || [ "$overlay" = deepspeed ] || quiet+=(--ignore-installed)
+    [ "$overlay" = deepspeed ] && pytest_args+=(--deepspeed)
     [ "$overlay" = lmms-eval ] && quiet+=(--no-deps)
     [ "$overlay" = triton ] && pytest_args+=(--triton)
     "$second/bin/python" -m pip install "${quiet[@]}" "${packages[@]}"

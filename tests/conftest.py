@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
     parser.addoption("--gpu", action="store_true", help="also run tests that need a CUDA GPU")
     parser.addoption("--triton", action="store_true", help="also run tests that need triton")
+    parser.addoption("--deepspeed", action="store_true", help="also run tests of DeepSpeed")
     parser.addoption("--real", action="store_true", help="also run tests that need real parts")
     parser.addoption(
         "--at-least", type=int, default=0, metavar="N", help="fail if fewer tests than N passed"
@@ -25,6 +26,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "slow": "takes minutes; run with --slow",
         "gpu": "needs a CUDA GPU; run with --gpu (bash scripts/gpu.sh)",
         "triton": "needs triton; run with --triton (bash scripts/test.sh --triton)",
+        "deepspeed": "needs DeepSpeed; run with --deepspeed (bash scripts/test.sh --deepspeed)",
         "real": "needs real parts; run with --real (bash scripts/test.sh --real)",
     }
     for item in items:

@@ -22,7 +22,7 @@ from llava.pixels import PIXELS, PIXELS_HELP, VIEWER
 from llava.pruning.flags import add_pruning_flags
 from llava.registry import unknown
 from llava.train.budgets import TrainingPruning, training_pruning
-from llava.train.zero import check_agreement, prepare_deepspeed
+from llava.train.zero import check_agreement, join_deepspeed, prepare_deepspeed
 from llava.utils import UserInputError
 from llava.value_rules import number, one_line, read_values, whole
 
@@ -176,10 +176,14 @@ class TrainingArguments(transformers.TrainingArguments):
         # The later name of transformers 5.23; the earlier one alone brings a warning there.
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every batch reaches all that train
         if self.deepspeed:
             prepare_deepspeed(self.deepspeed, on_cpu=self.use_cpu)
         super().__post_init__()
         check_agreement(self)
+        if self.deepspeed:
+            join_deepspeed()
 
 
 class Arguments(NamedTuple):

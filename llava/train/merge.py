@@ -4,7 +4,7 @@ DDP, ZeRO-3 and PEFT wrap the model and must see all of its work, the projector'
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,9 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava.constants import IGNORE_INDEX
-from llava.model.call_context import padding_side
+from llava.model.call_context import padding_side, steps_run_by
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.vision_inputs import for_projector
+from llava.train.zero import gathered
 from llava.utils import UserInputError
 
 logger = logging.getLogger(__name__)
@@ -163,9 +164,10 @@ def splice_batch(llava: Any, batch: dict[str, Any], cached: bool) -> Rows:
             parts = llava.splice_visual_tokens(None, ids, None, mask, places)
             positions, mask, embeds, places = parts
         else:
-            parts = llava.prepare_inputs_labels_for_multimodal(
-                ids, None, mask, None, places, images, batch["image_sizes"]
-            )
+            with steps_run_by(partial(_run_step, llava)):
+                parts = llava.prepare_inputs_labels_for_multimodal(
+                    ids, None, mask, None, places, images, batch["image_sizes"]
+                )
             _, positions, mask, _, embeds, places = parts
     for zero in zeros:
         embeds = embeds + zero.to(embeds)
@@ -177,6 +179,16 @@ def splice_batch(llava: Any, batch: dict[str, Any], cached: bool) -> Rows:
     return Rows(embeds, labels, turns, positions, mask.sum(1))
 
 
+def _run_step(llava: Any, name: str, step: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a step of `prepare_inputs_labels_for_multimodal`.
+
+    Methods read the projector's weights without calling it, so pruning needs them whole.
+    """
+    whole = llava.get_model().mm_projector.parameters() if name == "prune" else ()
+    with gathered(whole):
+        return step(*arguments)
+
+
 def _at(values: Tensor, places: Tensor, fill: int) -> Tensor:
     """Return `values` `[B, L]` at `places` `[B, L']`, `fill` where a place is not in the text."""
     of_text = places != IGNORE_INDEX
@@ -186,10 +198,10 @@ def _at(values: Tensor, places: Tensor, fill: int) -> Tensor:
 def _touch_vision(llava: Any, has_images: bool, cached: bool) -> list[Tensor]:
     """Return zeros whose gradients reach all parts of the vision side that the batch leaves out.
 
-    Processes that train together wait for one another's gradients, and under ZeRO-3 for one another
-    to ask for the shards of a parameter, frozen or not. So a batch without images runs one zero
-    image through tower and projector, and every batch takes hold of the newline, which images of
-    one tile do without. LLaVA gives a zero image to each sample without one instead.
+    Processes that train together wait for one another's gradients, and optimisers count a gradient
+    of zero as a step, so one process does alike. Under ZeRO-3 processes also wait for one another
+    to ask for the shards of a parameter, frozen or not: there a batch without images runs one zero
+    image through tower and projector, as LLaVA gives one to each sample without an image.
 
     Args:
         llava: the model.
@@ -197,34 +209,28 @@ def _touch_vision(llava: Any, has_images: bool, cached: bool) -> list[Tensor]:
         cached: images are features of the tower, so no batch runs the tower.
 
     Returns:
-        Scalars; none where nobody waits.
+        Scalars; none where nothing waits.
     """
     inner, tower = llava.get_model(), llava.get_vision_tower()
     sharded = is_deepspeed_zero3_enabled()
-    if _processes() == 1 or not (sharded or torch.is_grad_enabled()):
+    if not (sharded or torch.is_grad_enabled()):
         return []
-    zeros = []
     newline = getattr(inner, "image_newline", None)
-    if newline is not None and (sharded or newline.requires_grad):
-        zeros.append((newline * 0).sum())
-    parts = [inner.mm_projector] if cached else [tower, inner.mm_projector]
-    trains = any(p.requires_grad for part in parts for p in part.parameters())
-    if not has_images and (sharded or trains):
-        if cached:
-            blank = torch.zeros(1, tower.num_tokens, llava.config.mm_hidden_size)
-            projected = inner.mm_projector(for_projector(inner.mm_projector, blank))
-        else:
-            side = tower.config.image_size
-            projected = llava.encode_images(torch.zeros(1, 3, side, side))
-        zeros.append((projected * 0).sum())
-    return zeros
-
-
-def _processes() -> int:
-    """Return how many processes train together."""
-    distributed = torch.distributed
-    joined = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if joined else 1
+    used = newline is not None and (sharded or newline.requires_grad)
+    zeros = [(newline * 0).sum()] if used else []
+    if has_images:
+        return zeros
+    if not sharded:
+        parts = [inner.mm_projector] if cached else [tower, inner.mm_projector]
+        trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+        return zeros + [(parameter * 0).sum() for parameter in trained]
+    if cached:
+        blank = torch.zeros(1, tower.num_tokens, llava.config.mm_hidden_size)
+        projected = inner.mm_projector(for_projector(inner.mm_projector, blank))
+    else:
+        side = tower.config.image_size
+        projected = llava.encode_images(torch.zeros(1, 3, side, side))
+    return [*zeros, (projected * 0).sum()]
 
 
 def _check_learnt(

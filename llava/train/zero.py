@@ -105,6 +105,17 @@ def read_deepspeed(given: str | dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def join_deepspeed() -> None:
+    """Tell DeepSpeed of the processes that torch has joined.
+
+    ZeRO-3 asks for their number when a model is loaded, before DeepSpeed starts.
+    """
+    if torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed(verbose=False)
+
+
 def check_agreement(training: Any) -> None:
     """Refuse a config of DeepSpeed that says something else than the arguments.
 

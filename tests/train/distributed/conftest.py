@@ -128,7 +128,7 @@ def together(
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=int(os.environ.get("TT", 300)),
+            timeout=300,
             check=False,
         )
         return Together(done.returncode, done.stderr, folder)

@@ -79,7 +79,7 @@ def main() -> None:
             "digests": digests(trainer.model),
             "images": [images for images, _ in trainer.batches],
             "names": [names for _, names in trainer.batches],
-            "written": [file for file in written if file.startswith(trainer.args.output_dir)],
+            "written": [file for file in written if file.startswith(f"{trainer.args.output_dir}/")],
             "processes": trainer.args.world_size,
             "engine": type(trainer.model_wrapped).__name__,
         }
