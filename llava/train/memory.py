@@ -70,11 +70,9 @@ class Shape:
                 f"config.json has no {missing[0]}; start from a LLaVA, a Llama or a Mistral"
             )
         heads = config["num_attention_heads"]
-        return cls(
-            *(config[name] for name in names),
-            config.get("num_key_value_heads") or heads,
-            config["vocab_size"],
-        )
+        hidden, inner, layers, _ = (int(config[name]) for name in names)
+        groups = config.get("num_key_value_heads") or heads
+        return cls(hidden, inner, layers, heads, groups, config["vocab_size"])
 
     @property
     def head(self) -> int:
