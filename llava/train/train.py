@@ -8,6 +8,7 @@ checkpoint in `--output_dir` continues from it.
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import huggingface_hub
 import transformers
@@ -22,6 +23,7 @@ from llava.train.data import Collator, SupervisedDataset
 from llava.train.launch import wait_to_be_ended
 from llava.train.parts import build_model
 from llava.train.plan import plan
+from llava.train.skipped import write_skipped
 from llava.train.trainer import LlavaTrainer
 from llava.utils import UserInputError, user_path
 from llava.value_rules import one_line
@@ -79,6 +81,10 @@ def train() -> None:
     trainer.train(find_checkpoint(args.output_dir, args.resume_from_checkpoint))
     trainer.save_model()
     trainer.save_state()
+    if arguments.data.skip_bad_samples:
+        skipped = dataset.skipped()  # of all processes
+        if trainer.is_world_process_zero():
+            write_skipped(skipped, Path(args.output_dir))
 
 
 def use_cache_dir(folder: str) -> None:

@@ -13,6 +13,7 @@ from llava.pruning import forget, prune
 from llava.train.budgets import TrainingPruning
 from llava.train.checkpoints import CheckpointTrainer
 from llava.train.merge import merging
+from llava.train.sampler import ModalityLengthSampler
 from llava.train.saving import Saver
 
 
@@ -59,6 +60,16 @@ class LlavaTrainer(CheckpointTrainer):
             cls, settings = self.get_optimizer_cls_and_kwargs(args, self.saver.llava)
             self.optimizer = cls(self._parameter_groups(own), **settings)
         return super().create_optimizer()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the sampler of one modality a step, where the run asks for it."""
+        args: Any = self.args
+        if not args.group_by_modality_length:
+            return super()._get_train_sampler(train_dataset)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return ModalityLengthSampler(dataset.modality_lengths, step, seed)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Run one batch, pruned as the run asks for it."""
