@@ -23,7 +23,7 @@ def plan(args: Arguments) -> str:
         UserInputError: files that are missing or cannot be used.
     """
     config = start_config(args.model.model_name_or_path)
-    samples = read_samples(args.data.data_path)
+    samples = read_samples(args.data.data_path, {} if args.data.skip_bad_samples else None)
     _check_images(args, samples)
     for file in (args.model.pretrain_mm_mlp_adapter, args.training.lora_weight_path):
         if file is not None and not user_path(file).exists():

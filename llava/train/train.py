@@ -85,9 +85,10 @@ def train() -> None:
     trainer.train(find_checkpoint(args.output_dir, args.resume_from_checkpoint))
     trainer.save_model()
     trainer.save_state()
-    faults = dataset.skipped()
-    if faults and trainer.is_world_process_zero():
-        write_skipped(faults, Path(args.output_dir))
+    if arguments.data.skip_bad_samples:
+        skipped = dataset.skipped()  # of all processes
+        if trainer.is_world_process_zero():
+            write_skipped(skipped, Path(args.output_dir))
 
 
 def use_cache_dir(folder: str) -> None:

@@ -62,13 +62,14 @@ class LlavaTrainer(CheckpointTrainer):
         return super().create_optimizer()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the sampler of one modality a step, where the run asks for it."""
         args: Any = self.args
         if not args.group_by_modality_length:
             return super()._get_train_sampler(train_dataset)
-        dataset: Any = train_dataset or self.train_dataset
-        at_once = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed
-        return ModalityLengthSampler(dataset.modality_lengths, at_once, seed)
+        return ModalityLengthSampler(dataset.modality_lengths, step, seed)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Run one batch, pruned as the run asks for it."""

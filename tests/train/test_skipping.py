@@ -135,3 +135,16 @@ def test_lengths_are_known_without_opening_images(make: Callable[..., Supervised
     two["conversations"].append(GPT)
     lengths = make([SAMPLES[3], TEXT, two], False).modality_lengths
     assert lengths[2] > lengths[0] > 0 and lengths[1] == -2
+
+
+def test_a_run_goes_on_without_bad_samples(work: Path, run_train: Callable[..., Any]) -> None:
+    """With steps of one modality, and packed: all three flags of the command reach the data."""
+    picture = next(iter(sorted((work / "images").rglob("*.png")))).relative_to(work / "images")
+    good = {**SHOWN, "id": "good", "image": str(picture)}
+    samples = [good, {**good, "id": "missing", "image": "none.png"}, TEXT, {"id": "nothing"}]
+    words = "--skip_bad_samples True --group_by_modality_length True --pack_samples True"
+    done = run_train(samples, *words.split(), "--max_steps", "3")
+    assert done.code == 0, done.errors
+    assert len(done.losses) == 3 and min(done.losses) > 0.1
+    skipped = json.loads((done.folder / "skipped.json").read_text())
+    assert [name.split("'")[1] for name in skipped] == ["nothing", "missing"]
