@@ -17,7 +17,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from llava.constants import IGNORE_INDEX
 from llava.model.call_context import padding_side, steps_run_by
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.vision_inputs import for_projector
 from llava.train.zero import gathered
 from llava.utils import UserInputError
 
@@ -155,7 +154,10 @@ def merge(
 def splice_batch(llava: Any, batch: dict[str, Any], cached: bool) -> Rows:
     """Encode the images of a batch and splice them into its rows; see `merge`."""
     ids, mask, images = batch["input_ids"], batch["attention_mask"], batch.get("images")
-    zeros = _touch_vision(llava, images is not None, cached)
+    sizes = batch.get("image_sizes")
+    if images is None and is_deepspeed_zero3_enabled():
+        images = _blank_images(llava, len(ids), cached)
+    zeros = _touch_vision(llava, images is not None, cached) if torch.is_grad_enabled() else []
     # The places of tokens travel as labels, so that the splice itself says which token came from
     # where: images of any length, and cuts, need no arithmetic here.
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -166,7 +168,7 @@ def splice_batch(llava: Any, batch: dict[str, Any], cached: bool) -> Rows:
         else:
             with steps_run_by(partial(_run_step, llava)):
                 parts = llava.prepare_inputs_labels_for_multimodal(
-                    ids, None, mask, None, places, images, batch["image_sizes"]
+                    ids, None, mask, None, places, images, sizes
                 )
             _, positions, mask, _, embeds, places = parts
     for zero in zeros:
@@ -196,12 +198,10 @@ def _at(values: Tensor, places: Tensor, fill: int) -> Tensor:
 
 
 def _touch_vision(llava: Any, has_images: bool, cached: bool) -> list[Tensor]:
-    """Return zeros whose gradients reach all parts of the vision side that the batch leaves out.
+    """Return zeros whose gradients reach all trained parts of the vision side that a batch omits.
 
     Processes that train together wait for one another's gradients, and optimisers count a gradient
-    of zero as a step, so one process does alike. Under ZeRO-3 processes also wait for one another
-    to ask for the shards of a parameter, frozen or not: there a batch without images runs one zero
-    image through tower and projector, as LLaVA gives one to each sample without an image.
+    of zero as a step, so one process does alike.
 
     Args:
         llava: the model.
@@ -211,26 +211,28 @@ def _touch_vision(llava: Any, has_images: bool, cached: bool) -> list[Tensor]:
     Returns:
         Scalars; none where nothing waits.
     """
-    inner, tower = llava.get_model(), llava.get_vision_tower()
-    sharded = is_deepspeed_zero3_enabled()
-    if not (sharded or torch.is_grad_enabled()):
-        return []
+    inner = llava.get_model()
+    parts: list[nn.Module] = []
+    if not has_images:
+        parts = [inner.mm_projector] if cached else [llava.get_vision_tower(), inner.mm_projector]
+    touched = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
     newline = getattr(inner, "image_newline", None)
-    used = newline is not None and (sharded or newline.requires_grad)
-    zeros = [(newline * 0).sum()] if used else []
-    if has_images:
-        return zeros
-    if not sharded:
-        parts = [inner.mm_projector] if cached else [tower, inner.mm_projector]
-        trained = [p for part in parts for p in part.parameters() if p.requires_grad]
-        return zeros + [(parameter * 0).sum() for parameter in trained]
+    if newline is not None and (newline.requires_grad or is_deepspeed_zero3_enabled()):
+        touched.append(newline)
+    return [(weight * 0).sum() for weight in touched]
+
+
+def _blank_images(llava: Any, rows: int, cached: bool) -> Tensor:
+    """Return a zero image for every row of a batch of text, which takes no place in its row.
+
+    Under ZeRO-3 processes wait for one another to ask for the shards of each parameter, so a batch
+    of text takes the same way through the model as one with images; LLaVA does so always.
+    """
+    tower = llava.get_vision_tower()
     if cached:
-        blank = torch.zeros(1, tower.num_tokens, llava.config.mm_hidden_size)
-        projected = inner.mm_projector(for_projector(inner.mm_projector, blank))
-    else:
-        side = tower.config.image_size
-        projected = llava.encode_images(torch.zeros(1, 3, side, side))
-    return [*zeros, (projected * 0).sum()]
+        return torch.zeros(rows, tower.num_tokens, llava.config.mm_hidden_size)
+    side = tower.config.image_size
+    return torch.zeros(rows, 3, side, side)
 
 
 def _check_learnt(

@@ -45,7 +45,7 @@ def build_model(args: Arguments) -> tuple[nn.Module, LlavaCausalLM, Any]:
     if training.bits != 16:
         place = {"": training.device}
         packed = {"quantization_config": _quantization(training, dtype), "device_map": place}
-    llava = load_start(args.model, dtype, **packed)
+    llava = load_start(args.model, dtype, seed=training.seed, **packed)
     tokenizer = load_tokenizer(local_checkpoint(args.model.model_name_or_path))
     if tokenizer is None:
         raise UserInputError(f"{args.model.model_name_or_path!r} has no tokenizer to train with")
@@ -56,12 +56,15 @@ def build_model(args: Arguments) -> tuple[nn.Module, LlavaCausalLM, Any]:
     return model, llava, tokenizer
 
 
-def load_start(args: ModelArguments, dtype: torch.dtype, **packed: Any) -> LlavaCausalLM:
+def load_start(
+    args: ModelArguments, dtype: torch.dtype, seed: int = 0, **packed: Any
+) -> LlavaCausalLM:
     """Load a LLaVA, or a language model that becomes one, with tower and projector.
 
     Args:
         args: name the parts.
         dtype: of all weights that are not packed.
+        seed: of a new projector.
         **packed: what transformers needs to quantize the language model.
 
     Raises:
@@ -80,6 +83,12 @@ def load_start(args: ModelArguments, dtype: torch.dtype, **packed: Any) -> Llava
     own_projector = getattr(inner, "mm_projector", None)
     with gathered(() if own_projector is None else own_projector.parameters(), write=True):
         inner.initialize_vision_modules(args)
+    if own_projector is None and args.pretrain_mm_mlp_adapter is None:
+        # Loading draws more or fewer random numbers with ZeRO-3; the start should be the same.
+        torch.manual_seed(seed)
+        for part in inner.mm_projector.modules():
+            if isinstance(part, torch.nn.Linear):
+                part.reset_parameters()
     if packed:
         for part in (inner.vision_tower, inner.mm_projector):
             part.to(device=model.device, dtype=dtype)
