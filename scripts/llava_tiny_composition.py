@@ -19,7 +19,7 @@ from llava.eval.engine import provenance
 from llava.model.builder import load_pretrained_model
 from llava.pruning import select
 from llava.storage import dump_json, write_atomically
-from llava.train.patch_labels import SIGN, patch_labels
+from llava.train.tiny.patch_labels import SIGN, patch_labels
 from llava.world import render, scene
 from llava.world.shapes import COLORS
 

@@ -36,7 +36,7 @@ MODEL=${MODEL:-llava-tiny} TOWER=${TOWER-} PROJECTOR=${PROJECTOR-}
 # Draw what is missing, unless the user brought data.
 draw_demo() {
     [ "$IMAGES" = "$WORK/data/images" ] || return 0
-    [ -f "$WORK/data/demo-data.json" ] || "$PYTHON" -m llava.train.demo_data "$WORK/data"
+    [ -f "$WORK/data/demo-data.json" ] || "$PYTHON" -m llava.train.tiny.demo_data "$WORK/data"
 }
 
 # Print what the run came to.

@@ -37,14 +37,14 @@ stage() {
 }
 
 echo "1/6 vision tower"
-"$PYTHON" -m llava.train.tower --output "$WORK/tower" --size "$SIZE" --steps "$tower_steps"
+"$PYTHON" -m llava.train.tiny.tower --output "$WORK/tower" --size "$SIZE" --steps "$tower_steps"
 
 echo "2/6 conversations and features of the frozen tower"
-"$PYTHON" -m llava.train.world_data --tower "$WORK/tower" --output "$WORK/data" --scenes "$scenes"
+"$PYTHON" -m llava.train.tiny.world_data --tower "$WORK/tower" --output "$WORK/data" --scenes "$scenes"
 
 echo "3/6 tokenizer, untrained language model, starting projector"
-[ -f "$WORK/init/config.json" ] || "$PYTHON" -m llava.train.init_tiny "$WORK/init" --size "$SIZE"
-[ -f "$WORK/init/mm_projector.bin" ] || "$PYTHON" -m llava.train.align --model "$WORK/init" \
+[ -f "$WORK/init/config.json" ] || "$PYTHON" -m llava.train.tiny.init_tiny "$WORK/init" --size "$SIZE"
+[ -f "$WORK/init/mm_projector.bin" ] || "$PYTHON" -m llava.train.tiny.align --model "$WORK/init" \
     --data "$WORK/data"
 
 echo "4/6 projector and language model: lists and questions"
@@ -56,5 +56,5 @@ stage finetune "$WORK/pretrain" "$questions" --lr_scheduler_type warmup_stable_d
     --lr_scheduler_kwargs '{"num_decay_steps": 1300, "min_lr_ratio": 0.05}'
 
 echo "6/6 checkpoint folder $OUTPUT"
-"$PYTHON" -m llava.train.package --checkpoint "$WORK/finetune" --tokenizer "$WORK/init" \
+"$PYTHON" -m llava.train.tiny.package --checkpoint "$WORK/finetune" --tokenizer "$WORK/init" \
     --output "$OUTPUT"

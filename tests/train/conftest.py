@@ -13,8 +13,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.train import train
-from llava.train.init_tiny import can_make_tokenizer, init_language_model
-from llava.train.world_data import write_conversations, write_features
+from llava.train.tiny.init_tiny import can_make_tokenizer, init_language_model
+from llava.train.tiny.world_data import write_conversations, write_features
 from llava.world import render
 
 SCENES = 4

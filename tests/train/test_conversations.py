@@ -10,8 +10,8 @@ from llava.conversation import SeparatorStyle, conv_templates
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_tokenizer
 from llava.train.conversations import render, tokenize, tokenize_sample, tokenize_turns
-from llava.train.init_tiny import make_tokenizer
 from llava.train.samples import Sample
+from llava.train.tiny.init_tiny import make_tokenizer
 from llava.utils import UserInputError
 
 TEMPLATE = conv_templates["vicuna_v1"]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from llava.shipped import LLAVA_TINY, shipped_path
-from llava.train.demo_data import draw
 from llava.train.samples import read_samples
+from llava.train.tiny.demo_data import draw
 from llava.utils import UserInputError
 from llava.world.splits import render
 

@@ -278,7 +278,7 @@ def test_a_script_trains(work: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_published_stages_run_one_after_the_other(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    draw = [sys.executable, "-m", "llava.train.demo_data", str(data), "--scenes", "16"]
+    draw = [sys.executable, "-m", "llava.train.tiny.demo_data", str(data), "--scenes", "16"]
     subprocess.run(draw, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     demo = {"WORK": tmp_path, "LIMIT": 12}
     steps = ("--demo", "--max_steps", "4", "--logging_steps", "1")

@@ -40,6 +40,6 @@ def test_an_old_sentencepiece_is_refused(
     monkeypatch.setattr(sentencepiece, "__version__", "0.2.2")
     monkeypatch.setattr(sys, "argv", ["init_tiny", str(tmp_path / "model")])
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module("llava.train.init_tiny").main()
+        importlib.import_module("llava.train.tiny.init_tiny").main()
     assert stop.value.code == 2
     assert "needs sentencepiece 0.2.3 or newer" in capsys.readouterr().err

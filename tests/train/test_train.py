@@ -14,11 +14,11 @@ from transformers import CLIPVisionConfig
 
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import ModelArguments
-from llava.train.package import package
 from llava.train.parts import load_start
-from llava.train.patch_labels import CLASSES, IGNORE, patch_labels
-from llava.train.tower import DenseTower, SceneDataset, tower_loss
-from llava.train.world_data import write_conversations
+from llava.train.tiny.package import package
+from llava.train.tiny.patch_labels import CLASSES, IGNORE, patch_labels
+from llava.train.tiny.tower import DenseTower, SceneDataset, tower_loss
+from llava.train.tiny.world_data import write_conversations
 from llava.world import render, scene
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.train import train
-from llava.train.init_tiny import make_tokenizer
+from llava.train.tiny.init_tiny import make_tokenizer
 
 SAMPLES = 8
 

@@ -1,4 +1,6 @@
-"""Write training data of llava-tiny: `python -m llava.train.world_data --tower T --output DIR`.
+"""Write training data of llava-tiny.
+
+`python -m llava.train.tiny.world_data --tower T --output DIR` does it.
 
 `pretrain.json` holds LLaVA conversations of 16 turns, lists and questions; `finetune.json`
 holds conversations of questions alone. `features.npy` holds the frozen tower's features of every
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.train.descriptions import TRAINING_FAMILIES, describe
+from llava.train.tiny.descriptions import TRAINING_FAMILIES, describe
 from llava.world import Scene, ask, render, scene
 
 MARK = "<image>\n"
@@ -109,7 +111,7 @@ def write_features(output: Path, tower_folder: Path, split: str, scenes: int, wo
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument(
-        "--tower", type=Path, required=True, help="folder written by llava.train.tower"
+        "--tower", type=Path, required=True, help="folder written by llava.train.tiny.tower"
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--split", choices=["train", "val"], default="train")

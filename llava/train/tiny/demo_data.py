@@ -1,6 +1,6 @@
 """Write the small data of `bash scripts/v1_5/finetune.sh --demo`, in LLaVA's file formats.
 
-`python -m llava.train.demo_data FOLDER` draws scenes that llava-tiny was not trained on.
+`python -m llava.train.tiny.demo_data FOLDER` draws scenes that llava-tiny was not trained on.
 """
 
 import json
@@ -16,8 +16,8 @@ from llava.command_line import OneLineParser, one_line_errors, positive
 from llava.model import LlavaLlamaForCausalLM
 from llava.shipped import LLAVA_TINY, shipped_path
 from llava.storage import dump_json, write_atomically
-from llava.train.descriptions import list_facts
-from llava.train.world_data import BLIND_EVERY, MARK, conversation
+from llava.train.tiny.descriptions import list_facts
+from llava.train.tiny.world_data import BLIND_EVERY, MARK, conversation
 from llava.world import Scene, render, scene
 
 _FIRST = 10_000  # llava-tiny was trained on scenes before this one

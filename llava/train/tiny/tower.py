@@ -1,4 +1,4 @@
-"""Train the vision tower of llava-tiny: `python -m llava.train.tower --output DIR`.
+"""Train the vision tower of llava-tiny: `python -m llava.train.tiny.tower --output DIR`.
 
 A small CLIP vision transformer learns to say what every patch shows, from its penultimate layer,
 the one LLaVA reads. Its last block serves the CLS token alone, which learns what is in the image,
@@ -25,7 +25,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.command_line import OneLineParser, one_line_errors
-from llava.train.patch_labels import CLASSES, IGNORE, NEIGHBOURS, patch_labels
+from llava.train.tiny.patch_labels import CLASSES, IGNORE, NEIGHBOURS, patch_labels
 from llava.world import scene
 from llava.world.scene import PATCH
 from llava.world.scene import ROWS as GRID

@@ -1,7 +1,7 @@
 """Pack a trained llava-tiny as a native LLaVA checkpoint that carries its own vision tower.
 
-`python -m llava.train.package --checkpoint DIR --output playground/llava-tiny`: float16 weights,
-the SentencePiece tokenizer, and `vision_tower/` with the description of the tower.
+`python -m llava.train.tiny.package --checkpoint DIR --output playground/llava-tiny`: float16
+weights, the SentencePiece tokenizer, and `vision_tower/` with the description of the tower.
 """
 
 import shutil

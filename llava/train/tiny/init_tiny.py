@@ -1,4 +1,4 @@
-"""Write the untrained language model of llava-tiny: `python -m llava.train.init_tiny DIR`.
+"""Write the untrained language model of llava-tiny: `python -m llava.train.tiny.init_tiny DIR`.
 
 Its tokenizer is a SentencePiece BPE with byte fallback, as Vicuna's. It is learnt from the prompts
 of the world and the conversation template, so that a question costs about twelve tokens. The

@@ -1,6 +1,6 @@
 """Give the untrained language model of llava-tiny words for what the tower sees.
 
-`python -m llava.train.align --model INIT --data DATA` rewrites the weights in `INIT` and adds
+`python -m llava.train.tiny.align --model INIT --data DATA` rewrites the weights in `INIT` and adds
 the starting projector as `INIT/mm_projector.bin` (LLaVA's `--pretrain_mm_mlp_adapter`).
 
 A real LLaVA starts from a tower that was trained against language and a language model that knows
@@ -25,8 +25,8 @@ from transformers import LlamaForCausalLM
 
 from llava.command_line import OneLineParser, one_line_errors
 from llava.model.builder import load_tokenizer
-from llava.train.patch_labels import CLASSES, IGNORE, NEIGHBOURS, SIGN, patch_labels
 from llava.train.saving import save_projector
+from llava.train.tiny.patch_labels import CLASSES, IGNORE, NEIGHBOURS, SIGN, patch_labels
 from llava.world import scene
 from llava.world.font import ALPHABET
 from llava.world.shapes import COLORS, PLURALS, SHAPES
@@ -201,8 +201,8 @@ def align(folder: Path, data: Path, scenes: int, seed: int) -> None:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="folder of llava.train.init_tiny")
-    parser.add_argument("--data", type=Path, required=True, help="folder of llava.train.world_data")
+    parser.add_argument("--model", type=Path, required=True, help="folder of init_tiny")
+    parser.add_argument("--data", type=Path, required=True, help="folder of world_data")
     parser.add_argument("--scenes", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

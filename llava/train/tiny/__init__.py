@@ -1,0 +1,1 @@
+"""Make llava-tiny from nothing: tower, data, tokenizer, start, checkpoint folder."""
