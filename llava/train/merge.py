@@ -157,7 +157,7 @@ def splice_batch(llava: Any, batch: dict[str, Any], cached: bool) -> Rows:
     sizes = batch.get("image_sizes")
     if images is None and is_deepspeed_zero3_enabled():
         images = _blank_images(llava, len(ids), cached)
-    zeros = _touch_vision(llava, images is not None, cached) if torch.is_grad_enabled() else []
+    zeros = _touch_vision(llava, images is not None, cached)
     # The places of tokens travel as labels, so that the splice itself says which token came from
     # where: images of any length, and cuts, need no arithmetic here.
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -211,6 +211,8 @@ def _touch_vision(llava: Any, has_images: bool, cached: bool) -> list[Tensor]:
     Returns:
         Scalars; none where nothing waits.
     """
+    if not torch.is_grad_enabled():
+        return []
     inner = llava.get_model()
     parts: list[nn.Module] = []
     if not has_images:

@@ -223,6 +223,28 @@ def test_a_batch_of_text_touches_the_vision_side(
     assert all((gradient == 0).all() for gradient in added.values())
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_batch_of_text_takes_the_way_of_images_under_zero_3(
+    cached: bool, model: Any, text_only: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or processes would wait for one another; what is computed stays the same."""
+    with merging(model):
+        wanted = model(**text_only).loss
+    projected = []
+    run = model.get_model().mm_projector.register_forward_hook(
+        lambda module, args, output: projected.append(output.shape)
+    )
+    monkeypatch.setattr(merge_module, "is_deepspeed_zero3_enabled", lambda: True)
+    with merging(model, cached=cached):
+        loss = model(**text_only).loss
+    run.remove()
+    assert len(projected) == 1 and projected[0][0] == len(text_only["input_ids"])
+    assert torch.equal(loss, wanted)
+    loss.backward()
+    gradient = model.get_model().mm_projector[0].weight.grad
+    assert gradient is not None and (gradient == 0).all()
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_batch_with_images_only_takes_hold_of_the_newline(
     frozen: bool, model: Any, shown: dict[str, Any], monkeypatch: pytest.MonkeyPatch

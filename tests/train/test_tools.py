@@ -28,7 +28,7 @@ def test_bad_input_is_one_line(
     Path(FILE).touch()
     monkeypatch.setattr(sys, "argv", [tool, *CALLS[tool]])
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(f"llava.train.{tool}").main()
+        importlib.import_module(f"llava.train.tiny.{tool}").main()
     assert stop.value.code == 2
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
