@@ -112,10 +112,15 @@ def alone(
 def together(
     words_of: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Together]:
-    """`together({name: "--flag value ..."})`: these runs with two processes, batches of one."""
+    """`together({name: "--flag value ..."})`: these runs with two processes, batches of one.
 
-    def run(runs: dict[str, str], launcher: str = "torchrun") -> Together:
-        folder = tmp_path_factory.mktemp("together")
+    `folder` is that of an earlier launch, whose checkpoints they find.
+    """
+
+    def run(
+        runs: dict[str, str], launcher: str = "torchrun", folder: Path | None = None
+    ) -> Together:
+        folder = folder or tmp_path_factory.mktemp("together")
         words = {name: words_of(folder / name, extra, batch=1) for name, extra in runs.items()}
         (folder / "runs.json").write_text(json.dumps(words))
         with_launcher = {

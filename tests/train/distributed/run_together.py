@@ -66,13 +66,16 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def main() -> None:
-    runs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    # DeepSpeed's launcher puts this first; the trainer gets it as it would from a script.
+    ranks = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
+    file, folder = (Path(word) for word in sys.argv[1:] if word not in ranks)
+    runs = json.loads(file.read_text())
     sys.addaudithook(note_writes)
     safetensors.torch.save_file = note_tensors(safetensors.torch.save_file)
     train.LlavaTrainer = Watched  # type: ignore[misc]
     for name, words in runs.items():
         written.clear()
-        sys.argv = ["train", *words]
+        sys.argv = ["train", *ranks, *words]
         train.main()
         trainer = Watched.last
         report = {
