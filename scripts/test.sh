@@ -54,7 +54,8 @@ if [ -n "$overlay" ]; then # other packages over those of .venv
             tests/pruning/test_visionzip.py tests/pruning/decoder"
         [lmms-eval]="tests/eval/test_lmms_eval_plugin.py"
         [triton]="tests/kernel_parity"
-        [deepspeed]="tests/train/distributed/test_deepspeed.py"
+        [deepspeed]="tests/train/distributed/test_deepspeed.py tests/train/test_qlora.py
+            tests/train/test_zero_settings.py"
         [real]="tests/real"
     )
     group=$overlay second=${place[$overlay]}

@@ -234,6 +234,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> Arguments:
     _check_names(model, data, training)
     read_values({flag: getattr(training, flag.removeprefix("--")) for flag in _NUMBERS}, _NUMBERS)
     _check_parts(model, training)
+    _check_features(model, data, training)
     _check_packages(training)
     pruning = training_pruning(flags, training.seed)
     check_writable(training.output_dir)
@@ -317,6 +318,21 @@ def _check_parts(model: ModelArguments, training: TrainingArguments) -> None:
     ):  # fmt: skip
         if set_ and not there:
             raise UserInputError(f"--{flag} needs --{needed}; add it, or leave --{flag} out")
+
+
+def _check_features(
+    model: ModelArguments, data: DataArguments, training: TrainingArguments
+) -> None:
+    """Refuse to train a tower whose features are read from a file."""
+    for flag, given in (
+        ("unfreeze_mm_vision_tower", model.unfreeze_mm_vision_tower),
+        ("lora_vision_tower", training.lora_vision_tower),
+    ):
+        if data.feature_file is not None and given:
+            raise UserInputError(
+                f"--feature_file replaces the vision tower, which --{flag} would train; give "
+                f"--image_folder instead, or leave --{flag} out"
+            )
 
 
 def _check_packages(training: TrainingArguments) -> None:

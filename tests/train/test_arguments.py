@@ -152,6 +152,15 @@ def test_pruning_of_training_is_read(parse: Callable) -> None:
         ("--unfreeze_mm_vision_tower True", "contradict each other"),
         ("--lora_weight_path a", "--lora_weight_path needs --lora_enable True"),
         ("--mm_vision_tower_lr 1e-6", "--mm_vision_tower_lr needs --unfreeze_mm_vision_tower"),
+        (
+            "--tune_mm_mlp_adapter False --unfreeze_mm_vision_tower True --feature_file f.npy",
+            "--feature_file replaces the vision tower, which --unfreeze_mm_vision_tower would",
+        ),
+        (
+            "--tune_mm_mlp_adapter False --lora_enable True --lora_vision_tower True "
+            "--feature_file f.npy",
+            "--feature_file replaces the vision tower, which --lora_vision_tower would",
+        ),
         ("--keep-tokens 64", "give a method too"),
         ("--keep-tokens-range 8 16", "needs a method, such as --pruner zoo"),
         ("--pruner zoo --keep-tokens-range 16 8", "--keep-tokens-range 16 8: give the lowest"),
