@@ -204,6 +204,8 @@ def test_deepspeed_configs_leave_to_the_trainer_what_it_knows(name: str) -> None
     # Without it, ZeRO-3 saves no weights; LLaVA's offload file misspells it.
     assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (zero["stage"] == 3)
     assert ("offload_param" in zero) == ("offload" in name)
+    # DeepSpeed's own would not see --mm_projector_lr and --mm_vision_tower_lr.
+    assert "optimizer" not in config and "scheduler" not in config
 
 
 def small_run(work: Path, output: Path) -> dict[str, object]:
