@@ -12,9 +12,9 @@
 # May be set in the environment, with the published values as defaults: MODEL, DATA, IMAGES, TOWER,
 # PROJECTOR, OUTPUT (files and folders; MODEL and TOWER may be names on the hub), BATCH (samples on
 # a GPU at once), GLOBAL_BATCH (samples in an optimiser step), ZERO (a DeepSpeed config), REPORT_TO.
-# An empty TOWER or PROJECTOR means the model's own, an empty ZERO no DeepSpeed. One node: GPUS. Several: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT on each, or
-# HOSTFILE (DeepSpeed's) on the first. DEVICE is cuda or cpu, LAUNCHER deepspeed or torchrun, PYTHON
-# the interpreter.
+# An empty TOWER or PROJECTOR means the model's own, an empty ZERO no DeepSpeed. One node: GPUS.
+# Several: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT on each, or HOSTFILE (DeepSpeed's) on the
+# first. DEVICE is cuda or cpu, LAUNCHER deepspeed or torchrun, PYTHON the interpreter.
 set -euo pipefail
 script=$(realpath "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -88,9 +88,11 @@ count_gpus() {
 
 # Set accumulation, so that a step sees the global batch of the recipe on any number of GPUs.
 count_batches() {
-    BATCH=${BATCH:-$batch} GLOBAL_BATCH=${GLOBAL_BATCH:-$global_batch}
-    number BATCH
+    GLOBAL_BATCH=${GLOBAL_BATCH:-$global_batch}
     number GLOBAL_BATCH
+    local most=$((GLOBAL_BATCH / world)) # of more GPUs than the recipe had, each gets less
+    BATCH=${BATCH:-$((most > 0 && most < batch ? most : batch))}
+    number BATCH
     local at_once=$((world * BATCH))
     [ $((GLOBAL_BATCH % at_once)) -eq 0 ] || fail "GLOBAL_BATCH $GLOBAL_BATCH is not a multiple of" \
         "GPUs x BATCH = $world x $BATCH; set BATCH or GLOBAL_BATCH to one that fits"

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers.integrations import get_available_reporting_integrations
@@ -32,6 +33,8 @@ _REFUSED = {
     "label_smoothing_factor": "label smoothing is not supported",
     "do_eval": "there is no evaluation during training; run `llava run` on a checkpoint",
     "do_predict": "there is no prediction here; run `llava run` on a checkpoint",
+    "eval_on_start": "there is no evaluation during training",
+    "train_sampling_strategy": "use --group_by_modality_length True",
     "eval_strategy": "there is no evaluation during training; run `llava run` on a checkpoint",
     "push_to_hub": "nothing is pushed to the hub; upload what was saved",
     "load_best_model_at_end": "there is no evaluation during training",
@@ -230,7 +233,12 @@ def parse_arguments(words: Sequence[str] | None = None) -> Arguments:
     except UserInputError:
         raise
     except Exception as error:  # what transformers refuses shares no base class
-        raise UserInputError(f"these arguments cannot be used: {one_line(error)}") from error
+        advice = ""
+        if not torch.cuda.is_available() and any(w in str(error) for w in ("bf16", "fp16", "tf32")):
+            advice = "; there is no GPU here: leave out what it names, and give --use_cpu True"
+        raise UserInputError(
+            f"these arguments cannot be used: {one_line(error)}{advice}"
+        ) from error
     _check_names(model, data, training)
     read_values({flag: getattr(training, flag.removeprefix("--")) for flag in _NUMBERS}, _NUMBERS)
     _check_parts(model, training)

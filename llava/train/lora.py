@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,8 @@ def add_lora(model: LlavaCausalLM, args: Arguments) -> nn.Module:
         if name.startswith(TOWER_PREFIX) and "lora_" not in name:
             weight.requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(not args.model.freeze_mm_mlp_adapter)
+    if hasattr(model.get_model(), "image_newline"):
+        model.get_model().image_newline.requires_grad_(not args.model.freeze_mm_mlp_adapter)
     if args.model.unfreeze_mm_vision_tower:
         model.get_vision_tower().unfreeze()  # type: ignore[union-attr]
     lora.peft_config["default"].base_model_name_or_path = args.model.model_name_or_path
@@ -98,6 +101,13 @@ def continue_lora(lora: nn.Module, model: LlavaCausalLM, folder: Path) -> None:
             given[f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.default.weight"] = (
                 value
             )
+    config: Any = lora.peft_config["default"]  # type: ignore[index]
+    if any(scale != config.lora_alpha / config.r for *_, scale in part.factors.values()):
+        raise UserInputError(
+            f"the LoRA in {str(folder)!r} is scaled in another way than by lora_alpha / r "
+            "(use_rslora, rank_pattern or alpha_pattern), which cannot be continued; merge it, and "
+            "train a new one on the result"
+        )
     odd = sorted(set(given) ^ set(names))
     if odd:
         raise UserInputError(

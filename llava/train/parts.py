@@ -27,6 +27,8 @@ _NEW_SETTINGS = {
     "tokenizer_padding_side": "right",
 }
 _MAX_LENGTH = 2048
+# Width and height of the canvases of LLaVA-1.6.
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 def build_model(args: Arguments) -> tuple[nn.Module, LlavaCausalLM, Any]:
@@ -40,7 +42,9 @@ def build_model(args: Arguments) -> tuple[nn.Module, LlavaCausalLM, Any]:
             cannot serve.
     """
     training = args.training
-    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    if training.fp16 and training.deepspeed:  # torch's own scaler wants float32 weights
+        dtype = torch.float16
     packed: dict[str, Any] = {}
     if training.bits != 16:
         place = {"": training.device}
@@ -81,6 +85,7 @@ def load_start(
         model.config.update(_NEW_SETTINGS)
     inner = model.get_model()
     own_projector = getattr(inner, "mm_projector", None)
+    _check_tower(model, args)
     with gathered(() if own_projector is None else own_projector.parameters(), write=True):
         inner.initialize_vision_modules(args)
     if own_projector is None and args.pretrain_mm_mlp_adapter is None:
@@ -89,10 +94,42 @@ def load_start(
         for part in inner.mm_projector.modules():
             if isinstance(part, torch.nn.Linear):
                 part.reset_parameters()
-    if packed:
+    newline = _newline_of(args)
+    if newline is not None and hasattr(inner, "image_newline"):
+        with gathered([inner.image_newline], write=True), torch.no_grad():
+            inner.image_newline.copy_(newline)
+    if zero_stage() != 3:  # which casts what it splits
         for part in (inner.vision_tower, inner.mm_projector):
             part.to(device=model.device, dtype=dtype)
+        if hasattr(inner, "image_newline"):
+            inner.image_newline.data = inner.image_newline.data.to(model.device, dtype)
     return model
+
+
+def _check_tower(model: LlavaCausalLM, args: ModelArguments) -> None:
+    """Refuse to put another tower in the place of one that was trained.
+
+    Raises:
+        UserInputError: the model has a trained tower, and another is asked for.
+    """
+    own = getattr(model.config, "mm_vision_tower", None)
+    trained = own is not None and getattr(model.config, "unfreeze_mm_vision_tower", False)
+    if trained and args.vision_tower is not None:
+        if args.vision_tower.rstrip("/") != str(own).rstrip("/"):
+            raise UserInputError(
+                f"{args.model_name_or_path!r} holds a vision tower that was trained with it "
+                f"({own!r}), which --vision_tower {args.vision_tower} would replace; leave "
+                "--vision_tower out"
+            )
+        args.vision_tower = own
+
+
+def _newline_of(args: ModelArguments) -> torch.Tensor | None:
+    """Return the newline in a projector's file, if it has one."""
+    if args.pretrain_mm_mlp_adapter is None:
+        return None
+    weights = read_tensors(user_path(args.pretrain_mm_mlp_adapter))
+    return next((v for key, v in weights.items() if key.endswith("image_newline")), None)
 
 
 def _quantization(training: TrainingArguments, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -116,6 +153,9 @@ def configure(model: LlavaCausalLM, args: Arguments) -> None:
     config = model.config
     if args.data.image_aspect_ratio is not None:
         config.image_aspect_ratio = args.data.image_aspect_ratio
+    anyres = getattr(config, "image_aspect_ratio", None) == "anyres"
+    if anyres and not getattr(config, "image_grid_pinpoints", None):
+        config.image_grid_pinpoints = _PINPOINTS
     limit = args.training.model_max_length or getattr(config, "tokenizer_model_max_length", None)
     config.tokenizer_model_max_length = limit or _MAX_LENGTH
     for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
@@ -190,6 +230,8 @@ def mark_trained(model: LlavaCausalLM, args: ModelArguments, quantized: bool = F
     if args.freeze_backbone or only_projector or quantized:
         model.requires_grad_(False)
     inner.mm_projector.requires_grad_(not args.freeze_mm_mlp_adapter)
+    if hasattr(inner, "image_newline"):  # belongs to the projector
+        inner.image_newline.requires_grad_(not args.freeze_mm_mlp_adapter)
     if only_projector and getattr(model.config, "mm_use_im_start_end", False):
         model.get_input_embeddings().requires_grad_(True)  # the marks are new
     tower.requires_grad_(False)

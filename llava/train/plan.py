@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import huggingface_hub
 
+from llava.model.builder import load_tokenizer
 from llava.model.checkpoint import checkpoint_here, read_config, read_json_object
 from llava.train.arguments import Arguments
 from llava.train.memory import GIB, ZEROS, Shape, Stage, Zero, estimate, possible
@@ -23,6 +24,9 @@ def plan(args: Arguments) -> str:
         UserInputError: files that are missing or cannot be used.
     """
     config = start_config(args.model.model_name_or_path)
+    folder = checkpoint_here(args.model.model_name_or_path)
+    if folder is not None and load_tokenizer(folder) is None:
+        raise UserInputError(f"{args.model.model_name_or_path!r} has no tokenizer to train with")
     samples = read_samples(args.data.data_path, {} if args.data.skip_bad_samples else None)
     _check_images(args, samples)
     for file in (args.model.pretrain_mm_mlp_adapter, args.training.lora_weight_path):
@@ -107,7 +111,7 @@ def _check_images(args: Arguments, samples: list[Sample]) -> None:
     folder = user_path(args.data.image_folder)
     owners = {image: sample.name for sample in samples for image in sample.images}
     missing = [image for image in owners if not (folder / image).is_file()]
-    if missing:
+    if missing and not args.data.skip_bad_samples:
         raise UserInputError(
             f"{len(missing)} of {len(owners)} images are not in --image_folder {folder}; the first "
             f"is {missing[0]!r} of {owners[missing[0]]}"

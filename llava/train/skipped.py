@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from llava.model.checkpoint import read_json_object
 from llava.storage import dump_json, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,14 @@ def _report(number: int, fault: str) -> None:
         logger.warning("skipped more samples than %d; %s lists all", _LINES, SKIPPED_FILE)
 
 
-def write_skipped(faults: Mapping[str, str], folder: Path) -> None:
-    """Write what is wrong with the samples that were skipped to `skipped.json`, by their names."""
-    write_atomically(folder / SKIPPED_FILE, dump_json(dict(faults)))
+def write_skipped(faults: Mapping[str, str], folder: Path, goes_on: bool = False) -> None:
+    """Write what is wrong with the samples that were skipped to `skipped.json`, by their names.
+
+    Args:
+        faults: by name.
+        folder: of the run.
+        goes_on: keep what the file of the run's first part lists.
+    """
+    file = folder / SKIPPED_FILE
+    before = read_json_object(file) if goes_on and file.is_file() else {}
+    write_atomically(file, dump_json({**before, **faults}))

@@ -1,8 +1,8 @@
-"""Train the projector and the language model of a LLaVA: `python -m llava.train.train`.
+"""Train a LLaVA on conversations about images: `python -m llava.train.train`.
 
-LLaVA's arguments and data format on transformers' Trainer. The vision tower stays frozen. What no
-argument names stays as the model to start from has it, also in what is saved. A run that finds a
-checkpoint in `--output_dir` continues from it.
+LLaVA's arguments and data format on transformers' Trainer. Projector and language model train,
+unless arguments say otherwise. What no argument names stays as the model to start from has it, also
+in what is saved. A run that finds a checkpoint in `--output_dir` continues from it.
 """
 
 import os
@@ -40,6 +40,11 @@ def train() -> None:
     notice = renamed(sys.argv[1:])
     if notice and args.process_index == 0:
         print(f"note: {notice}", file=sys.stderr)
+    if args.n_gpu > 1:
+        raise UserInputError(
+            f"one process sees {args.n_gpu} GPUs; start one for each with torchrun or deepspeed, "
+            "or set CUDA_VISIBLE_DEVICES=0"
+        )
     if args.cache_dir is not None:
         use_cache_dir(args.cache_dir)
     if args.dry_run:
@@ -82,13 +87,14 @@ def train() -> None:
             f"the {len(dataset)} samples do not fill a batch; give more, or a smaller batch, "
             "or leave out --dataloader_drop_last"
         )
-    trainer.train(find_checkpoint(args.output_dir, args.resume_from_checkpoint))
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    trainer.train(checkpoint)
     trainer.save_model()
     trainer.save_state()
     if arguments.data.skip_bad_samples:
         skipped = dataset.skipped()  # of all processes
         if trainer.is_world_process_zero():
-            write_skipped(skipped, Path(args.output_dir))
+            write_skipped(skipped, Path(args.output_dir), goes_on=checkpoint is not None)
 
 
 def use_cache_dir(folder: str) -> None:

@@ -69,7 +69,9 @@ class LlavaTrainer(CheckpointTrainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed
-        return ModalityLengthSampler(dataset.modality_lengths, step, seed)
+        sampler = ModalityLengthSampler(dataset.modality_lengths, step, seed)
+        self.add_callback(_OrderOfEpoch(sampler))
+        return sampler
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Run one batch, pruned as the run asks for it."""
@@ -107,6 +109,19 @@ class LlavaTrainer(CheckpointTrainer):
             }
             for (part, decay), parameters in groups.items()
         ]
+
+
+class _OrderOfEpoch(transformers.TrainerCallback):
+    """Tell a sampler its epoch, also where a run goes on within one.
+
+    Batches that are skipped then wrap it so deep that the Trainer's own call does not reach it.
+    """
+
+    def __init__(self, sampler: ModalityLengthSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class _ForgetWeights(transformers.TrainerCallback):

@@ -1,12 +1,14 @@
 """Steps are of one modality and of samples that are about as long, in an order of their own."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from llava.train.sampler import ModalityLengthSampler
+from llava.train.trainer import _OrderOfEpoch
 
 CHOOSER = random.Random(0)
 LENGTHS = [CHOOSER.choice([1, 1, -1]) * CHOOSER.randint(1, 50) for _ in range(103)]
@@ -59,3 +61,12 @@ def test_it_feeds_a_loader() -> None:
 def test_lengths_without_a_sign_are_refused(lengths: list[int], megabatch: int) -> None:
     with pytest.raises(ValueError, match="no length may be 0"):
         ModalityLengthSampler(lengths, megabatch, 0)
+
+
+def test_a_run_that_goes_on_within_an_epoch_keeps_its_order() -> None:
+    """Batches that are skipped hide the sampler from the Trainer's own `set_epoch`."""
+    sampler = ModalityLengthSampler([3, 5, -2, 4, -1, 2, 7, -3], 2, 0)
+    order = _OrderOfEpoch(sampler)
+    for epoch, wanted in ((None, 0), (0.5, 0), (1.0, 1), (1.75, 1), (1.9999999, 2)):
+        order.on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+        assert sampler.epoch == wanted
