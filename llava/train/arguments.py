@@ -233,12 +233,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> Arguments:
     except UserInputError:
         raise
     except Exception as error:  # what transformers refuses shares no base class
-        advice = ""
-        if not torch.cuda.is_available() and any(w in str(error) for w in ("bf16", "fp16", "tf32")):
+        fault, advice = one_line(error), ""
+        if not torch.cuda.is_available() and any(w in fault for w in ("bf16", "fp16", "tf32")):
             advice = "; there is no GPU here: leave out what it names, and give --use_cpu True"
-        raise UserInputError(
-            f"these arguments cannot be used: {one_line(error)}{advice}"
-        ) from error
+        raise UserInputError(f"these arguments cannot be used: {fault}{advice}") from error
     _check_names(model, data, training)
     read_values({flag: getattr(training, flag.removeprefix("--")) for flag in _NUMBERS}, _NUMBERS)
     _check_parts(model, training)
