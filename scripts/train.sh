@@ -26,7 +26,9 @@ fail() {
 
 usage() {
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
-    printf '\n  bash %s [--dry-run] [--demo] [--ARGUMENT VALUE ...]\n\n' "${script#"$PWD"/}"
+    local demo='[--demo] '
+    case $stage in finetune_qlora | finetune_v1_6) demo='' ;; esac # which have none
+    printf '\n  bash %s [--dry-run] %s[--ARGUMENT VALUE ...]\n\n' "${script#"$PWD"/}" "$demo"
     sed -n '/^# --dry-run/,/^[^#]/s/^# \{0,1\}//p' scripts/train.sh
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llava.command_line import OneLineParser, one_line_errors
-from llava.model.adapters import CONFIG_FILE
+from llava.model.adapters import CONFIG_FILE, read_adapter_config
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import local_checkpoint, weight_file
 from llava.model.convert.output import check_output, new_folder
@@ -44,7 +44,15 @@ def merge_lora(adapter: str | Path, base: str | Path, output: str | Path) -> Pat
             f"{str(folder)!r} is a whole checkpoint, so there is nothing to merge; give the folder "
             f"of a LoRA (with {CONFIG_FILE}), or of a projector alone"
         )
-    _, model, _, _ = load_pretrained_model(str(folder), str(base), device="cpu", dtype="auto")
+    try:
+        _, model, _, _ = load_pretrained_model(str(folder), str(base), device="cpu", dtype="auto")
+    except UserInputError as error:
+        if not (folder / CONFIG_FILE).is_file():
+            raise
+        own = read_adapter_config(folder).get("base_model_name_or_path")
+        raise UserInputError(
+            f"{error}; the LoRA says that it was trained on {str(own)!r}: give that as --model-base"
+        ) from error
     with new_folder(target, {"adapter": str(folder), "base": str(base)}) as partial:
         try:
             model.save_pretrained(partial)
