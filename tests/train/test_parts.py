@@ -1,5 +1,6 @@
 """Which parts of a model train, at which rate, and with which budget."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.model.checkpoint import TOWER_PREFIX
 from llava.pruning import active
 from llava.train import trainer
-from llava.train.arguments import Arguments, parse_arguments
+from llava.train.arguments import Arguments, TrainingArguments, parse_arguments
 from llava.train.parts import build_model
+from llava.train.skipped import SKIPPED_FILE, write_skipped
 
 LORA = "--lora_enable True --lora_r 2 --lora_alpha 4"
 
@@ -206,3 +208,74 @@ def test_runs_train_what_is_asked(lora: bool, bf16: bool, run_train: Callable) -
     run = run_train(None, *words.split())
     assert run.code == 0, run.errors
     assert all(loss > 0 for loss in run.losses) and len(run.losses) == 3
+
+
+TILED = "--image_aspect_ratio anyres --mm_patch_merge_type spatial_unpad"
+
+
+@pytest.mark.parametrize("words", ["", "--tune_mm_mlp_adapter True", LORA])
+def test_a_llava_of_tiles_says_its_canvases_and_trains_its_newline(
+    words: str, arguments: Callable
+) -> None:
+    _, llava, _ = build_model(arguments(f"{TILED} {words}"))
+    assert len(llava.config.image_grid_pinpoints) == 5
+    assert llava.get_model().image_newline.requires_grad
+
+
+def test_a_newline_comes_from_the_file_of_the_projector(
+    arguments: Callable, tmp_path: Path
+) -> None:
+    _, llava, _ = build_model(arguments(TILED))
+    inner, file = llava.get_model(), tmp_path / "mm_projector.bin"
+    weights = {f"model.mm_projector.{k}": v for k, v in inner.mm_projector.state_dict().items()}
+    newline = torch.arange(len(inner.image_newline)).float()
+    torch.save({**weights, "model.image_newline": newline}, file)
+    _, again, _ = build_model(arguments(f"{TILED} --pretrain_mm_mlp_adapter {file}"))
+    assert torch.equal(again.get_model().image_newline.detach(), newline)
+
+
+def test_all_parts_have_the_precision_of_the_run(arguments: Callable) -> None:
+    _, llava, _ = build_model(arguments(f"{TILED} --bf16 True"))
+    assert {weight.dtype for weight in llava.parameters()} == {torch.bfloat16}
+    args = arguments()
+    args.training.fp16 = True  # refused on a CPU; torch's scaler takes no float16 weights
+    assert {weight.dtype for weight in build_model(args)[1].parameters()} == {torch.float32}
+
+
+def test_a_trained_tower_is_not_replaced(work: Path, run_train: Callable, tmp_path: Path) -> None:
+    run = run_train(None, "--unfreeze_mm_vision_tower", "True")
+    assert run.code == 0, run.errors
+    base = run.folder.rename(tmp_path / "trained")
+    other = ["--vision_tower", str(work / "images")]
+    assert "vision tower that was trained" in run_train(None, *other, base=base).refused()
+    same = ["--vision_tower", f"{work / 'tower'}/"]
+    assert run_train(None, *same, base=base).code == 0
+
+
+def test_a_lora_goes_on_from_a_folder(run_train: Callable, tmp_path: Path) -> None:
+    words = f"{LORA} --lora_dropout 0 --max_steps 4 --lr_scheduler_type constant".split()
+    first = run_train(None, *words)
+    assert first.code == 0, first.errors
+    start, folder = first.losses[0], first.folder.rename(tmp_path / "lora")
+    again = run_train(None, *words, "--lora_weight_path", str(folder))
+    assert again.code == 0, again.errors
+    assert again.losses[0] < start
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
+    refused = run_train(None, *words, "--lora_weight_path", str(folder)).refused()
+    assert "cannot be continued" in refused
+
+
+def test_one_process_with_several_gpus_is_refused(
+    run_train: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    assert "one process sees 2 GPUs" in run_train(None).refused()
+
+
+def test_skipped_samples_of_both_parts_of_a_run_are_listed(tmp_path: Path) -> None:
+    write_skipped({"a": "no image"}, tmp_path)
+    write_skipped({"b": "no answer"}, tmp_path, goes_on=True)
+    assert set(json.loads((tmp_path / SKIPPED_FILE).read_text())) == {"a", "b"}
+    write_skipped({"b": "no answer"}, tmp_path)
+    assert set(json.loads((tmp_path / SKIPPED_FILE).read_text())) == {"b"}
