@@ -19,13 +19,14 @@ from llava.eval import __main__ as evaluation
 from llava.eval.commands.compare import read_arm
 from llava.eval.engine import provenance
 from llava.eval.stats import paired_bootstrap, paired_difference
+from llava.markdown import fill_sections
 from llava.shipped import LLAVA_TINY
 from llava.storage import dump_json, write_atomically
 from llava.utils import UserInputError
 
 ARMS = ("none", "zoo@64")
 RESULT = Path("playground/results/finetune-demo.json")
-BEGIN, END = "<!-- finetune-demo:begin -->", "<!-- finetune-demo:end -->"
+SECTION = "finetune-demo"  # of docs/training.md
 
 
 def ask(model: str, base: str | None, folder: Path, limit: int) -> None:
@@ -111,19 +112,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def update(text: str, result: dict[str, Any]) -> str:
-    """Put the table of a result between the markers of a document.
-
-    Raises:
-        UserInputError: it has no markers.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserInputError(f"the document needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{table(result)}\n{END}{after}"
-
-
 def _score(args: argparse.Namespace) -> None:
     values, state = losses(args.after)
     seconds = sum(entry.get("train_runtime", 0) for entry in state["log_history"])
@@ -149,7 +137,7 @@ def _losses(args: argparse.Namespace) -> None:
 
 def _document(args: argparse.Namespace) -> None:
     result = json.loads(args.result.read_text())
-    args.update.write_text(update(args.update.read_text(), result))
+    args.update.write_text(fill_sections(args.update, {SECTION: table(result)}))
 
 
 def build_parser() -> argparse.ArgumentParser:

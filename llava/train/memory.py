@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava.command_line import OneLineParser, one_line_errors
+from llava.markdown import fill_sections
 from llava.utils import UserInputError
 
 Stage = Literal["pretrain", "finetune", "lora", "qlora"]
@@ -34,7 +35,7 @@ ZEROS: dict[Zero, str] = {
 # Samples on a GPU at once in the published recipes.
 BATCHES: dict[Stage, int] = {"pretrain": 32, "finetune": 16, "lora": 16, "qlora": 16}
 GIB = 2**30
-BEGIN, END = "<!-- memory:begin -->", "<!-- memory:end -->"
+SECTION = "memory"  # of docs/training.md
 
 _LIVE = 10**9  # stage3_max_live_parameters of zero3.json: weights that are whole at once
 _GROUP = 10**9  # sub_group_size: weights that ZeRO-3 updates at once
@@ -256,19 +257,6 @@ def table(length: int = 2048) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def update(text: str) -> str:
-    """Put the table between the markers of a document.
-
-    Raises:
-        UserInputError: it has no markers.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserInputError(f"the document needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
 def main() -> None:
     """Print the table, or write it into a document."""
     parser = OneLineParser(
@@ -280,7 +268,7 @@ def main() -> None:
         if args.update is None:
             print(table())
         else:
-            args.update.write_text(update(args.update.read_text()))
+            args.update.write_text(fill_sections(args.update, {SECTION: table()}))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def start_config(name: str) -> dict[str, Any]:
         return read_json_object(Path(huggingface_hub.hf_hub_download(name, "config.json")))
     except Exception as error:  # what the hub's client raises shares no base class
         raise UserInputError(
-            f"{name!r} is no folder here, and the hub did not return its config.json: "
+            f"{name!r} is not a folder here, and the hub did not return its config.json: "
             f"{one_line(error)}"
         ) from error
 
